@@ -1,0 +1,27 @@
+"""What every command shares: its arguments, its one line on failure and its exit status."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from jaxlm.errors import RequestError, RunError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are RequestErrors, so that they come out as one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}: {self.prog} --help shows what there is")
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Runs a command and ends the process: 0, or what the error's exit status says after its message on stderr."""
+    try:
+        main(sys.argv[1:])
+    except (RequestError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,270 @@
+"""Every setting of a run: its name, its default, its bounds. The one home of each.
+
+A config file builds an `ml_collections.ConfigDict` (from `default_config()`), flags override it, and
+`from_config_dict` turns the result, once, into the frozen dataclasses that the rest of the program takes.
+Settings marked `FIXED` decide what the numbers of a checkpoint mean: a run cannot go on with another value.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+
+from jaxlm.errors import RequestError
+
+FIXED = {"fixed": True}
+
+PROMPTS = (
+    "Once upon a time",
+    "One day, a little girl",
+    "The old man",
+    "There was a small dog",
+    "In the middle of the night",
+    "A boy named Tom",
+    "It was a sunny day",
+    "The king said",
+    "Mother looked at",
+    "At the end of the road",
+    "She opened the door",
+    "He did not know",
+    "The cat and the bird",
+    "Far away in the forest",
+    "My friend told me",
+    "On the first day of winter",
+    "They ran to the river",
+    "When the sun came up",
+    "Nobody had ever seen",
+    "After dinner",
+)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RequestError(message)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    _require(value in known, f"{name} is {value!r}: {_nearest(value, known)}it is one of {', '.join(known)}")
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {match[0]}? " if match else ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder: sizes, initialisation and how it is computed."""
+
+    vocab_size: int = field(default=50_257, metadata=FIXED)
+    context: int = field(default=1024, metadata=FIXED)  # tokens
+    layers: int = field(default=8, metadata=FIXED)
+    heads: int = field(default=8, metadata=FIXED)
+    width: int = field(default=512, metadata=FIXED)
+    hidden: int = field(default=2048, metadata=FIXED)
+    rope_theta: float = field(default=10_000.0, metadata=FIXED)
+    norm_eps: float = field(default=1e-6, metadata=FIXED)
+    output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
+    dtype: str = "auto"  # of the computation; weights are float32. auto: bfloat16 on CUDA, float32 elsewhere
+    remat: bool = True  # recompute each block in the backward pass: less memory, a third more work
+
+    def __post_init__(self):
+        for name in ("context", "layers", "heads", "width", "hidden"):
+            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        _require(
+            257 <= self.vocab_size <= 50_257,
+            f"model.vocab_size is {self.vocab_size}: the tokenizer (GPT-2's) has prefixes of 257 to 50257 tokens",
+        )
+        _require(
+            self.width % (2 * self.heads) == 0,
+            f"model.width {self.width} does not divide into {self.heads} heads of an even size (RoPE turns pairs):"
+            f" choose a multiple of {2 * self.heads}",
+        )
+        _require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}: it must be above 0")
+        _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
+        _one_of("model.output_init", self.output_init, ("scaled", "zero"))
+        _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon on the blocks' matrices with AdamW on the rest; one schedule for both."""
+
+    name: str = field(default="adamw", metadata=FIXED)
+    learning_rate: float = 3e-4  # peak
+    muon_learning_rate: float = 6e-3  # peak, of the blocks' matrices under muon
+    warmup_steps: int = 1000
+    decay: str = "cosine"
+    decay_fraction: float = 1.0  # of the steps after the warm-up, at the end; before it the rate is constant
+    floor: float = 0.1  # last learning rate, as a share of the peak
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _one_of("optimizer.name", self.name, ("adamw", "muon"))
+        _one_of("optimizer.decay", self.decay, ("cosine", "linear"))
+        for name in ("learning_rate", "muon_learning_rate", "clip_norm"):
+            _require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("decay_fraction", "floor"):
+            _require(
+                0 <= getattr(self, name) <= 1, f"optimizer.{name} is {getattr(self, name)}: it must be between 0 and 1"
+            )
+        for name in ("b1", "b2"):
+            _require(
+                0 <= getattr(self, name) < 1,
+                f"optimizer.{name} is {getattr(self, name)}: it must be at least 0 and below 1",
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and where its tokens lie."""
+
+    corpus: str = "novels"  # a named corpus, or paths and patterns separated by commas
+    dir: str = ""  # of train.bin and val.bin; empty: data/CORPUS-VOCABULARY
+    validation: float = 0.01  # share of the text held out
+    eval_windows: int = 64  # windows of `context` tokens per evaluation, evenly spread; 0: the whole validation text
+
+    def __post_init__(self):
+        _require(bool(self.corpus or self.dir), "data.corpus and data.dir are both empty: name one of them")
+        _require(
+            0 < self.validation < 1, f"data.validation is {self.validation}: it must be a share between 0 and 1"
+        )
+        _require(self.eval_windows >= 0, f"data.eval_windows is {self.eval_windows}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The texts written while training."""
+
+    prompts: tuple[str, ...] = PROMPTS
+    texts: int = 10  # per block of samples
+    tokens: int = 60  # per text
+    temperature: float = 0.8  # 0: greedy
+    top_k: int = 50  # 0: all
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        _require(len(self.prompts) >= 1, "sample.prompts is empty: give at least one prompt")
+        for name in ("texts", "tokens"):
+            _require(getattr(self, name) >= 1, f"sample.{name} is {getattr(self, name)}: it must be at least 1")
+        _require(self.temperature >= 0, f"sample.temperature is {self.temperature}: it must not be negative")
+        _require(self.top_k >= 0, f"sample.top_k is {self.top_k}: it must not be negative (0 keeps all)")
+        _require(0 < self.top_p <= 1, f"sample.top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Steps are optimizer steps; an interval of n acts after steps n, 2n, 3n and so on."""
+
+    batch_size: int = field(default=32, metadata=FIXED)  # sequences per micro-batch
+    grad_accum_steps: int = field(default=2, metadata=FIXED)  # micro-batches per optimizer step
+    slices: int = 1  # parts of a micro-batch computed one after the other: less memory, the same numbers
+    max_steps: int = 50_000
+    eval_interval: int = 100  # a console line and a validation pass
+    save_interval: int = 300
+    generation_interval: int = 50
+    max_checkpoints: int = 5
+    max_skipped: int = 10  # micro-batches with non-finite gradients in a row before the run stops
+    seed: int = field(default=0, metadata=FIXED)
+    platform: str = "auto"
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self):
+        for name in (
+            "batch_size grad_accum_steps slices max_steps eval_interval save_interval generation_interval"
+            " max_checkpoints max_skipped"
+        ).split():
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        _require(
+            self.batch_size % self.slices == 0,
+            f"batch_size {self.batch_size} does not divide into {self.slices} slices: choose a divisor",
+        )
+        _require(0 <= self.seed < 2**31, f"seed is {self.seed}: it must be between 0 and 2147483647")
+        _one_of("platform", self.platform, ("auto", "cpu", "cuda", "mps", "metal"))
+        _require(
+            self.optimizer.warmup_steps < self.max_steps,
+            f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of max_steps {self.max_steps}:"
+            " choose a shorter warm-up",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step learns from."""
+        return self.batch_size * self.grad_accum_steps * self.model.context
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All settings at their defaults, for a config file to change."""
+    return ml_collections.ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The settings as nested plain dicts (JSON-ready but for tuples)."""
+    return dataclasses.asdict(config)
+
+
+def from_config_dict(settings: Mapping[str, Any]) -> Config:
+    """Checks every setting and freezes them.
+
+    Args:
+        settings: nested mapping (a ConfigDict, or JSON read back); what it leaves out keeps its default.
+
+    Raises:
+        RequestError: an unknown name (with the nearest known one), a wrong type, a value out of bounds.
+    """
+    return _build(Config, settings, "")
+
+
+def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
+    kinds = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in settings.items():
+        _require(name in kinds, f"unknown setting {prefix}{name}: {_nearest(name, kinds)}see jaxlm/config.py")
+        kind = kinds[name]
+        if dataclasses.is_dataclass(kind):
+            _require(isinstance(value, Mapping | ml_collections.ConfigDict), f"{prefix}{name} must be a group")
+            arguments[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _value(f"{prefix}{name}", kind, value)
+    return cls(**arguments)
+
+
+def _value(name: str, kind: Any, value: Any) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind == tuple[str, ...]:
+        good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        value = tuple(value) if good else value
+    else:
+        good = type(value) is kind and value == value
+    described = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    _require(good, f"{name} is {value!r}: it must be {described.get(kind, 'a list of texts')}")
+    return value
+
+
+def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """The FIXED settings in which a saved run (nested dict) and `config` differ, one phrase each."""
+    return _differences(saved, config, "")
+
+
+def _differences(saved: Mapping[str, Any], config: Any, prefix: str) -> list[str]:
+    found = []
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        if dataclasses.is_dataclass(value):
+            found += _differences(saved.get(setting.name, {}), value, f"{prefix}{setting.name}.")
+        elif setting.metadata.get("fixed") and saved.get(setting.name, setting.default) != value:
+            found.append(f"{prefix}{setting.name} is {value}, there it is {saved.get(setting.name, setting.default)}")
+    return found

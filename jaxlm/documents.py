@@ -1,0 +1,166 @@
+"""Files of text, read as a stream of documents in bounded memory."""
+
+import gzip
+import importlib
+import io
+import itertools
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO, NamedTuple, TextIO
+
+from jaxlm.errors import RequestError
+from jaxlm.tokenizer import END_OF_TEXT
+
+READABLE = ".txt, .jsonl (each also as .gz, .xz or .zst) and .parquet"
+PIECE_CHARACTERS = 1 << 18
+_LONGEST_PIECE = 1 << 20
+_LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+class Piece(NamedTuple):
+    """A stretch of a document, never empty; the document goes on until a piece starts the next one.
+
+    Pieces are cut between a non-space and a space or newline. No token of GPT-2 spans that place, so the ids of the
+    pieces, joined, are the ids of the document.
+    """
+
+    text: str
+    starts_document: bool
+
+
+def read_pieces(paths: Iterable[Path]) -> Iterator[Piece]:
+    """The documents of all files, in order.
+
+    A .txt file is one document, or several with END_OF_TEXT between them (the line breaks around it go with it). A
+    line of .jsonl or a row of .parquet is a document, its text under the key or column `text`. Files are UTF-8; a
+    byte order mark at the start is dropped and everything else, line ends included, kept.
+
+    Raises RequestError for a file that cannot be read, is of another kind, is not UTF-8 or holds no text.
+    """
+    for path in paths:
+        piece = None
+        try:
+            for piece in _read_file(path):
+                yield piece
+        except RequestError:
+            raise
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"{path} is not UTF-8 text: convert it first, for example with iconv -f latin1 -t utf-8"
+            ) from error
+        except _reading_errors(path) as error:
+            reason = getattr(error, "strerror", None) or f"damaged or cut short, {error}"
+            raise RequestError(f"cannot read {path} ({reason}): check the file") from error
+        if piece is None:
+            raise RequestError(f"{path} holds no text: name a file that does")
+
+
+def read_text(stream: TextIO) -> Iterator[Piece]:
+    """The documents of a .txt file that is open without newline translation; see `read_pieces`.
+
+    A stretch of a million characters without a space or newline after another character is cut all the same, to stay
+    in bounded memory: there a token may come out as two.
+    """
+    text, starts_document, blank = "", True, ""
+    while chunk := stream.read(PIECE_CHARACTERS):
+        *ended, text = (text + chunk).split(END_OF_TEXT)
+        for document in ended:
+            if document := document.lstrip(blank).rstrip("\r\n"):
+                yield Piece(document, starts_document)
+            starts_document, blank = True, "\r\n"
+        text = text.lstrip(blank)
+        if cut := _last_cut(text):
+            yield Piece(text[:cut], starts_document)
+            text, starts_document, blank = text[cut:], False, ""
+    if text:
+        yield Piece(text, starts_document)
+
+
+def _last_cut(text: str) -> int:
+    """Where to cut `text`, 0 for nowhere; never inside an END_OF_TEXT that its end may have begun."""
+    if place := _LAST_BREAK.match(text):
+        return place.end()
+    return len(text) - len(END_OF_TEXT) if len(text) > _LONGEST_PIECE else 0
+
+
+def _read_file(path: Path) -> Iterator[Piece]:
+    kind = path.with_suffix("").suffix if path.suffix in (".gz", ".xz", ".zst") else path.suffix
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif kind == ".jsonl":
+        with _open_text(path) as stream:
+            yield from _read_jsonl(path, stream)
+    elif kind == ".txt":
+        with _open_text(path) as stream:
+            yield from read_text(stream)
+    else:
+        raise RequestError(f"{path} is of no kind that can be read: use {READABLE}")
+
+
+def _open_text(path: Path) -> TextIO:
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
+    raw = openers.get(path.suffix, io.FileIO)(path)
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
+
+
+def _open_zst(path: Path) -> BinaryIO:
+    zstd = _zstd_module(path)
+    if zstd.__name__ == "compression.zstd":
+        return zstd.open(path)
+    return zstd.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+
+
+def _zstd_module(path: Path) -> ModuleType:
+    for name in ("compression.zstd", "zstandard"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise RequestError(f"reading {path} needs zstandard: pip install zstandard, or unpack the file")
+
+
+def _reading_errors(path: Path) -> tuple[type[Exception], ...]:
+    errors = (OSError, EOFError, lzma.LZMAError, zlib.error)
+    return (*errors, _zstd_module(path).ZstdError) if path.suffix == ".zst" else errors
+
+
+def _read_jsonl(path: Path, stream: TextIO) -> Iterator[Piece]:
+    for number, line in enumerate(stream, start=1):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RequestError(f"{path}, line {number} is not JSON ({error}): mend or remove the line") from error
+        yield from _record_text(record.get("text") if isinstance(record, dict) else None, f"{path}, line {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise RequestError(f'reading {path} needs pyarrow: pip install "jaxlm[parquet]"') from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise RequestError(f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}: rename one")
+        batches = file.iter_batches(batch_size=1024, columns=["text"])
+        texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for number, text in enumerate(texts, start=1):
+            yield from _record_text(text, f"{path}, row {number}")
+    except pyarrow.ArrowException as error:
+        raise RequestError(f"{path} is not a sound parquet file: check it") from error
+
+
+def _record_text(text: object, where: str) -> Iterator[Piece]:
+    """A whole document that is in memory already; an empty one is none. A lone surrogate becomes "?"."""
+    if not isinstance(text, str):
+        raise RequestError(f"{where} has no text under `text`: add it or remove the line")
+    if text:
+        yield Piece(text.encode(errors="replace").decode(), starts_document=True)

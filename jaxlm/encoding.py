@@ -1,0 +1,175 @@
+"""Documents to token files: encode on all cores, write beside and rename."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from jaxlm.corpus import WITH_OWN_VALIDATION, files_sha256, open_corpus, source_changed
+from jaxlm.documents import PIECE_CHARACTERS, Piece
+from jaxlm.errors import RequestError, RunError
+from jaxlm.split import measure, split
+from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokens import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
+
+
+class _Encoded(NamedTuple):
+    ids: bytes
+    text_bytes: int
+    documents: int
+
+
+def find_prepared(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta | None:
+    """What `directory` holds if it is just this, whole; None when there is nothing yet, or an unfinished attempt.
+
+    Raises RequestError when it holds token files of another source, other settings or another program.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise RequestError(f"{directory} is a file: choose another --out")
+    meta = read_meta(directory)
+    if meta is None:
+        for path in (directory / TRAIN, directory / VAL):
+            if path.exists():
+                raise RequestError(f"{path} is there already, without {META}: choose another --out or delete it")
+        return None
+    if not meta.fits_files(directory):
+        return None
+    for what, there, asked in (
+        ("source", meta.source, source),
+        ("tokenizer", meta.tokenizer, TOKENIZER_NAME),
+        ("vocab_size", meta.vocab_size, vocab_size),
+        ("validation", meta.validation_fraction, None if source in WITH_OWN_VALIDATION else validation_fraction),
+    ):
+        if there != asked:
+            raise RequestError(
+                f"{directory} was prepared with {what} {there}, not {asked}: choose another --out or delete it"
+            )
+    if source_changed(source, meta.source_sha256):
+        raise RequestError(f"{source} has changed since {directory} was prepared: choose another --out or delete it")
+    return meta
+
+
+def write_token_files(
+    source: str,
+    directory: Path,
+    vocab_size: int,
+    validation_fraction: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    workers: int | None = None,
+) -> Meta:
+    """Encodes a corpus into `directory`, which `find_prepared` has found to be free.
+
+    `on_progress` is told the bytes of text done and in all; in all is 0 while they are being counted. `workers` is
+    the number of encoding threads, one for each core unless told.
+
+    Raises RequestError when the corpus cannot be read or split, RunError when the disk fails.
+    """
+    if not 0 < validation_fraction < 1:
+        raise RequestError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
+    tokenizer = load_tokenizer(vocab_size)
+    corpus = open_corpus(source)
+    size = measure(corpus, lambda counted: on_progress(counted, 0))
+    pieces = split(corpus, size, validation_fraction)
+    sha256 = files_sha256(corpus.files)
+    with _new_files(directory) as (train_file, val_file, meta_file):
+        writers = {TRAIN: _Writer(train_file), VAL: _Writer(val_file)}
+        done = 0
+        for name, encoded in _encode_all(pieces, tokenizer, workers or os.cpu_count() or 1):
+            writers[name].write(encoded)
+            done += encoded.text_bytes
+            on_progress(done, size.bytes)
+        fraction = None if corpus.validation else validation_fraction
+        train, val = (writers[name].meta() for name in (TRAIN, VAL))
+        meta = Meta(TOKENIZER_NAME, vocab_size, source, sha256, fraction, train, val)
+        meta_file.write(meta.to_json().encode())
+    return meta
+
+
+@contextmanager
+def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
+    """TRAIN, VAL and META, open beside their places; all are moved there at the end, or nothing is left of them.
+
+    META moves first: so no part of the set passes for whole, nor for token files from elsewhere, which have none.
+    """
+    names = (TRAIN, VAL, META)
+    beside = {name: directory / f"{name}.partial" for name in names}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            files = [stack.enter_context(beside[name].open("wb")) for name in names]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for name in reversed(names):
+            beside[name].replace(directory / name)
+    except OSError as error:
+        raise RunError(f"cannot write to {directory} ({error.strerror}): make room or choose another --out") from error
+    finally:
+        for path in beside.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+class _Writer:
+    """Writes a token file, counting and hashing what goes in."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha256 = file, hashlib.sha256()
+        self._tokens = self._text_bytes = self._documents = 0
+
+    def write(self, encoded: _Encoded) -> None:
+        self._file.write(encoded.ids)
+        self._sha256.update(encoded.ids)
+        self._tokens += len(encoded.ids) // TOKEN_DTYPE.itemsize
+        self._text_bytes += encoded.text_bytes
+        self._documents += encoded.documents
+
+    def meta(self) -> FileMeta:
+        return FileMeta(self._tokens, self._text_bytes, self._documents, self._sha256.hexdigest())
+
+
+def _encode_all(
+    pieces: Iterable[tuple[str, Piece]], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[str, _Encoded]]:
+    """Encodes on all cores, for tiktoken lets go of Python's lock; the order within each file is kept."""
+    waiting: deque[tuple[str, Future[_Encoded]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for name, group in _groups(pieces):
+            waiting.append((name, pool.submit(_encode, tokenizer, group)))
+            if len(waiting) > 2 * workers:
+                name, encoded = waiting.popleft()
+                yield name, encoded.result()
+        for name, encoded in waiting:
+            yield name, encoded.result()
+
+
+def _groups(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
+    """Gathers pieces that go to the same file, small ones many together."""
+    groups: dict[str, list[Piece]] = {TRAIN: [], VAL: []}
+    characters = {TRAIN: 0, VAL: 0}
+    for name, piece in pieces:
+        groups[name].append(piece)
+        characters[name] += len(piece.text)
+        if characters[name] >= PIECE_CHARACTERS:
+            yield name, groups[name]
+            groups[name], characters[name] = [], 0
+    yield from groups.items()
+
+
+def _encode(tokenizer: Tokenizer, group: list[Piece]) -> _Encoded:
+    """The ids of `group`, with the end-of-text id before each document."""
+    mark = np.array([tokenizer.end_of_text], TOKEN_DTYPE)
+    ids = [part for piece in group for part in (mark[: piece.starts_document], tokenizer.encode(piece.text))]
+    joined = np.concatenate([mark[:0], *ids]).astype(TOKEN_DTYPE)
+    return _Encoded(
+        joined.tobytes(),
+        sum(len(piece.text.encode()) for piece in group),
+        sum(piece.starts_document for piece in group),
+    )

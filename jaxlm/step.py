@@ -1,0 +1,107 @@
+"""The training state and the jitted steps that take it forward and measure it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.config import Config
+from jaxlm.model import Decoder
+from jaxlm.optimizer import make_optimizer, make_schedule
+
+
+class TrainState(NamedTuple):
+    """All that training carries from one micro-batch to the next."""
+
+    params: Any
+    opt_state: optax.MultiStepsState
+    batches: jax.Array  # [] int32: micro-batches read, those skipped included; the next one's index
+    skipped_in_a_row: jax.Array  # [] int32: since the last micro-batch that counted
+    loss_sum: jax.Array  # [] float32: mean losses of the micro-batches since the last optimizer step, added up
+
+    @property
+    def step(self) -> jax.Array:
+        """[] int32: optimizer steps done."""
+        return self.opt_state.gradient_step
+
+
+class Metrics(NamedTuple):
+    """What one micro-step reports; loss, lr and grad_norm are of the optimizer step when `updated`."""
+
+    updated: jax.Array  # [] bool: this micro-batch completed an optimizer step
+    step: jax.Array  # [] int32: optimizer steps done
+    loss: jax.Array  # [] float32: nats per token, mean over the micro-batches of the step
+    lr: jax.Array  # [] float32
+    grad_norm: jax.Array  # [] float32: of the averaged gradient, before clipping
+    skipped: jax.Array  # [] int32: micro-batches skipped since the start
+    skipped_in_a_row: jax.Array  # [] int32
+
+
+def init_state(config: Config) -> TrainState:
+    """Draws the parameters from the seed; moments and counters are zero."""
+    ids_BT = jnp.zeros((1, 1), jnp.int32)
+    params = Decoder(config.model).init(jax.random.key(config.seed), ids_BT)["params"]
+    # each counter its own array: a donated state may not name one buffer twice
+    return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0), jnp.float32(0))
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """Builds the jitted micro-step.
+
+    Returns:
+        (state, ids [B, T + 1] int32) -> (state, metrics). The state is donated: its buffers are reused. Every
+        `grad_accum_steps` micro-batches with finite gradients make one optimizer step.
+    """
+    model = Decoder(config.model)
+    optimizer = make_optimizer(config)
+    schedule = make_schedule(config.optimizer, config.max_steps)
+
+    def mean_loss(params: Any, ids_BT: jax.Array) -> jax.Array:
+        inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+        return model.apply({"params": params}, inputs_BT, targets_BT, method="loss") / targets_BT.size
+
+    def loss_and_grads(params: Any, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+        if config.slices == 1:
+            return jax.value_and_grad(mean_loss)(params, ids_BT)
+
+        def body(total, slice_BT):
+            found = jax.value_and_grad(mean_loss)(params, slice_BT)
+            return jax.tree.map(lambda a, b: a + b / config.slices, total, found), None
+
+        slices_SBT = ids_BT.reshape(config.slices, -1, ids_BT.shape[1])
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(body, zero, slices_SBT)[0]
+
+    def train_step(state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
+        loss, grads = loss_and_grads(state.params, ids_BT)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        skipped_now = opt_state.skip_state["should_skip"]
+        updated = opt_state.gradient_step > state.step
+        batches = state.batches + 1
+        loss_sum = state.loss_sum + jnp.where(skipped_now, 0, loss)
+        in_a_row = jnp.where(skipped_now, state.skipped_in_a_row + 1, 0)
+        used = opt_state.gradient_step * config.grad_accum_steps + opt_state.mini_step
+        metrics = Metrics(
+            updated=updated,
+            step=opt_state.gradient_step,
+            loss=loss_sum / config.grad_accum_steps,
+            lr=config.optimizer.learning_rate * schedule(state.step),
+            grad_norm=optax.tree_utils.tree_get(opt_state, "grad_norm"),
+            skipped=batches - used,
+            skipped_in_a_row=in_a_row,
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, batches, in_a_row, jnp.where(updated, 0, loss_sum)), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: Config) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """Builds the jitted evaluation step: (params, inputs [B, T], targets [B, T]) -> [] float32, nats in all.
+
+    Targets below 0 count nothing.
+    """
+    model = Decoder(config.model)
+    return jax.jit(lambda params, inputs, targets: model.apply({"params": params}, inputs, targets, method="loss"))
