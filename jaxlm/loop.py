@@ -1,0 +1,230 @@
+"""The training run: batches in, steps, what happens at the intervals, and a stop that loses nothing."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.checkpoint import DIRECTORY, Checkpoints
+from jaxlm.config import Config
+from jaxlm.errors import RunError, Stopped
+from jaxlm.export import write_model
+from jaxlm.generate import encode_prompts, generate, up_to_end
+from jaxlm.monitor import Clock, Monitor, metrics_line
+from jaxlm.resume import describe_run, restore_or_init
+from jaxlm.sampling import Choice
+from jaxlm.step import Metrics, make_eval_step, make_train_step
+from jaxlm.tokenizer import load_tokenizer
+from jaxlm.tokens import TokenFiles, train_batch_stream, val_batches
+
+EARLY_LINES = (1, 2, 5, 10, 20, 50)  # steps with a console line before the first interval ends
+
+
+class Run:
+    """One session of training on one work directory.
+
+    The host counts the micro-batches that it has handed to the device, and takes each to be good until the device
+    reports otherwise, one micro-batch later: so the device never waits for the host. At an interval the host waits
+    for the last report before it acts, so that it acts on the very state after that step.
+    """
+
+    def __init__(self, config: Config, workdir: Path, tokens: TokenFiles, device: jax.Device):
+        """Restores the newest checkpoint of `workdir`, or starts anew.
+
+        Args:
+            config: the settings, `model.dtype` resolved.
+            workdir: exists.
+            tokens: what to train on.
+            device: what trains.
+
+        Raises:
+            RequestError: the checkpoint does not fit the settings or the tokens; a prompt does not fit the context.
+        """
+        self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
+        self.tokenizer = load_tokenizer(config.model.vocab_size)
+        self.prompts = encode_prompts(self.tokenizer, config.sample.prompts, config.model.context)
+        self.checkpoints = Checkpoints(workdir, config.max_checkpoints)
+        self.state, seconds = restore_or_init(self.checkpoints, config, tokens, device)
+        self.accepted = int(self.state.step) * config.grad_accum_steps  # micro-batches, by the host's count
+        self.skipped = int(self.state.batches) - self.accepted
+        self.last_saved = self.checkpoints.steps()[-1] if self.checkpoints.steps() else 0
+        self.clock = Clock(seconds)
+        self.monitor = Monitor(workdir, self.step, config.max_steps)
+        self.losses: list[float] = []  # of the steps since the last console line, and their seconds
+        self.seconds: list[float] = []
+        self.stop_signal = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, by the host's count."""
+        return self.accepted // self.config.grad_accum_steps
+
+    def train(self) -> None:
+        """Trains to `max_steps`.
+
+        Raises:
+            Stopped: on SIGINT or SIGTERM, after saving.
+            RunError: too many micro-batches in a row had gradients that are not finite, or the disk failed.
+        """
+        with self._signals(), contextlib.closing(self.monitor):
+            if self.step < self.config.max_steps:
+                self._loop()
+                self.checkpoints.wait()
+                self._announce_saved()
+            folder = write_model(self.workdir / "final_model", self.config.model, self.state.params)
+            self.monitor.say(f"Done: {self.step:,} steps, the model is in {folder}")
+
+    def _loop(self) -> None:
+        config, accum = self.config, self.config.grad_accum_steps
+        batches = train_batch_stream(
+            self.tokens.train, config.model.context, config.batch_size, config.seed, int(self.state.batches)
+        )
+        with self.clock.pause("compilation"):
+            shape = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
+            train_step = make_train_step(config).lower(self.state, shape).compile()
+        self._eval_step = make_eval_step(config)
+        in_flight: Metrics | None = None
+        while self.step < config.max_steps:
+            self.state, metrics = train_step(self.state, jax.device_put(next(batches), self.device))
+            self.accepted += 1
+            if row := self._absorb(in_flight):
+                self._record(row)
+            in_flight = metrics
+            if self.accepted % accum == 0 and self._something_due():
+                row = self._absorb(in_flight)
+                in_flight = None
+                if row:
+                    self._act(row)
+
+    def _absorb(self, metrics: Metrics | None) -> dict[str, float] | None:
+        """Waits for a micro-step; gives the row for metrics.jsonl if it completed an optimizer step."""
+        if metrics is None:
+            return None
+        m = jax.device_get(metrics)
+        if m.skipped > self.skipped:
+            self.skipped = int(m.skipped)
+            self.accepted -= 1
+            self.monitor.say(f"  → Skipped a micro-batch with gradients that are not finite ({self.skipped} so far)")
+        if m.skipped_in_a_row >= self.config.max_skipped:
+            raise RunError(
+                f"{m.skipped_in_a_row} micro-batches in a row had gradients that are not finite after step {m.step}:"
+                " lower optimizer.learning_rate and start again from the last checkpoint"
+            )
+        if not m.updated:
+            return None
+        seconds = self.clock.step_ended()
+        return {
+            "step": int(m.step),
+            "loss": float(m.loss),
+            "lr": float(m.lr),
+            "grad_norm": float(m.grad_norm),
+            "tokens": int(m.step) * self.config.tokens_per_step,
+            "tokens_per_second": round(self.config.tokens_per_step / seconds, 1),
+            "seconds": round(self.clock.seconds(), 3),
+        }
+
+    def _record(self, row: dict[str, float]) -> None:
+        """Writes a step's row, its console line where one is due, and moves the bar."""
+        self.monitor.record(row)
+        self.losses.append(row["loss"])
+        self.seconds.append(self.config.tokens_per_step / row["tokens_per_second"])
+        step, left = int(row["step"]), self._seconds_left(int(row["step"]))
+        if step % self.config.eval_interval == 0 or step in EARLY_LINES or step == self.config.max_steps:
+            rate = len(self.seconds) * self.config.tokens_per_step / sum(self.seconds)
+            self.monitor.say(metrics_line(step, float(np.mean(self.losses)), row["lr"], rate, left))
+            self.losses, self.seconds = [], []
+        self.monitor.progress(step, row["loss"], row["tokens_per_second"], left, self._next_event(step))
+        self._announce_saved()
+
+    def _intervals(self) -> dict[str, int]:
+        c = self.config
+        return {"evaluation": c.eval_interval, "samples": c.generation_interval, "checkpoint": c.save_interval}
+
+    def _seconds_left(self, step: int) -> float:
+        last = self.config.max_steps
+        pauses = {kind: last // interval - step // interval for kind, interval in self._intervals().items()}
+        return self.clock.seconds_left(last - step, pauses)
+
+    def _next_event(self, step: int) -> str:
+        at, kind = min(((step // interval + 1) * interval, kind) for kind, interval in self._intervals().items())
+        return f"{kind} at {at}" if at < self.config.max_steps else f"the end at {self.config.max_steps}"
+
+    def _something_due(self) -> bool:
+        at_interval = any(self.step % interval == 0 for interval in self._intervals().values())
+        return at_interval or self.step == self.config.max_steps or bool(self.stop_signal)
+
+    def _act(self, row: dict[str, float]) -> None:
+        """Evaluates, samples, saves, stops: whatever is due after the step of `row`, which is the state's."""
+        step, last = self.step, self.step == self.config.max_steps
+        if step % self.config.eval_interval == 0 or last:
+            with self.clock.pause("evaluation"):
+                row |= self._evaluate(limit=0 if last else self.config.data.eval_windows)
+        self._record(row)
+        if "val_loss" in row:
+            self.monitor.say(
+                f"  → Validation loss {row['val_loss']:.4f} ({row['val_bits_per_byte']:.4f} bits per byte)"
+            )
+        if step % self.config.generation_interval == 0 or last:
+            with self.clock.pause("samples"):
+                self.monitor.samples(step, self._write_samples(step))
+        if step % self.config.save_interval == 0 or last or self.stop_signal:
+            with self.clock.pause("checkpoint"):
+                self._save(step)
+        if self.stop_signal and not last:
+            self.checkpoints.wait()
+            self._announce_saved()
+            raise Stopped(f"stopped after step {step}: the same command goes on from there", self.stop_signal)
+
+    def _evaluate(self, limit: int) -> dict[str, float]:
+        c = self.config
+        nats, count = [], 0
+        for inputs, targets in val_batches(self.tokens.val, c.model.context, c.batch_size // c.slices, limit):
+            nats.append(self._eval_step(self.state.params, inputs, targets))
+            count += int((targets >= 0).sum())
+        loss = float(np.sum(jax.device_get(nats), dtype=np.float64)) / count
+        return {"val_loss": loss, "val_bits_per_byte": float(self.tokens.bits_per_byte(loss))}
+
+    def _write_samples(self, step: int) -> list[tuple[str, str]]:
+        """As many texts as configured, their prompts chosen anew for each step."""
+        c, end_of_text = self.config.sample, self.tokenizer.end_of_text
+        order = np.random.default_rng([self.config.seed, step]).permutation(len(c.prompts))
+        chosen = [int(order[i % len(order)]) for i in range(c.texts)]
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        choice = Choice(np.float32(c.temperature), np.int32(c.top_k), np.float32(c.top_p))
+        ids = [self.prompts[i] for i in chosen]
+        (tokens_BN,) = generate(self.config.model, self.state.params, ids, choice, key, c.tokens, end_of_text)
+        texts = [self.tokenizer.decode(up_to_end(row, end_of_text)) for row in tokens_BN]
+        return [(c.prompts[i], c.prompts[i] + text) for i, text in zip(chosen, texts, strict=True)]
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self.clock.seconds()))
+
+    def _announce_saved(self) -> None:
+        if self.checkpoints.saving():
+            return
+        for step in self.checkpoints.steps():
+            if step > self.last_saved:
+                self.last_saved = step
+                self.monitor.say(f"  → Saved checkpoint: {DIRECTORY}/{step}")
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops the run after the step; a second SIGINT leaves at once."""
+
+        def ask_to_stop(number: int, frame: Any) -> None:
+            if self.stop_signal and number == signal.SIGINT:
+                os._exit(128 + number)
+            self.stop_signal = number
+            self.monitor.say("  → Stopping after this step (again to leave at once, without saving)")
+
+        before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

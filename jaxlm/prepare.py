@@ -1,0 +1,69 @@
+"""The command that turns text into token files: python -m jaxlm.prepare --corpus NAME-OR-PATHS --out DIR"""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from jaxlm.command import ArgumentParser, run
+from jaxlm.corpus import corpus_source
+from jaxlm.encoding import find_prepared, write_token_files
+from jaxlm.tokenizer import GPT2_VOCAB_SIZE
+from jaxlm.tokens import FileMeta, Meta, from_elsewhere
+
+
+def prepare_if_missing(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> None:
+    """As `prepare`, but leaves token files from elsewhere as they are, and is silent when there is nothing to do."""
+    if not from_elsewhere(directory):
+        prepare(source, directory, vocab_size, validation_fraction)
+
+
+def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta:
+    """Makes the token files of a corpus, showing progress, unless `directory` holds just these.
+
+    Raises RequestError when the corpus, or what `directory` holds, does not fit; RunError when the disk fails.
+    """
+    if meta := find_prepared(source, directory, vocab_size, validation_fraction):
+        return meta
+    console = Console()
+    console.out(f"Preparing {source} in {directory}", highlight=False)
+    started = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("Reading", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, description="Encoding" if total else "Reading", completed=done, total=total or None)
+
+        meta = write_token_files(source, directory, vocab_size, validation_fraction, show)
+    seconds, size = time.monotonic() - started, (meta.train.bytes + meta.val.bytes) / 1e6
+    console.out(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)", highlight=False)
+    return meta
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command with `argv`, the words after its name. Raises RequestError and RunError."""
+    parser = ArgumentParser(prog="python -m jaxlm.prepare", description="Turns text into token files to train on.")
+    parser.add_argument(
+        "--corpus", nargs="+", required=True, help="novels, tinystories, or paths or patterns of text files"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory for train.bin, val.bin and meta.json")
+    parser.add_argument(
+        "--vocab_size", type=int, default=GPT2_VOCAB_SIZE, help="tokens in the vocabulary (%(default)s)"
+    )
+    parser.add_argument("--validation", type=float, default=0.01, help="fraction kept to validate on (%(default)s)")
+    args = parser.parse_args(argv)
+    meta = prepare(corpus_source(args.corpus), args.out, args.vocab_size, args.validation)
+    print(f"{args.out} holds {_describe(meta.train)} to train on and {_describe(meta.val)} to validate on")
+
+
+def _describe(file: FileMeta) -> str:
+    rate = file.bytes / file.tokens
+    return f"{file.tokens:,} tokens ({file.bytes:,} bytes, {rate:.2f} bytes/token, {file.documents:,} documents)"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,179 @@
+"""Reading files: the documents are those of the whole text, whatever the pieces; bad files get one line."""
+
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import tracemalloc
+from unittest import mock
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxlm import documents
+from jaxlm.documents import read_pieces, read_text
+from jaxlm.errors import RequestError
+from jaxlm.tokenizer import load_tokenizer
+
+MARK = "<|endoftext|>"
+WORDS = [
+    "the",
+    " the",
+    "don't",
+    "'ll",
+    " '",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "  ",
+    " ",
+    "\t",
+    "\u2003",
+    "\x1c",
+    "42",
+    "…",
+    "é",
+    "漢字",
+    "<|end",
+]
+
+
+def as_documents(pieces):
+    """Pieces put together to the texts of whole documents."""
+    found = []
+    for text, starts_document in pieces:
+        assert text
+        found = [*found, text] if starts_document else [*found[:-1], found[-1] + text]
+    return found
+
+
+def pieces_of(text, piece, longest):
+    with mock.patch.multiple(documents, PIECE_CHARACTERS=piece, _LONGEST_PIECE=longest):
+        return list(read_text(io.StringIO(text, newline="\n")))
+
+
+@given(st.lists(st.sampled_from([*WORDS, MARK]), max_size=60).map("".join), st.integers(1, 40))
+def test_documents_do_not_depend_on_the_pieces(text, piece):
+    whole = [part for part in re.split(r"[\r\n]*<\|endoftext\|>[\r\n]*", text) if part]
+    assert as_documents(pieces_of(text, piece, 1000)) == whole
+
+
+@given(st.lists(st.sampled_from(["a", "漢", "<|end", MARK]), max_size=60).map("".join), st.integers(1, 40))
+def test_text_without_spaces_is_cut_and_kept(text, piece):
+    pieces = pieces_of(text, piece, 30)
+    assert as_documents(pieces) == [part for part in text.split(MARK) if part]
+    assert max((len(text) for text, _ in pieces), default=0) <= 30 + piece
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=80).map("".join), st.integers(1, 40))
+def test_ids_of_the_pieces_are_ids_of_the_whole(text, piece):
+    tokenizer = load_tokenizer()
+    pieces = pieces_of(text, piece, 1000)
+    assert [i for text, _ in pieces for i in tokenizer.encode(text).tolist()] == tokenizer.encode(text).tolist()
+
+
+def test_pieces_are_cut_in_a_long_document():
+    text = "It was the best of times. " * 40_000
+    pieces = list(read_text(io.StringIO(text)))
+    assert len(pieces) > 2
+    assert "".join(piece.text for piece in pieces) == text
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_plain_and_packed_files(tmp_path, suffix, pack):
+    (tmp_path / f"a.txt{suffix}").write_bytes(pack(f"\ufeffOne.\r\nTwo é\n\n{MARK}\nThree\n".encode()))
+    rows = [{"text": f"in one line {MARK} \n\u2028 é", "more": 1}, {"text": ""}, {"text": "\ud800!"}]
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(pack("\n\n".join(map(json.dumps, rows)).encode()))
+    pieces = read_pieces([tmp_path / f"a.txt{suffix}", tmp_path / f"b.jsonl{suffix}"])
+    assert as_documents(pieces) == ["One.\r\nTwo é", "Three\n", rows[0]["text"], "?!"]
+
+
+def test_zst_files_of_several_frames(tmp_path):
+    zstd = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    path = tmp_path / "a.txt.zst"
+    packed = zstd.compress(b"one ") + zstd.compress(b"two")
+    path.write_bytes(packed)
+    assert as_documents(read_pieces([path])) == ["one two"]
+    for bad in (packed[:-3], b"not zstd"):
+        path.write_bytes(bad)
+        with pytest.raises(RequestError, match="check the file"):
+            list(read_pieces([path]))
+
+
+def test_parquet_rows_are_documents(tmp_path):
+    texts = [f"document {i}\n" for i in range(3000)]
+    table = pyarrow.table({"id": list(range(3000)), "text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500)
+    assert as_documents(read_pieces([tmp_path / "a.parquet"])) == texts
+
+
+def test_a_long_document_is_never_in_memory_whole(tmp_path):
+    path = tmp_path / "long.txt.gz"
+    path.write_bytes(gzip.compress(b"It was the best of times, it was the worst of times. " * 600_000, compresslevel=1))
+    tracemalloc.start()
+    characters = sum(len(piece.text) for piece in read_pieces([path]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert characters == 53 * 600_000
+    assert peak < 8e6
+
+
+GOOD_LINE = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"\xef\xbb\xbf", "holds no text"),
+        ("a.txt", f"\n{MARK}\n".encode(), "holds no text"),
+        ("a.txt", "café".encode("latin1"), "not UTF-8"),
+        ("a.txt", "text".encode("utf-16"), "not UTF-8"),
+        ("a.jsonl", b"", "holds no text"),
+        ("a.jsonl", GOOD_LINE + b"\n" + b'{"body": "x"}\n', "line 3 has no text"),
+        ("a.jsonl", GOOD_LINE + b'{"text": null}\n', "line 2 has no text"),
+        ("a.jsonl", GOOD_LINE + b'["text"]\n', "line 2 has no text"),
+        ("a.jsonl", GOOD_LINE + b"{text: 1}\n", "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8"),
+        ("a.txt.gz", b"not gzip", "cannot read"),
+        ("a.txt.gz", gzip.compress(b"text" * 1000)[:-9], "cannot read"),
+        ("a.txt.gz", gzip.compress(b"text" * 1000)[:20] + b"\xff" * 20, "cannot read"),
+        ("a.txt.xz", b"not xz", "cannot read"),
+        ("a.txt.xz", lzma.compress(b"text" * 1000)[:-20], "cannot read"),
+        ("a.parquet", b"not parquet", "not a sound parquet"),
+        ("a.parquet", b"", "not a sound parquet"),
+        ("a.csv", b"text", "no kind that can be read"),
+        ("a.parquet.gz", b"text", "no kind that can be read"),
+        ("a", b"text", "no kind that can be read"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError, match=says) as refused:
+        list(read_pieces([tmp_path / name]))
+    assert str(tmp_path / name) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [({"body": ["x"]}, "no column `text`, only body"), ({"text": ["x", None]}, "row 2 has no text")],
+)
+def test_parquet_without_text_is_refused(tmp_path, columns, says):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(RequestError, match=says):
+        list(read_pieces([tmp_path / "a.parquet"]))
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    for name in ("pyarrow", "pyarrow.parquet", "backports.zstd", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name, says in (("a.parquet", r'pip install "jaxlm\[parquet\]"'), ("a.txt.zst", "pip install backports.zstd")):
+        (tmp_path / name).write_bytes(b"anything")
+        with pytest.raises(RequestError, match=says):
+            list(read_pieces([tmp_path / name]))

