@@ -22,12 +22,15 @@ def start(platform: str) -> jax.Device:
         RequestError: a platform named outright does not start.
     """
     if platform != "auto":
-        jax.config.update("jax_platforms", _JAX_NAMES[platform])
+        jax.config.update("jax_platforms", f"{_JAX_NAMES[platform]},cpu")  # the CPU draws the first parameters
     try:
-        return jax.devices()[0]
+        device = jax.devices()[0]
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).split(". ")[0].splitlines()[0]
         raise RequestError(f"platform {platform} does not start ({reason}): try --config.platform=auto") from error
+    if platform not in ("auto", "cpu") and device.platform == "cpu":
+        raise RequestError(f"platform {platform} is not here: install its plugin, or try --config.platform=auto")
+    return device
 
 
 def compute_dtype(setting: str, device: jax.Device) -> str:

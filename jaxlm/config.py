@@ -97,7 +97,7 @@ class OptimizerConfig:
     name: str = field(default="adamw", metadata=FIXED)
     learning_rate: float = 3e-4  # peak
     muon_learning_rate: float = 6e-3  # peak, of the blocks' matrices under muon
-    warmup_steps: int = 1000
+    warmup_steps: int = 100
     decay: str = "cosine"
     decay_fraction: float = 1.0  # of the steps after the warm-up, at the end; before it the rate is constant
     floor: float = 0.1  # last learning rate, as a share of the peak
@@ -135,9 +135,7 @@ class DataConfig:
 
     def __post_init__(self):
         _require(bool(self.corpus or self.dir), "data.corpus and data.dir are both empty: name one of them")
-        _require(
-            0 < self.validation < 1, f"data.validation is {self.validation}: it must be a share between 0 and 1"
-        )
+        _require(0 < self.validation < 1, f"data.validation is {self.validation}: it must be a share between 0 and 1")
         _require(self.eval_windows >= 0, f"data.eval_windows is {self.eval_windows}: it must not be negative")
 
 
@@ -182,10 +180,8 @@ class Config:
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self):
-        for name in (
-            "batch_size grad_accum_steps slices max_steps eval_interval save_interval generation_interval"
-            " max_checkpoints max_skipped"
-        ).split():
+        at_least_one = ("batch_size", "grad_accum_steps", "slices", "max_steps", "eval_interval", "save_interval")
+        for name in (*at_least_one, "generation_interval", "max_checkpoints", "max_skipped"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         _require(
             self.batch_size % self.slices == 0,

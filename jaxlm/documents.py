@@ -127,9 +127,13 @@ def _read_jsonl(path: Path, stream: TextIO) -> Iterator[Piece]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{path}, line {number} is not JSON ({error}): mend or remove the line") from error
-        yield from _record_text(record.get("text") if isinstance(record, dict) else None, f"{path}, line {number}")
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise RequestError(f"{path}, line {number} has no text under `text`: add it or remove the line")
+        if text:
+            yield Piece(_without_surrogates(text), starts_document=True)
 
 
 def _read_parquet(path: Path) -> Iterator[Piece]:
@@ -145,14 +149,14 @@ def _read_parquet(path: Path) -> Iterator[Piece]:
         batches = file.iter_batches(batch_size=1024, columns=["text"])
         texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
         for number, text in enumerate(texts, start=1):
-            yield from _record_text(text, f"{path}, row {number}")
+            if not isinstance(text, str):
+                raise RequestError(f"{path}, row {number} has no text in its column `text`: remove the row")
+            if text:
+                yield Piece(text, starts_document=True)
     except pyarrow.ArrowException as error:
         raise RequestError(f"{path} is not a sound parquet file: check it") from error
 
 
-def _record_text(text: object, where: str) -> Iterator[Piece]:
-    """A whole document that is in memory already; an empty one is none. A lone surrogate becomes "?"."""
-    if not isinstance(text, str):
-        raise RequestError(f"{where} has no text under `text`: add it or remove the line")
-    if text:
-        yield Piece(text.encode(errors="replace").decode(), starts_document=True)
+def _without_surrogates(text: str) -> str:
+    """A lone surrogate, which JSON can name but UTF-8 cannot hold, becomes "?"."""
+    return text if text.isascii() else text.encode(errors="replace").decode()

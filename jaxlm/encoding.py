@@ -15,7 +15,7 @@ from jaxlm.corpus import WITH_OWN_VALIDATION, files_sha256, open_corpus, source_
 from jaxlm.documents import PIECE_CHARACTERS, Piece
 from jaxlm.errors import RequestError, RunError
 from jaxlm.split import measure, split
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from jaxlm.tokens import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
 
 
@@ -165,11 +165,15 @@ def _groups(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Pie
 
 def _encode(tokenizer: Tokenizer, group: list[Piece]) -> _Encoded:
     """The ids of `group`, with the end-of-text id before each document."""
-    mark = np.array([tokenizer.end_of_text], TOKEN_DTYPE)
-    ids = [part for piece in group for part in (mark[: piece.starts_document], tokenizer.encode(piece.text))]
-    joined = np.concatenate([mark[:0], *ids]).astype(TOKEN_DTYPE)
+    if any(END_OF_TEXT in piece.text for piece in group):  # it is ordinary text there, so each piece by itself
+        mark = np.full(1, tokenizer.end_of_text, np.uint16)
+        parts = [part for piece in group for part in (mark[: piece.starts_document], tokenizer.encode(piece.text))]
+        ids = np.concatenate(parts)
+    else:
+        text = "".join([END_OF_TEXT * piece.starts_document + piece.text for piece in group])
+        ids = tokenizer.encode(text, marked=True)
     return _Encoded(
-        joined.tobytes(),
+        ids.astype(TOKEN_DTYPE).tobytes(),
         sum(len(piece.text.encode()) for piece in group),
         sum(piece.starts_document for piece in group),
     )

@@ -26,7 +26,8 @@ def write_model(folder: Path, config: ModelConfig, params: Any) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    save_file({".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}, beside / "model.safetensors")
+    tensors = {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+    save_file(tensors, beside / "model.safetensors")
     (beside / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     (beside / "gpt2.tiktoken").write_bytes(resources.files("jaxlm").joinpath("gpt2.tiktoken").read_bytes())
     shutil.rmtree(folder, ignore_errors=True)

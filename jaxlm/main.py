@@ -4,13 +4,14 @@ Goes on from the newest checkpoint in the work directory; prepares the text its 
 """
 
 import dataclasses
+import difflib
 import json
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.command import run
+from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config, differences, from_config_dict, to_dict
 from jaxlm.errors import RequestError, RunError
 from jaxlm.prepare import prepare_if_missing
@@ -29,15 +30,26 @@ def read_config(argv: list[str]) -> tuple[Config, Path]:
     Raises:
         RequestError: an unknown flag, a config file that is missing or fails, a setting that is wrong.
     """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=str(QUICKSTART))
+    file = Path(parser.parse_known_args(argv)[0].config)
+    if not file.is_file():
+        raise RequestError(f"there is no config file {file}{_nearest_file(file)}")
     try:
         rest = FLAGS(["jaxlm.main", *argv])
+        settings = FLAGS.config
     except Exception as error:  # the config file is a program: it can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
         raise RequestError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
     if rest[1:]:
         raise RequestError(f"unexpected argument {rest[1]!r}: flags begin with --")
-    file = Path(config_flags.get_config_filename(FLAGS["config"]))
-    return from_config_dict(FLAGS.config), Path(FLAGS.workdir or Path("runs", file.stem))
+    return from_config_dict(settings), Path(FLAGS.workdir or Path("runs", file.stem))
+
+
+def _nearest_file(file: Path) -> str:
+    known = [str(other) for other in Path(file.parent).glob("*.py")] or [str(QUICKSTART)]
+    nearest = difflib.get_close_matches(str(file), known, n=1)
+    return f": did you mean {nearest[0]}?" if nearest else f": there is {', '.join(sorted(known))}"
 
 
 def open_data(config: Config) -> TokenFiles:

@@ -8,6 +8,7 @@ import optax
 
 from jaxlm.config import Config, OptimizerConfig
 
+
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
     """The learning rate over optimizer steps, as a share of its peak.
 

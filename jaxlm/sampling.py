@@ -109,7 +109,7 @@ def read(
     positions_BP = jnp.maximum(slots_P[None] - first_B[:, None], 0)
     slots_S = jnp.arange(P + new_slots)
     visible_BPS = (slots_S[None, None] <= slots_P[None, :, None]) & (slots_S[None, None] >= first_B[:, None, None])
-    logits_BV, cache = Decoder(config).apply(
+    read_prompts: Any = Decoder(config).apply(
         {"params": params},
         ids_BP,
         positions_BP,
@@ -118,6 +118,7 @@ def read(
         visible_BPS,
         method="extend",
     )
+    logits_BV, cache = read_prompts
     return Texts(cache, logits_BV, jnp.int32(P), first_B, jnp.zeros(B, bool), keys_B)
 
 

@@ -1,6 +1,5 @@
 """The training state and the jitted steps that take it forward and measure it."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +46,7 @@ def init_state(config: Config) -> TrainState:
     return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+def make_train_step(config: Config) -> jax.stages.Wrapped:
     """Builds the jitted micro-step.
 
     Returns:
@@ -60,7 +59,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array], tuple[T
 
     def mean_loss(params: Any, ids_BT: jax.Array) -> jax.Array:
         inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-        return model.apply({"params": params}, inputs_BT, targets_BT, method="loss") / targets_BT.size
+        nats: Any = model.apply({"params": params}, inputs_BT, targets_BT, method="loss")
+        return nats / targets_BT.size
 
     def loss_and_grads(params: Any, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
         if config.slices == 1:
@@ -98,7 +98,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array], tuple[T
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: Config) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+def make_eval_step(config: Config) -> jax.stages.Wrapped:
     """Builds the jitted evaluation step: (params, inputs [B, T], targets [B, T]) -> [] float32, nats in all.
 
     Targets below 0 count nothing.

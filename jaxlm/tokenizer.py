@@ -35,12 +35,16 @@ class Tokenizer:
     def end_of_text(self) -> int:
         return len(self.vocabulary) - 1
 
-    def encode(self, text: str) -> npt.NDArray[np.uint16]:
-        """Ids of `text`, [N]. END_OF_TEXT inside it is ordinary text; a lone surrogate becomes "?"."""
+    def encode(self, text: str, marked: bool = False) -> npt.NDArray[np.uint16]:
+        """Ids of `text`, [N]. END_OF_TEXT inside it is ordinary text, or the id `end_of_text` if `marked`.
+
+        A lone surrogate, which UTF-8 cannot hold, becomes "?".
+        """
+        special = {END_OF_TEXT} if marked else set()
         try:
-            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self.encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
         except UnicodeEncodeError:
-            ids = self.encoding.encode_to_numpy(text.encode(errors="replace").decode(), disallowed_special=())
+            return self.encode(text.encode(errors="replace").decode(), marked)
         return ids.astype(np.uint16)
 
     def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
