@@ -201,6 +201,17 @@ class Config:
         return self.batch_size * self.grad_accum_steps * self.model.context
 
 
+def check_name(name: str) -> None:
+    """Raises RequestError, with the nearest known one, if no setting has this name (`group.name` in a group)."""
+    kind: Any = Config
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        known = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        above = "".join(f"{parent}." for parent in parts[:depth])
+        _require(part in known, f"unknown setting {above}{part}: {_nearest(part, known)}see jaxlm/config.py")
+        kind = known[part]
+
+
 def default_config() -> ml_collections.ConfigDict:
     """All settings at their defaults, for a config file to change."""
     return ml_collections.ConfigDict(to_dict(Config()))
@@ -227,7 +238,7 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
     kinds = typing.get_type_hints(cls)
     arguments = {}
     for name, value in settings.items():
-        _require(name in kinds, f"unknown setting {prefix}{name}: {_nearest(name, kinds)}see jaxlm/config.py")
+        check_name(prefix + name)
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
             _require(isinstance(value, Mapping | ml_collections.ConfigDict), f"{prefix}{name} must be a group")

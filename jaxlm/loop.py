@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm import backend
 from jaxlm.checkpoint import DIRECTORY, Checkpoints
 from jaxlm.config import Config
 from jaxlm.errors import RunError, Stopped
 from jaxlm.export import write_model
 from jaxlm.generate import encode_prompts, generate, up_to_end
+from jaxlm.model import parameter_count
 from jaxlm.monitor import Clock, Monitor, metrics_line
 from jaxlm.resume import describe_run, restore_or_init
 from jaxlm.sampling import Choice
@@ -72,12 +74,24 @@ class Run:
             RunError: too many micro-batches in a row had gradients that are not finite, or the disk failed.
         """
         with self._signals(), contextlib.closing(self.monitor):
+            self.monitor.say(self._header())
             if self.step < self.config.max_steps:
                 self._loop()
                 self.checkpoints.wait()
                 self._announce_saved()
             folder = write_model(self.workdir / "final_model", self.config.model, self.state.params)
             self.monitor.say(f"Done: {self.step:,} steps, the model is in {folder}")
+
+    def _header(self) -> str:
+        c, parameters = self.config, parameter_count(self.state.params)
+        total, data = c.max_steps * c.tokens_per_step, len(self.tokens.train)
+        lines = [
+            f"{parameters:,} parameters in {c.model.dtype} on {backend.describe(self.device)}",
+            f"{c.max_steps:,} steps of {c.tokens_per_step:,} tokens: {total / parameters:.3g} tokens a parameter,"
+            f" {total / data:.3g} epochs of {data:,} tokens",
+            f"Data in {self.tokens.directory}, work in {self.workdir}",
+        ]
+        return "\n".join(lines + [f"Going on from step {self.step:,}"] * (self.step > 0))
 
     def _loop(self) -> None:
         config, accum = self.config, self.config.grad_accum_steps

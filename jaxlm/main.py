@@ -6,22 +6,20 @@ Goes on from the newest checkpoint in the work directory; prepares the text its 
 import dataclasses
 import difflib
 import json
+import re
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from jaxlm.command import ArgumentParser, run
-from jaxlm.config import Config, differences, from_config_dict, to_dict
+from jaxlm.config import Config, check_name, differences, from_config_dict, to_dict
 from jaxlm.errors import RequestError, RunError
 from jaxlm.prepare import prepare_if_missing
 from jaxlm.tokens import TokenFiles, open_tokens
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.py"
 
-FLAGS = flags.FlagValues()
-config_flags.DEFINE_config_file("config", str(QUICKSTART), "Config file; --config.NAME=VALUE changes a setting.", FLAGS)
-flags.DEFINE_string("workdir", "", "Work directory. Default: runs/NAME-OF-THE-CONFIG", flag_values=FLAGS)
 
 
 def read_config(argv: list[str]) -> tuple[Config, Path]:
@@ -31,19 +29,33 @@ def read_config(argv: list[str]) -> tuple[Config, Path]:
         RequestError: an unknown flag, a config file that is missing or fails, a setting that is wrong.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=str(QUICKSTART))
-    file = Path(parser.parse_known_args(argv)[0].config)
-    if not file.is_file():
-        raise RequestError(f"there is no config file {file}{_nearest_file(file)}")
+    parser.add_argument("--config", type=Path, default=QUICKSTART)
+    known, others = parser.parse_known_args(argv)
+    if not known.config.is_file():
+        raise RequestError(f"there is no config file {known.config}{_nearest_file(known.config)}")
+    for setting in re.findall(r"(?m)^--config\.([\w.]+)", "\n".join(others)):
+        check_name(setting)
+    words = ["jaxlm.main", f"--config={known.config}", *others]
+    values = define_flags(words)
     try:
-        rest = FLAGS(["jaxlm.main", *argv])
-        settings = FLAGS.config
+        rest = values(words)
+        settings = values.config
     except Exception as error:  # the config file is a program: it can raise anything
-        reason = " ".join(str(error.args[0] if error.args else type(error).__name__).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
     if rest[1:]:
         raise RequestError(f"unexpected argument {rest[1]!r}: flags begin with --")
-    return from_config_dict(settings), Path(FLAGS.workdir or Path("runs", file.stem))
+    return from_config_dict(settings), Path(values.workdir or Path("runs", known.config.stem))
+
+
+def define_flags(words: list[str]) -> flags.FlagValues:
+    """The flags of this command, not yet parsed; `words` is the whole command line, for the settings in it."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", str(QUICKSTART), "config file; --config.NAME=VALUE changes a setting", values, sys_argv=words
+    )
+    flags.DEFINE_string("workdir", "", "work directory; empty: runs/NAME-OF-THE-CONFIG", flag_values=values)
+    return values
 
 
 def _nearest_file(file: Path) -> str:
@@ -84,36 +96,22 @@ def claim(workdir: Path, config: Config) -> None:
         raise RunError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from error
 
 
-def header(config: Config, parameters: int, device: str, tokens: TokenFiles, workdir: Path) -> str:
-    """What will run, in three lines."""
-    total = config.max_steps * config.tokens_per_step
-    return (
-        f"{parameters:,} parameters on {device}, {config.model.dtype}\n"
-        f"{config.max_steps:,} steps of {config.tokens_per_step:,} tokens: {total / parameters:.3g} a parameter,"
-        f" {total / len(tokens.train):.3g} epochs of {len(tokens.train):,}\n"
-        f"Data in {tokens.directory}, work in {workdir}"
-    )
-
-
 def main(argv: list[str]) -> None:
     """Runs the command with `argv`, the words after its name. Raises RequestError, RunError and Stopped."""
     if {"--help", "-h"} & set(argv):
-        print(f"{__doc__}\n{FLAGS.get_help()}\nThe settings are those of jaxlm/config.py.")
+        print(f"{__doc__}{define_flags([]).get_help()}\nThe settings are those of jaxlm/config.py.")
         return
     config, workdir = read_config(argv)
     tokens = open_data(config)
 
     from jaxlm import backend  # jax only now: what came before answers in a moment, and needs no device
     from jaxlm.loop import Run
-    from jaxlm.model import parameter_count
 
     device = backend.start(config.platform)
     claim(workdir, config)
     model = dataclasses.replace(config.model, dtype=backend.compute_dtype(config.model.dtype, device))
     config = dataclasses.replace(config, model=model)
-    training = Run(config, workdir, tokens, device)
-    print(header(config, parameter_count(training.state.params), backend.describe(device), tokens, workdir), flush=True)
-    training.train()
+    Run(config, workdir, tokens, device).train()
 
 
 if __name__ == "__main__":
