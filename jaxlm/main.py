@@ -16,10 +16,9 @@ from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config, check_name, differences, from_config_dict, to_dict
 from jaxlm.errors import RequestError, RunError
 from jaxlm.prepare import prepare_if_missing
-from jaxlm.tokens import TokenFiles, open_tokens
+from jaxlm.tokens import TRAIN, TokenFiles, open_tokens
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.py"
-
 
 
 def read_config(argv: list[str]) -> tuple[Config, Path]:
@@ -65,15 +64,17 @@ def _nearest_file(file: Path) -> str:
 
 
 def open_data(config: Config) -> TokenFiles:
-    """The token files of the config, prepared if missing.
+    """The token files of the config: those in `data.dir` as they are, else the corpus's, prepared if missing.
 
     Raises:
         RequestError: they do not fit, or the corpus cannot be had.
     """
-    name = Path(config.data.corpus.split(",")[0]).stem
-    directory = Path(config.data.dir or Path("data", f"{name}-{config.model.vocab_size}"))
-    prepare_if_missing(config.data.corpus, directory, config.model.vocab_size, config.data.validation)
-    return open_tokens(directory, config.model.vocab_size, config.model.context)
+    c, vocab_size = config.data, config.model.vocab_size
+    name = re.sub(r"\W+", "-", c.corpus).strip("-")[:60]
+    directory = Path(c.dir or Path("data", f"{name}-{vocab_size}"))
+    if not (c.dir and (directory / TRAIN).is_file()):
+        prepare_if_missing(c.corpus, directory, vocab_size, c.validation)
+    return open_tokens(directory, vocab_size, config.model.context)
 
 
 def claim(workdir: Path, config: Config) -> None:

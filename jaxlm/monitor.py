@@ -93,7 +93,7 @@ class Monitor:
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._bar = Progress(
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             console=self._console,
@@ -109,7 +109,7 @@ class Monitor:
 
     def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float, next_event: str) -> None:
         """Moves the progress bar to `step`."""
-        state = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {duration(seconds_left)} left  next: {next_event}"
+        state = f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {duration(seconds_left)} left  next: {next_event}"
         self._bar.update(self._task, completed=step, description=state)
 
     def record(self, row: Mapping[str, float]) -> None:
