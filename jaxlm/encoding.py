@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxlm.corpus import WITH_OWN_VALIDATION, files_sha256, open_corpus, source_changed
+from jaxlm.corpus import WITH_OWN_VALIDATION, Corpus, files_sha256, source_changed
 from jaxlm.documents import PIECE_CHARACTERS, Piece
 from jaxlm.errors import RequestError, RunError
 from jaxlm.split import measure, split
@@ -28,8 +28,12 @@ class _Encoded(NamedTuple):
 def find_prepared(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta | None:
     """What `directory` holds if it is just this, whole; None when there is nothing yet, or an unfinished attempt.
 
-    Raises RequestError when it holds token files of another source, other settings or another program.
+    Raises RequestError when the settings make no sense or `directory` holds token files of another source, other
+    settings or another program.
     """
+    load_tokenizer(vocab_size)
+    if not 0 < validation_fraction < 1:
+        raise RequestError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
     if directory.exists() and not directory.is_dir():
         raise RequestError(f"{directory} is a file: choose another --out")
     meta = read_meta(directory)
@@ -56,24 +60,21 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
 
 
 def write_token_files(
-    source: str,
+    corpus: Corpus,
     directory: Path,
     vocab_size: int,
     validation_fraction: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int | None = None,
 ) -> Meta:
-    """Encodes a corpus into `directory`, which `find_prepared` has found to be free.
+    """Encodes a corpus into `directory`, which `find_prepared` has found to be free for it.
 
     `on_progress` is told the bytes of text done and in all; in all is 0 while they are being counted. `workers` is
     the number of encoding threads, one for each core unless told.
 
     Raises RequestError when the corpus cannot be read or split, RunError when the disk fails.
     """
-    if not 0 < validation_fraction < 1:
-        raise RequestError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
     tokenizer = load_tokenizer(vocab_size)
-    corpus = open_corpus(source)
     size = measure(corpus, lambda counted: on_progress(counted, 0))
     pieces = split(corpus, size, validation_fraction)
     sha256 = files_sha256(corpus.files)
@@ -86,7 +87,7 @@ def write_token_files(
             on_progress(done, size.bytes)
         fraction = None if corpus.validation else validation_fraction
         train, val = (writers[name].meta() for name in (TRAIN, VAL))
-        meta = Meta(TOKENIZER_NAME, vocab_size, source, sha256, fraction, train, val)
+        meta = Meta(TOKENIZER_NAME, vocab_size, corpus.source, sha256, fraction, train, val)
         meta_file.write(meta.to_json().encode())
     return meta
 

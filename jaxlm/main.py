@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config, check_name, differences, from_config_dict, to_dict
 from jaxlm.errors import RequestError, RunError
-from jaxlm.prepare import prepare_if_missing
+from jaxlm.prepare import prepare
 from jaxlm.tokens import TRAIN, TokenFiles, open_tokens
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.py"
@@ -73,7 +73,7 @@ def open_data(config: Config) -> TokenFiles:
     name = re.sub(r"\W+", "-", c.corpus).strip("-")[:60]
     directory = Path(c.dir or Path("data", f"{name}-{vocab_size}"))
     if not (c.dir and (directory / TRAIN).is_file()):
-        prepare_if_missing(c.corpus, directory, vocab_size, c.validation)
+        prepare(c.corpus, directory, vocab_size, c.validation)
     return open_tokens(directory, vocab_size, config.model.context)
 
 

@@ -7,16 +7,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxlm.command import ArgumentParser, run
-from jaxlm.corpus import corpus_source
+from jaxlm.corpus import corpus_source, open_corpus
 from jaxlm.encoding import find_prepared, write_token_files
 from jaxlm.tokenizer import GPT2_VOCAB_SIZE
-from jaxlm.tokens import FileMeta, Meta, from_elsewhere
-
-
-def prepare_if_missing(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> None:
-    """As `prepare`, but leaves token files from elsewhere as they are, and is silent when there is nothing to do."""
-    if not from_elsewhere(directory):
-        prepare(source, directory, vocab_size, validation_fraction)
+from jaxlm.tokens import FileMeta, Meta
 
 
 def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta:
@@ -28,6 +22,7 @@ def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: 
         return meta
     console = Console()
     console.out(f"Preparing {source} in {directory}", highlight=False)
+    corpus = open_corpus(source)  # a download shows a bar of its own
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
@@ -38,7 +33,7 @@ def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: 
         def show(done: int, total: int) -> None:
             bar.update(task, description="Encoding" if total else "Reading", completed=done, total=total or None)
 
-        meta = write_token_files(source, directory, vocab_size, validation_fraction, show)
+        meta = write_token_files(corpus, directory, vocab_size, validation_fraction, show)
     seconds, size = time.monotonic() - started, (meta.train.bytes + meta.val.bytes) / 1e6
     console.out(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)", highlight=False)
     return meta

@@ -67,11 +67,6 @@ def read_meta(directory: Path) -> Meta | None:
         raise RequestError(f"{path} is damaged: delete {directory} and prepare it again") from error
 
 
-def from_elsewhere(directory: Path) -> bool:
-    """Whether `directory` holds both token files without meta.json: made by another program, nanoGPT for one."""
-    return (directory / TRAIN).is_file() and (directory / VAL).is_file() and not (directory / META).exists()
-
-
 @dataclass(frozen=True)
 class TokenFiles:
     """Token ids of a corpus, read-only and memory-mapped.

@@ -53,8 +53,9 @@ def test_paths_and_patterns(tmp_path, monkeypatch):
     assert files_sha256(open_corpus("?.txt").files) == hashlib.sha256(b"a.txt b.txt ").hexdigest()
 
 
-def test_changed_sources_are_told(tmp_path):
-    path = tmp_path / "a.txt"
+def test_changed_sources_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("a.txt")
     path.write_text("before")
     before = hashlib.sha256(b"before").hexdigest()
     assert not source_changed(str(path), before)
@@ -62,6 +63,8 @@ def test_changed_sources_are_told(tmp_path):
     assert source_changed(str(path), before)
     path.unlink()
     assert not source_changed(str(path), before)
+    Path("tinystories").write_text("a file that happens to be called so")
+    assert not source_changed("tinystories", before)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,9 @@ def test_missing_hub_package_is_named(monkeypatch):
         open_corpus("tinystories")
 
 
-TRAIN_STORIES = [f"Once upon a time there were {i} cats.\n" + "They slept. " * 3600 + "They woke." for i in range(300)]
+TRAIN_STORIES = [
+    f"Once upon a time there were {i} cats.\n" + "They slept." + " " * 43_000 + "They woke." for i in range(300)
+]
 VALID_STORIES = ["A dog barked.", "The end."]
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxlm import documents
@@ -57,6 +57,7 @@ def pieces_of(text, piece, longest):
         return list(read_text(io.StringIO(text, newline="\n")))
 
 
+@example(f"one{MARK}two\nthree", 10)
 @given(st.lists(st.sampled_from([*WORDS, MARK]), max_size=60).map("".join), st.integers(1, 40))
 def test_documents_do_not_depend_on_the_pieces(text, piece):
     whole = [part for part in re.split(r"[\r\n]*<\|endoftext\|>[\r\n]*", text) if part]

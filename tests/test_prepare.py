@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import RequestError
-from jaxlm.prepare import main, prepare_if_missing
+from jaxlm.prepare import main, prepare
 
 
 def run(*words):
@@ -61,21 +61,18 @@ def test_exit_status_and_one_line(tmp_path):
     assert "did you mean 'novels'" in ran.stderr
 
 
-def test_the_trainer_takes_files_from_elsewhere_as_they_are(tmp_path, capsys):
-    for name in ("train.bin", "val.bin"):
-        (tmp_path / name).write_bytes(b"\1\0" * 100)
-    prepare_if_missing("novels", tmp_path, 4096, 0.05)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "val.bin"]
-    (tmp_path / "val.bin").unlink()
+def test_files_of_another_program_are_not_overwritten(tmp_path, capsys):
+    (tmp_path / "train.bin").write_bytes(b"\1\0" * 100)
     with pytest.raises(RequestError, match="without meta"):
-        prepare_if_missing("novels", tmp_path, 4096, 0.05)
+        prepare("novels", tmp_path, 4096, 0.05)
+    assert (tmp_path / "train.bin").read_bytes() == b"\1\0" * 100
     assert capsys.readouterr().out == ""
 
 
-def test_the_trainer_prepares_what_is_missing(tmp_path, capsys):
+def test_what_is_whole_is_left_without_a_word(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
-    prepare_if_missing(str(tmp_path / "a.txt"), tmp_path / "out", 500, 0.1)
+    prepare(str(tmp_path / "a.txt"), tmp_path / "out", 500, 0.1)
     assert (tmp_path / "out" / "meta.json").exists()
     assert capsys.readouterr().out.startswith("Preparing")
-    prepare_if_missing(str(tmp_path / "a.txt"), tmp_path / "out", 500, 0.1)
+    prepare(str(tmp_path / "a.txt"), tmp_path / "out", 500, 0.1)
     assert capsys.readouterr().out == ""

@@ -13,7 +13,7 @@ from jaxlm.split import measure, split
 def corpus_of(documents, piece=5):
     """A corpus of these texts, each in pieces of so many characters."""
     pieces = [Piece(text[i : i + piece], i == 0) for text in documents for i in range(0, len(text), piece)]
-    return Corpus((), lambda: iter(pieces))
+    return Corpus("", (), lambda: iter(pieces))
 
 
 def split_documents(corpus, fraction):
@@ -57,7 +57,7 @@ def test_too_small_a_fraction_of_many_documents_is_refused():
 
 def test_validation_text_of_its_own_stays_apart():
     train, val = corpus_of(["one", "two"]).train, corpus_of(["three"]).train
-    assert split_documents(Corpus((), train, val), 0.5) == (["one", "two"], ["three"])
+    assert split_documents(Corpus("", (), train, val), 0.5) == (["one", "two"], ["three"])
 
 
 def test_measure_counts_documents_characters_and_bytes():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxlm.errors import RequestError
 from jaxlm.tokenizer import load_tokenizer
-from jaxlm.tokens import from_elsewhere, open_tokens, train_batch_stream, val_batches
+from jaxlm.tokens import open_tokens, train_batch_stream, val_batches
 
 
 def windows_of(ids, context):
@@ -110,7 +110,7 @@ def test_token_files_of_nanogpt_work(tmp_path):
     ids = [i for document in documents for i in [*tokens.encode(document).tolist(), 50256]]
     write(tmp_path, ids * 10, ids)
     files = open_tokens(tmp_path, 50257, 8)
-    assert from_elsewhere(tmp_path) and files.meta is None
+    assert files.meta is None
     assert (files.train.tolist(), files.val.tolist()) == (ids * 10, ids)
     first = len(tokens.decode(ids[:1]).encode())
     assert files.val_bytes == sum(len(document.encode()) for document in documents) - first
@@ -153,7 +153,6 @@ def test_files_that_just_fit_are_opened(tmp_path):
     write(tmp_path, GOOD[:11], [*GOOD, 299], {"source": "b"})
     files = open_tokens(tmp_path, 300, 10)
     assert files.meta is not None and files.meta.source == "b"
-    assert not from_elsewhere(tmp_path)
 
 
 def test_missing_odd_and_broken_files_are_refused(tmp_path):
