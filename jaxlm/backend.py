@@ -1,9 +1,11 @@
-"""Which device computes, and in which dtype."""
+"""Which device computes, and how."""
 
+import dataclasses
 import os
 
 import jax
 
+from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
 
 # jax's defaults for this differ between versions; one seed must give one model
@@ -33,11 +35,22 @@ def start(platform: str) -> jax.Device:
     return device
 
 
-def compute_dtype(setting: str, device: jax.Device) -> str:
-    """The dtype of the computation: `setting`, or for auto bfloat16 on an NVIDIA GPU and float32 elsewhere."""
-    if setting != "auto":
-        return setting
-    return "bfloat16" if device.platform == "gpu" else "float32"
+def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
+    """The same model with what is `auto` decided for the device: bfloat16 on an NVIDIA GPU and float32 elsewhere,
+    cuDNN's attention where it fits and the plain one elsewhere.
+
+    Raises:
+        RequestError: cuDNN is asked for where it does not fit.
+    """
+    on_cuda = device.platform == "gpu"
+    dtype = ("bfloat16" if on_cuda else "float32") if model.dtype == "auto" else model.dtype
+    fits = on_cuda and dtype == "bfloat16" and model.width // model.heads % 8 == 0
+    if model.attention == "cudnn" and not fits:
+        raise RequestError(
+            "model.attention cudnn needs an NVIDIA GPU, bfloat16 and heads of a multiple of 8: set it to auto"
+        )
+    attention = ("cudnn" if fits else "plain") if model.attention == "auto" else model.attention
+    return dataclasses.replace(model, dtype=dtype, attention=attention)
 
 
 def describe(device: jax.Device) -> str:

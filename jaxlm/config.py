@@ -70,6 +70,7 @@ class ModelConfig:
     norm_eps: float = field(default=1e-6, metadata=FIXED)
     output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
     dtype: str = "auto"  # of the computation; weights are float32. auto: bfloat16 on CUDA, float32 elsewhere
+    attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
     remat: bool = True  # recompute each block in the backward pass: less memory, a third more work
 
     def __post_init__(self):
@@ -88,6 +89,7 @@ class ModelConfig:
         _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
         _one_of("model.output_init", self.output_init, ("scaled", "zero"))
         _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("model.attention", self.attention, ("auto", "plain", "cudnn"))
 
 
 @dataclass(frozen=True)

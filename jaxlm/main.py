@@ -110,8 +110,7 @@ def main(argv: list[str]) -> None:
 
     device = backend.start(config.platform)
     claim(workdir, config)
-    model = dataclasses.replace(config.model, dtype=backend.compute_dtype(config.model.dtype, device))
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=backend.resolve(config.model, device))
     Run(config, workdir, tokens, device).train()
 
 

@@ -102,9 +102,10 @@ class Decoder(nn.Module):
         c = self.config
         positions_1T = jnp.arange(ids_BT.shape[1])[None]
         table = layers.rope_table(positions_1T, c.width // c.heads, c.rope_theta)
+        attend = layers.cudnn_attention if c.attention == "cudnn" else layers.causal_attention
 
         def body(x_BTD: jax.Array, p: Mapping[str, jax.Array]) -> tuple[jax.Array, None]:
-            return block(p, x_BTD, table, layers.causal_attention, c), None
+            return block(p, x_BTD, table, attend, c), None
 
         x_BTD = layers.embed(ids_BT, self.embedding).astype(c.dtype)
         x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if c.remat else body, x_BTD, self.blocks)
@@ -146,6 +147,11 @@ class Decoder(nn.Module):
             x_BTD = block(p, x_BTD, table, attend, c)
         x_B1D = layers.rms_norm(x_BTD[:, -1:], self.norm, c.norm_eps)
         return layers.tied_head(x_B1D, self.embedding)[:, 0], Cache(tuple(keys), tuple(values))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Any:
+    """Draws the parameters, float32, without running the model."""
+    return Decoder(config).init(key, method=lambda decoder: decoder.norm)["params"]
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:

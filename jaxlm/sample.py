@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import backend
@@ -21,7 +20,7 @@ from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config, ModelConfig, SampleConfig, from_config_dict
 from jaxlm.errors import RequestError
 from jaxlm.generate import encode_prompts, generate, up_to_end
-from jaxlm.model import Decoder
+from jaxlm.model import init_params
 from jaxlm.sampling import Choice
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -45,9 +44,9 @@ def restore(workdir: Path, step: int | None, platform: str) -> tuple[Config, Any
         raise RequestError(f"there is no checkpoint of step {step}: choose from {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     config = from_config_dict(checkpoints.meta(step)["config"])
-    model = dataclasses.replace(config.model, dtype=backend.compute_dtype("auto", device))
+    model = backend.resolve(dataclasses.replace(config.model, dtype="auto", attention="auto"), device)
     config = dataclasses.replace(config, model=model)
-    like = jax.eval_shape(lambda: Decoder(model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return config, checkpoints.params(step, like, device), step
 
 

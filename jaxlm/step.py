@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import Config
-from jaxlm.model import Decoder
+from jaxlm.model import Decoder, init_params
 from jaxlm.optimizer import make_optimizer, make_schedule
 
 
@@ -40,8 +40,7 @@ class Metrics(NamedTuple):
 
 def init_state(config: Config) -> TrainState:
     """Draws the parameters from the seed; moments and counters are zero."""
-    ids_BT = jnp.zeros((1, 1), jnp.int32)
-    params = Decoder(config.model).init(jax.random.key(config.seed), ids_BT)["params"]
+    params = init_params(config.model, jax.random.key(config.seed))
     # each counter its own array: a donated state may not name one buffer twice
     return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
