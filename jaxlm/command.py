@@ -16,12 +16,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs a command and ends the process: 0, or what the error's exit status says after its message on stderr."""
+    """Runs a command and ends the process: 0, or the exit status of what ended it, after its message on stderr."""
     try:
         main(sys.argv[1:])
-    except (RequestError, RunError, Stopped) as error:
+    except (RequestError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
