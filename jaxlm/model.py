@@ -108,7 +108,10 @@ class Decoder(nn.Module):
             return block(p, x_BTD, table, attend, c), None
 
         x_BTD = layers.embed(ids_BT, self.embedding).astype(c.dtype)
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if c.remat else body, x_BTD, self.blocks)
+        if c.remat:
+            x_BTD, _ = jax.lax.scan(jax.checkpoint(body), x_BTD, self.blocks)
+        else:
+            x_BTD, _ = jax.lax.scan(body, x_BTD, self.blocks, unroll=c.layers)
         return layers.rms_norm(x_BTD, self.norm, c.norm_eps)
 
     def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:

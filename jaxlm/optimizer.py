@@ -46,7 +46,7 @@ def make_optimizer(config: Config) -> optax.MultiSteps:
 
     adam = descend(optax.scale_by_adam(c.b1, c.b2), c.learning_rate)
     if c.name == "muon":
-        muon = descend(optax.chain(optax.trace(0.95, nesterov=True), _orthogonalize()), c.muon_learning_rate)
+        muon = descend(optax.chain(optax.trace(c.b1, nesterov=True), _orthogonalize()), c.muon_learning_rate)
         update = optax.multi_transform({"adam": adam, "muon": muon}, _muon_labels)
     else:
         update = adam
