@@ -7,6 +7,7 @@ Settings marked `FIXED` decide what the numbers of a checkpoint mean: a run cann
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import ml_collections
 from jaxlm.errors import RequestError
 
 FIXED = {"fixed": True}
+
+PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
 
 PROMPTS = (
     "Once upon a time",
@@ -157,7 +160,7 @@ class SampleConfig:
         for name in ("texts", "tokens"):
             _require(getattr(self, name) >= 1, f"sample.{name} is {getattr(self, name)}: it must be at least 1")
         _require(self.temperature >= 0, f"sample.temperature is {self.temperature}: it must not be negative")
-        _require(self.top_k >= 0, f"sample.top_k is {self.top_k}: it must not be negative (0 keeps all)")
+        _require(0 <= self.top_k < 2**31, f"sample.top_k is {self.top_k}: it must not be negative (0 keeps all)")
         _require(0 < self.top_p <= 1, f"sample.top_p is {self.top_p}: it must be above 0 and at most 1")
 
 
@@ -190,7 +193,7 @@ class Config:
             f"batch_size {self.batch_size} does not divide into {self.slices} slices: choose a divisor",
         )
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}: it must be between 0 and 2147483647")
-        _one_of("platform", self.platform, ("auto", "cpu", "cuda", "mps", "metal"))
+        _one_of("platform", self.platform, PLATFORMS)
         _require(
             self.optimizer.warmup_steps < self.max_steps,
             f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of max_steps {self.max_steps}:"
@@ -233,6 +236,7 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
     Raises:
         RequestError: an unknown name (with the nearest known one), a wrong type, a value out of bounds.
     """
+    _require(isinstance(settings, Mapping | ml_collections.ConfigDict), "get_config() of a config file must return one")
     return _build(Config, settings, "")
 
 
@@ -257,7 +261,7 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
         value = tuple(value) if good else value
     else:
-        good = type(value) is kind and value == value
+        good = type(value) is kind and (kind is not float or math.isfinite(value))
     described = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
     _require(good, f"{name} is {value!r}: it must be {described.get(kind, 'a list of texts')}")
     return value

@@ -24,7 +24,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], context: int) -
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= context:
             raise RequestError(
-                f"the prompt '{prompt[:20]}...' is {len(ids)} tokens long: this model's context of {context} tokens"
+                f"the prompt {prompt[:20]!r}... is {len(ids)} tokens long: this model's context of {context} tokens"
                 f" leaves room for {context - 1} and a token to write"
             )
     return encoded

@@ -76,8 +76,10 @@ class Run:
         with self._signals(), contextlib.closing(self.monitor):
             self.monitor.say(self._header())
             if self.step < self.config.max_steps:
-                self._loop()
-                self.checkpoints.wait()
+                try:
+                    self._loop()
+                finally:
+                    self.checkpoints.wait()
                 self._announce_saved()
             folder = write_model(self.workdir / "final_model", self.config.model, self.state.params)
             self.monitor.say(f"Done: {self.step:,} steps, the model is in {folder}")
@@ -234,7 +236,7 @@ class Run:
             if self.stop_signal and number == signal.SIGINT:
                 os._exit(128 + number)
             self.stop_signal = number
-            self.monitor.say("  → Stopping after this step (again to leave at once, without saving)")
+            os.write(2, b"Stopping after this step; Ctrl-C again to leave at once, without saving\n")
 
         before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -16,6 +16,7 @@ from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config, check_name, differences, from_config_dict, to_dict
 from jaxlm.errors import RequestError, RunError
 from jaxlm.prepare import prepare
+from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokens import TRAIN, TokenFiles, open_tokens
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.py"
@@ -40,7 +41,8 @@ def read_config(argv: list[str]) -> tuple[Config, Path]:
         rest = values(words)
         settings = values.config
     except Exception as error:  # the config file is a program: it can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        text = str(error) or type(error).__name__
+        reason = " ".join((text[text.rindex('File "') :] if "Traceback" in text else text).split())
         raise RequestError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
     if rest[1:]:
         raise RequestError(f"unexpected argument {rest[1]!r}: flags begin with --")
@@ -72,7 +74,7 @@ def open_data(config: Config) -> TokenFiles:
     c, vocab_size = config.data, config.model.vocab_size
     name = re.sub(r"\W+", "-", c.corpus).strip("-")[:60]
     directory = Path(c.dir or Path("data", f"{name}-{vocab_size}"))
-    if not (c.dir and (directory / TRAIN).is_file()):
+    if c.corpus and not (c.dir and (directory / TRAIN).is_file()):
         prepare(c.corpus, directory, vocab_size, c.validation)
     return open_tokens(directory, vocab_size, config.model.context)
 
@@ -82,19 +84,20 @@ def claim(workdir: Path, config: Config) -> None:
 
     Raises:
         RequestError: it does.
-        RunError: the directory cannot be written.
+        OSError: the directory cannot be written.
     """
     file = workdir / "config.json"
-    has_checkpoints = any((workdir / "checkpoints").glob("*"))
-    if has_checkpoints and file.exists() and (found := differences(json.loads(file.read_text()), config)):
-        raise RequestError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        beside.replace(file)
-    except OSError as error:
-        raise RunError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from error
+    if any((workdir / "checkpoints").glob("*")) and file.exists():
+        try:
+            saved = json.loads(file.read_text())
+        except ValueError as error:
+            raise RequestError(f"{file} is damaged: delete it, each checkpoint holds the settings too") from error
+        if found := differences(saved, config):
+            raise RequestError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    beside.replace(file)
 
 
 def main(argv: list[str]) -> None:
@@ -106,12 +109,19 @@ def main(argv: list[str]) -> None:
     tokens = open_data(config)
 
     from jaxlm import backend  # jax only now: what came before answers in a moment, and needs no device
+    from jaxlm.generate import encode_prompts
     from jaxlm.loop import Run
 
+    encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
     device = backend.start(config.platform)
-    claim(workdir, config)
-    config = dataclasses.replace(config, model=backend.resolve(config.model, device))
-    Run(config, workdir, tokens, device).train()
+    resolved = dataclasses.replace(config, model=backend.resolve(config.model, device))
+    try:
+        claim(workdir, config)
+        Run(resolved, workdir, tokens, device).train()
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {workdir} ({error.strerror}): make room or choose another --workdir"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -28,8 +28,13 @@ def samples_block(step: int, texts: Sequence[tuple[str, str]]) -> str:
     """The console block of (prompt, text) pairs, each text on one line."""
     lines = [RULE, f"GENERATION SAMPLES (Step {step})", RULE]
     for number, (prompt, text) in enumerate(texts, 1):
-        lines += [f"{number}. Prompt: '{prompt}'", f"   → {' '.join(text.split())}"]
+        lines += [f"{number}. Prompt: '{_one_line(prompt)}'", f"   → {_one_line(text)}"]
     return "\n".join([*lines, RULE])
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks, nor codes that would steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def duration(seconds: float) -> str:
@@ -93,7 +98,7 @@ class Monitor:
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._bar = Progress(
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             console=self._console,
@@ -109,7 +114,7 @@ class Monitor:
 
     def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float, next_event: str) -> None:
         """Moves the progress bar to `step`."""
-        state = f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {duration(seconds_left)} left  next: {next_event}"
+        state = f"loss {loss:.3f} | {tokens_per_second:,.0f} tok/s | ETA {duration(seconds_left)} | {next_event}"
         self._bar.update(self._task, completed=step, description=state)
 
     def record(self, row: Mapping[str, float]) -> None:
@@ -143,8 +148,8 @@ def keep_up_to(path: Path, step: int) -> None:
     """Drops from a .jsonl file all lines after `step`, and a last line that was cut off while being written."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8", newline="\n") as file:
-        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with path.open("rb") as file:
+        lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(lines), encoding="utf-8", newline="\n")
+    beside.write_bytes(b"".join(lines))
     beside.replace(path)

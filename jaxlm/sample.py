@@ -17,7 +17,7 @@ import numpy as np
 from jaxlm import backend
 from jaxlm.checkpoint import DIRECTORY, Checkpoints
 from jaxlm.command import ArgumentParser, run
-from jaxlm.config import Config, ModelConfig, SampleConfig, from_config_dict
+from jaxlm.config import PLATFORMS, Config, ModelConfig, SampleConfig, from_config_dict
 from jaxlm.errors import RequestError
 from jaxlm.generate import encode_prompts, generate, up_to_end
 from jaxlm.model import init_params
@@ -61,9 +61,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest; 0: all (%(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest of this share (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text (%(default)s)")
-    parser.add_argument("--platform", default="auto", help="auto, cpu, cuda, mps or metal (%(default)s)")
+    parser.add_argument("--platform", default="auto", choices=PLATFORMS, help="what computes (%(default)s)")
     args = parser.parse_args(argv)
     SampleConfig(tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)  # checks them
+    if not 0 <= args.seed < 2**31:
+        raise RequestError(f"--seed is {args.seed}: it must be between 0 and 2147483647")
     config, params, step = restore(args.workdir, args.step, args.platform)
     print(f"Checkpoint of step {step:,}", file=sys.stderr)
     tokenizer = load_tokenizer(config.model.vocab_size)
