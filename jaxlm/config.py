@@ -105,7 +105,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     decay: str = "cosine"
     decay_fraction: float = 1.0  # of the steps after the warm-up, at the end; before it the rate is constant
-    floor: float = 0.1  # last learning rate, as a share of the peak
+    floor: float = 0.1  # learning rate that max_steps reaches, as a share of the peak
     b1: float = 0.9  # Adam's first moment; Muon's momentum
     b2: float = 0.95  # Adam's second moment
     weight_decay: float = 0.1  # decoupled, on matrices only

@@ -74,7 +74,7 @@ class NormState(NamedTuple):
 def _record_norm() -> optax.GradientTransformation:
     return optax.GradientTransformation(
         lambda params: NormState(jnp.float32(0)),
-        lambda updates, state, params=None: (updates, NormState(optax.global_norm(updates))),
+        lambda updates, state, params=None: (updates, NormState(optax.tree_utils.tree_norm(updates))),
     )
 
 

@@ -145,7 +145,7 @@ def write(
         logits_BV, cache = Decoder(config).apply(
             {"params": params}, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S, method="extend"
         )
-        done_B = t.done_B | (token_B == end_of_text)
+        done_B = token_B == end_of_text
         tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
         return i + 1, Texts(cache, logits_BV, t.slot + 1, t.first_B, done_B, t.keys_B), tokens_BN
 

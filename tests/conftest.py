@@ -1,0 +1,32 @@
+"""Runs everything on the CPU; holds what the tests of the core share."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm.backend  # noqa: F401  (its import settles how jax draws random bits, as in every command)
+from jaxlm.config import ModelConfig
+from jaxlm.model import init_params
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Halves the time of tests that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """A configuration of odd sizes, and parameters so large and so unequal that each weighs in the logits."""
+    sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 3, "width": 24, "hidden": 20}
+    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, dtype="float32")
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return config, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)

@@ -1,0 +1,99 @@
+"""Prompts to texts: what is refused, and how the pieces add up to one text."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.errors import RequestError
+from jaxlm.generate import encode_prompts, generate, up_to_end
+from jaxlm.model import Decoder
+from jaxlm.sampling import Choice
+from jaxlm.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CHOICE = Choice(1.2, 0, 1.0)
+GREEDY = Choice(0.0, 0, 1.0)
+SHORT, LONG = [7, 8, 9], list(range(30, 42))
+NEVER = -1  # no token is the end of a text
+
+
+def pieces(small_model, prompts, *, choice=CHOICE, key=0, tokens=10, end_of_text=NEVER, chunk=None):
+    config, params = small_model
+    return list(generate(config, params, prompts, choice, jax.random.key(key), tokens, end_of_text, chunk))
+
+
+@pytest.fixture(scope="module")
+def both(small_model):
+    [tokens] = pieces(small_model, [SHORT, LONG])
+    return tokens
+
+
+def test_chunks_make_the_text_that_is_written_at_once(small_model, both):
+    chunks = pieces(small_model, [SHORT, LONG], chunk=3)
+    assert [chunk.shape for chunk in chunks] == [(2, 3), (2, 3), (2, 3), (2, 1)]
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both)
+
+
+def test_the_key_decides_the_texts_and_each_text_has_its_own(small_model, both):
+    assert both.shape == (2, 10)
+    assert (pieces(small_model, [SHORT, LONG], key=1)[0] != both).any(axis=1).all()
+    [twins] = pieces(small_model, [SHORT, SHORT])
+    np.testing.assert_array_equal(twins[0], both[0])
+    assert (twins[1] != twins[0]).any()
+
+
+def test_a_text_is_the_same_alone(small_model, both):
+    [alone] = pieces(small_model, [SHORT])
+    np.testing.assert_array_equal(alone[0], both[0])
+
+
+def test_texts_end_where_the_context_is_full(small_model):
+    config, params = small_model
+    longest = np.random.default_rng(0).integers(0, 257, config.context - 1).tolist()
+    [tokens] = pieces(small_model, [longest, SHORT], choice=GREEDY)
+    assert tokens.shape == (2, 1)
+    logits = jax.jit(Decoder(config).apply)({"params": params}, np.array([longest]))
+    assert tokens[0, 0] == np.argmax(logits[0, -1])
+
+
+def test_chunks_stop_coming_once_all_texts_have_ended(small_model):
+    [free] = pieces(small_model, [SHORT, SHORT], choice=GREEDY)
+    end_of_text = int(free[0, 4])
+    end = free[0].tolist().index(end_of_text)
+    chunks = pieces(small_model, [SHORT, SHORT], choice=GREEDY, end_of_text=end_of_text, chunk=3)
+    assert len(chunks) == end // 3 + 1 < 4
+    for text in np.concatenate(chunks, axis=1):
+        np.testing.assert_array_equal(up_to_end(text, end_of_text), free[0, :end])
+
+
+def test_chunks_keep_coming_while_one_text_goes_on(small_model, both):
+    end = next(i for i, token in enumerate(both[0]) if token not in both[1])
+    chunks = pieces(small_model, [SHORT, LONG], end_of_text=int(both[0, end]), chunk=3)
+    ended, whole = np.concatenate(chunks, axis=1)
+    np.testing.assert_array_equal(whole, both[1])
+    np.testing.assert_array_equal(ended, [*both[0, :end], *[both[0, end]] * (10 - end)])
+
+
+def test_up_to_end_cuts_at_the_first_end_of_text():
+    ids = np.array([4, 5, 0, 6, 0])
+    assert up_to_end(ids, 0).tolist() == [4, 5]
+    assert up_to_end(ids, 4).tolist() == []
+    assert up_to_end(ids, 9).tolist() == [4, 5, 0, 6, 0]
+
+
+def test_prompts_are_encoded_and_an_empty_one_begins_a_text():
+    tokenizer = load_tokenizer(257)
+    first, empty = encode_prompts(tokenizer, ["abc", ""], context=4)
+    assert tokenizer.decode(first) == "abc"
+    assert empty == [tokenizer.end_of_text]
+
+
+@pytest.mark.parametrize("prompt", ["abcd", "a" * 100, "one\ntwo\nthree"])
+def test_a_prompt_that_fills_the_context_is_refused_in_one_line(prompt):
+    with pytest.raises(RequestError) as refused:
+        encode_prompts(load_tokenizer(257), ["abc", prompt], context=4)
+    message = str(refused.value)
+    assert f"{len(prompt)} tokens" in message
+    assert "4 tokens" in message
+    assert len(message.splitlines()) == 1

@@ -1,0 +1,188 @@
+"""Each layer against its definition in float64 NumPy: values, and gradients by central differences of that."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import layers
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def rms_norm_64(x, scale, eps):
+    return (
+        np.stack([v / np.sqrt(np.dot(v, v) / len(v) + eps) for v in x.reshape(-1, len(scale))]).reshape(x.shape) * scale
+    )
+
+
+def rope_64(x, positions, theta):
+    """The pairs as complex numbers, each turned by exp(i position theta^(-2j/K))."""
+    half = x.shape[-1] // 2
+    turned = np.empty_like(x)
+    for j in range(half):
+        turn = np.exp(1j * positions * theta ** (-2 * j / x.shape[-1]))
+        pair = (x[..., j] + 1j * x[..., j + half]) * turn[:, :, None]
+        turned[..., j], turned[..., j + half] = pair.real, pair.imag
+    return turned
+
+
+def attention_64(q, k, v, mask):
+    """For one query at a time, over the keys it may see and no others."""
+    out = np.empty((*q.shape[:3], v.shape[-1]))
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = mask[b if len(mask) > 1 else 0, t]
+        weights = np.exp(k[b, seen, h] @ q[b, t, h] / np.sqrt(q.shape[-1]))
+        out[b, t, h] = weights @ v[b, seen, h] / weights.sum()
+    return out
+
+
+def swiglu_64(x, gate, up, down):
+    g = x @ gate
+    return (g / (1 + np.exp(-g)) * (x @ up)) @ down
+
+
+def assert_matches(function, reference, *arrays):
+    """The values of `function`, and its gradient by every array in a random direction of the result."""
+    exact = [np.asarray(array, np.float32).astype(np.float64) for array in arrays]
+    values = reference(*exact)
+    direction = np.random.default_rng(1).normal(size=values.shape)
+
+    def run(*inputs):
+        out, pull = jax.vjp(function, *inputs)
+        return out, pull(jnp.asarray(direction, out.dtype))
+
+    out, gradients = jax.jit(run)(*(array.astype(np.float32) for array in arrays))
+    np.testing.assert_allclose(out, values, rtol=1e-5, atol=1e-5)
+    for which, gradient in enumerate(gradients):
+        differences = np.empty(exact[which].shape)
+        for index in np.ndindex(differences.shape):
+            ends = []
+            for step in (1e-5, -1e-5):
+                moved = [array.copy() for array in exact]
+                moved[which][index] += step
+                ends.append(np.sum(reference(*moved) * direction))
+            differences[index] = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(gradient, differences, rtol=1e-4, atol=1e-4, err_msg=f"gradient by argument {which}")
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7), (1, 1, 1), (5, 8)])
+def test_rms_norm(shape):
+    assert_matches(
+        lambda x, scale: layers.rms_norm(x, scale, 0.1),
+        lambda x, scale: rms_norm_64(x, scale, 0.1),
+        draw(*shape),
+        draw(shape[-1]),
+    )
+
+
+def test_rms_norm_of_bfloat16_rounds_only_its_result():
+    x = jnp.asarray(draw(4, 257), jnp.bfloat16)
+    scale = jnp.float32(draw(257))
+    out = layers.rms_norm(x, scale, 1e-6)
+    exact = rms_norm_64(np.float64(x), np.float64(scale), 1e-6)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(out), exact, rtol=2**-8)
+
+
+@pytest.mark.parametrize(("batch", "time", "heads", "head_width"), [(2, 5, 3, 6), (1, 1, 1, 2), (1, 3, 2, 4)])
+def test_rope(batch, time, heads, head_width):
+    positions = np.random.default_rng(0).integers(0, 1024, (batch, time))
+    assert_matches(
+        lambda x: layers.rope(x, layers.rope_table(jnp.asarray(positions), head_width, 100.0)),
+        lambda x: rope_64(x, positions, 100.0),
+        draw(batch, time, heads, head_width),
+    )
+
+
+def test_rope_scores_depend_on_the_distance_of_positions_alone():
+    q, k = jnp.float32(draw(1, 1, 1, 64, seed=1)), jnp.float32(draw(1, 1, 1, 64, seed=2))
+
+    @jax.jit
+    def score(q_position, k_position):
+        q_table, k_table = (layers.rope_table(at[None, None], 64, 10_000.0) for at in (q_position, k_position))
+        return jnp.sum(layers.rope(q, q_table) * layers.rope(k, k_table))
+
+    for distance in (0, 1, 30):
+        scores = [score(jnp.int32(at + distance), jnp.int32(at)) for at in (0, 1, 17, 900)]
+        np.testing.assert_allclose(scores, scores[0], atol=2e-3)
+    here, behind, ahead = (float(score(jnp.int32(a), jnp.int32(b))) for a, b in ((0, 0), (1, 0), (0, 1)))
+    assert min(abs(here - behind), abs(here - ahead), abs(behind - ahead)) > 0.1
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys", "heads", "head_width"), [(2, 3, 5, 2, 3), (1, 1, 1, 1, 1)])
+def test_attention_under_any_mask(batch, queries, keys, heads, head_width):
+    mask = np.random.default_rng(0).random((batch, queries, keys)) < 0.5
+    mask[:, :, 0] = True
+    assert_matches(
+        lambda q, k, v: layers.attention(q, k, v, jnp.asarray(mask)),
+        lambda q, k, v: attention_64(q, k, v, mask),
+        draw(batch, queries, heads, head_width, seed=1) * 2,
+        draw(batch, keys, heads, head_width, seed=2),
+        draw(batch, keys, heads, head_width, seed=3),
+    )
+
+
+@pytest.mark.parametrize(("batch", "time", "heads", "head_width"), [(2, 5, 3, 2), (1, 1, 1, 2)])
+def test_causal_attention(batch, time, heads, head_width):
+    mask = np.array([[[s <= t for s in range(time)] for t in range(time)]])
+    arrays = [draw(batch, time, heads, head_width, seed=seed) for seed in (1, 2, 3)]
+    assert_matches(layers.causal_attention, lambda q, k, v: attention_64(q, k, v, mask), *arrays)
+
+
+def test_attention_with_nothing_to_see_is_finite():
+    q, k, v = (jnp.float32(draw(1, 2, 1, 2, seed=seed)) for seed in (1, 2, 3))
+
+    def blind(q):
+        return jnp.sum(layers.attention(q, k, v, jnp.zeros((1, 2, 2), bool)))
+
+    value, gradient = jax.jit(jax.value_and_grad(blind))(q)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+def test_attention_of_bfloat16_takes_its_softmax_in_float32():
+    """Scores near 850 differ by 0.7, which bfloat16 (steps of 4 there) cannot hold."""
+    q = jnp.asarray([64, 1], jnp.bfloat16).reshape(1, 1, 1, 2)
+    k = jnp.asarray([[18.75, 0], [18.75, 1]], jnp.bfloat16).reshape(1, 2, 1, 2)
+    v = jnp.asarray([[0, 0], [1, 1]], jnp.bfloat16).reshape(1, 2, 1, 2)
+    out = layers.attention(q, k, v, jnp.ones((1, 1, 2), bool))
+    assert out.dtype == jnp.bfloat16
+    assert float(out[0, 0, 0, 0]) == pytest.approx(1 / (1 + np.exp(-(2**-0.5))), rel=2**-8)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(4, 7), (1, 1)])
+def test_swiglu(width, hidden):
+    arrays = draw(2, 3, width), draw(width, hidden, seed=1), draw(width, hidden, seed=2), draw(hidden, width, seed=3)
+    assert_matches(layers.swiglu, swiglu_64, *arrays)
+
+
+def test_linear():
+    assert_matches(layers.linear, lambda x, w: x @ w, draw(2, 3, 5), draw(5, 4))
+
+
+def test_embedding_takes_rows_and_adds_up_their_gradients():
+    ids = np.array([[3, 0, 3], [6, 3, 1]])
+    assert_matches(
+        lambda table: layers.embed(jnp.asarray(ids), table), lambda table: np.eye(7)[ids] @ table, draw(7, 3)
+    )
+
+
+def test_embedding_clips_ids_outside_the_vocabulary():
+    table = jnp.arange(5.0)[:, None]
+    assert layers.embed(jnp.array([[-1, 5, 99, 4]]), table)[0, :, 0].tolist() == [0, 4, 4, 4]
+
+
+def test_tied_head():
+    assert_matches(layers.tied_head, lambda x, table: x @ table.T, draw(2, 3, 5), draw(7, 5))
+
+
+def test_tied_head_of_bfloat16_gives_sums_in_float32():
+    x, table = jnp.asarray(draw(1, 1, 301), jnp.bfloat16), jnp.asarray(draw(5, 301), jnp.bfloat16)
+    out = layers.tied_head(x, table.astype(jnp.float32))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, np.float64(x) @ np.float64(table).T, rtol=1e-5, atol=1e-5)

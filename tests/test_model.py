@@ -1,0 +1,199 @@
+"""The decoder against a forward pass written out here, and how its parameters are drawn."""
+
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import ModelConfig
+from jaxlm.model import Decoder, init_params, parameter_count
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+IDS = np.random.default_rng(1).integers(0, 257, (2, 7))
+
+
+def logits_64(params, ids, config):
+    """One text, one position, one head at a time, in float64."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    half = config.width // config.heads // 2
+
+    def normed(x, scale):
+        return scale * x / math.sqrt(x @ x / len(x) + config.norm_eps)
+
+    def turned(x, position):
+        angles = position / config.rope_theta ** (np.arange(half) / half)
+        turns = np.exp(1j * angles) * (x.reshape(-1, 2, half)[:, 0] + 1j * x.reshape(-1, 2, half)[:, 1])
+        return np.concatenate([turns.real, turns.imag], axis=1)
+
+    stream = [p["embedding"][i].copy() for i in ids]
+    for layer in range(config.layers):
+        b = {name: stacked[layer] for name, stacked in p["blocks"].items()}
+        keys, values = [], []
+        for position, x in enumerate(stream):
+            h = normed(x, b["attention_norm"])
+            keys.append(turned(h @ b["key"], position))
+            values.append((h @ b["value"]).reshape(config.heads, -1))
+            queries = turned(h @ b["query"], position)
+            mixed = []
+            for head in range(config.heads):
+                weights = np.exp([queries[head] @ key[head] / math.sqrt(2 * half) for key in keys])
+                mixed.append(weights / weights.sum() @ [value[head] for value in values])
+            x += np.concatenate(mixed) @ b["output"]
+            h = normed(x, b["mlp_norm"])
+            gate = h @ b["gate"]
+            x += (gate / (1 + np.exp(-gate)) * (h @ b["up"])) @ b["down"]
+    return np.array([p["embedding"] @ normed(x, p["norm"]) for x in stream])
+
+
+@functools.cache
+def fresh(output_init="scaled", vocab_size=512, layers=3, width=64):
+    """A model as training starts it."""
+    sizes = {"vocab_size": vocab_size, "layers": layers, "width": width, "heads": 2, "hidden": 96}
+    config = ModelConfig(**sizes, output_init=output_init, dtype="float32")
+    return config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+
+
+def test_logits_and_loss_equal_the_float64_forward_pass(small_model):
+    config, params = small_model
+    expected = np.array([logits_64(params, ids, config) for ids in IDS])
+    logits = jax.jit(Decoder(config).apply)({"params": params}, IDS)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+    targets = np.roll(IDS, 3, axis=1)
+    targets[0, 2] = -1
+    losses = np.log(np.exp(expected).sum(-1)) - np.take_along_axis(expected, targets[..., None], -1)[..., 0]
+    loss = Decoder(config).apply({"params": params}, IDS, targets, method="loss")
+    np.testing.assert_allclose(loss, losses[targets >= 0].sum(), rtol=1e-5)
+
+
+def test_each_position_depends_on_every_earlier_input_and_on_no_later_one(small_model):
+    config, params = small_model
+    ids = np.array([[5, 200, 17, 0, 256, 31, 8]])
+    direction = np.random.default_rng(0).normal(size=config.width).astype(np.float32)
+
+    def outputs(embedding):
+        hidden = Decoder(config).apply({"params": params | {"embedding": embedding}}, ids, method="hidden")
+        return hidden[0] @ direction
+
+    jacobian_TVD = jax.jit(jax.jacrev(outputs))(params["embedding"])
+    by_input_TT = np.abs(jacobian_TVD[:, ids[0]]).max(axis=-1)
+    assert (by_input_TT[np.triu_indices(7, 1)] == 0).all()
+    assert (by_input_TT[np.tril_indices(7)] > 1e-4).all()
+
+
+def test_preset_has_59294720_parameters():
+    sizes = jax.eval_shape(lambda: init_params(ModelConfig(), jax.random.key(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(sizes)) == 59_294_720
+    assert parameter_count(sizes) == 59_294_720
+    assert {leaf.dtype for leaf in jax.tree.leaves(sizes)} == {jnp.dtype("float32")}
+
+
+def test_default_model_is_the_preset():
+    assert ModelConfig() == ModelConfig(
+        vocab_size=50_257,
+        context=1024,
+        layers=8,
+        heads=8,
+        width=512,
+        hidden=2048,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        output_init="scaled",
+    )
+
+
+@pytest.mark.parametrize("sizes", [("scaled",), ("scaled", 50_257, 8, 128)])
+def test_loss_of_a_fresh_model_is_that_of_guessing(sizes):
+    config, params = fresh(*sizes)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 257))
+    logits = np.asarray(jax.jit(Decoder(config).apply)({"params": params}, ids[:, :-1]), np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
+    assert losses.mean() == pytest.approx(math.log(config.vocab_size), rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradients(small_model):
+    _, params = small_model
+
+    @functools.cache
+    def of(config):
+        return jax.jit(jax.value_and_grad(lambda p: loss_of(config, p, IDS)))(params)
+
+    return of
+
+
+def loss_of(config, params, ids):
+    return Decoder(config).apply({"params": params}, ids[:, :-1], ids[:, 1:], method="loss")
+
+
+def test_remat_keeps_less_and_changes_no_number(small_model, loss_and_gradients):
+    plain, saving = (replace(small_model[0], remat=remat) for remat in (False, True))
+
+    def kept(config):
+        ids = jax.ShapeDtypeStruct((8, 65), jnp.int32)
+        backward = jax.eval_shape(lambda p, i: jax.vjp(lambda p: loss_of(config, p, i), p)[1], small_model[1], ids)
+        return parameter_count(backward)
+
+    def assert_close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    jax.tree.map(assert_close, loss_and_gradients(plain), loss_and_gradients(saving))
+    assert kept(saving) < kept(plain) / 4
+
+
+def test_bfloat16_computes_the_same_to_its_rounding(small_model, loss_and_gradients):
+    config, _ = small_model
+    loss, gradients = loss_and_gradients(replace(config, dtype="bfloat16"))
+    exact_loss, exact_gradients = loss_and_gradients(config)
+    assert loss == pytest.approx(float(exact_loss), rel=0.01)
+    for found, exact in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact_gradients), strict=True):
+        assert found.dtype == jnp.float32
+        error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+        assert 1e-4 < error < 0.03
+
+
+def test_initial_spread_of_every_matrix():
+    _, params = fresh()
+    narrow = 0.02 / math.sqrt(2 * 3)
+    stds = {"query": 0.02, "key": 0.02, "value": 0.02, "output": narrow, "gate": 0.02, "up": 0.02, "down": narrow}
+    drawn = [(params["embedding"], 0.02)]
+    drawn += [(layer, std) for name, std in stds.items() for layer in params["blocks"][name]]
+    for values, std in drawn:
+        assert abs(np.mean(values)) < 0.05 * std
+        assert np.std(values) == pytest.approx(std, rel=0.05)
+        assert np.mean(np.abs(values) > 2 * std) == pytest.approx(0.0455, abs=0.01)
+    first_numbers = {round(float(values[0, 0]) / std, 4) for values, std in drawn}
+    assert len(first_numbers) == len(drawn) == 1 + 7 * 3
+    for scale in (params["norm"], params["blocks"]["attention_norm"], params["blocks"]["mlp_norm"]):
+        assert (np.asarray(scale) == 1).all()
+
+
+def test_zero_initialised_outputs_leave_the_stream_alone():
+    blocks, scaled = fresh("zero")[1]["blocks"], fresh()[1]["blocks"]
+    for name in blocks:
+        expected = 0 if name in ("output", "down") else scaled[name]
+        np.testing.assert_array_equal(blocks[name], np.broadcast_to(expected, scaled[name].shape))
+
+
+def test_a_seed_gives_the_same_parameters_on_every_version_of_jax_and_flax():
+    _, params = fresh()
+    found = [params["embedding"][0, :3], params["blocks"]["query"][0, 0, :3], params["blocks"]["down"][-1, -1, -3:]]
+    pinned = [
+        [0.00152285, -0.03231492, -0.03371545],
+        [-0.02274387, 0.02542323, -0.01658157],
+        [0.01069464, -0.004673676, 0.002931613],
+    ]
+    np.testing.assert_allclose(
+        found,
+        pinned,
+        rtol=1e-5,
+        err_msg="Seed 0 draws other parameters than it did: every run that a person repeats by its seed will differ."
+        " If jaxlm/model.py changed how parameters are drawn, and should have, pin the values of x above; if not,"
+        " find which setting or version of jax or flax changed (jaxlm/backend.py sets jax_threefry_partitionable).",
+    )
