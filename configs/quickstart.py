@@ -2,7 +2,7 @@
 
     python -m jaxlm.main --config configs/quickstart.py
 
-1.1 million parameters see 1.6 million tokens. Expect about 1.70 bits a byte on the last 5% of the text
+1.2 million parameters see 1.6 million tokens. Expect about 1.71 bits a byte on the last 5% of the text
 (`experiments/quickstart_peer.py` measures it beside nanoGPT's character model), and sentences that sound like
 Tolstoy's until one listens. On a slower machine the steps take longer and the score is the same.
 """

@@ -20,7 +20,8 @@ from jaxlm.step import TrainState
 
 DIRECTORY = "checkpoints"
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+for name in ("absl", "asyncio"):  # they print the tracebacks of errors that are raised here as well
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -87,7 +88,9 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged checkpoint
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RequestError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}") from error
+            raise RequestError(
+                f"checkpoint {self.directory / str(step)} cannot be read ({reason}): delete it to use the one before"
+            ) from error
 
     @contextlib.contextmanager
     def _disk_errors(self):

@@ -35,12 +35,12 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
     if not 0 < validation_fraction < 1:
         raise RequestError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
     if directory.exists() and not directory.is_dir():
-        raise RequestError(f"{directory} is a file: choose another --out")
+        raise RequestError(f"{directory} is a file: choose another directory")
     meta = read_meta(directory)
     if meta is None:
         for path in (directory / TRAIN, directory / VAL):
             if path.exists():
-                raise RequestError(f"{path} is there already, without {META}: choose another --out or delete it")
+                raise RequestError(f"{path} is there already, without {META}: choose another directory or delete it")
         return None
     if not meta.fits_files(directory):
         return None
@@ -52,10 +52,12 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
     ):
         if there != asked:
             raise RequestError(
-                f"{directory} was prepared with {what} {there}, not {asked}: choose another --out or delete it"
+                f"{directory} was prepared with {what} {there}, not {asked}: choose another directory or delete it"
             )
     if source_changed(source, meta.source_sha256):
-        raise RequestError(f"{source} has changed since {directory} was prepared: choose another --out or delete it")
+        raise RequestError(
+            f"{source} has changed since {directory} was prepared: choose another place or delete it"
+        )
     return meta
 
 
@@ -111,7 +113,9 @@ def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
         for name in reversed(names):
             beside[name].replace(directory / name)
     except OSError as error:
-        raise RunError(f"cannot write to {directory} ({error.strerror}): make room or choose another --out") from error
+        raise RunError(
+            f"cannot write to {directory} ({error.strerror}): make room or choose another directory"
+        ) from error
     finally:
         for path in beside.values():
             with suppress(OSError):

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxlm.config import ModelConfig
+from jaxlm.errors import RunError
 
 
 def write_model(folder: Path, config: ModelConfig, params: Any) -> Path:
@@ -21,15 +23,26 @@ def write_model(folder: Path, config: ModelConfig, params: Any) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        RunError: the disk failed; what the folder held before is still there.
     """
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    tensors = {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
-    save_file(tensors, beside / "model.safetensors")
-    (beside / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    (beside / "gpt2.tiktoken").write_bytes(resources.files("jaxlm").joinpath("gpt2.tiktoken").read_bytes())
+    try:
+        _write_files(beside, config, params)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise RunError(f"cannot write {folder} ({error}): make room and run the same command again") from error
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     return folder
+
+
+def _write_files(folder: Path, config: ModelConfig, params: Any) -> None:
+    folder.mkdir(parents=True)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    tensors = {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    (folder / "gpt2.tiktoken").write_bytes(resources.files("jaxlm").joinpath("gpt2.tiktoken").read_bytes())

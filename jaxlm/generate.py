@@ -48,7 +48,7 @@ def generate(
         prompts: token ids, each shorter than the context.
         choice: how tokens are drawn.
         key: random key; each text draws from its own part of it.
-        tokens: at most so many new ones a text; fewer where the context is full.
+        tokens: at most so many new ones a text; fewer where the context is full for the longest prompt.
         end_of_text: its id.
         chunk: hand out so many tokens at a time; None: all at once.
 

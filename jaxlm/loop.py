@@ -54,7 +54,7 @@ class Run:
         self.state, seconds = restore_or_init(self.checkpoints, config, tokens, device)
         self.accepted = int(self.state.step) * config.grad_accum_steps  # micro-batches, by the host's count
         self.skipped = int(self.state.batches) - self.accepted
-        self.last_saved = self.checkpoints.steps()[-1] if self.checkpoints.steps() else 0
+        self.saving: int | None = None  # the step whose checkpoint is on its way to the disk
         self.clock = Clock(seconds)
         self.monitor = Monitor(workdir, self.step, config.max_steps)
         self.losses: list[float] = []  # of the steps since the last console line, and their seconds
@@ -79,8 +79,7 @@ class Run:
                 try:
                     self._loop()
                 finally:
-                    self.checkpoints.wait()
-                self._announce_saved()
+                    self._announce_saved(wait=True)
             folder = write_model(self.workdir / "final_model", self.config.model, self.state.params)
             self.monitor.say(f"Done: {self.step:,} steps, the model is in {folder}")
 
@@ -97,10 +96,10 @@ class Run:
 
     def _loop(self) -> None:
         config, accum = self.config, self.config.grad_accum_steps
-        batches = train_batch_stream(
-            self.tokens.train, config.model.context, config.batch_size, config.seed, int(self.state.batches)
-        )
         with self.clock.pause("compilation"):
+            batches = train_batch_stream(
+                self.tokens.train, config.model.context, config.batch_size, config.seed, int(self.state.batches)
+            )
             shape = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
             train_step = make_train_step(config).lower(self.state, shape).compile()
         self._eval_step = make_eval_step(config)
@@ -140,7 +139,7 @@ class Run:
             "lr": float(m.lr),
             "grad_norm": float(m.grad_norm),
             "tokens": int(m.step) * self.config.tokens_per_step,
-            "tokens_per_second": round(self.config.tokens_per_step / seconds, 1),
+            "tokens_per_second": self.config.tokens_per_step / seconds,
             "seconds": round(self.clock.seconds(), 3),
         }
 
@@ -150,7 +149,8 @@ class Run:
         self.losses.append(row["loss"])
         self.seconds.append(self.config.tokens_per_step / row["tokens_per_second"])
         step, left = int(row["step"]), self._seconds_left(int(row["step"]))
-        if step % self.config.eval_interval == 0 or step in EARLY_LINES or step == self.config.max_steps:
+        early = step in EARLY_LINES and step < self.config.eval_interval
+        if early or step % self.config.eval_interval == 0 or step == self.config.max_steps:
             rate = len(self.seconds) * self.config.tokens_per_step / sum(self.seconds)
             self.monitor.say(metrics_line(step, float(np.mean(self.losses)), row["lr"], rate, left))
             self.losses, self.seconds = [], []
@@ -176,7 +176,7 @@ class Run:
 
     def _act(self, row: dict[str, float]) -> None:
         """Evaluates, samples, saves, stops: whatever is due after the step of `row`, which is the state's."""
-        step, last = self.step, self.step == self.config.max_steps
+        step, last, stop_signal = self.step, self.step == self.config.max_steps, self.stop_signal
         if step % self.config.eval_interval == 0 or last:
             with self.clock.pause("evaluation"):
                 row |= self._evaluate(limit=0 if last else self.config.data.eval_windows)
@@ -188,13 +188,12 @@ class Run:
         if step % self.config.generation_interval == 0 or last:
             with self.clock.pause("samples"):
                 self.monitor.samples(step, self._write_samples(step))
-        if step % self.config.save_interval == 0 or last or self.stop_signal:
+        if step % self.config.save_interval == 0 or last or stop_signal:
             with self.clock.pause("checkpoint"):
                 self._save(step)
-        if self.stop_signal and not last:
-            self.checkpoints.wait()
-            self._announce_saved()
-            raise Stopped(f"stopped after step {step}: the same command goes on from there", self.stop_signal)
+        if stop_signal and not last:
+            self._announce_saved(wait=True)
+            raise Stopped(f"stopped after step {step}: the same command goes on from there", stop_signal)
 
     def _evaluate(self, limit: int) -> dict[str, float]:
         c = self.config
@@ -218,15 +217,17 @@ class Run:
         return [(c.prompts[i], c.prompts[i] + text) for i, text in zip(chosen, texts, strict=True)]
 
     def _save(self, step: int) -> None:
+        self._announce_saved(wait=True)
         self.checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self.clock.seconds()))
+        self.saving = step
 
-    def _announce_saved(self) -> None:
-        if self.checkpoints.saving():
+    def _announce_saved(self, wait: bool = False) -> None:
+        """Says that the last save is whole, once it is; raises RunError if it failed."""
+        if self.saving is None or (self.checkpoints.saving() and not wait):
             return
-        for step in self.checkpoints.steps():
-            if step > self.last_saved:
-                self.last_saved = step
-                self.monitor.say(f"  → Saved checkpoint: {DIRECTORY}/{step}")
+        self.checkpoints.wait()
+        self.monitor.say(f"  → Saved checkpoint: {DIRECTORY}/{self.saving}")
+        self.saving = None
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -234,6 +235,7 @@ class Run:
 
         def ask_to_stop(number: int, frame: Any) -> None:
             if self.stop_signal and number == signal.SIGINT:
+                self.monitor.abandon()
                 os._exit(128 + number)
             self.stop_signal = number
             os.write(2, b"Stopping after this step; Ctrl-C again to leave at once, without saving\n")

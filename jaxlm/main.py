@@ -60,9 +60,11 @@ def define_flags(words: list[str]) -> flags.FlagValues:
 
 
 def _nearest_file(file: Path) -> str:
-    known = [str(other) for other in Path(file.parent).glob("*.py")] or [str(QUICKSTART)]
+    known = sorted(str(other) for other in Path(file.parent).glob("*.py"))
     nearest = difflib.get_close_matches(str(file), known, n=1)
-    return f": did you mean {nearest[0]}?" if nearest else f": there is {', '.join(sorted(known))}"
+    if nearest:
+        return f": did you mean {nearest[0]}?"
+    return f": there is {', '.join(known)}" if known else ": name one with --config"
 
 
 def open_data(config: Config) -> TokenFiles:
@@ -79,25 +81,24 @@ def open_data(config: Config) -> TokenFiles:
     return open_tokens(directory, vocab_size, config.model.context)
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Writes the settings to `workdir`/config.json, unless it holds checkpoints of other settings.
-
-    Raises:
-        RequestError: it does.
-        OSError: the directory cannot be written.
-    """
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Raises RequestError if `workdir` is the place of a run of other settings."""
     file = workdir / "config.json"
-    if any((workdir / "checkpoints").glob("*")) and file.exists():
-        try:
-            saved = json.loads(file.read_text())
-        except ValueError as error:
-            raise RequestError(f"{file} is damaged: delete it, each checkpoint holds the settings too") from error
-        if found := differences(saved, config):
-            raise RequestError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".tmp")
+    if not file.exists():
+        return
+    try:
+        saved = json.loads(file.read_text())
+    except ValueError as error:
+        raise RequestError(f"{file} is damaged: delete it, each checkpoint holds the settings too") from error
+    if found := differences(saved, config):
+        raise RequestError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
+
+
+def write_config(workdir: Path, config: Config) -> None:
+    """Writes the settings to `workdir`/config.json, beside and then into its place."""
+    beside = workdir / "config.json.tmp"
     beside.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    beside.replace(file)
+    beside.replace(workdir / "config.json")
 
 
 def main(argv: list[str]) -> None:
@@ -113,15 +114,20 @@ def main(argv: list[str]) -> None:
     from jaxlm.loop import Run
 
     encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
+    check_workdir(workdir, config)
     device = backend.start(config.platform)
     resolved = dataclasses.replace(config, model=backend.resolve(config.model, device))
     try:
-        claim(workdir, config)
-        Run(resolved, workdir, tokens, device).train()
+        workdir.mkdir(parents=True, exist_ok=True)
+        training = Run(resolved, workdir, tokens, device)
+        write_config(workdir, config)
+        training.train()
     except OSError as error:
-        raise RunError(
-            f"cannot write to {workdir} ({error.strerror}): make room or choose another --workdir"
-        ) from error
+        raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
+    except RuntimeError as error:  # what XLA raises
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError("out of memory: set model.remat, more slices or a smaller batch_size") from error
 
 
 if __name__ == "__main__":

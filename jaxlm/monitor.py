@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,8 +110,9 @@ class Monitor:
         self._bar.start()
 
     def say(self, text: str) -> None:
-        """Prints lines above the progress bar."""
-        self._console.print(text)
+        """Prints lines above the progress bar. A reader that has gone away does not end the run."""
+        with contextlib.suppress(SystemExit):  # rich's answer to a closed pipe; afterwards its console is quiet
+            self._console.print(text)
 
     def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float, next_event: str) -> None:
         """Moves the progress bar to `step`."""
@@ -129,7 +131,12 @@ class Monitor:
         self.say(samples_block(step, texts))
         for prompt, text in texts:
             _append(self._samples, {"step": step, "prompt": prompt, "text": text})
-            self._tensorboard.add_text(prompt, text, step)
+        self._tensorboard.add_text("samples", "\n\n".join(text for _, text in texts), step)
+
+    def abandon(self) -> None:
+        """Gives a terminal its cursor back, for a process that ends at once; safe in a signal handler."""
+        if self._console.is_terminal:
+            os.write(1, b"\x1b[?25h\n")
 
     def close(self) -> None:
         """Removes the bar and closes the files."""

@@ -1,0 +1,275 @@
+"""Settings: what is refused and how, and that they survive the ways they travel."""
+
+import dataclasses
+import json
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+
+from jaxlm.config import Config, check_name, default_config, differences, from_config_dict, to_dict
+from jaxlm.errors import RequestError
+
+CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.py"))
+FIXED = {
+    "batch_size",
+    "grad_accum_steps",
+    "seed",
+    "model.vocab_size",
+    "model.context",
+    "model.layers",
+    "model.heads",
+    "model.width",
+    "model.hidden",
+    "model.rope_theta",
+    "model.norm_eps",
+    "optimizer.name",
+}
+INTERVALS = ("eval_interval", "save_interval", "generation_interval")
+
+
+def settings(name, value):
+    group, _, name = name.rpartition(".")
+    return {group: {name: value}} if group else {name: value}
+
+
+def all_settings():
+    for name, value in to_dict(Config()).items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
+        else:
+            yield name, value
+
+
+def of_type(kind):
+    return [name for name, value in all_settings() if type(value) is kind]
+
+
+def assert_refused(wrong, *named):
+    with pytest.raises(RequestError) as caught:
+        from_config_dict(wrong)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 250
+    for name in named:
+        assert name in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in (*INTERVALS, "batch_size", "grad_accum_steps", "slices", "max_steps")),
+        *((name, -1) for name in (*INTERVALS, "max_checkpoints", "max_skipped", "seed")),
+        ("max_checkpoints", 0),
+        ("max_skipped", 0),
+        ("seed", 2**31),
+        ("platform", "cdua"),
+        ("model.vocab_size", 256),
+        ("model.vocab_size", 50_258),
+        ("model.context", 0),
+        ("model.layers", 0),
+        ("model.heads", 0),
+        ("model.width", 0),
+        ("model.hidden", 0),
+        ("model.rope_theta", 0.0),
+        ("model.norm_eps", 0.0),
+        ("model.output_init", "zeros"),
+        ("model.dtype", "float16"),
+        ("optimizer.name", "adam"),
+        ("optimizer.decay", "cosin"),
+        ("optimizer.learning_rate", 0.0),
+        ("optimizer.learning_rate", -1e-3),
+        ("optimizer.muon_learning_rate", 0.0),
+        ("optimizer.clip_norm", 0.0),
+        ("optimizer.warmup_steps", -1),
+        ("optimizer.weight_decay", -0.1),
+        ("optimizer.decay_fraction", 1.01),
+        ("optimizer.floor", -0.01),
+        ("optimizer.b1", 1.0),
+        ("optimizer.b2", -0.1),
+        ("data.validation", 0.0),
+        ("data.validation", 1.0),
+        ("data.eval_windows", -1),
+        ("sample.prompts", ()),
+        ("sample.texts", 0),
+        ("sample.tokens", 0),
+        ("sample.temperature", -0.1),
+        ("sample.top_k", -1),
+        ("sample.top_p", 0.0),
+        ("sample.top_p", 1.1),
+    ],
+)
+def test_value_out_of_bounds_is_refused_by_name(name, value):
+    assert_refused(settings(name, value), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2**31 - 1),
+        ("model.vocab_size", 257),
+        ("optimizer.warmup_steps", 0),
+        ("optimizer.floor", 0.0),
+        ("data.eval_windows", 0),
+        ("sample.temperature", 0.0),
+        ("sample.top_k", 0),
+        ("max_skipped", 1),
+    ],
+)
+def test_value_on_the_bound_is_taken(name, value):
+    assert dict(all_settings())[name] != value
+    assert settings(name, value).items() <= _only(to_dict(from_config_dict(settings(name, value))), name).items()
+
+
+def _only(whole, name):
+    group, _, name = name.rpartition(".")
+    return {group: {name: whole[group][name]}} if group else {name: whole[name]}
+
+
+@pytest.mark.parametrize(("width", "heads"), [(512, 7), (24, 8), (8, 8), (30, 4)])
+def test_width_that_heads_of_even_size_do_not_divide_is_refused(width, heads):
+    assert_refused({"model": {"width": width, "heads": heads}}, "model.width", str(width), str(heads))
+
+
+def test_batch_that_slices_do_not_divide_is_refused():
+    assert_refused({"batch_size": 32, "slices": 5}, "batch_size", "slices")
+
+
+@pytest.mark.parametrize("max_steps", [100, 99])
+def test_warm_up_that_leaves_no_step_is_refused(max_steps):
+    assert_refused({"max_steps": max_steps, "optimizer": {"warmup_steps": 100}}, "warmup_steps", "max_steps")
+
+
+def test_data_from_nowhere_is_refused():
+    assert_refused({"data": {"corpus": "", "dir": ""}}, "data.corpus", "data.dir")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", of_type(float))
+def test_what_is_no_finite_number_is_refused(name, value):
+    assert_refused(settings(name, value), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in of_type(int) for value in (True, 8.0, "8", None)),
+        *((name, value) for name in of_type(float) for value in (True, "0.5", None)),
+        *((name, value) for name in of_type(str) for value in (1, None, True)),
+        *((name, value) for name in of_type(bool) for value in (1, "True", None)),
+        *(("sample.prompts", value) for value in ("Once", (1,), None)),
+        *((group, value) for group in ("model", "optimizer", "data", "sample") for value in (1, "adamw", None)),
+    ],
+)
+def test_value_of_another_type_is_refused_by_name(name, value):
+    assert_refused(settings(name, value), name)
+
+
+def test_whole_number_is_taken_for_a_number():
+    learning_rate = from_config_dict({"optimizer": {"learning_rate": 1}}).optimizer.learning_rate
+    assert (type(learning_rate), learning_rate) == (float, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown", "nearest"),
+    [
+        ("btch_size", "btch_size", "batch_size"),
+        ("modle", "modle", "model"),
+        ("model.contxt", "model.contxt", "context"),
+        ("optimizer.lerning_rate", "optimizer.lerning_rate", "learning_rate"),
+        ("data.corpsu", "data.corpsu", "corpus"),
+        ("sample.temprature", "sample.temprature", "temperature"),
+    ],
+)
+def test_unknown_name_is_refused_with_the_nearest_known_one(name, unknown, nearest):
+    assert_refused(settings(name, 1), unknown, f"did you mean {nearest}?")
+    with pytest.raises(RequestError, match=f"{unknown}.*did you mean {nearest}"):
+        check_name(name)
+
+
+def test_name_like_no_other_is_refused_without_a_guess():
+    assert_refused({"xyzzy": 1}, "xyzzy")
+    with pytest.raises(RequestError) as caught:
+        from_config_dict({"xyzzy": 1})
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in all_settings()])
+def test_every_setting_has_a_known_name(name):
+    check_name(name)
+
+
+def test_defaults_come_back_from_a_config_dict():
+    assert from_config_dict(default_config()) == Config() == from_config_dict({})
+
+
+def test_changes_of_a_config_dict_arrive():
+    changed = default_config()
+    changed.batch_size = 8
+    changed.model.update(vocab_size=300, dtype="bfloat16")
+    changed.sample.prompts = ("One",)
+    config = from_config_dict(changed)
+    assert (config.batch_size, config.model.vocab_size, config.model.dtype) == (8, 300, "bfloat16")
+    assert config.sample.prompts == ("One",)
+    assert config.optimizer == Config().optimizer
+
+
+def test_settings_survive_json():
+    config = from_config_dict({"seed": 7, "model": {"remat": False}, "sample": {"prompts": ("é → 日", "b")}})
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("name", [name for name, _ in all_settings()])
+def test_only_settings_that_fix_the_meaning_of_a_checkpoint_differ(name):
+    saved = json.loads(json.dumps(to_dict(Config())))
+    group, _, last = name.rpartition(".")
+    (saved[group] if group else saved)[last] = "something else"
+    found = differences(saved, Config())
+    assert [phrase.split()[0] for phrase in found] == [name] * (name in FIXED)
+    if found:
+        assert "something else" in found[0]
+
+
+def test_difference_names_both_values():
+    (phrase,) = differences(to_dict(Config(seed=3)), Config(seed=4))
+    assert ("3" in phrase, "4" in phrase) == (True, True)
+
+
+def test_saved_settings_older_than_a_setting_count_as_its_default():
+    saved = to_dict(Config())
+    del saved["seed"], saved["model"]["rope_theta"]
+    assert differences(saved, Config()) == []
+    assert len(differences(saved, Config(seed=1))) == 1
+
+
+def test_settings_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().batch_size = 3
+
+
+def test_tokens_per_step_counts_all_micro_batches():
+    assert Config().tokens_per_step == 65_536
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_file_in_configs_builds(file):
+    config = from_config_dict(runpy.run_path(str(file))["get_config"]())
+    assert isinstance(config, Config)
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_the_60m_preset_holds_its_users_settings():
+    (file,) = (file for file in CONFIGS if file.stem == "m2_60m")
+    config = from_config_dict(runpy.run_path(str(file))["get_config"]())
+    assert (config.batch_size, config.grad_accum_steps, config.max_steps) == (32, 2, 50_000)
+    assert [getattr(config, name) for name in INTERVALS] == [100, 300, 50]
+    assert (config.max_checkpoints, config.sample.texts) == (5, 10)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.clip_norm) == ("adamw", 3e-4, 1.0)
+    assert optimizer.decay == "cosine"
+    assert 0 < optimizer.warmup_steps < 5000
+    model = config.model
+    assert (model.layers, model.heads, model.width, model.hidden) == (8, 8, 512, 2048)
+    assert (model.context, model.vocab_size) == (1024, 50_257)
+    assert config.data.corpus == "tinystories"

@@ -1,0 +1,245 @@
+"""The training command at its edge: what a person may get wrong, and the real process."""
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+from tiny_run import CONFIG, is_one_line, listing, rows, train
+
+from jaxlm.errors import RequestError, RunError
+from jaxlm.main import main
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = ["--config", "tiny.py", "--workdir", "new"]
+SHORT = ["--config.max_steps=3"]
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory, quick_compilation):
+    with tiny_run.workplace(tmp_path_factory) as place:
+        train("done", *SHORT)
+        yield place
+
+
+def refused(argv, error=RequestError):
+    """The message, after a look at what the refusal left behind: nothing."""
+    before = listing(Path())
+    with pytest.raises(error) as caught:
+        main(argv)
+    assert is_one_line(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert {path for path in listing(Path()) if path not in before and "__pycache__" not in path} == set()
+    assert {path: before[path] for path in before} == {path: listing(Path())[path] for path in before}
+    return str(caught.value)
+
+
+def test_a_missing_config_file_is_named():
+    assert "nowhere/near.py" in refused(["--config", "nowhere/near.py"])
+
+
+def test_a_misspelt_config_file_is_named_with_the_nearest():
+    message = refused(["--config=tinny.py"])
+    assert "tinny.py" in message
+    assert "did you mean tiny.py" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("def get_config(:\n", "syntax"),
+        ("import no_such_module_at_all\n", "no_such_module_at_all"),
+        (CONFIG.replace("batch_size", "batch_sise"), "batch_size"),
+        (CONFIG.replace("heads=2", "heads=3"), "heads"),
+        (CONFIG.replace("heads=2", "haeds=2"), "haeds"),
+        ("def get_config():\n    pass\n", "get_config"),
+        ("\udcff", ""),
+    ],
+)
+def test_a_config_file_that_fails_is_refused(source, named):
+    Path("failing.py").write_text(source, errors="surrogateescape")
+    assert named in refused(["--config", "failing.py", "--workdir", "new"])
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("def get_config():\n    raise ValueError('too\\nsmall')\n", "too small"),
+        (CONFIG.replace("batch_size = 2", "batch_size = 'two'"), "batch_size"),
+    ],
+)
+def test_an_error_in_a_config_file_is_said_without_its_traceback(source, named):
+    Path("raising.py").write_text(source)
+    message = refused(["--config", "raising.py", "--workdir", "new"])
+    assert named in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--config.batch_sise=4", "did you mean batch_size"),
+        ("--config.model.widht=4", "did you mean width"),
+        ("--config.modle.width=4", "did you mean model"),
+        ("--config.batch_size=four", "batch_size"),
+        ("--config.batch_size=1.5", "batch_size"),
+        ("--config.batch_size", "batch_size"),
+        ("--config.batch_size=0", "batch_size"),
+        ("--config.optimizer.learning_rate=fast", "learning_rate"),
+        ("--config.model.remat=perhaps", "remat"),
+        ("--config.model=small", "model"),
+        ("--config.max_steps=2", "warmup_steps"),
+        ("--config.platform=gpu9", "platform"),
+        ("--confg.batch_size=4", "confg"),
+        ("--work=new", "work"),
+        ("--workdir", "workdir"),
+        ("stray", "stray"),
+        ("--config.data.corpus=novel", "novels"),
+        ("--config.data.corpus=no_such_text.txt", "no_such_text.txt"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_name(flag, named):
+    directory = [] if "corpus" not in flag else ["--config.data.dir=elsewhere"]
+    assert named in refused([*TINY, *directory, flag])
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "named"),
+    [
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", "café".encode("latin-1") * 100, "latin.txt"),
+        ("lines.jsonl", b'{"txt": "a"}\n', "line 1"),
+    ],
+)
+def test_a_text_that_does_not_do_is_refused_by_name(name, held, named):
+    Path(name).write_bytes(held)
+    message = refused([*TINY, f"--config.data.corpus={name}", "--config.data.dir=elsewhere"])
+    assert named in message
+
+
+@pytest.mark.parametrize(
+    ("held", "named"), [(b"\0\0\0", "3 bytes"), (b"\1\0" * 10, "17"), (b"\xff\xff" * 100, "65535"), (None, "train.bin")]
+)
+def test_token_files_that_do_not_do_are_refused(held, named):
+    directory = Path("foreign")
+    directory.mkdir(exist_ok=True)
+    for name in ("train.bin", "val.bin"):
+        (directory / name).unlink(missing_ok=True)
+        if held is not None:
+            (directory / name).write_bytes(held)
+    if held is None:
+        directory.rmdir()
+        assert "foreign" in refused([*TINY, "--config.data.corpus=", "--config.data.dir=foreign"])
+    else:
+        assert named in refused([*TINY, "--config.data.dir=foreign"])
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    assert "16" in refused([*TINY, f'--config.sample.prompts=("{"x" * 40}",)'])
+
+
+@pytest.mark.parametrize("workdir", ["tiny.py", "tiny.py/below"])
+def test_a_work_directory_that_cannot_be_written_is_a_failure_of_one_line(workdir):
+    assert "tiny.py" in refused(["--config", "tiny.py", "--workdir", workdir], RunError)
+
+
+@contextlib.contextmanager
+def disk_room(size):
+    """No file may grow beyond this."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("room", [200, 4_000, 20_000, 200_000])
+def test_a_full_disk_is_a_failure_of_one_line(room):
+    """Whether the settings find no room, or the metrics, or a checkpoint, or the model at the end."""
+    with disk_room(room), pytest.raises(RunError) as caught:
+        train(f"full-{room}", *SHORT)
+    assert caught.value.exit_status == 1
+    assert is_one_line(caught.value)
+
+
+def test_a_checkpoint_that_finds_no_room_says_nothing_beside_that_line(caplog):
+    with disk_room(20_000), pytest.raises(RunError, match="checkpoints"):
+        train("full-again", *SHORT)
+    assert caplog.text == ""
+
+
+def test_a_damaged_config_json_is_refused():
+    shutil.copytree("done", "damaged")
+    Path("damaged/config.json").write_text('{"batch_size": 2')
+    assert "config.json" in refused(["--config", "tiny.py", "--workdir", "damaged"])
+
+
+def test_a_damaged_checkpoint_is_refused():
+    shutil.copytree("done", "unreadable")
+    for file in Path("unreadable/checkpoints/3/params").rglob("manifest.ocdbt"):
+        file.write_bytes(b"")
+    with pytest.raises(RequestError) as caught:
+        train("unreadable", *SHORT)
+    assert is_one_line(caught.value)
+    assert "checkpoints/3" in str(caught.value)
+
+
+def test_the_work_directory_is_named_after_the_config_and_overrides_reach_the_run():
+    main(["--config", "tiny.py", *SHORT, "--config.generation_interval=1"])
+    assert [row["step"] for row in rows("runs/tiny/metrics.jsonl")] == [1, 2, 3]
+    assert sorted({row["step"] for row in rows("runs/tiny/samples.jsonl")}) == [1, 2, 3]
+    assert tiny_run.config_of("runs/tiny").generation_interval == 1
+
+
+def test_a_run_prepares_its_text_and_the_next_finds_it():
+    flags = ("--config.data.dir=", *SHORT)
+    assert "Preparing text.txt" in train("prepares", *flags)
+    (directory,) = Path("data").iterdir()
+    assert directory.name.startswith("text")
+    assert directory.name.endswith("300")
+    before = listing(Path("data"))
+    assert "Preparing" not in train("prepares", *flags)
+    assert listing(Path("data")) == before
+
+
+def test_help_names_the_flags_and_ends_well(capsys):
+    for flag in ("--help", "-h"):
+        main([flag])
+        shown = capsys.readouterr().out
+        assert "--workdir" in shown
+        assert "--config" in shown
+
+
+def command(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "jaxlm.main", *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )
+
+
+def test_the_process_trains_and_ends_with_status_0():
+    done = command("--config", "tiny.py", "--workdir", "process", *SHORT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Step      3 | Loss " in done.stdout
+    assert "GENERATION SAMPLES (Step 3)" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("process/final_model")
+    assert [row["step"] for row in rows("process/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_the_process_ends_a_wrong_request_with_status_2_and_one_line_on_stderr():
+    done = command("--config", "tiny.py", "--config.batch_sise=4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "batch_size" in done.stderr

@@ -1,0 +1,193 @@
+"""The command that writes, with a model that has learned which bytes make a character of 日本語."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import is_one_line
+
+from jaxlm.errors import RequestError
+from jaxlm.sample import main
+
+FLAGS = [
+    "--config.model.context=64",
+    "--config.model.width=32",
+    "--config.model.layers=1",
+    "--config.batch_size=8",
+    "--config.grad_accum_steps=1",
+    "--config.max_steps=120",
+    "--config.eval_interval=120",
+    "--config.generation_interval=120",
+    "--config.save_interval=15",
+    "--config.max_checkpoints=8",
+    "--config.optimizer.learning_rate=2e-2",
+    '--config.sample.prompts=("日",)',
+]
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+class Terminal(io.StringIO):
+    """Remembers what was shown at each flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.flushed = [""]
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        if self.getvalue() != self.flushed[-1]:
+            self.flushed.append(self.getvalue())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory, quick_compilation):
+    with tiny_run.workplace(tmp_path_factory) as place:
+        text = "".join(np.random.default_rng(0).choice(list("日本語"), 4000))
+        (place / "text.txt").write_text(text, encoding="utf-8")
+        tiny_run.train("run", *FLAGS)
+        yield place
+
+
+@pytest.fixture
+def sample(capsys):
+    """Runs the command; gives what it wrote to stdout."""
+
+    def sample(*flags):
+        capsys.readouterr()
+        main(["--workdir", "run", *flags])
+        return capsys.readouterr().out
+
+    return sample
+
+
+def test_text_goes_to_stdout_and_the_rest_to_stderr(capsys):
+    main(["--workdir", "run", "--prompt", "日本", "--tokens", "45"])
+    out, err = capsys.readouterr()
+    assert re.fullmatch("日本[日本語]{15}\n", out)
+    assert "120" in err
+    assert not re.search("[日本語]", err)
+
+
+def test_without_a_prompt_a_text_begins_anyhow(sample):
+    assert len(sample("--tokens", "45").strip()) > 4
+
+
+def test_every_prompt_gets_its_text_in_order(sample):
+    prompts = ["語", "日本日", "本本"]
+    texts = sample(*(word for prompt in prompts for word in ("--prompt", prompt)), "--tokens", "45").split("\n\n")
+    assert len(texts) == len(prompts)
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text.startswith(prompt)
+        assert len(text.strip()) > len(prompt) + 10
+
+
+def test_prompts_do_not_disturb_one_another(sample):
+    greedy = ("--temperature", "0", "--tokens", "45")
+    together = sample("--prompt", "日本日", "--prompt", "語", *greedy)
+    assert together.strip().split("\n\n") == [sample("--prompt", one, *greedy).strip() for one in ("日本日", "語")]
+
+
+def test_a_seed_is_a_text_and_another_seed_another_text(sample):
+    texts = [sample("--prompt", "日", "--tokens", "45", "--seed", seed) for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_temperature_0_is_the_same_text_for_every_seed(sample):
+    flags = ("--prompt", "日", "--tokens", "45", "--temperature", "0", "--seed")
+    assert sample(*flags, "1") == sample(*flags, "2")
+
+
+def test_top_k_1_and_a_tiny_top_p_are_the_likeliest_text(sample):
+    flags = ("--prompt", "日", "--tokens", "45")
+    greedy = sample(*flags, "--temperature", "0")
+    assert sample(*flags, "--top_k", "1", "--seed", "5") == greedy
+    assert sample(*flags, "--top_p", "1e-6", "--seed", "5") == greedy
+
+
+def test_tokens_bounds_the_text(sample):
+    assert re.fullmatch("日[日本語]{3}\n", sample("--prompt", "日", "--tokens", "9", "--temperature", "0"))
+
+
+def test_a_text_ends_where_the_context_is_full(sample):
+    text = sample("--prompt", "日", "--tokens", "500", "--temperature", "0")
+    assert re.fullmatch("[日本語]{21}�\n", text)  # 64 tokens: the last is the first byte of a character
+
+
+def test_a_step_names_its_checkpoint(capsys, sample):
+    main(["--workdir", "run", "--step", "15", "--prompt", "日", "--tokens", "45"])
+    early, err = capsys.readouterr()
+    assert "15" in err
+    latest = sample("--prompt", "日", "--tokens", "45")
+    assert sample("--prompt", "日", "--tokens", "45", "--step", "120") == latest != early
+
+
+@pytest.mark.parametrize("flags", [["--seed", "3", "--tokens", "45"], ["--temperature", "0", "--tokens", "44"]])
+def test_a_terminal_gets_the_same_text_as_it_comes(sample, flags):
+    """In pieces whose ends no character of three tokens respects."""
+    flags = ["--prompt", "日", *flags]
+    piped = sample(*flags)
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        main(["--workdir", "run", *flags])
+    assert terminal.getvalue() == piped
+    assert len(terminal.flushed) > 4
+    for shown in terminal.flushed:
+        assert piped.startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--step", "31"], "15, 30, 45, 60, 75, 90, 105, 120"),
+        (["--prompt", "日" * 30], "64"),
+        (["--prompt", "short", "--prompt", "x" * 64], "64"),
+        (["--tokens", "0"], "tokens"),
+        (["--tokens", "many"], "--tokens"),
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--top_k", "-1"], "top_k"),
+        (["--top_p", "0"], "top_p"),
+        (["--promt", "Once"], "--promt"),
+        (["stray"], "stray"),
+        (["--platform", "tpux"], "tpux"),
+        (["--seed", str(2**70)], "seed"),
+        (["--top_k", str(2**31)], "top_k"),
+        (["--prompt", "\n\n" + "x" * 70], "64"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_one_line(capsys, flags, named):
+    with pytest.raises(RequestError) as caught:
+        main(["--workdir", "run", *flags])
+    assert caught.value.exit_status == 2
+    assert is_one_line(caught.value)
+    assert named in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_directory_without_checkpoints_is_refused_and_stays_as_it_is(tmp_path):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for name in ("", "empty", "nowhere"):
+        with pytest.raises(RequestError) as caught:
+            main(["--workdir", str(tmp_path / name)])
+        assert is_one_line(caught.value)
+        assert str(tmp_path / name) in str(caught.value)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "empty"]
+
+
+def test_the_workdir_must_be_named():
+    with pytest.raises(RequestError, match="--workdir"):
+        main([])
+
+
+def test_a_save_under_way_is_left_alone(sample):
+    under_way = Path("run/checkpoints/125.orbax-checkpoint-tmp")
+    under_way.mkdir()
+    (under_way / "part").write_text("")
+    sample("--prompt", "日", "--tokens", "9")
+    assert (under_way / "part").exists()
