@@ -1,9 +1,7 @@
 """Which device computes, and how."""
 
-import ctypes
 import dataclasses
 import os
-import sys
 
 import jax
 
@@ -12,9 +10,6 @@ from jaxlm.errors import RequestError
 
 # jax's defaults for this differ between versions; one seed must give one model
 jax.config.update("jax_threefry_partitionable", True)
-
-# of glibc's mallopt
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 _JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
 
@@ -28,7 +23,6 @@ def start(platform: str) -> jax.Device:
     Raises:
         RequestError: a platform named outright does not start.
     """
-    _keep_freed_memory()
     if platform != "auto":
         jax.config.update("jax_platforms", f"{_JAX_NAMES[platform]},cpu")  # the CPU draws the first parameters
     try:
@@ -39,23 +33,6 @@ def start(platform: str) -> jax.Device:
     if platform not in ("auto", "cpu") and device.platform == "cpu":
         raise RequestError(f"platform {platform} is not here: install its plugin, or try --config.platform=auto")
     return device
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep what is freed, instead of giving it back to the kernel.
-
-    On a CPU, XLA frees the temporaries of each step and takes them anew in the next; fresh from the kernel each time,
-    their page faults cost a fifth of a small model's step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        for parameter, value in (
-            (_M_ARENA_MAX, 1),
-            (_M_MMAP_MAX, 0),
-            (_M_TRIM_THRESHOLD, 2**31 - 1),
-            (_M_TOP_PAD, 2**28),
-        ):
-            mallopt(parameter, value)
 
 
 def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:

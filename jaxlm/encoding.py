@@ -55,9 +55,7 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
                 f"{directory} was prepared with {what} {there}, not {asked}: choose another directory or delete it"
             )
     if source_changed(source, meta.source_sha256):
-        raise RequestError(
-            f"{source} has changed since {directory} was prepared: choose another place or delete it"
-        )
+        raise RequestError(f"{source} has changed since {directory} was prepared: choose another place or delete it")
     return meta
 
 
