@@ -10,9 +10,7 @@ Each is measured on the last 5% of the fiction, every byte predicted once, from 
 The last figure of a run is of all that text, the ones before it of an even sample. Seconds are those of training:
 for jaxlm with its compilation, samples and checkpoints, for the peer without its evaluations.
 
-Measured on two cores (AMD EPYC), nothing else running:
-
-@@TABLE@@
+The README has the table.
 """
 
 import argparse
