@@ -11,11 +11,14 @@ from jaxlm.errors import RequestError
 # jax's defaults for this differ between versions; one seed must give one model
 jax.config.update("jax_threefry_partitionable", True)
 
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
 
 
-def start(platform: str) -> jax.Device:
+def start(platform: str, deterministic: bool = False) -> jax.Device:
     """Starts jax on a platform: auto (the best that is there), cpu, cuda, mps or metal.
+
+    `deterministic` has an NVIDIA GPU give the same bits in every session; the other platforms do so anyway.
 
     Returns:
         The device that will compute.
@@ -23,6 +26,8 @@ def start(platform: str) -> jax.Device:
     Raises:
         RequestError: a platform named outright does not start.
     """
+    if deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}"
     if platform != "auto":
         jax.config.update("jax_platforms", f"{_JAX_NAMES[platform]},cpu")  # the CPU draws the first parameters
     try:

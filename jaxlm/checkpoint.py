@@ -1,24 +1,32 @@
 """Checkpoints of a run: `checkpoints/STEP/`, written by orbax in the background, the last few kept.
 
 Each holds the items `params` (the model's parameters), `optimizer` (its state and the counters) and `meta` (JSON:
-the configuration, which tokens the run reads, seconds trained). One is taken only between two optimizer steps, where
-the accumulated gradients are zero and need no room.
+the configuration, which tokens the run reads, seconds trained; checksums of all arrays, and a hash of itself). One is
+taken only between two optimizer steps, where the accumulated gradients are zero and need no room.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxlm.errors import RequestError, RunError
+from jaxlm import durable
+from jaxlm.checksum import checksums
+from jaxlm.errors import DamagedError, RequestError, RunError
 from jaxlm.step import TrainState
 
 DIRECTORY = "checkpoints"
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
+
+T = TypeVar("T")
 
 for name in ("absl", "asyncio"):  # they print the tracebacks of errors that are raised here as well
     logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -29,82 +37,171 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, max_to_keep: int | None = None):
         self.directory = (workdir / DIRECTORY).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._max_to_keep = max_to_keep
+        self._manager = self._new_manager()
 
     def steps(self) -> list[int]:
-        """The steps of which there is a whole checkpoint, oldest first."""
+        """The steps of which there is a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
-        """Starts saving; returns once the state's buffers may be reused. Raises RunError when the last save failed."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-            meta=ocp.args.JsonSave(dict(meta)),
-        )
+        """Starts saving, when the last save is over; returns once the state's buffers may be reused.
+
+        Raises:
+            RunError: there is no room, or the disk failed. The earlier checkpoints are as they were.
+        """
+        self.wait()
+        self._clear_unfinished()  # what the threads of a save that failed wrote after it had
+        items = {"params": state.params, "optimizer": _optimizer_item(state)}
         with self._disk_errors():
-            self._manager.save(step, args=items)
+            free, needed = shutil.disk_usage(self.directory).free, checkpoint_bytes(state)
+            if free < needed:
+                raise OSError(f"it needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+            sums = {name: checksums(item).tolist() for name, item in items.items()}
+            arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+            signed = _sign(dict(meta) | {"checksums": sums})
+            self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(signed)))
 
     def saving(self) -> bool:
         """Whether a save is under way."""
         return self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Waits until the last save is whole. Raises RunError when it failed."""
+        """Waits until the last save is whole, and on the disk for good. Raises RunError when it failed."""
         with self._disk_errors():
             self._manager.wait_until_finished()
+            durable.sync(self.directory)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What the checkpoint says of itself. Raises RequestError when it cannot be read."""
-        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        """What the checkpoint says of itself. Raises DamagedError when it cannot be read."""
+        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(meta, dict) or _sign(meta) != meta:
+            raise DamagedError("its meta does not match its hash")
+        return meta
 
-    def params(self, step: int, like: Any, device: jax.Device) -> Any:
-        """The parameters alone, on `device`; `like` gives the tree and its shapes."""
-        return self._restore(step, params=ocp.args.StandardRestore(_on(device, like)))["params"]
+    def params(self, step: int, like: Any, sharding: jax.sharding.Sharding) -> Any:
+        """The parameters alone, laid out by `sharding`; `like` gives the tree and its shapes.
 
-    def state(self, step: int, like: TrainState, device: jax.Device) -> TrainState:
-        """The whole training state, on `device`; `like` gives the tree and its shapes."""
-        items = self._restore(
-            step,
-            params=ocp.args.StandardRestore(_on(device, like.params)),
-            optimizer=ocp.args.StandardRestore(_on(device, _optimizer_item(like))),
+        Raises DamagedError when they cannot be read, or are not what was saved.
+        """
+        return self._arrays(step, sharding, params=like)["params"]
+
+    def state(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
+        """The whole training state, laid out by `sharding`; `like` gives the tree and its shapes.
+
+        Raises DamagedError when it cannot be read, or is not what was saved.
+        """
+        items = self._arrays(step, sharding, params=like.params, optimizer=_optimizer_item(like))
+        saved, opt_state = items["optimizer"], like.opt_state._replace(inner_opt_state=())
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), like._replace(params=(), opt_state=opt_state)
         )
-        saved = items["optimizer"]
-        with jax.default_device(device):
-            acc_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like.opt_state.acc_grads)
-            skip_state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like.opt_state.skip_state)
-            opt_state = like.opt_state._replace(
-                mini_step=jnp.int32(0),
-                gradient_step=saved["step"],
-                inner_opt_state=saved["moments"],
-                acc_grads=acc_grads,
-                skip_state=skip_state,
-            )
-            return TrainState(items["params"], opt_state, saved["batches"], jnp.int32(0), jnp.float32(0))
+        opt_state = zeros.opt_state._replace(gradient_step=saved["step"], inner_opt_state=saved["moments"])
+        return zeros._replace(params=items["params"], opt_state=opt_state, batches=saved["batches"])
+
+    def newest(self, load: Callable[[int], T], steps: Sequence[int]) -> tuple[T, list[str]]:
+        """What `load` makes of the last of `steps` whose checkpoint is whole, and why those after it were skipped.
+
+        Raises RequestError, with all the reasons, when none is.
+        """
+        skipped: list[str] = []
+        for step in reversed(steps):
+            try:
+                return load(step), skipped
+            except DamagedError as error:
+                skipped.append(f"{DIRECTORY}/{step}: {error}")
+        raise RequestError(f"no checkpoint in {self.directory.parent} can be used ({'; '.join(skipped)})")
+
+    def tidy(self, newest: int) -> list[str]:
+        """Moves checkpoints after step `newest` aside and deletes what unfinished saves left; says what it did.
+
+        Raises OSError.
+        """
+        done = []
+        for path in sorted(self.directory.glob(_UNFINISHED)):
+            shutil.rmtree(path)
+            done.append(f"Skipped {DIRECTORY}/{path.name}: its save was never finished, so it is deleted")
+        for step in [step for step in self.steps() if step > newest]:
+            place = self.directory / f"{step}.damaged"
+            shutil.rmtree(place, ignore_errors=True)
+            (self.directory / str(step)).rename(place)
+            done.append(f"Moved {DIRECTORY}/{step} to {DIRECTORY}/{place.name}: delete it when you have no use for it")
+        self._manager.reload()
+        return done
+
+    def _new_manager(self) -> ocp.CheckpointManager:
+        background = ocp.options.AsyncOptions(post_finalization_callback=self._sync_unfinished)
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, async_options=background),
+        )
+
+    def _clear_unfinished(self) -> None:
+        for path in self.directory.glob(_UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _sync_unfinished(self) -> None:
+        """Orbax calls this when a checkpoint is written and before it gets its name."""
+        for path in self.directory.glob(_UNFINISHED):
+            durable.sync_tree(path)
+
+    def _arrays(self, step: int, sharding: jax.sharding.Sharding, **like: Any) -> dict[str, Any]:
+        expected = self.meta(step)["checksums"]
+        shapes = {name: _laid_out(sharding, tree) for name, tree in like.items()}
+        items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()})
+        for name, item in items.items():
+            if found := _mismatch(item, expected[name]):
+                raise DamagedError(f"{name}{found} does not match its checksum")
+        return items
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged checkpoint
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RequestError(
-                f"checkpoint {self.directory / str(step)} cannot be read ({reason}): delete it to use the one before"
-            ) from error
+            if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise DamagedError(f"it cannot be read, {_first_line(error)}") from error
 
     @contextlib.contextmanager
-    def _disk_errors(self):
+    def _disk_errors(self) -> Iterator[None]:
+        """Turns what a failed save raises into a RunError, and makes room and a fresh manager for the next one.
+
+        The old one may count the failed step among the saved and refuse to go on (AI-Hypercomputer/maxtext#5260).
+        """
         try:
             yield
         except Exception as error:  # as above: a full disk comes as OSError, ValueError or an XLA error
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"cannot save to {self.directory}: {reason}") from error
+            self._clear_unfinished()
+            self._manager = self._new_manager()
+            raise RunError(f"{self.directory} cannot take it ({_first_line(error)})") from error
+
+
+def checkpoint_bytes(state: TrainState) -> int:
+    """What a checkpoint of this state, or of its shapes, takes on disk at most."""
+    leaves = jax.tree.leaves((state.params, _optimizer_item(state)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 2**20
+
+
+def _sign(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """`meta` with the hash of the rest of it under `sha256`."""
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def _mismatch(tree: Any, expected: list[int]) -> str | None:
+    """The path of the first leaf whose checksum is not the expected one."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    found = zip(paths, checksums(tree).tolist(), expected, strict=True)
+    return next((path for path, sum, its in found if sum != its), None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {"moments": state.opt_state.inner_opt_state, "step": state.step, "batches": state.batches}
 
 
-def _on(device: jax.Device, tree: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(device)
+def _laid_out(sharding: jax.sharding.Sharding, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

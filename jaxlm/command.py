@@ -1,9 +1,10 @@
 """What every command shares: its arguments, its one line on failure and its exit status."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxlm.errors import RequestError, RunError, Stopped
 
@@ -17,14 +18,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command and ends the process: 0, or the exit status of what ended it, after its message on stderr."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
     try:
         main(sys.argv[1:])
-    except (RequestError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_status)
+    except (RequestError, RunError, Stopped) as end:
+        print(end if isinstance(end, Stopped) else f"error: {end}", file=sys.stderr)
+        sys.exit(end.exit_status)
     except KeyboardInterrupt:
+        print("stopped: the same command begins again", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    """Ends a command as Ctrl-C does, so that nothing half done is left."""
+    raise Stopped("stopped: the same command begins again", number)

@@ -51,7 +51,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    _require(value in known, f"{name} is {value!r}: {_nearest(value, known)}it is one of {', '.join(known)}")
+    _require(value in known, f"{name} is {value!r:.100}: {_nearest(value, known)}it is one of {', '.join(known)}")
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -179,6 +179,7 @@ class Config:
     max_skipped: int = 10  # micro-batches with non-finite gradients in a row before the run stops
     seed: int = field(default=0, metadata=FIXED)
     platform: str = "auto"
+    deterministic: bool = False  # on an NVIDIA GPU: the same bits in every session, slower
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
@@ -255,24 +256,29 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _value(name: str, kind: Any, value: Any) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
     if kind == tuple[str, ...]:
         good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        value = tuple(value) if good else value
-    else:
-        good = type(value) is kind and (kind is not float or math.isfinite(value))
+        _require(good, f"{name} must be a list of texts")
+        return tuple(value)
+    if type(value) is int:
+        _require(abs(value) < 2**31, f"{name} is a whole number of more than 31 bits: choose a smaller one")
+        value = float(value) if kind is float else value
+    good = type(value) is kind and (kind is not float or math.isfinite(value))
     described = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    _require(good, f"{name} is {value!r}: it must be {described.get(kind, 'a list of texts')}")
+    _require(good, f"{name} is {value!r:.100}: it must be {described[kind]}")
     return value
 
 
 def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """The FIXED settings in which a saved run (nested dict) and `config` differ, one phrase each."""
+    """The FIXED settings in which a saved run (nested dict) and `config` differ, one phrase each.
+
+    Raises RequestError when `saved` does not hold settings.
+    """
     return _differences(saved, config, "")
 
 
 def _differences(saved: Mapping[str, Any], config: Any, prefix: str) -> list[str]:
+    _require(isinstance(saved, Mapping), f"the saved settings are damaged: {prefix[:-1] or 'config'} must be a group")
     found = []
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)

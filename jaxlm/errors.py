@@ -14,8 +14,12 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved: the command ends with status 128 + the signal's number."""
+    """A signal asked a command to stop, and what was done is saved: it ends with status 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_status = 128 + signal_number
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read, or is not what was saved; the message is the reason."""

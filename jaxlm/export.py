@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jaxlm import durable
 from jaxlm.config import ModelConfig
 from jaxlm.errors import RunError
 
@@ -25,17 +26,16 @@ def write_model(folder: Path, config: ModelConfig, params: Any) -> Path:
         The folder.
 
     Raises:
-        RunError: the disk failed; what the folder held before is still there.
+        RunError: the disk failed; where that was while writing, what the folder held before is still there.
     """
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         _write_files(beside, config, params)
+        durable.replace_folder(beside, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise RunError(f"cannot write {folder} ({error}): make room and run the same command again") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
     return folder
 
 

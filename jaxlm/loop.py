@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxlm.step import Metrics, make_eval_step, make_train_step
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokens import TokenFiles, train_batch_stream, val_batches
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EARLY_LINES = (1, 2, 5, 10, 20, 50)  # steps with a console line before the first interval ends
 
 
@@ -45,18 +47,23 @@ class Run:
             device: what trains.
 
         Raises:
-            RequestError: the checkpoint does not fit the settings or the tokens; a prompt does not fit the context.
+            RequestError: the checkpoint does not fit the settings or the tokens, or none is whole; a prompt does not
+                fit the context.
         """
         self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
         self.tokenizer = load_tokenizer(config.model.vocab_size)
         self.prompts = encode_prompts(self.tokenizer, config.sample.prompts, config.model.context)
         self.checkpoints = Checkpoints(workdir, config.max_checkpoints)
-        self.state, seconds = restore_or_init(self.checkpoints, config, tokens, device)
+        self.state, seconds, self.notes = restore_or_init(self.checkpoints, config, tokens, device)
         self.accepted = int(self.state.step) * config.grad_accum_steps  # micro-batches, by the host's count
         self.skipped = int(self.state.batches) - self.accepted
+        self.saved = self.step  # the step of the last whole checkpoint; 0 for none
         self.saving: int | None = None  # the step whose checkpoint is on its way to the disk
         self.clock = Clock(seconds)
         self.monitor = Monitor(workdir, self.step, config.max_steps)
+        self.notes += [
+            f"{path} had damaged lines; as it was it is {path.name}.damaged" for path in self.monitor.damaged
+        ]
         self.losses: list[float] = []  # of the steps since the last console line, and their seconds
         self.seconds: list[float] = []
         self.stop_signal = 0
@@ -70,11 +77,12 @@ class Run:
         """Trains to `max_steps`.
 
         Raises:
-            Stopped: on SIGINT or SIGTERM, after saving.
-            RunError: too many micro-batches in a row had gradients that are not finite, or the disk failed.
+            Stopped: on SIGINT, SIGTERM or SIGHUP, after saving.
+            RunError: too many micro-batches in a row had gradients that are not finite, or the last step cannot be
+                saved.
         """
         with self._signals(), contextlib.closing(self.monitor):
-            self.monitor.say(self._header())
+            self.monitor.say("\n".join([*self.notes, self._header()]))
             if self.step < self.config.max_steps:
                 try:
                     self._loop()
@@ -151,7 +159,7 @@ class Run:
         step, left = int(row["step"]), self._seconds_left(int(row["step"]))
         early = step in EARLY_LINES and step < self.config.eval_interval
         if early or step % self.config.eval_interval == 0 or step == self.config.max_steps:
-            rate = len(self.seconds) * self.config.tokens_per_step / sum(self.seconds)
+            rate = self.config.tokens_per_step / median(self.seconds)
             self.monitor.say(metrics_line(step, float(np.mean(self.losses)), row["lr"], rate, left))
             self.losses, self.seconds = [], []
         self.monitor.progress(step, row["loss"], row["tokens_per_second"], left, self._next_event(step))
@@ -191,8 +199,11 @@ class Run:
         if step % self.config.save_interval == 0 or last or stop_signal:
             with self.clock.pause("checkpoint"):
                 self._save(step)
-        if stop_signal and not last:
+        if last or stop_signal:
             self._announce_saved(wait=True)
+            if self.saved != step:
+                raise RunError(f"{self.failure}; the same command goes on from step {self.saved}")
+        if stop_signal and not last:
             raise Stopped(f"stopped after step {step}: the same command goes on from there", stop_signal)
 
     def _evaluate(self, limit: int) -> dict[str, float]:
@@ -217,30 +228,47 @@ class Run:
         return [(c.prompts[i], c.prompts[i] + text) for i, text in zip(chosen, texts, strict=True)]
 
     def _save(self, step: int) -> None:
+        """Starts saving. What the files say of the steps up to this one is on the disk before the checkpoint is."""
         self._announce_saved(wait=True)
-        self.checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self.clock.seconds()))
-        self.saving = step
+        try:
+            self.monitor.sync()
+            self.checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self.clock.seconds()))
+        except (RunError, OSError) as error:
+            self._warn_not_saved(step, error)
+        else:
+            self.saving = step
 
     def _announce_saved(self, wait: bool = False) -> None:
-        """Says that the last save is whole, once it is; raises RunError if it failed."""
+        """Says that the last save is whole, or that it failed, once that is known."""
         if self.saving is None or (self.checkpoints.saving() and not wait):
             return
-        self.checkpoints.wait()
-        self.monitor.say(f"  → Saved checkpoint: {DIRECTORY}/{self.saving}")
-        self.saving = None
+        step, self.saving = self.saving, None
+        try:
+            self.checkpoints.wait()
+        except RunError as error:
+            self._warn_not_saved(step, error)
+        else:
+            self.saved = step
+            self.monitor.say(f"  → Saved checkpoint: {DIRECTORY}/{step}")
+
+    def _warn_not_saved(self, step: int, error: Exception) -> None:
+        self.failure = f"step {step} is not saved, {error}: make room"
+        self.monitor.say(f"  → {self.failure[0].upper()}{self.failure[1:]}; the next save tries again")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops the run after the step; a second SIGINT leaves at once."""
+        """The first signal to stop does so after the step; a second SIGINT leaves at once."""
 
         def ask_to_stop(number: int, frame: Any) -> None:
             if self.stop_signal and number == signal.SIGINT:
                 self.monitor.abandon()
                 os._exit(128 + number)
             self.stop_signal = number
-            os.write(2, b"Stopping after this step; Ctrl-C again to leave at once, without saving\n")
+            with contextlib.suppress(OSError):  # the terminal may have gone
+                os.write(2, b"Stopping after this step; Ctrl-C again to leave at once, without saving\n")
 
-        before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, ask_to_stop) for number in numbers}
         try:
             yield
         finally:

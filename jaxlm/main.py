@@ -7,14 +7,17 @@ import dataclasses
 import difflib
 import json
 import re
+import shutil
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from jaxlm import durable
 from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config, check_name, differences, from_config_dict, to_dict
 from jaxlm.errors import RequestError, RunError
+from jaxlm.lock import only_writer
 from jaxlm.prepare import prepare
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokens import TRAIN, TokenFiles, open_tokens
@@ -94,11 +97,26 @@ def check_workdir(workdir: Path, config: Config) -> None:
         raise RequestError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
 
 
-def write_config(workdir: Path, config: Config) -> None:
-    """Writes the settings to `workdir`/config.json, beside and then into its place."""
-    beside = workdir / "config.json.tmp"
-    beside.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    beside.replace(workdir / "config.json")
+def check_room(workdir: Path, config: Config) -> None:
+    """Raises RequestError if the disk has not the room for what a run has yet to write."""
+    import jax
+
+    from jaxlm.checkpoint import DIRECTORY, checkpoint_bytes
+    from jaxlm.step import init_state
+
+    shapes = jax.eval_shape(lambda: init_state(config))
+    there = [int(path.name) for path in (workdir / DIRECTORY).glob("*") if path.name.isdigit()]
+    to_save = -(-(config.max_steps - max(there, default=0)) // config.save_interval)
+    new = min(to_save, config.max_checkpoints + 1 - len(there))  # one more than are kept, until the oldest is deleted
+    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
+    needed = max(new, 0) * checkpoint_bytes(shapes) + model
+    place = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise RequestError(
+            f"this run will write {needed / 1e9:.2f} GB to {workdir}, where {free / 1e9:.2f} GB are free: make room,"
+            " lower max_checkpoints or choose another --workdir"
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -109,25 +127,30 @@ def main(argv: list[str]) -> None:
     config, workdir = read_config(argv)
     tokens = open_data(config)
 
-    from jaxlm import backend  # jax only now: what came before answers in a moment, and needs no device
+    import jax  # only now: what came before answers in a moment, and needs no device
+
+    from jaxlm import backend
     from jaxlm.generate import encode_prompts
     from jaxlm.loop import Run
 
     encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
     check_workdir(workdir, config)
-    device = backend.start(config.platform)
+    device = backend.start(config.platform, config.deterministic)
     resolved = dataclasses.replace(config, model=backend.resolve(config.model, device))
+    check_room(workdir, resolved)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        training = Run(resolved, workdir, tokens, device)
-        write_config(workdir, config)
-        training.train()
+        with only_writer(workdir):
+            training = Run(resolved, workdir, tokens, device)
+            durable.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
+            training.train()
     except OSError as error:
         raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
-    except RuntimeError as error:  # what XLA raises
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise RunError("out of memory: set model.remat, more slices or a smaller batch_size") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise RunError("out of memory: set model.remat, more slices or a smaller batch_size") from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"the device failed ({reason}): the same command goes on from the last checkpoint") from error
 
 
 if __name__ == "__main__":

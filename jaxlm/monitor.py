@@ -1,18 +1,18 @@
 """What a run shows and records: console lines, the progress bar, metrics and samples files, TensorBoard; its clock."""
 
 import contextlib
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import median, median_low
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
+
+from jaxlm.events import EventFile
+from jaxlm.journal import Journal, keep_up_to, to_line
 
 RULE = "=" * 70
 
@@ -49,8 +49,9 @@ def duration(seconds: float) -> str:
 class Clock:
     """Splits a run's time into steps and pauses (compilation, evaluation, sampling, saving).
 
-    It does not run while the machine sleeps. Steps overlap with the host's work, so a step lasts from the end of the
-    one before, or of the pause between them, to its own end.
+    It does not run while the machine sleeps, and what it foretells goes by medians, so that a step or a pause during
+    which the process was stopped does not count. Steps overlap with the host's work, so a step lasts from the end of
+    the one before, or of the pause between them, to its own end.
     """
 
     def __init__(self, seconds_before: float = 0.0, now: Callable[[], float] = time.monotonic):
@@ -58,7 +59,7 @@ class Clock:
         self._start = now() - seconds_before
         self._mark = now()
         self._steps: deque[float] = deque(maxlen=50)
-        self._pauses: dict[str, float] = {}
+        self._pauses: dict[str, deque[float]] = {}
 
     def seconds(self) -> float:
         """Since training began, over all its sessions."""
@@ -78,13 +79,15 @@ class Clock:
         try:
             yield
         finally:
-            self._pauses[kind] = self._now() - start
-            self._mark += self._pauses[kind]
+            seconds = self._now() - start
+            self._pauses.setdefault(kind, deque(maxlen=5)).append(seconds)
+            self._mark += seconds
 
     def seconds_left(self, steps: int, pauses: Mapping[str, int]) -> float:
         """What so many steps and so many pauses of each kind will take, by the last ones of each."""
         step = median(self._steps) if self._steps else 0.0
-        return steps * step + sum(count * self._pauses.get(kind, 0.0) for kind, count in pauses.items())
+        known = {kind: median_low(seconds) for kind, seconds in self._pauses.items()}
+        return steps * step + sum(count * known.get(kind, 0.0) for kind, count in pauses.items())
 
 
 class Monitor:
@@ -92,11 +95,10 @@ class Monitor:
 
     def __init__(self, workdir: Path, step: int, max_steps: int):
         """Opens the files and drops what an earlier session recorded after `step`, where this one goes on."""
-        keep_up_to(workdir / "metrics.jsonl", step)
-        keep_up_to(workdir / "samples.jsonl", step)
-        self._metrics = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._samples = (workdir / "samples.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        files = [workdir / "metrics.jsonl", workdir / "samples.jsonl"]
+        self.damaged = [path for path in files if keep_up_to(path, step)]
+        self._metrics, self._samples = map(Journal, files)
+        self._events = EventFile(workdir / "tensorboard", step + 1)
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._bar = Progress(
             BarColumn(bar_width=10),
@@ -110,8 +112,8 @@ class Monitor:
         self._bar.start()
 
     def say(self, text: str) -> None:
-        """Prints lines above the progress bar. A reader that has gone away does not end the run."""
-        with contextlib.suppress(SystemExit):  # rich's answer to a closed pipe; afterwards its console is quiet
+        """Prints lines above the progress bar. A reader that has gone away, or a full disk, does not end the run."""
+        with contextlib.suppress(SystemExit, OSError):  # rich exits on a closed pipe; afterwards its console is quiet
             self._console.print(text)
 
     def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float, next_event: str) -> None:
@@ -121,17 +123,20 @@ class Monitor:
 
     def record(self, row: Mapping[str, float]) -> None:
         """Appends one optimizer step to metrics.jsonl and TensorBoard."""
-        _append(self._metrics, row)
-        for name, value in row.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, row["step"])
+        self._metrics.append(to_line(row))
+        self._events.scalars(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Prints a block of samples and appends them to samples.jsonl."""
         self.say(samples_block(step, texts))
         for prompt, text in texts:
-            _append(self._samples, {"step": step, "prompt": prompt, "text": text})
-        self._tensorboard.add_text("samples", "\n\n".join(text for _, text in texts), step)
+            self._samples.append(to_line({"step": step, "prompt": prompt, "text": text}))
+        self._events.text(step, "samples", "\n\n".join(text for _, text in texts))
+
+    def sync(self) -> None:
+        """Returns once the disk holds for good all that was recorded. Raises OSError while it cannot."""
+        for file in (self._metrics, self._samples, self._events):
+            file.sync()
 
     def abandon(self) -> None:
         """Gives a terminal its cursor back, for a process that ends at once; safe in a signal handler."""
@@ -141,22 +146,5 @@ class Monitor:
     def close(self) -> None:
         """Removes the bar and closes the files."""
         self._bar.stop()
-        self._metrics.close()
-        self._samples.close()
-        self._tensorboard.close()
-
-
-def _append(file: Any, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
-
-
-def keep_up_to(path: Path, step: int) -> None:
-    """Drops from a .jsonl file all lines after `step`, and a last line that was cut off while being written."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_bytes(b"".join(lines))
-    beside.replace(path)
+        for file in (self._metrics, self._samples, self._events):
+            file.close()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config, differences, to_dict
@@ -23,28 +24,37 @@ def describe_run(config: Config, tokens: TokenFiles, seconds: float) -> dict[str
 
 def restore_or_init(
     checkpoints: Checkpoints, config: Config, tokens: TokenFiles, device: jax.Device
-) -> tuple[TrainState, float]:
-    """The state to go on from, on `device`, and the seconds trained before.
+) -> tuple[TrainState, float, list[str]]:
+    """The state to go on from, on `device`, the seconds trained before, and what was skipped on the way to it.
 
     Without a checkpoint, parameters are drawn on the CPU, so that a seed gives one model whatever trains it.
 
     Raises:
-        RequestError: the newest checkpoint does not fit the settings or the tokens, or cannot be read.
+        RequestError: the newest whole checkpoint does not fit the settings or the tokens, or none is whole.
     """
-    if not checkpoints.steps():
+    like = jax.eval_shape(lambda: init_state(config))
+
+    def load(step: int) -> tuple[TrainState, float]:
+        meta = checkpoints.meta(step)
+        _check_same_run(f"{checkpoints.directory / str(step)}", meta, config, tokens)
+        return checkpoints.state(step, like, SingleDeviceSharding(device)), meta["seconds"]
+
+    steps = checkpoints.steps()
+    if not steps:
         with jax.default_device(jax.devices("cpu")[0]):
             state = init_state(config)
-        return jax.device_put(state, device), 0.0
-    step = checkpoints.steps()[-1]
-    saved, ours = checkpoints.meta(step), describe_run(config, tokens, 0)
-    found = differences(saved["config"], config)
-    for name, value in ours["tokens"].items():
-        if saved["tokens"].get(name) != value:
-            found.append(f"{name} of the data is {value}, there it is {saved['tokens'].get(name)}")
+        return jax.device_put(state, device), 0.0, checkpoints.tidy(0)
+    (state, seconds), skipped = checkpoints.newest(load, steps)
+    notes = [f"Skipped {reason}" for reason in skipped] + checkpoints.tidy(int(state.step))
+    return state, seconds, notes
+
+
+def _check_same_run(place: str, meta: dict[str, Any], config: Config, tokens: TokenFiles) -> None:
+    found = differences(meta["config"], config)
+    for name, value in describe_run(config, tokens, 0)["tokens"].items():
+        if meta["tokens"].get(name) != value:
+            found.append(f"{name} of the data is {value}, there it is {meta['tokens'].get(name)}")
     if found:
         raise RequestError(
-            f"{checkpoints.directory / str(step)} belongs to another run: {'; '.join(found)};"
-            " put these back or choose another --workdir"
+            f"{place} belongs to another run: {'; '.join(found)}; put these back or choose another --workdir"
         )
-    like = jax.eval_shape(lambda: init_state(config))
-    return checkpoints.state(step, like, device), saved["seconds"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxlm import backend
 from jaxlm.checkpoint import DIRECTORY, Checkpoints
@@ -42,12 +43,18 @@ def restore(workdir: Path, step: int | None, platform: str) -> tuple[Config, Any
         raise RequestError(f"{workdir} holds no whole checkpoint yet: wait for the first")
     if step is not None and step not in steps:
         raise RequestError(f"there is no checkpoint of step {step}: choose from {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
-    config = from_config_dict(checkpoints.meta(step)["config"])
-    model = backend.resolve(dataclasses.replace(config.model, dtype="auto", attention="auto"), device)
-    config = dataclasses.replace(config, model=model)
-    like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return config, checkpoints.params(step, like, device), step
+
+    def load(step: int) -> tuple[Config, Any, int]:
+        config = from_config_dict(checkpoints.meta(step)["config"])
+        model = backend.resolve(dataclasses.replace(config.model, dtype="auto", attention="auto"), device)
+        like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        params = checkpoints.params(step, like, SingleDeviceSharding(device))
+        return dataclasses.replace(config, model=model), params, step
+
+    restored, skipped = checkpoints.newest(load, steps if step is None else [step])
+    for reason in skipped:
+        print(f"Skipped {reason}", file=sys.stderr)
+    return restored
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,6 @@
 """The training command at its edge: what a person may get wrong, and the real process."""
 
-import contextlib
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from tiny_run import CONFIG, is_one_line, listing, rows, train
+from tiny_run import CONFIG, disk_room, is_one_line, listing, rows, train
 
 from jaxlm.errors import RequestError, RunError
 from jaxlm.main import main
@@ -148,17 +146,6 @@ def test_a_prompt_longer_than_the_context_is_refused():
 @pytest.mark.parametrize("workdir", ["tiny.py", "tiny.py/below"])
 def test_a_work_directory_that_cannot_be_written_is_a_failure_of_one_line(workdir):
     assert "tiny.py" in refused(["--config", "tiny.py", "--workdir", workdir], RunError)
-
-
-@contextlib.contextmanager
-def disk_room(size):
-    """No file may grow beyond this."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("room", [200, 4_000, 20_000, 200_000])

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def config_of(workdir: Path | str) -> Config:
 
 def saved_state(workdir: Path | str, step: int) -> TrainState:
     like = jax.eval_shape(lambda: init_state(config_of(workdir)))
-    return Checkpoints(Path(workdir)).state(step, like, jax.devices()[0])
+    return Checkpoints(Path(workdir)).state(step, like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 def resolved(config: Config) -> Config:
@@ -119,3 +120,14 @@ def listing(directory: Path) -> dict[str, bytes | None]:
 
 def is_one_line(error: BaseException) -> bool:
     return bool(str(error).strip()) and len(str(error).splitlines()) == 1
+
+
+@contextlib.contextmanager
+def disk_room(size: int) -> Iterator[None]:
+    """No file may grow beyond this."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
