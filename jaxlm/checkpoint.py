@@ -56,7 +56,7 @@ class Checkpoints:
         with self._disk_errors():
             free, needed = shutil.disk_usage(self.directory).free, checkpoint_bytes(state)
             if free < needed:
-                raise OSError(f"it needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+                raise RunError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
             sums = {name: checksums(item).tolist() for name, item in items.items()}
             arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
             signed = _sign(dict(meta) | {"checksums": sums})
@@ -92,10 +92,9 @@ class Checkpoints:
         Raises DamagedError when it cannot be read, or is not what was saved.
         """
         items = self._arrays(step, sharding, params=like.params, optimizer=_optimizer_item(like))
-        saved, opt_state = items["optimizer"], like.opt_state._replace(inner_opt_state=())
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), like._replace(params=(), opt_state=opt_state)
-        )
+        saved = items["optimizer"]
+        rest = like._replace(params=(), opt_state=like.opt_state._replace(inner_opt_state=()))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), rest)
         opt_state = zeros.opt_state._replace(gradient_step=saved["step"], inner_opt_state=saved["moments"])
         return zeros._replace(params=items["params"], opt_state=opt_state, batches=saved["batches"])
 
@@ -196,7 +195,7 @@ def _mismatch(tree: Any, expected: list[int]) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

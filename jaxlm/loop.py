@@ -233,8 +233,10 @@ class Run:
         try:
             self.monitor.sync()
             self.checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self.clock.seconds()))
-        except (RunError, OSError) as error:
-            self._warn_not_saved(step, error)
+        except OSError as error:
+            self._warn_not_saved(step, f"{self.workdir} does not take the rows before it ({error.strerror})")
+        except RunError as error:
+            self._warn_not_saved(step, str(error))
         else:
             self.saving = step
 
@@ -246,13 +248,13 @@ class Run:
         try:
             self.checkpoints.wait()
         except RunError as error:
-            self._warn_not_saved(step, error)
+            self._warn_not_saved(step, str(error))
         else:
             self.saved = step
             self.monitor.say(f"  → Saved checkpoint: {DIRECTORY}/{step}")
 
-    def _warn_not_saved(self, step: int, error: Exception) -> None:
-        self.failure = f"step {step} is not saved, {error}: make room"
+    def _warn_not_saved(self, step: int, reason: str) -> None:
+        self.failure = f"step {step} is not saved, {reason}: make room"
         self.monitor.say(f"  → {self.failure[0].upper()}{self.failure[1:]}; the next save tries again")
 
     @contextlib.contextmanager

@@ -171,6 +171,21 @@ def test_whole_number_is_taken_for_a_number():
     assert (type(learning_rate), learning_rate) == (float, 1.0)
 
 
+@pytest.mark.parametrize("value", [2**31, -(2**31), 10**400, 1 << 20_000])
+@pytest.mark.parametrize("name", [*of_type(int), *of_type(float)])
+def test_whole_number_of_any_length_is_refused(name, value):
+    assert_refused(settings(name, value), name)
+
+
+@pytest.mark.parametrize("name", ["platform", "model.dtype", "model.width", "sample.prompts"])
+def test_long_value_is_not_repeated_whole(name):
+    assert_refused(settings(name, "x" * 10_000), name)
+
+
+def test_prompts_with_a_number_too_long_to_print_are_refused():
+    assert_refused({"sample": {"prompts": ["Once", 1 << 20_000]}}, "sample.prompts")
+
+
 @pytest.mark.parametrize(
     ("name", "unknown", "nearest"),
     [
@@ -241,6 +256,12 @@ def test_saved_settings_older_than_a_setting_count_as_its_default():
     del saved["seed"], saved["model"]["rope_theta"]
     assert differences(saved, Config()) == []
     assert len(differences(saved, Config(seed=1))) == 1
+
+
+@pytest.mark.parametrize("saved", [None, [], "text", 3, {"model": None}, {"model": []}, {"data": "novels"}])
+def test_saved_settings_that_are_none_are_refused(saved):
+    with pytest.raises(RequestError, match="damaged: (config|model|data) must be a group"):
+        differences(saved, Config())
 
 
 def test_settings_cannot_be_changed_afterwards():

@@ -63,6 +63,7 @@ def test_changed_sources_are_told(tmp_path, monkeypatch):
     assert source_changed(str(path), before)
     path.unlink()
     assert not source_changed(str(path), before)
+    assert not source_changed("x" * 5000, before)
     Path("tinystories").write_text("a file that happens to be called so")
     assert not source_changed("tinystories", before)
 
@@ -74,6 +75,7 @@ def test_changed_sources_are_told(tmp_path, monkeypatch):
         ("tiny_stories", "did you mean 'tinystories'"),
         ("missing.txt", "no corpus or file is called 'missing.txt'"),
         ("*.txt", r"called '\*.txt'"),
+        ("x" * 5000, "no corpus or file is called"),
         ("", "no corpus or file|is a directory"),
         (".", "is a directory: name its files"),
     ],

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import tracemalloc
@@ -111,6 +112,13 @@ def test_parquet_rows_are_documents(tmp_path):
     table = pyarrow.table({"id": list(range(3000)), "text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500)
     assert as_documents(read_pieces([tmp_path / "a.parquet"])) == texts
+
+
+def test_parquet_of_a_name_that_is_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.parquet")
+    with path.open("wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), file)
+    assert as_documents(read_pieces([path])) == ["one"]
 
 
 def test_a_long_document_is_never_in_memory_whole(tmp_path):

@@ -28,6 +28,10 @@ def names_in(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
+def listing(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
 def ids_in(path):
     return np.fromfile(path, "<u2").tolist()
 
@@ -152,6 +156,53 @@ def test_other_settings_or_text_are_refused(tmp_path):
         find_prepared(str(path), path, 500, 0.1)
     del before["meta.json"]
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_another_corpus_is_refused_whatever_the_size_of_its_files(tmp_path):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text("Some text of one's own. " * 50)
+    write_token_files(open_corpus(str(path)), out, 500, 0.1)
+    (out / "val.bin").write_bytes(b"cut")
+    before = listing(out)
+    for source, vocab_size, fraction in (("novels", 500, 0.1), (str(path), 501, 0.1), (str(path), 500, 0.2)):
+        with pytest.raises(RequestError, match="was prepared with"):
+            find_prepared(source, out, vocab_size, fraction)
+    assert listing(out) == before
+    assert find_prepared(str(path), out, 500, 0.1) is None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_directories_in_the_place_of_files_are_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(RequestError, match=f"{name} is a directory"):
+        find_prepared("novels", tmp_path, 500, 0.1)
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "new/" + "x" * 300])
+def test_a_place_of_a_name_too_long_leaves_nothing(tmp_path, place):
+    (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
+    source = str(tmp_path / "a.txt")
+    assert find_prepared(source, tmp_path / place, 500, 0.1) is None
+    with pytest.raises(RunError, match="cannot write to"):
+        write_token_files(open_corpus(source), tmp_path / place, 500, 0.1)
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+def test_the_way_to_a_place_stays(tmp_path):
+    (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
+    out = tmp_path / "new" / ".." / "out"
+    meta = write_token_files(open_corpus(str(tmp_path / "a.txt")), out, 500, 0.1)
+    assert open_tokens(out, 500, 8).meta == meta
+
+
+def test_the_names_reach_the_disk_after_the_files(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
+    out, synced = tmp_path / "out", []
+    monkeypatch.setattr(encoding.durable, "sync_descriptor", lambda descriptor: synced.append(names_in(out)))
+    monkeypatch.setattr(encoding.durable, "sync", lambda path: synced.append((path, names_in(path))))
+    write_token_files(open_corpus(str(tmp_path / "a.txt")), out, 500, 0.1)
+    partial = [f"{name}.partial" for name in FILES]
+    assert synced == [partial, partial, partial, (out, FILES)]
 
 
 WRITE = """

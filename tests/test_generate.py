@@ -1,5 +1,7 @@
 """Prompts to texts: what is refused, and how the pieces add up to one text."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -87,6 +89,12 @@ def test_prompts_are_encoded_and_an_empty_one_begins_a_text():
     first, empty = encode_prompts(tokenizer, ["abc", ""], context=4)
     assert tokenizer.decode(first) == "abc"
     assert empty == [tokenizer.end_of_text]
+
+
+def test_a_prompt_that_is_not_utf8_is_refused():
+    with pytest.raises(RequestError, match="is not UTF-8 text") as refused:
+        encode_prompts(load_tokenizer(257), ["é", os.fsdecode(b"caf\xe9")], context=16)
+    assert refused.value.args[0].isprintable()
 
 
 @pytest.mark.parametrize("prompt", ["abcd", "a" * 100, "one\ntwo\nthree"])

@@ -1,7 +1,9 @@
 """The training run, from the command to the files, on a text of a few kilobytes."""
 
+import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -14,6 +16,7 @@ import tiny_run
 from tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state, train
 
 from jaxlm import loop
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.errors import RequestError, RunError, Stopped
 from jaxlm.model import Decoder
 from jaxlm.monitor import Monitor
@@ -69,7 +72,8 @@ def console_lines(console):
 
 def test_the_work_directory_holds_what_the_design_names(console):
     names = {path.name for path in Path("whole").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final_model", "tensorboard"}
+    files = {"config.json", "metrics.jsonl", "samples.jsonl", "lock"}
+    assert names == files | {"checkpoints", "final_model", "tensorboard"}
     assert sorted(int(path.name) for path in Path("whole/checkpoints").iterdir()) == [3, 6, 9, 12]
     assert list(Path("whole/tensorboard").iterdir())
     assert (config_of("whole").batch_size, config_of("whole").sample.prompts[1]) == (2, "The king")
@@ -190,6 +194,13 @@ def test_bits_per_byte_are_of_the_bytes_that_the_tokens_stand_for(console):
             assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] * len(ids) / np.log(2) / size, rel=1e-6)
 
 
+def wait_for(path):
+    deadline = time.monotonic() + 20
+    while not Path(path).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def interruptions(console):
     """What came of each session of the run in `broken`: one that crashes, two that signals stop, and the last."""
@@ -198,10 +209,7 @@ def interruptions(console):
         pass
 
     def crash():
-        deadline = time.monotonic() + 20
-        while not Path("broken/checkpoints/3").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for("broken/checkpoints/3")
         raise CrashError
 
     found = []
@@ -314,6 +322,93 @@ def test_other_tokens_than_the_checkpoints_are_refused(console):
     assert "train_" in str(caught.value)
     changed = {path for path, held in tiny_run.listing(Path("whole")).items() if before.get(path) != held}
     assert changed <= {"whole/config.json"}
+
+
+def test_an_evaluation_step_writes_its_rows_to_the_disk_before_its_checkpoint(monkeypatch):
+    """So that no power cut leaves a checkpoint whose steps the files do not know."""
+    on_disk, fsync, begun = {}, os.fsync, []
+
+    def watched_fsync(descriptor):
+        fsync(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        on_disk[os.path.basename(path)] = Path(path).read_bytes() if os.path.isfile(path) else b""
+
+    save = Checkpoints.save
+
+    def watched_save(self, step, state, meta):
+        begun.append((step, on_disk["metrics.jsonl"].count(b"\n"), on_disk["samples.jsonl"].count(b"\n")))
+        save(self, step, state, meta)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Checkpoints, "save", watched_save)
+    train("ordered")
+    assert begun == [(3, 3, 0), (6, 6, 3), (9, 9, 3), (12, 12, 6)]
+
+
+def full_from_to(patch, workdir, first, last):
+    """No file has room from the row of step `first`, when the checkpoint of step 3 is there, until that of `last`."""
+    room = contextlib.ExitStack()
+    record = Monitor.record
+
+    def record_and_fill(self, row):
+        if row["step"] == first:
+            wait_for(f"{workdir}/checkpoints/3")
+            room.enter_context(tiny_run.disk_room(0))
+        record(self, row)
+        if row["step"] == last:
+            room.close()
+
+    patch.setattr(Monitor, "record", record_and_fill)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_while_and_nothing_else(monkeypatch, console):
+    full_from_to(monkeypatch, "filled", 5, 10)
+    shown = train("filled")
+    warned = re.findall(r"(?m)^  → Step (\d+) is not saved, (.*): make room; the next save tries again$", shown)
+    assert [int(step) for step, _ in warned] == [6, 9]
+    assert re.findall(r"Saved checkpoint: checkpoints/(\d+)", shown) == ["3", "12"]
+    assert without_clock(rows("filled/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+    assert Path("filled/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
+    assert_same_bits(saved_state("filled", LAST), saved_state("whole", LAST))
+    assert sorted(path.name for path in Path("filled/checkpoints").iterdir()) == ["12", "3"]
+
+
+def test_a_run_that_cannot_save_its_last_step_says_so_and_goes_on_from_the_last_saved_one(console):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as caught:
+        full_from_to(patch, "too-full", 5, LAST + 1)
+        try:
+            train("too-full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert is_one_line(caught.value)
+    for part in ("step 12 is not saved", "make room", "goes on from step 3"):
+        assert part in str(caught.value)
+    assert "Going on from step 3" in train("too-full")
+    assert without_clock(rows("too-full/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+    assert_same_bits(saved_state("too-full", LAST), saved_state("whole", LAST))
+
+
+def test_damage_to_the_newest_checkpoint_costs_the_steps_since_the_one_before(console):
+    shutil.copytree("whole", "hurt")
+    for step in (9, 12):
+        for path in Path(f"hurt/checkpoints/{step}/params").rglob("d/*"):
+            path.write_bytes(path.read_bytes()[:-1])
+    shown = train("hurt")
+    skipped = re.findall(r"(?m)^Skipped checkpoints/(\d+): .+$", shown)
+    assert skipped == ["12", "9"]
+    assert "Going on from step 6" in shown
+    assert without_clock(rows("hurt/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+    assert Path("hurt/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
+    assert_same_bits(saved_state("hurt", LAST), saved_state("whole", LAST))
+
+
+def test_damaged_lines_of_metrics_are_named_and_stop_nothing(console):
+    shutil.copytree("whole", "scratched")
+    shutil.rmtree("scratched/checkpoints/12")
+    lines = Path("scratched/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    Path("scratched/metrics.jsonl").write_bytes(b"".join([*lines[:4], b"\0\0\0\n", *lines[5:]]))
+    assert "scratched/metrics.jsonl had damaged lines" in train("scratched")
+    assert [row["step"] for row in rows("scratched/metrics.jsonl")] == [1, 2, 3, 4, *range(6, LAST + 1)]
 
 
 def poison(monkeypatch):

@@ -2,16 +2,21 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_run
 from tiny_run import CONFIG, disk_room, is_one_line, listing, rows, train
 
+from jaxlm.checkpoint import checkpoint_bytes
 from jaxlm.errors import RequestError, RunError
-from jaxlm.main import main
+from jaxlm.lock import only_writer
+from jaxlm.main import check_room, main, read_config
+from jaxlm.step import init_state
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = ["--config", "tiny.py", "--workdir", "new"]
@@ -158,9 +163,33 @@ def test_a_full_disk_is_a_failure_of_one_line(room):
 
 
 def test_a_checkpoint_that_finds_no_room_says_nothing_beside_that_line(caplog):
-    with disk_room(20_000), pytest.raises(RunError, match="checkpoints"):
+    with disk_room(20_000), pytest.raises(RunError, match="step 3 is not saved"):
         train("full-again", *SHORT)
     assert caplog.text == ""
+
+
+def test_a_disk_without_room_for_the_run_is_refused_before_it_begins(monkeypatch):
+    usage = shutil.disk_usage(".")
+    state = jax.eval_shape(lambda: init_state(tiny_run.config_of("done")))
+    weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    for flags, saves in ((["--config.max_steps=7"], 3), ([], 4), (["--config.max_checkpoints=2"], 3)):
+        needed = saves * checkpoint_bytes(state) + weights
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed - 1))
+        message = refused(["--config", "tiny.py", "--workdir", "no/room", *flags])
+        assert f"{needed / 1e9:.2f} GB" in message
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed))
+        check_room(Path("no/room"), read_config(["--config", "tiny.py", *flags])[0])
+
+
+def test_a_second_run_in_the_same_place_is_refused_with_the_pid_and_host_of_the_first():
+    shutil.copytree("done", "busy")
+    before = listing(Path("busy"))
+    with only_writer(Path("busy")), pytest.raises(RequestError) as caught:
+        train("busy", "--config.max_steps=5")
+    assert is_one_line(caught.value)
+    assert f"process {os.getpid()} on {socket.gethostname()}" in str(caught.value)
+    after = listing(Path("busy"))
+    assert {path for path in after if after[path] != before.get(path)} <= {"busy/lock"}
 
 
 def test_a_damaged_config_json_is_refused():
@@ -169,14 +198,11 @@ def test_a_damaged_config_json_is_refused():
     assert "config.json" in refused(["--config", "tiny.py", "--workdir", "damaged"])
 
 
-def test_a_damaged_checkpoint_is_refused():
+def test_a_run_whose_only_checkpoint_is_damaged_is_refused_and_nothing_is_deleted():
     shutil.copytree("done", "unreadable")
     for file in Path("unreadable/checkpoints/3/params").rglob("manifest.ocdbt"):
         file.write_bytes(b"")
-    with pytest.raises(RequestError) as caught:
-        train("unreadable", *SHORT)
-    assert is_one_line(caught.value)
-    assert "checkpoints/3" in str(caught.value)
+    assert "checkpoints/3" in refused(["--config", "tiny.py", "--workdir", "unreadable", *SHORT])
 
 
 def test_the_work_directory_is_named_after_the_config_and_overrides_reach_the_run():

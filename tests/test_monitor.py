@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from jaxlm.monitor import Clock, Monitor, duration, keep_up_to, metrics_line, samples_block
+from jaxlm.monitor import Clock, Monitor, duration, metrics_line, samples_block
 
 
 class Time:
@@ -136,6 +136,21 @@ def test_time_left_follows_the_last_steps_but_not_a_single_slow_one():
     assert clock.seconds_left(10, {}) == 10
 
 
+def test_a_night_asleep_does_not_change_what_is_left():
+    """Neither in a step nor in a pause, where the clock runs on (a stopped process, a suspended virtual machine)."""
+    time = Time()
+    clock = Clock(now=time)
+    for night in (0, 30_000, 0):
+        for _ in range(3):
+            time.passes(2)
+            clock.step_ended()
+        time.passes(2 + night)
+        clock.step_ended()
+        with clock.pause("evaluation"):
+            time.passes(10 + night)
+        assert clock.seconds_left(100, {"evaluation": 5}) == 250
+
+
 def test_seconds_count_all_sessions_and_pauses():
     time = Time()
     clock = Clock(seconds_before=5000, now=time)
@@ -145,39 +160,6 @@ def test_seconds_count_all_sessions_and_pauses():
         time.passes(10)
     time.passes(1)
     assert clock.seconds() == 5014
-
-
-LINES = [json.dumps({"step": step, "text": "é\u2028\x0b"}, ensure_ascii=False) + "\n" for step in (1, 2, 2, 3, 4)]
-
-
-@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (9, 5)])
-def test_later_lines_are_dropped_and_earlier_ones_kept_byte_for_byte(tmp_path, step, kept):
-    file = tmp_path / "metrics.jsonl"
-    file.write_bytes("".join(LINES).encode())
-    keep_up_to(file, step)
-    assert file.read_bytes() == "".join(LINES[:kept]).encode()
-    assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize(
-    "cut",
-    [
-        b'{"step": 2, "lo',
-        b'{"step": 2}',
-        b"{",
-        b'{"step": 2, "text": "\xc3',
-    ],
-)
-def test_a_last_line_cut_off_is_dropped(tmp_path, cut):
-    file = tmp_path / "samples.jsonl"
-    file.write_bytes(LINES[0].encode() + cut)
-    keep_up_to(file, 5)
-    assert file.read_bytes() == LINES[0].encode()
-
-
-def test_no_file_stays_no_file(tmp_path):
-    keep_up_to(tmp_path / "metrics.jsonl", 5)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_monitor_goes_on_in_the_files_behind_the_step(tmp_path):

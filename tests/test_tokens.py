@@ -140,6 +140,13 @@ GOOD = list(range(250))
         (GOOD, GOOD, {"train": {"tokens": 9, "bytes": 1, "documents": 1, "sha256": ""}}, "not of the size"),
         (GOOD, GOOD, {"val": {}}, "meta.json is damaged"),
         (GOOD, GOOD, {"extra": 1}, "meta.json is damaged"),
+        (GOOD, GOOD, {"vocab_size": "300"}, "meta.json is damaged"),
+        (GOOD, GOOD, {"source": ["a"]}, "meta.json is damaged"),
+        (GOOD, GOOD, {"validation_fraction": "0.1"}, "meta.json is damaged"),
+        (GOOD, GOOD, {"val": {"tokens": 250.0, "bytes": 1, "documents": 1, "sha256": ""}}, "meta.json is damaged"),
+        (GOOD, GOOD, {"train": "train.bin"}, "meta.json is damaged"),
+        (GOOD, [299] * 11, {}, "val.bin holds no text after its first token"),
+        (GOOD, [1] + [299] * 10, None, "val.bin holds no text after its first token"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tmp_path, train, val, meta, says):
@@ -158,14 +165,17 @@ def test_files_that_just_fit_are_opened(tmp_path):
 def test_missing_odd_and_broken_files_are_refused(tmp_path):
     with pytest.raises(RequestError, match=r"train.bin is missing: make it with python -m jaxlm.prepare"):
         open_tokens(tmp_path / "nowhere", 300, 10)
+    with pytest.raises(RequestError, match=r"train.bin is missing"):
+        open_tokens(tmp_path / ("x" * 300), 300, 10)
     write(tmp_path, GOOD, GOOD)
     (tmp_path / "train.bin").write_bytes(b"x" * 501)
     with pytest.raises(RequestError, match="501 bytes"):
         open_tokens(tmp_path, 300, 10)
     write(tmp_path, GOOD, GOOD)
-    (tmp_path / "meta.json").write_text("[")
-    with pytest.raises(RequestError, match="damaged"):
-        open_tokens(tmp_path, 300, 10)
+    for damaged in (b"[", b"[" * 100_000, b"[]", b"null", b'{"train": {}}', b"\xff", b"9" * 5000):
+        (tmp_path / "meta.json").write_bytes(damaged)
+        with pytest.raises(RequestError, match="damaged"):
+            open_tokens(tmp_path, 300, 10)
     (tmp_path / "val.bin").unlink()
     with pytest.raises(RequestError, match=r"val.bin is missing"):
         open_tokens(tmp_path, 300, 10)

@@ -1,0 +1,74 @@
+"""Checksums of arrays against NumPy, and that no change goes unseen."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.checksum import checksums
+
+
+def by_numpy(array):
+    """The sum over all words of MurmurHash3's finalizer of word xor index / golden ratio, in Python's big integers."""
+    total = 0
+    for index, word in enumerate(np.asarray(array).ravel().view(np.uint32).tolist()):
+        x = word ^ (index * 0x9E3779B9 % 2**32)
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        total += x ^ x >> 16
+    return total % 2**32
+
+
+TREE = {
+    "a": np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32),
+    "b": (np.float32(-0.0), np.array([2**31 - 1, -1], np.int32)),
+    "c": np.array([[np.nan, np.inf, -np.inf, 1e-45]], np.float32),
+}
+
+
+def test_each_leaf_has_the_checksum_that_numpy_finds():
+    found = checksums(jax.tree.map(jnp.asarray, TREE))
+    assert (found.shape, found.dtype) == ((4,), np.uint32)
+    assert found.tolist() == [by_numpy(leaf) for leaf in jax.tree.leaves(TREE)]
+
+
+@pytest.mark.parametrize("bit", [0, 1, 15, 22, 31])
+def test_every_flipped_bit_shows(bit):
+    words = np.random.default_rng(1).integers(0, 2**32, 300, np.uint32)
+    flipped = words[None] ^ (np.eye(300, dtype=np.uint32) << np.uint32(bit))
+    found = checksums(list(flipped.view(np.float32)))
+    assert by_numpy(words) not in found.tolist()
+
+
+def test_an_exchange_of_two_numbers_shows_and_so_does_a_shift():
+    values = np.arange(1, 100, dtype=np.float32)
+    changed = [np.roll(values, 1)]
+    for other in range(1, 99):
+        changed.append(values.copy())
+        changed[-1][[0, other]] = values[[other, 0]]
+    assert by_numpy(values) not in checksums(changed).tolist()
+
+
+def test_zeros_in_place_of_what_a_disk_lost_show():
+    values = np.random.default_rng(2).normal(size=4096).astype(np.float32)
+    lost = [np.where((np.arange(4096) // 512) == block, np.float32(0), values) for block in range(8)]
+    assert by_numpy(values) not in checksums(lost).tolist()
+
+
+def test_eight_devices_find_what_one_does():
+    program = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxlm.checksum import checksums
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+values = np.random.default_rng(3).normal(size=(64, 33)).astype(np.float32)
+layouts = [NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()), jax.devices()[3]]
+print(len(jax.devices()), len({checksums([jax.device_put(values, layout)]).tolist()[0] for layout in layouts}))
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["8", "1"]

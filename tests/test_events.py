@@ -1,0 +1,70 @@
+"""The event file, read back with TensorFlow's framing and TensorBoard's own messages."""
+
+import struct
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tiny_run import disk_room
+
+from jaxlm.events import EventFile
+
+
+def crc32c(data):
+    """Castagnoli's, bit by bit (RFC 3720, appendix B.4)."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked(data):
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+
+
+def events(directory):
+    """Every record of the one file there, its checksums checked."""
+    (path,) = directory.iterdir()
+    assert ".tfevents." in path.name
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        body, end = data[12 : 12 + length], 12 + length
+        assert struct.unpack("<I", data[8:12])[0] == masked(data[:8])
+        assert struct.unpack("<I", data[end : end + 4])[0] == masked(body)
+        found.append(Event.FromString(body))
+        data = data[end + 4 :]
+    return found
+
+
+def test_crc32c_is_that_of_the_standard():
+    assert crc32c(b"123456789") == 0xE3069283
+
+
+def test_a_session_says_where_it_begins_and_then_its_numbers_and_texts(tmp_path):
+    file = EventFile(tmp_path / "tensorboard", 7)
+    file.scalars(7, {"loss": 1.5, "lr": 0.25})
+    file.text(8, "samples", "Once é")
+    file.close()
+    version, start, numbers, text = events(tmp_path / "tensorboard")
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (7, SessionLog.START)
+    assert numbers.step == 7
+    assert {value.tag: value.simple_value for value in numbers.summary.value} == {"loss": 1.5, "lr": 0.25}
+    (value,) = text.summary.value
+    assert (text.step, value.tag, value.tensor.string_val[0].decode()) == (8, "samples/text_summary", "Once é")
+    assert value.metadata.plugin_data.plugin_name == "text"
+
+
+@pytest.mark.parametrize("room", [60, 150, 200])
+def test_a_full_disk_tears_no_record(tmp_path, room):
+    file = EventFile(tmp_path, 1)
+    with disk_room(room):
+        for step in range(1, 6):
+            file.scalars(step, {"loss": step})
+            assert len(events(tmp_path)) < 2 + 5
+    file.sync()
+    assert [event.step for event in events(tmp_path)[2:]] == [1, 2, 3, 4, 5]
+    file.close()

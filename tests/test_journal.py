@@ -1,0 +1,101 @@
+"""Files that only grow, on disks that fill up and after ends in the middle of a line."""
+
+import json
+import os
+
+import pytest
+from tiny_run import disk_room
+
+from jaxlm.journal import Journal, keep_up_to, to_line
+
+
+def test_entries_are_there_as_soon_as_they_are_appended(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"before ")
+    journal = Journal(path)
+    for entry in (b"one ", b"two "):
+        journal.append(entry)
+        assert path.read_bytes().endswith(entry)
+    journal.close()
+    assert path.read_bytes() == b"before one two "
+
+
+@pytest.mark.parametrize("room", [0, 5, 8, 9, 20, 30])
+def test_what_finds_no_room_waits_whole_and_comes_in_order_when_there_is_some(tmp_path, room):
+    path = tmp_path / "a"
+    journal = Journal(path)
+    entries = [f"entry {number}\n".encode() for number in range(5)]
+    with disk_room(room):
+        for entry in entries[:3]:
+            journal.append(entry)
+            held = path.read_bytes()
+            assert b"".join(entries).startswith(held)
+            assert held == b"" or held.endswith(b"\n")
+        if room < 24:
+            with pytest.raises(OSError):
+                journal.sync()
+    journal.append(entries[3])
+    assert path.read_bytes() == b"".join(entries[:4])
+    journal.sync()
+    journal.append(entries[4])
+    journal.close()
+    assert path.read_bytes() == b"".join(entries)
+
+
+def test_sync_is_of_everything_appended(tmp_path, monkeypatch):
+    path, on_disk, fsync = tmp_path / "a", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), on_disk.append(path.read_bytes())))
+    journal = Journal(path)
+    journal.append(b"one")
+    journal.append(b"two")
+    assert on_disk == []
+    journal.sync()
+    assert on_disk == [b"onetwo"]
+
+
+def test_a_line_holds_its_row():
+    row = {"step": 3, "text": 'é "\n\u2028'}
+    line = to_line(row)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert json.loads(line) == row
+
+
+LINES = [
+    json.dumps({"step": step, "text": "é\u2028\x0b"}, ensure_ascii=False).encode() + b"\n" for step in (1, 2, 2, 3)
+]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (9, 4)])
+def test_later_lines_are_dropped_and_earlier_ones_kept_byte_for_byte(tmp_path, step, kept):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"".join(LINES))
+    assert not keep_up_to(file, step)
+    assert file.read_bytes() == b"".join(LINES[:kept])
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 2, "lo', b'{"step": 2}', b"{", b'{"step": 2, "text": "\xc3', b"\0" * 50])
+def test_a_last_line_cut_off_is_dropped(tmp_path, cut):
+    file = tmp_path / "samples.jsonl"
+    file.write_bytes(LINES[0] + cut)
+    assert not keep_up_to(file, 5)
+    assert file.read_bytes() == LINES[0]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"{}\n", b"\n", b"[1]\n", b"nan\n", b'{"step": "2"}\n', b'{"step": 1.5}\n', b"\xff\n", b"[" * 9999 + b"\n"],
+)
+def test_damaged_lines_go_and_the_file_as_it_was_stays_beside(tmp_path, damage):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(LINES[0] + damage + LINES[1])
+    assert keep_up_to(file, 5)
+    assert file.read_bytes() == LINES[0] + LINES[1]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == LINES[0] + damage + LINES[1]
+
+
+def test_no_file_stays_no_file(tmp_path):
+    assert not keep_up_to(tmp_path / "metrics.jsonl", 5)
+    assert list(tmp_path.iterdir()) == []
