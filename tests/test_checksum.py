@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,7 @@ values = np.random.default_rng(3).normal(size=(64, 33)).astype(np.float32)
 layouts = [NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()), jax.devices()[3]]
 print(len(jax.devices()), len({checksums([jax.device_put(values, layout)]).tolist()[0] for layout in layouts}))
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    repository = str(Path(__file__).parent.parent)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": repository}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["8", "1"]

@@ -1,5 +1,11 @@
 """How a command ends."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jaxlm.command import ArgumentParser, run
@@ -45,6 +51,34 @@ def test_interrupt_is_status_130_without_a_traceback(capsys):
         run(main)
     assert exit.value.code == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_command_in_one_line_after_it_has_cleaned_up(number, tmp_path):
+    code = f"""
+import os, time
+from jaxlm.command import run
+def main(argv):
+    try:
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(30)
+    finally:
+        open({str(tmp_path / "cleaned")!r}, "w").close()
+run(main)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, env=environment)
+    assert done.returncode == 128 + number
+    assert done.stderr.startswith("stopped")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_a_command_that_was_told_not_to_mind_a_hangup_does_not(tmp_path):
+    code = "import os, signal; from jaxlm.command import run; run(lambda argv: os.kill(os.getpid(), signal.SIGHUP))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, timeout=20, env=environment)
+    assert done.returncode == 0
 
 
 def test_a_defect_keeps_its_traceback():

@@ -171,7 +171,9 @@ def test_whole_number_is_taken_for_a_number():
     assert (type(learning_rate), learning_rate) == (float, 1.0)
 
 
-@pytest.mark.parametrize("value", [2**31, -(2**31), 10**400, 1 << 20_000])
+@pytest.mark.parametrize(
+    "value", [2**31, -(2**31), 10**400, 1 << 20_000], ids=["31 bits", "below", "no float", "not to print"]
+)
 @pytest.mark.parametrize("name", [*of_type(int), *of_type(float)])
 def test_whole_number_of_any_length_is_refused(name, value):
     assert_refused(settings(name, value), name)
@@ -260,7 +262,7 @@ def test_saved_settings_older_than_a_setting_count_as_its_default():
 
 @pytest.mark.parametrize("saved", [None, [], "text", 3, {"model": None}, {"model": []}, {"data": "novels"}])
 def test_saved_settings_that_are_none_are_refused(saved):
-    with pytest.raises(RequestError, match="damaged: (config|model|data) must be a group"):
+    with pytest.raises(RequestError, match=r"damaged: (config|model|data) must be a group"):
         differences(saved, Config())
 
 

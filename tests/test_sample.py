@@ -191,3 +191,30 @@ def test_a_save_under_way_is_left_alone(sample):
     (under_way / "part").write_text("")
     sample("--prompt", "日", "--tokens", "9")
     assert (under_way / "part").exists()
+
+
+@pytest.fixture
+def damaged():
+    """The newest checkpoint has lost an array."""
+    folder = Path("run/checkpoints/120/params")
+    kept = {path: path.read_bytes() for path in folder.rglob("d/*")}
+    for path in kept:
+        path.write_bytes(b"")
+    yield
+    for path, held in kept.items():
+        path.write_bytes(held)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_writes(damaged, capsys):
+    main(["--workdir", "run", "--prompt", "日", "--tokens", "45"])
+    out, err = capsys.readouterr()
+    assert re.search("(?m)^Skipped checkpoints/120: .+$", err)
+    assert "step 105" in err
+    main(["--workdir", "run", "--prompt", "日", "--tokens", "45", "--step", "105"])
+    assert capsys.readouterr().out == out
+
+
+def test_a_damaged_checkpoint_asked_for_is_refused(damaged):
+    with pytest.raises(RequestError, match="checkpoints/120") as caught:
+        main(["--workdir", "run", "--step", "120"])
+    assert is_one_line(caught.value)

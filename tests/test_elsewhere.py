@@ -1,0 +1,101 @@
+"""A checkpoint restored elsewhere: under the other version of jax, on eight devices, with other slices.
+
+`tests/checkpoints/jax-VERSION` hold one written by each version that jaxlm supports, and the losses of the steps that
+followed there. `python tests/test_elsewhere.py` writes that of the version it runs under.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import backend  # noqa: F401  (its import settles how jax draws random bits)
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import Config, ModelConfig, OptimizerConfig, from_config_dict, to_dict
+from jaxlm.step import init_state, make_train_step
+
+SAVED = Path(__file__).parent / "checkpoints"
+MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=2, width=8, hidden=8, dtype="float32")
+OPTIMIZER = OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
+CONFIG = Config(batch_size=8, grad_accum_steps=2, max_steps=20, model=MODEL, optimizer=OPTIMIZER)
+SAVED_AT, LAST = 4, 8  # steps
+ONE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+
+
+def batch(number):
+    draw = np.random.default_rng(number)
+    return draw.integers(0, 60, (CONFIG.batch_size, MODEL.context + 1), np.int32)
+
+
+def losses_from(state, config, until=LAST, place=lambda ids: ids):
+    """The state and the losses of the steps from `state` until step `until`."""
+    train_step, losses = make_train_step(config), []
+    for number in range(int(state.batches), until * config.grad_accum_steps):
+        state, metrics = train_step(state, place(batch(number)))
+        losses += [float(metrics.loss)] * bool(metrics.updated)
+    return state, losses
+
+
+def restore(place, sharding=ONE, config=CONFIG):
+    like = jax.eval_shape(lambda: init_state(config))
+    return Checkpoints(place).state(SAVED_AT, like, sharding)
+
+
+def write(place):
+    """A checkpoint at SAVED_AT, and what happened from there to LAST."""
+    state, _ = losses_from(jax.device_put(init_state(CONFIG), ONE), CONFIG, SAVED_AT)
+    checkpoints = Checkpoints(place)
+    checkpoints.save(SAVED_AT, state, {"config": to_dict(CONFIG), "tokens": {}, "seconds": 1.5})
+    checkpoints.wait()
+    (place / "losses.json").write_text(json.dumps(losses_from(restore(place), CONFIG)[1]) + "\n")
+
+
+@pytest.mark.parametrize("version", ["jax-0.4.34", "jax-0.10.2"])
+@pytest.mark.parametrize("slices", [1, 4])
+def test_a_checkpoint_of_either_version_goes_on_under_this_one_and_with_other_slices(version, slices):
+    config = dataclasses.replace(CONFIG, slices=slices)
+    _, losses = losses_from(restore(SAVED / version, config=config), config)
+    assert losses == pytest.approx(json.loads((SAVED / version / "losses.json").read_text()), rel=1e-5)
+    assert len(losses) == LAST - SAVED_AT
+    saved = from_config_dict(Checkpoints(SAVED / version).meta(SAVED_AT)["config"])
+    assert saved == CONFIG
+
+
+def test_both_versions_begin_with_the_same_parameters():
+    first = [json.loads((SAVED / version / "losses.json").read_text()) for version in ("jax-0.4.34", "jax-0.10.2")]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+def on_eight_devices(place):
+    """Restored there, trained there with each batch spread over them, saved from there."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    state = restore(SAVED / "jax-0.10.2", everywhere)
+    assert len(state.params["embedding"].sharding.device_set) == len(jax.devices()) == 8
+    state, losses = losses_from(state, CONFIG, place=lambda ids: jax.device_put(ids, spread))
+    checkpoints = Checkpoints(place)
+    checkpoints.save(SAVED_AT, state, {"losses": losses})
+    checkpoints.wait()
+
+
+def test_one_device_to_eight_and_back(tmp_path):
+    code = f"import test_elsewhere, pathlib; test_elsewhere.on_eight_devices(pathlib.Path({str(tmp_path)!r}))"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(SAVED.parent.parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=SAVED.parent, check=True)
+    there = Checkpoints(tmp_path).meta(SAVED_AT)["losses"]
+    here, losses = losses_from(restore(SAVED / "jax-0.10.2"), CONFIG)
+    assert there == pytest.approx(losses, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(restore(tmp_path).params), jax.tree.leaves(here.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+if __name__ == "__main__":
+    write(SAVED / f"jax-{jax.__version__}")
