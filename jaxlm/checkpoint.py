@@ -1,8 +1,10 @@
 """Checkpoints of a run: `checkpoints/STEP/`, written by orbax in the background, the last few kept.
 
 Each holds the items `params` (the model's parameters), `optimizer` (its state and the counters) and `meta` (JSON:
-the configuration, which tokens the run reads, seconds trained; checksums of all arrays, and a hash of itself). One is
-taken only between two optimizer steps, where the accumulated gradients are zero and need no room.
+the configuration, which tokens the run reads, seconds trained, checksums of all arrays), and in `files.json` the hash
+of every file of these. So a file that is damaged is found before anything reads it, and numbers that are not those of
+the training step are found however that came about. A checkpoint is taken only between two optimizer steps, where the
+accumulated gradients are zero and need no room.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from jaxlm.errors import DamagedError, RequestError, RunError
 from jaxlm.step import TrainState
 
 DIRECTORY = "checkpoints"
+FILES = "files.json"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 T = TypeVar("T")
@@ -59,8 +62,8 @@ class Checkpoints:
                 raise RunError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
             sums = {name: checksums(item).tolist() for name, item in items.items()}
             arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-            signed = _sign(dict(meta) | {"checksums": sums})
-            self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(signed)))
+            said = ocp.args.JsonSave(dict(meta) | {"checksums": sums})
+            self._manager.save(step, args=ocp.args.Composite(**arrays, meta=said))
 
     def saving(self) -> bool:
         """Whether a save is under way."""
@@ -73,11 +76,8 @@ class Checkpoints:
             durable.sync(self.directory)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What the checkpoint says of itself. Raises DamagedError when it cannot be read."""
-        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-        if not isinstance(meta, dict) or _sign(meta) != meta:
-            raise DamagedError("its meta does not match its hash")
-        return meta
+        """What the checkpoint says of itself. Raises DamagedError when it cannot be read, or was changed."""
+        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 
     def params(self, step: int, like: Any, sharding: jax.sharding.Sharding) -> Any:
         """The parameters alone, laid out by `sharding`; `like` gives the tree and its shapes.
@@ -129,7 +129,7 @@ class Checkpoints:
         return done
 
     def _new_manager(self) -> ocp.CheckpointManager:
-        background = ocp.options.AsyncOptions(post_finalization_callback=self._sync_unfinished)
+        background = ocp.options.AsyncOptions(post_finalization_callback=self._seal_unfinished)
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, async_options=background),
@@ -139,9 +139,12 @@ class Checkpoints:
         for path in self.directory.glob(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _sync_unfinished(self) -> None:
+    def _seal_unfinished(self) -> None:
         """Orbax calls this when a checkpoint is written and before it gets its name."""
         for path in self.directory.glob(_UNFINISHED):
+            files = [file for file in path.glob("*/**/*") if file.is_file()]
+            hashes = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+            (path / FILES).write_text(json.dumps(hashes, indent=1))
             durable.sync_tree(path)
 
     def _arrays(self, step: int, sharding: jax.sharding.Sharding, **like: Any) -> dict[str, Any]:
@@ -154,12 +157,13 @@ class Checkpoints:
         return items
 
     def _restore(self, step: int, **items: Any) -> Any:
+        _check_files(self.directory / str(step), set(items))
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged checkpoint
-            if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
+        except Exception as error:  # orbax and tensorstore raise many kinds where the arrays are not those asked for
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            raise DamagedError(f"it cannot be read, {_first_line(error)}") from error
+            raise DamagedError(f"it cannot be read, {_reason(error)}") from error
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -172,7 +176,7 @@ class Checkpoints:
         except Exception as error:  # as above: a full disk comes as OSError, ValueError or an XLA error
             self._clear_unfinished()
             self._manager = self._new_manager()
-            raise RunError(f"{self.directory} cannot take it ({_first_line(error)})") from error
+            raise RunError(f"{self.directory} cannot take it ({_reason(error)})") from error
 
 
 def checkpoint_bytes(state: TrainState) -> int:
@@ -181,10 +185,24 @@ def checkpoint_bytes(state: TrainState) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 2**20
 
 
-def _sign(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """`meta` with the hash of the rest of it under `sha256`."""
-    rest = {key: value for key, value in meta.items() if key != "sha256"}
-    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+def _check_files(checkpoint: Path, items: set[str]) -> None:
+    """Raises DamagedError when a file of these items is not as it was saved."""
+    try:
+        hashes = json.loads((checkpoint / FILES).read_text())
+        if not isinstance(hashes, dict) or not items <= {name.split("/")[0] for name in hashes}:
+            raise ValueError(f"{FILES} does not list them")
+        for name, its_hash in hashes.items():
+            if name.split("/")[0] in items and _sha256(checkpoint / name) != its_hash:
+                raise DamagedError(f"{name} is not as it was saved")
+    except FileNotFoundError as error:
+        raise DamagedError(f"{Path(error.filename).relative_to(checkpoint)} is missing") from error
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"its files cannot be read, {_reason(error)}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _mismatch(tree: Any, expected: list[int]) -> str | None:
@@ -194,8 +212,10 @@ def _mismatch(tree: Any, expected: list[int]) -> str | None:
     return next((path for path, sum, its in found if sum != its), None)
 
 
-def _first_line(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    """In one line, without the specification that tensorstore adds."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return said.splitlines()[0].split(" [tensorstore_spec")[0]
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What every command shares: its arguments, its one line on failure and its exit status."""
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no text ends a command by being printed
     try:
         main(sys.argv[1:])
     except (RequestError, RunError, Stopped) as end:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import importlib.util
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +50,7 @@ def source_changed(source: str, sha256: str) -> bool:
     if source in _NAMED:
         return False
     paths = _expand(source)
-    return all(path.is_file() for path in paths) and sha256 != files_sha256(paths)
+    return all(os.path.isfile(path) for path in paths) and sha256 != files_sha256(paths)
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
@@ -74,9 +75,9 @@ def _expand(source: str) -> tuple[Path, ...]:
 def _files(source: str) -> Corpus:
     paths = _expand(source)
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise RequestError(f"{path} is a directory: name its files, for example {path / '*.txt'}")
-        if not path.is_file():
+        if not os.path.isfile(path):
             nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
             hint = f"did you mean '{nearest[0]}'? There is" if nearest else "there is"
             raise RequestError(f"no corpus or file is called '{path}': {hint} {', '.join(_NAMED)}, or name {READABLE}")

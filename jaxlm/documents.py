@@ -147,16 +147,17 @@ def _read_parquet(path: Path) -> Iterator[Piece]:
     except ImportError as error:
         raise RequestError(f'reading {path} needs pyarrow: pip install "jaxlm[parquet]"') from error
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise RequestError(f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}: rename one")
-        batches = file.iter_batches(batch_size=1024, columns=["text"])
-        texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-        for number, text in enumerate(texts, start=1):
-            if not isinstance(text, str):
-                raise RequestError(f"{path}, row {number} has no text in its column `text`: remove the row")
-            if text:
-                yield Piece(text, starts_document=True)
+        with path.open("rb") as stream:  # pyarrow takes no path that is not UTF-8
+            file = pyarrow.parquet.ParquetFile(stream)
+            if "text" not in (names := file.schema_arrow.names):
+                raise RequestError(f"{path} has no column `text`, only {', '.join(names)}: rename one")
+            batches = file.iter_batches(batch_size=1024, columns=["text"])
+            texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for number, text in enumerate(texts, start=1):
+                if not isinstance(text, str):
+                    raise RequestError(f"{path}, row {number} has no text in its column `text`: remove the row")
+                if text:
+                    yield Piece(text, starts_document=True)
     except pyarrow.ArrowException as error:
         raise RequestError(f"{path} is not a sound parquet file: check it") from error
 

@@ -11,9 +11,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jaxlm import durable
 from jaxlm.corpus import WITH_OWN_VALIDATION, Corpus, files_sha256, source_changed
 from jaxlm.documents import PIECE_CHARACTERS, Piece
 from jaxlm.errors import RequestError, RunError
+from jaxlm.lock import only_writer
 from jaxlm.split import measure, split
 from jaxlm.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from jaxlm.tokens import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
@@ -34,15 +36,16 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
     load_tokenizer(vocab_size)
     if not 0 < validation_fraction < 1:
         raise RequestError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
-    if directory.exists() and not directory.is_dir():
+    if os.path.exists(directory) and not os.path.isdir(directory):
         raise RequestError(f"{directory} is a file: choose another directory")
+    for path in (directory / name for name in (TRAIN, VAL, META)):
+        if os.path.isdir(path):
+            raise RequestError(f"{path} is a directory: choose another place or delete it")
     meta = read_meta(directory)
     if meta is None:
         for path in (directory / TRAIN, directory / VAL):
-            if path.exists():
+            if os.path.exists(path):
                 raise RequestError(f"{path} is there already, without {META}: choose another directory or delete it")
-        return None
-    if not meta.fits_files(directory):
         return None
     for what, there, asked in (
         ("source", meta.source, source),
@@ -54,6 +57,8 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
             raise RequestError(
                 f"{directory} was prepared with {what} {there}, not {asked}: choose another directory or delete it"
             )
+    if not meta.fits_files(directory):
+        return None
     if source_changed(source, meta.source_sha256):
         raise RequestError(f"{source} has changed since {directory} was prepared: choose another place or delete it")
     return meta
@@ -100,22 +105,35 @@ def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
     """
     names = (TRAIN, VAL, META)
     beside = {name: directory / f"{name}.partial" for name in names}
+    made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
+        with only_writer(directory), _cleared_away(beside.values()), ExitStack() as stack:
             files = [stack.enter_context(beside[name].open("wb")) for name in names]
             yield files
             for file in files:
                 file.flush()
-                os.fsync(file.fileno())
-        for name in reversed(names):
-            beside[name].replace(directory / name)
+                durable.sync_descriptor(file.fileno())
+            for name in reversed(names):
+                beside[name].replace(directory / name)
+            durable.sync(directory)
+            made.clear()
     except OSError as error:
         raise RunError(
             f"cannot write to {directory} ({error.strerror}): make room or choose another directory"
         ) from error
     finally:
-        for path in beside.values():
+        for path in made:
+            with suppress(OSError):  # not empty, so no longer ours alone
+                path.rmdir()
+
+
+@contextmanager
+def _cleared_away(paths: Iterable[Path]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for path in paths:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 

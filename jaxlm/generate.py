@@ -18,8 +18,11 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], context: int) -
     """The token ids of each prompt; an empty one is the end-of-text token, behind which a text begins.
 
     Raises:
-        RequestError: a prompt leaves no room in the context.
+        RequestError: a prompt leaves no room in the context, or is not UTF-8 (a shell hands on any bytes).
     """
+    for prompt in prompts:
+        if prompt != prompt.encode(errors="replace").decode():
+            raise RequestError(f"the prompt {prompt[:20]!r}... is not UTF-8 text: check the terminal's encoding")
     encoded = [[int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_text] for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= context:

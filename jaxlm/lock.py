@@ -13,7 +13,7 @@ from jaxlm.errors import RequestError
 
 @contextlib.contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Holds `directory`/lock, in which the holder's pid and host stand.
+    """Holds `directory`/lock, in which the holder's pid and host stand, and removes it afterwards.
 
     The lock is the kernel's, which frees it when its process ends in whatever way: a file left behind locks nobody out.
 
@@ -21,15 +21,22 @@ def only_writer(directory: Path) -> Iterator[None]:
         RequestError: another process holds it.
         OSError: the file cannot be made.
     """
-    with (directory / "lock").open("a+", encoding="utf-8") as file:
+    path = directory / "lock"
+    with contextlib.ExitStack() as stack:
+        held = None
+        while held is None or not path.exists() or not os.path.samestat(os.fstat(held.fileno()), path.stat()):
+            held = stack.enter_context(path.open("a+", encoding="utf-8"))  # again, where another just removed it
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RequestError(f"{directory} is in use by {_holder(path)}: wait for it or stop it") from error
+        held.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, held)
+        held.flush()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(f"{directory} is in use by {_holder(directory / 'lock')}: wait or stop it") from error
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
-        file.flush()
-        yield
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _holder(lock: Path) -> str:

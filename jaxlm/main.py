@@ -5,9 +5,10 @@ Goes on from the newest checkpoint in the work directory; prepares the text its 
 
 import dataclasses
 import difflib
+import glob
 import json
+import os
 import re
-import shutil
 from pathlib import Path
 
 from absl import flags
@@ -34,7 +35,7 @@ def read_config(argv: list[str]) -> tuple[Config, Path]:
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=QUICKSTART)
     known, others = parser.parse_known_args(argv)
-    if not known.config.is_file():
+    if not os.path.isfile(known.config):
         raise RequestError(f"there is no config file {known.config}{_nearest_file(known.config)}")
     for setting in re.findall(r"(?m)^--config\.([\w.]+)", "\n".join(others)):
         check_name(setting)
@@ -63,7 +64,7 @@ def define_flags(words: list[str]) -> flags.FlagValues:
 
 
 def _nearest_file(file: Path) -> str:
-    known = sorted(str(other) for other in Path(file.parent).glob("*.py"))
+    known = sorted(str(file.parent / name) for name in glob.glob("*.py", root_dir=file.parent))
     nearest = difflib.get_close_matches(str(file), known, n=1)
     if nearest:
         return f": did you mean {nearest[0]}?"
@@ -79,7 +80,7 @@ def open_data(config: Config) -> TokenFiles:
     c, vocab_size = config.data, config.model.vocab_size
     name = re.sub(r"\W+", "-", c.corpus).strip("-")[:60]
     directory = Path(c.dir or Path("data", f"{name}-{vocab_size}"))
-    if c.corpus and not (c.dir and (directory / TRAIN).is_file()):
+    if c.corpus and not (c.dir and os.path.isfile(directory / TRAIN)):
         prepare(c.corpus, directory, vocab_size, c.validation)
     return open_tokens(directory, vocab_size, config.model.context)
 
@@ -87,36 +88,14 @@ def open_data(config: Config) -> TokenFiles:
 def check_workdir(workdir: Path, config: Config) -> None:
     """Raises RequestError if `workdir` is the place of a run of other settings."""
     file = workdir / "config.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         return
     try:
         saved = json.loads(file.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{file} is damaged: delete it, each checkpoint holds the settings too") from error
     if found := differences(saved, config):
         raise RequestError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
-
-
-def check_room(workdir: Path, config: Config) -> None:
-    """Raises RequestError if the disk has not the room for what a run has yet to write."""
-    import jax
-
-    from jaxlm.checkpoint import DIRECTORY, checkpoint_bytes
-    from jaxlm.step import init_state
-
-    shapes = jax.eval_shape(lambda: init_state(config))
-    there = [int(path.name) for path in (workdir / DIRECTORY).glob("*") if path.name.isdigit()]
-    to_save = -(-(config.max_steps - max(there, default=0)) // config.save_interval)
-    new = min(to_save, config.max_checkpoints + 1 - len(there))  # one more than are kept, until the oldest is deleted
-    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
-    needed = max(new, 0) * checkpoint_bytes(shapes) + model
-    place = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise RequestError(
-            f"this run will write {needed / 1e9:.2f} GB to {workdir}, where {free / 1e9:.2f} GB are free: make room,"
-            " lower max_checkpoints or choose another --workdir"
-        )
 
 
 def main(argv: list[str]) -> None:
@@ -132,6 +111,7 @@ def main(argv: list[str]) -> None:
     from jaxlm import backend
     from jaxlm.generate import encode_prompts
     from jaxlm.loop import Run
+    from jaxlm.resume import check_room
 
     encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
     check_workdir(workdir, config)

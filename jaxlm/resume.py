@@ -1,24 +1,43 @@
-"""Where a session of training begins: at the newest checkpoint, or anew; and what must agree for that."""
+"""Where a session of training begins: at the newest whole checkpoint, or anew; and what must hold for that."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 from jaxlm.config import Config, differences, to_dict
 from jaxlm.errors import RequestError
 from jaxlm.step import TrainState, init_state
 from jaxlm.tokens import TOKENIZER_NAME, TokenFiles
 
+RECORD_BYTES = 1000  # of metrics.jsonl, samples.jsonl and TensorBoard's events, a step
+
+
+def check_room(workdir: Path, config: Config) -> None:
+    """Raises RequestError if the disk has not the room for what a run has yet to write."""
+    shapes = jax.eval_shape(lambda: init_state(config))
+    there = [int(path.name) for path in (workdir / DIRECTORY).glob("*") if path.name.isdigit()]
+    steps = max(config.max_steps - max(there, default=0), 0)
+    to_save = -(-steps // config.save_interval)
+    new = min(to_save, config.max_checkpoints + 1 - len(there))  # one more than are kept, until the oldest is deleted
+    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
+    needed = max(new, 0) * checkpoint_bytes(shapes) + model + RECORD_BYTES * steps
+    place = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise RequestError(
+            f"this run will write {needed / 1e9:.2f} GB to {workdir}, where {free / 1e9:.2f} GB are free: make room,"
+            " lower max_checkpoints or choose another --workdir"
+        )
+
 
 def describe_run(config: Config, tokens: TokenFiles, seconds: float) -> dict[str, Any]:
     """What a checkpoint says of itself: the settings, which tokens the run reads, seconds trained."""
-    fingerprint = {
-        "tokenizer": TOKENIZER_NAME,
-        "train_tokens": len(tokens.train),
-        "train_sha256": tokens.meta.train.sha256 if tokens.meta else None,
-    }
+    train, val = tokens.sha256
+    fingerprint = {"tokenizer": TOKENIZER_NAME, "train_sha256": train, "val_sha256": val}
     return {"config": to_dict(config), "tokens": fingerprint, "seconds": seconds}
 
 

@@ -1,12 +1,16 @@
 """Token files: what they are, what fits, and the batches they give. data/README.md describes the format."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
+import os
 import sys
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +23,7 @@ TOKEN_DTYPE = np.dtype("<u2")
 TOKENIZER_NAME = "gpt2"
 IGNORED_TARGET = -1
 
+_Said = typing.TypeVar("_Said")
 Ids = npt.NDArray[np.uint16]
 Batch = npt.NDArray[np.int32]
 
@@ -58,13 +63,24 @@ class Meta:
 def read_meta(directory: Path) -> Meta | None:
     """What `directory`/meta.json says, None without one. Raises RequestError when it is no meta.json of ours."""
     path = directory / META
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        return Meta(**(said | {"train": FileMeta(**said["train"]), "val": FileMeta(**said["val"])}))
-    except (ValueError, TypeError, KeyError) as error:
+        files = {name: _typed(FileMeta, said[name]) for name in ("train", "val")}
+        return _typed(Meta, said | files)
+    except OSError as error:
+        raise RequestError(f"cannot read {path} ({error.strerror}): check the file") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RequestError(f"{path} is damaged: delete {directory} and prepare it again") from error
+
+
+def _typed(cls: type[_Said], said: dict[str, Any]) -> _Said:
+    """`cls(**said)`. Raises TypeError when a name or the type of a value is not that of a field."""
+    for name, kind in typing.get_type_hints(cls).items():
+        if not isinstance(said[name], kind):
+            raise TypeError(name)
+    return cls(**said)
 
 
 @dataclass(frozen=True)
@@ -72,13 +88,14 @@ class TokenFiles:
     """Token ids of a corpus, read-only and memory-mapped.
 
     `val_bytes` counts the UTF-8 bytes of the validation tokens that are predicted, which are all but the first.
-    `meta` is None for files from elsewhere.
+    `sha256` is of the contents of train.bin and val.bin. `meta` is None for files from elsewhere.
     """
 
     directory: Path
     train: Ids
     val: Ids
     val_bytes: int
+    sha256: tuple[str, str]
     meta: Meta | None
 
     def bits_per_byte(self, val_loss: float) -> float:
@@ -89,8 +106,8 @@ class TokenFiles:
 def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
     """Opens train.bin and val.bin; without meta.json they are taken for GPT-2 tokens of `vocab_size`.
 
-    Raises RequestError when a file is missing, does not fit `vocab_size` or its meta.json, or holds less than one
-    window of `context` + 1 tokens.
+    Reads the files once, to check them. Raises RequestError when one is missing, does not fit `vocab_size` or its
+    meta.json, holds less than one window of `context` + 1 tokens, or no text to validate on.
     """
     train, val = _open_ids(directory / TRAIN), _open_ids(directory / VAL)
     meta = read_meta(directory)
@@ -99,8 +116,11 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
             f"{directory} was prepared with tokenizer {meta.tokenizer} of {meta.vocab_size} tokens, not "
             f"{TOKENIZER_NAME} of {vocab_size}: set the model's vocabulary to match or prepare the text again"
         )
-    if meta and not meta.fits_files(directory):
-        raise RequestError(f"the token files in {directory} are not of the size {META} says: delete and prepare again")
+    sha256 = hashlib.sha256(train.data).hexdigest(), hashlib.sha256(val.data).hexdigest()
+    if meta and (meta.train.sha256, meta.val.sha256) != sha256:
+        raise RequestError(
+            f"the token files in {directory} are not those that {META} tells of: delete and prepare again"
+        )
     for path, ids in ((directory / TRAIN, train), (directory / VAL, val)):
         if len(ids) < context + 1:
             raise RequestError(
@@ -111,11 +131,14 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
                 f"{path} has token id {largest}, above the vocabulary of {vocab_size}: raise the model's vocabulary "
                 "or prepare the text again"
             )
-    return TokenFiles(directory, train, val, _text_bytes(val[1:], vocab_size), meta)
+    val_bytes = _text_bytes(val[1:], vocab_size)
+    if not val_bytes:
+        raise RequestError(f"{directory / VAL} holds no text after its first token: use more text")
+    return TokenFiles(directory, train, val, val_bytes, sha256, meta)
 
 
 def _open_ids(path: Path) -> Ids:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RequestError(f"{path} is missing: make it with python -m jaxlm.prepare --corpus TEXT --out {path.parent}")
     size = path.stat().st_size
     if size == 0 or size % TOKEN_DTYPE.itemsize:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny_run import assert_same_bits, disk_room, is_one_line, share_compilations
 
-from jaxlm import durable
+from jaxlm import checkpoint, durable
 from jaxlm.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
+from jaxlm.checksum import checksums
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.errors import DamagedError, RequestError, RunError
 from jaxlm.step import init_state, make_train_step
@@ -190,28 +191,42 @@ def test_no_flipped_bit_comes_back_as_a_number(checkpoints, tmp_path, trained):
     assert whole_or_damaged(tmp_path, trained)
 
 
-def test_arrays_other_than_the_saved_ones_are_refused_though_each_file_is_sound(checkpoints, tmp_path, trained):
-    altered = trained._replace(params=jax.tree.map(lambda leaf: leaf + np.float32(1e-6), trained.params))
-    other = Checkpoints(tmp_path / "other")
-    other.save(3, committed(altered), META)
-    other.wait()
-    place = tmp_path / DIRECTORY / "3" / "params"
-    shutil.rmtree(place)
-    shutil.copytree(tmp_path / "other" / DIRECTORY / "3" / "params", place)
-    with pytest.raises(DamagedError, match=r"params\['.*\] does not match its checksum"):
+def test_arrays_other_than_the_trained_ones_are_refused_though_each_file_is_as_it_was_saved(tmp_path, trained):
+    """As after a flipped bit in memory."""
+    checkpoints, of_trained = Checkpoints(tmp_path), checksums(trained.params)
+    altered = committed(trained._replace(params=jax.tree.map(lambda leaf: leaf + np.float32(1e-6), trained.params)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "checksums", lambda tree: of_trained if tree is altered.params else checksums(tree))
+        checkpoints.save(3, altered, META)
+        checkpoints.wait()
+    with pytest.raises(DamagedError, match=r"^params\['.*\] does not match its checksum$"):
         checkpoints.state(3, like(), CPU)
 
 
-@pytest.mark.parametrize("said", ["seconds", "seed", "checksums"])
-def test_meta_that_was_altered_is_refused(checkpoints, tmp_path, said):
-    meta = tmp_path / DIRECTORY / "3" / "meta" / "metadata"
-    text = meta.read_text()
-    digit = next(
-        place for place in range(text.index("[" if said == "checksums" else "0."), len(text)) if text[place].isdigit()
-    )
-    meta.write_text(f"{text[:digit]}{(int(text[digit]) + 1) % 10}{text[digit + 1 :]}")
-    with pytest.raises(DamagedError, match="hash"):
-        checkpoints.meta(3)
+@pytest.mark.parametrize("name", ["files.json", "meta/metadata", "optimizer/_METADATA"])
+def test_the_reason_names_the_file(checkpoints, tmp_path, name):
+    path = tmp_path / DIRECTORY / "3" / name
+    held = path.read_bytes()
+    path.unlink()
+    with pytest.raises(DamagedError, match=f"^{name} is missing$"):
+        checkpoints.state(3, like(), CPU)
+    if name != "files.json":
+        path.write_bytes(held[:-1] + b" ")
+        with pytest.raises(DamagedError, match=f"^{name} is not as it was saved$"):
+            checkpoints.state(3, like(), CPU)
+
+
+@pytest.mark.parametrize("held", [b"", b"[]", b"3", b'{"params/x": 1}', b'{"meta": ""}', b"\xff", b"null", b"[[]]"])
+def test_a_list_of_files_that_is_none_is_refused_in_one_line(checkpoints, tmp_path, held):
+    (tmp_path / DIRECTORY / "3" / "files.json").write_bytes(held)
+    with pytest.raises(DamagedError) as caught:
+        checkpoints.state(3, like(), CPU)
+    assert is_one_line(caught.value)
+
+
+def test_the_parameters_alone_need_no_more_than_their_own_files(checkpoints, tmp_path, trained):
+    shutil.rmtree(tmp_path / DIRECTORY / "3" / "optimizer")
+    assert_same_bits(checkpoints.params(3, like().params, CPU), trained.params)
 
 
 @pytest.fixture

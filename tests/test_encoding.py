@@ -201,8 +201,8 @@ def test_the_names_reach_the_disk_after_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding.durable, "sync_descriptor", lambda descriptor: synced.append(names_in(out)))
     monkeypatch.setattr(encoding.durable, "sync", lambda path: synced.append((path, names_in(path))))
     write_token_files(open_corpus(str(tmp_path / "a.txt")), out, 500, 0.1)
-    partial = [f"{name}.partial" for name in FILES]
-    assert synced == [partial, partial, partial, (out, FILES)]
+    partial = ["lock", *(f"{name}.partial" for name in FILES)]
+    assert synced == [partial, partial, partial, (out, ["lock", *FILES])]
 
 
 WRITE = """
@@ -293,3 +293,22 @@ def test_bad_text_at_the_end_leaves_nothing(tmp_path):
     with pytest.raises(RequestError, match="line 50001"):
         write_token_files(open_corpus(str(path)), tmp_path / "out", 4096, 0.01)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_preparations_of_one_place_do_not_mix(tmp_path):
+    """The second is refused, and the first is not disturbed."""
+    (tmp_path / "a.txt").write_text("the king went home. " * 300)
+    corpus, place = open_corpus(str(tmp_path / "a.txt")), tmp_path / "out"
+    refusals = []
+
+    def again(done, total):
+        if total and not refusals:
+            with pytest.raises(RequestError, match="in use") as caught:
+                write_token_files(corpus, place, 300, 0.1)
+            refusals.append(caught.value)
+
+    meta = write_token_files(corpus, place, 300, 0.1, again)
+    assert len(refusals) == 1
+    assert find_prepared(corpus.source, place, 300, 0.1) == meta
+    assert sorted(path.name for path in place.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert hashlib.sha256((place / "train.bin").read_bytes()).hexdigest() == meta.train.sha256

@@ -1,5 +1,6 @@
 """One writer for a directory, among real processes."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -54,6 +55,23 @@ def test_it_is_free_again_afterwards_whatever_happened_inside(tmp_path):
         raise ZeroDivisionError
     with only_writer(tmp_path):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_removed_between_opening_and_locking_it_is_taken_anew(tmp_path, monkeypatch):
+    flock, removed = fcntl.flock, []
+
+    def remove_first(file, operation):
+        if not removed:
+            removed.append((tmp_path / "lock").unlink())
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with only_writer(tmp_path):
+        assert str(os.getpid()) in (tmp_path / "lock").read_text()
+        monkeypatch.undo()
+        with pytest.raises(RequestError), only_writer(tmp_path):
+            pass
 
 
 def test_a_child_that_outlives_the_holder_does_not_hold_it(tmp_path):

@@ -72,8 +72,7 @@ def console_lines(console):
 
 def test_the_work_directory_holds_what_the_design_names(console):
     names = {path.name for path in Path("whole").iterdir()}
-    files = {"config.json", "metrics.jsonl", "samples.jsonl", "lock"}
-    assert names == files | {"checkpoints", "final_model", "tensorboard"}
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final_model", "tensorboard"}
     assert sorted(int(path.name) for path in Path("whole/checkpoints").iterdir()) == [3, 6, 9, 12]
     assert list(Path("whole/tensorboard").iterdir())
     assert (config_of("whole").batch_size, config_of("whole").sample.prompts[1]) == (2, "The king")

@@ -95,8 +95,11 @@ def write(directory, train, val, meta=None):
     np.asarray(train, "<u2").tofile(directory / "train.bin")
     np.asarray(val, "<u2").tofile(directory / "val.bin")
     if meta:
+        hashes = {
+            name: hashlib.sha256((directory / f"{name}.bin").read_bytes()).hexdigest() for name in ("train", "val")
+        }
         files = {
-            name: {"tokens": len(ids), "bytes": 1, "documents": 1, "sha256": ""}
+            name: {"tokens": len(ids), "bytes": 1, "documents": 1, "sha256": hashes[name]}
             for name, ids in (("train", train), ("val", val))
         }
         whole = {"tokenizer": "gpt2", "vocab_size": 300, "source": "a", "source_sha256": "", "validation_fraction": 0.1}
@@ -137,7 +140,7 @@ GOOD = list(range(250))
         ([], GOOD, {}, "train.bin is 0 bytes"),
         (GOOD, GOOD, {"tokenizer": "llama"}, "tokenizer llama of 300"),
         (GOOD, GOOD, {"vocab_size": 512}, "tokenizer gpt2 of 512 tokens, not gpt2 of 300"),
-        (GOOD, GOOD, {"train": {"tokens": 9, "bytes": 1, "documents": 1, "sha256": ""}}, "not of the size"),
+        (GOOD, GOOD, {"train": {"tokens": 9, "bytes": 1, "documents": 1, "sha256": ""}}, "not those that meta.json"),
         (GOOD, GOOD, {"val": {}}, "meta.json is damaged"),
         (GOOD, GOOD, {"extra": 1}, "meta.json is damaged"),
         (GOOD, GOOD, {"vocab_size": "300"}, "meta.json is damaged"),
@@ -160,6 +163,17 @@ def test_files_that_just_fit_are_opened(tmp_path):
     write(tmp_path, GOOD[:11], [*GOOD, 299], {"source": "b"})
     files = open_tokens(tmp_path, 300, 10)
     assert files.meta is not None and files.meta.source == "b"
+    assert files.sha256[0] == hashlib.sha256((tmp_path / "train.bin").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_flipped_bit_of_what_was_prepared_is_found(tmp_path, name):
+    write(tmp_path, GOOD, GOOD, {"source": "b"})
+    held = bytearray((tmp_path / name).read_bytes())
+    held[200] ^= 1
+    (tmp_path / name).write_bytes(held)
+    with pytest.raises(RequestError, match=r"not those that meta.json tells of"):
+        open_tokens(tmp_path, 300, 10)
 
 
 def test_missing_odd_and_broken_files_are_refused(tmp_path):

@@ -1,0 +1,348 @@
+"""A session of jaxlm.main under faults: what strikes inside it, how it is started, what befalls its files afterwards.
+
+python -m experiments.fault_child FAULTS THE-ARGUMENTS-OF-MAIN is such a session. FAULTS is JSON: `workdir`; `log`, a
+file for the events, or null; and `faults`, each of which strikes `delay` seconds after the `count`-th event that its
+`event`, a regular expression, matches; `act` says what happens then. Events are lines of text in the order of time,
+each written just before the thing happens, but for `sync`:
+
+    start                           anything of jaxlm is imported
+    compile                         the training step is compiled
+    micro-step N                    the session's N-th micro-batch goes to the device
+    open PATH SIZE                  a file is opened for writing; SIZE bytes of it stay
+    rename PATH PATH, mkdir PATH, remove PATH, rmdir PATH, truncate PATH
+    write PATH                      os.write adds to a file
+    sync PATH SIZE                  a file, of SIZE bytes, has reached the disk
+
+PATH is relative to the work directory; what happens elsewhere is no event. Seen are Python's doings, not those of the
+C++ below it: an audit hook sees the changes, and the functions that do the rest are wrapped.
+"""
+
+import contextlib
+import fcntl
+import functools
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CHANGE = "(open|rename|mkdir|remove|rmdir|truncate|write) "
+DESCRIPTORS = {
+    "os.rename": (2, 3),
+    "os.mkdir": (2,),
+    "os.remove": (1,),
+    "os.rmdir": (1,),
+    "os.truncate": (),
+}  # where in the event
+
+TIME_LIMIT = 120  # seconds for anything that is waited for
+ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).parent.parent),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+Fault = dict[str, Any]
+Ended = subprocess.CompletedProcess[str]
+system_write, system_open = os.write, os.open
+
+
+class Session:
+    """The events of this process, and the faults that wait for them."""
+
+    def __init__(self, workdir: str, log: str | None, faults: list[Fault]):
+        self.workdir = workdir
+        self.log = system_open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) if log else None
+        self.waiting = [(fault, itertools.count(1)) for fault in faults]
+        self.writing: tuple[int, bytes] = (-1, b"")
+        self.micro_steps = itertools.count(1)
+
+    def happens(self, event: str) -> None:
+        """Lets strike what waits for this event, then logs it."""
+        for fault, seen in self.waiting:
+            if re.match(fault["event"], event) and next(seen) == fault["count"]:
+                self.strike(fault)
+        if self.log is not None:
+            system_write(self.log, f"{event}\n".encode())
+
+    def strike(self, fault: Fault) -> None:
+        """Acts here and now, or from a thread after the delay."""
+        act = ACTS[fault["act"]]
+        if not fault["delay"]:
+            return act(self, fault)
+        timer = threading.Timer(fault["delay"], act, (self, fault))
+        timer.daemon = True
+        timer.start()
+
+    def place(self, path: Any, directory: int = -1) -> str | None:
+        """Relative to the work directory; None for what is not below it."""
+        if isinstance(path, int):
+            path = path_of(path)
+        elif directory >= 0:
+            path = os.path.join(path_of(directory), os.fsdecode(path))
+        path = os.path.abspath(os.fsdecode(path))
+        return os.path.relpath(path, self.workdir) if f"{path}/".startswith(f"{self.workdir}/") else None
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Sees each change to the disk just before it."""
+        if event == "open":
+            path, _, flags = arguments
+            if (flags or 0) & (os.O_WRONLY | os.O_RDWR) and not isinstance(path, int) and (place := self.place(path)):
+                stays = 0 if flags & os.O_TRUNC or not os.path.exists(path) else os.path.getsize(path)
+                self.happens(f"open {place} {stays}")
+        elif event in DESCRIPTORS:
+            descriptors = [arguments[i] for i in DESCRIPTORS[event]] or [-1]
+            places = [self.place(*pair) for pair in zip(arguments, descriptors, strict=False)]
+            if all(places):
+                self.happens(" ".join([event.removeprefix("os."), *places]))
+
+    def wrap(self) -> None:
+        """Wraps what the audit hook cannot see."""
+
+        def write(descriptor: int, data: bytes) -> int:
+            if place := self.place(descriptor):
+                self.writing = descriptor, data
+                self.happens(f"write {place}")
+            return system_write(descriptor, data)
+
+        def syncing(sync: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(file: Any, *arguments: Any) -> Any:
+                result = sync(file, *arguments)
+                descriptor = file if isinstance(file, int) else file.fileno()
+                status = os.fstat(descriptor)
+                is_sync = not arguments or arguments[0] == getattr(fcntl, "F_FULLFSYNC", None)
+                if is_sync and stat.S_ISREG(status.st_mode) and (place := self.place(descriptor)):
+                    self.happens(f"sync {place} {status.st_size}")
+                return result
+
+            return wrapped
+
+        os.write, os.fsync, fcntl.fcntl = write, syncing(os.fsync), syncing(fcntl.fcntl)
+        if hasattr(os, "fdatasync"):
+            os.fdatasync = syncing(os.fdatasync)
+
+
+class Step:
+    """A training step that announces its compilation and its calls, in whatever way it is compiled."""
+
+    def __init__(self, step: Any, session: Session):
+        self.step, self.session = step, session
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.session.happens(f"micro-step {next(self.session.micro_steps)}")
+        return self.step(*arguments)
+
+    def lower(self, *arguments: Any) -> "Step":
+        self.session.happens("compile")
+        return Step(self.step.lower(*arguments), self.session)
+
+    def compile(self) -> "Step":
+        return Step(self.step.compile(), self.session)
+
+
+def path_of(descriptor: int) -> str:
+    """The path under which a file is open."""
+    if hasattr(fcntl, "F_GETPATH"):  # macOS
+        return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def tear(session: Session, fault: Fault) -> None:
+    """Writes a part of what is being written, and dies."""
+    descriptor, data = session.writing
+    system_write(descriptor, data[: int(len(data) * fault["share"])])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt_twice(session: Session, fault: Fault) -> None:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+def fail(session: Session, fault: Fault) -> None:
+    raise RuntimeError("a fault in the step")
+
+
+def fill(session: Session, fault: Fault) -> None:
+    """Fills the disk with the file `ballast`; without one, forbids this process to write to any file."""
+    if not fault["ballast"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return
+    with open(fault["ballast"], "wb", buffering=0) as file:
+        for size in (2**20, 2**12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+def free(session: Session, fault: Fault) -> None:
+    """Makes room again."""
+    if fault["ballast"]:
+        os.remove(fault["ballast"])
+    else:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+ACTS: dict[str, Callable[[Session, Fault], None]] = {
+    "kill": lambda session, fault: os.kill(os.getpid(), signal.SIGKILL),
+    "tear": tear,
+    "terminate": lambda session, fault: os.kill(os.getpid(), signal.SIGTERM),
+    "interrupt": lambda session, fault: os.kill(os.getpid(), signal.SIGINT),
+    "interrupt twice": interrupt_twice,
+    "stop": lambda session, fault: os.kill(os.getpid(), signal.SIGSTOP),
+    "fail": fail,
+    "fill": fill,
+    "free": free,
+}
+
+
+# Around a session
+
+
+class Failed(Exception):
+    """A run did not do what it must under a fault."""
+
+
+def expect(condition: Any, what: str, session: Ended) -> None:
+    if not condition:
+        said = "\n".join((session.stdout + session.stderr).splitlines()[-12:])
+        raise Failed(f"{what}; exit status {session.returncode} after\n{said}")
+
+
+def start(workdir: Path, *faults: Fault, log: Path | None = None, cache: bool = True) -> subprocess.Popen:
+    """Starts a session; its config, text and compilation cache lie beside the work directory."""
+    spec = {"workdir": str(workdir), "log": log and str(log), "faults": faults}
+    module = ["experiments.fault_child", json.dumps(spec)] if faults or log else ["jaxlm.main"]
+    flags = ["--config", "tiny.py", "--workdir", str(workdir), f"--config.data.dir={workdir / 'tokens'}"]
+    cached = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
+    cached["JAX_ENABLE_COMPILATION_CACHE"] = str(cache).lower()
+    return subprocess.Popen(
+        [sys.executable, "-m", *module, *flags],
+        cwd=workdir.parent,
+        env=os.environ | ENVIRONMENT | cached,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def ended(process: subprocess.Popen) -> Ended:
+    """Waits for the end of a session; one that hangs has failed."""
+    try:
+        out, err = process.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise Failed(f"it hung for {TIME_LIMIT} s after\n{process.communicate()}") from None
+    return Ended(process.args, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def held(process: subprocess.Popen) -> Iterator[None]:
+    """Waits until a session has stopped itself, and lets it go on afterwards."""
+    deadline = time.monotonic() + TIME_LIMIT
+    options = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while os.waitid(os.P_PID, process.pid, options) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+# After a session
+
+
+def cut_power(workdir: Path, log: Path) -> None:
+    """Cuts each file that a killed session wrote from Python back to the size in which it was last synced."""
+    synced: dict[str, int] = {}
+    for what, path, *rest in (line.split() for line in log.read_text().splitlines() if " " in line):
+        if what == "open":
+            synced[path] = min(synced.get(path, int(rest[0])), int(rest[0]))
+        elif what == "sync":
+            synced[path] = int(rest[0])
+        elif what == "remove":
+            synced.pop(path, None)
+        elif what == "rename":
+            synced = {re.sub(rf"^{re.escape(path)}(?=/|$)", rest[0], name): size for name, size in synced.items()}
+    for path, size in synced.items():
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(workdir / path) > size:
+                os.truncate(workdir / path, size)
+
+
+def files(folder: Path, fits: Callable[[Path], Any] = lambda path: True) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and fits(path)]
+
+
+def truncate(checkpoint: Path, chance: random.Random) -> None:
+    path = chance.choice(files(checkpoint, lambda path: path.stat().st_size > 1))
+    os.truncate(path, chance.randrange(1, path.stat().st_size))
+
+
+def flip(checkpoint: Path, chance: random.Random, in_array: bool) -> None:
+    """Flips any bit of the files that hold arrays, or of the others."""
+    paths = files(checkpoint, lambda path: (path.parent.name == "d") == in_array)
+    (path,) = chance.choices(paths, [path.stat().st_size for path in paths])
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+def delete_half(checkpoint: Path, chance: random.Random) -> None:
+    for path in chance.sample(files(checkpoint), len(files(checkpoint)) // 2):
+        path.unlink()
+
+
+def lose_item(checkpoint: Path, chance: random.Random) -> None:
+    shutil.rmtree(checkpoint / chance.choice(["params", "optimizer", "meta"]))
+
+
+def leave_unfinished(checkpoint: Path, chance: random.Random) -> None:
+    if chance.random() < 0.5:
+        delete_half(checkpoint, chance)
+    checkpoint.rename(f"{checkpoint}.orbax-checkpoint-tmp")
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+    "a file truncated": truncate,
+    "a file emptied": lambda checkpoint, chance: os.truncate(chance.choice(files(checkpoint)), 0),
+    "a bit flipped in an array": functools.partial(flip, in_array=True),
+    "a bit flipped elsewhere": functools.partial(flip, in_array=False),
+    "a file missing": lambda checkpoint, chance: chance.choice(files(checkpoint)).unlink(),
+    "half of its files missing": delete_half,
+    "an item missing": lose_item,
+    "its save unfinished": leave_unfinished,
+}
+
+
+def main() -> None:
+    session = Session(**json.loads(sys.argv[1]))
+    session.happens("start")
+    import jaxlm.loop
+
+    make_train_step = jaxlm.loop.make_train_step
+    jaxlm.loop.make_train_step = lambda config: Step(make_train_step(config), session)
+    session.wrap()
+    sys.addaudithook(session.audit)
+    sys.argv[1:] = sys.argv[2:]
+    runpy.run_module("jaxlm.main", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The proof that nothing is lost: python -m experiments.faults [--short] [--kills 200] [--damage 10] [--seed 0]
+
+A small run is trained undisturbed, then again and again under faults at points drawn from the seed, each time started
+again until it is done. Its end must be that of the undisturbed run bit for bit: parameters and optimizer, every row of
+metrics.jsonl but for its times, samples.jsonl, the tokens and the exported model. Each trial is a line on stderr, the
+table goes to stdout. The exit status is 0 if every fault was survived every time, else 1, and what failed is kept.
+
+`steps repeated` were recorded before a fault and trained anew after it, `bytes lost` are of the undisturbed run's end
+and not in the disturbed one's. A loss of power cuts every file that Python wrote back to what it had synced;
+tensorstore, which writes the arrays, syncs its files itself.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from experiments import fault_child
+from experiments.fault_child import CHANGE, Ended, Failed, Fault, ended, expect, files, held, start
+
+STEPS, ACCUMULATED, SAVE_INTERVAL = 24, 2, 3
+SLEEP = 5  # seconds that a stopped run sleeps
+TIMES = ("seconds", "tokens_per_second")  # what may differ in a row of metrics.jsonl
+CONFIG = f"""
+from jaxlm.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.update(dict(batch_size=2, grad_accum_steps={ACCUMULATED}, max_steps={STEPS}, max_checkpoints=3))
+    config.update(dict(eval_interval=4, generation_interval=4, save_interval={SAVE_INTERVAL}))
+    config.model.update(dict(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32"))
+    config.optimizer.update(dict(warmup_steps=2, learning_rate=1e-2))
+    config.data.update(dict(corpus="text.txt", validation=0.1, eval_windows=4))
+    config.sample.update(dict(prompts=("Once", "The king", "A"), texts=2, tokens=5))
+    return config
+"""
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax has to say of checkpoints that were damaged
+
+
+@dataclass
+class Place:
+    """A directory with a text and a config, the undisturbed run in it, and the source of all chance."""
+
+    root: Path
+    chance: random.Random
+    burst: int  # kills in succession on one run
+    seconds: float = 0  # that an undisturbed session takes
+    events: list[str] = field(default_factory=list)  # its events
+    reference: dict[str, bytes] = field(default_factory=dict)  # what it leaves
+
+    def prepare(self) -> None:
+        """Trains undisturbed, twice: the first fills the compilation cache. Then a run that is stopped half-way."""
+        (self.root / "tiny.py").write_text(CONFIG)
+        words = ["the", "king", "dog", "cat", "sun", "old", "man", "saw", "went", "home", "é", "日本"]
+        lines = [" ".join(self.chance.choices(words, k=10)) for _ in range(150)]
+        (self.root / "text.txt").write_text(".\n".join(lines), encoding="utf-8")
+        self.finish(self.root / "reference")
+        self.reference = contents(self.root / "reference")
+        began, log = time.monotonic(), self.root / "events"
+        session = self.session(self.root / "again", log=log)
+        self.seconds, self.events = time.monotonic() - began, log.read_text().splitlines()
+        expect(not lost(self.reference, contents(self.root / "again")), "two undisturbed runs differ", session)
+        expect(steps_recorded(self.root / "again") == STEPS, "metrics.jsonl has not a row for each step", session)
+        self.session(self.root / "stopped", self.fault(r"micro-step (1[5-9]|[23]\d)$", "terminate"))
+
+    def fault(self, event: str, act: str, longest: float = 0, **more: Any) -> Fault:
+        """A fault at a random one of the events that the undisturbed run had of this kind."""
+        count = sum(bool(re.match(event, line)) for line in self.events)
+        at = self.chance.randint(1, max(count, 1))
+        delay = self.chance.uniform(0, min(longest, self.seconds))
+        return {"event": event, "count": at, "delay": delay, "act": act, "share": self.chance.random(), **more}
+
+    def session(self, workdir: Path, *faults: Fault, **options: Any) -> Ended:
+        return ended(start(workdir, *faults, **options))
+
+    def finish(self, workdir: Path) -> tuple[int, Ended]:
+        """Starts a disturbed run again, undisturbed; gives the steps that it repeats."""
+        recorded = steps_recorded(workdir)
+        session = self.session(workdir)
+        expect(session.returncode == 0, "it did not go on to its end", session)
+        expect("Traceback" not in session.stderr, "it printed a traceback on its way to the end", session)
+        return max(0, recorded - resumed(session)), session
+
+
+def steps_recorded(workdir: Path) -> int:
+    """Whole lines of metrics.jsonl."""
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def resumed(session: Ended) -> int:
+    """The step that a session went on from."""
+    found = re.search(r"Going on from step (\d+)", session.stdout)
+    return int(found[1]) if found else 0
+
+
+def newest(workdir: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+    """Everything that must not depend on what a run went through."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({key: value for key, value in row.items() if key not in TIMES}) for row in rows]
+    names = ("samples.jsonl", "final_model/model.safetensors", "tokens/train.bin", "tokens/val.bin")
+    arrays = ocp.args.StandardRestore()
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        step = manager.latest_step()
+        state = manager.restore(step, args=ocp.args.Composite(params=arrays, optimizer=arrays))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(dict(state))
+    return (
+        {"metrics.jsonl": "\n".join(lines).encode(), "the last checkpoint's step": str(step).encode()}
+        | {name: (workdir / name).read_bytes() for name in names}
+        | {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+    )
+
+
+def lost(reference: dict[str, bytes], found: dict[str, bytes]) -> dict[str, int]:
+    """The bytes of each part that differ or are in one of the two only."""
+    pairs = {name: (reference.get(name, b""), found.get(name, b"")) for name in reference | found}
+    return {name: sum(x != y for x, y in itertools.zip_longest(a, b)) for name, (a, b) in pairs.items() if a != b}
+
+
+# The faults. Each trains a run under its fault to the end; it gives the steps repeated after each time it struck.
+
+
+def killed(event: str, place: Place, workdir: Path, act: str = "kill", longest: float = 0, **options: Any) -> list[int]:
+    """SIGKILL at an event, several times in succession where the run is not done before."""
+    repeated: list[int] = []
+    for _ in range(place.burst):
+        recorded = steps_recorded(workdir)
+        session = place.session(workdir, place.fault(event, act, longest), **options)
+        if repeated and "work in" in session.stdout:
+            repeated[-1] = max(0, recorded - resumed(session))
+        if session.returncode == 0:
+            return repeated
+        expect(session.returncode == -signal.SIGKILL, "it ended before it was killed", session)
+        repeated.append(0)
+    return [*repeated[:-1], place.finish(workdir)[0]]
+
+
+def power_lost(place: Place, workdir: Path) -> list[int]:
+    """SIGKILL before any change to the disk; then what Python wrote and did not sync is gone."""
+    log = workdir.with_suffix(".log")
+    session = place.session(workdir, place.fault(CHANGE, "kill"), log=log)
+    expect(session.returncode == -signal.SIGKILL, "it ended before it was killed", session)
+    recorded = steps_recorded(workdir)
+    fault_child.cut_power(workdir, log)
+    return [max(0, recorded - resumed(place.finish(workdir)[1]))]
+
+
+def stopped(act: str, status: int, place: Place, workdir: Path) -> list[int]:
+    """A signal that asks to stop: the run says one line and saves, so that no step is repeated."""
+    session = place.session(workdir, place.fault(r"micro-step [12]?\d$", act, longest=0.05))
+    said = re.search(r"^stopped after step (\d+): .+\n\Z", session.stderr, re.MULTILINE)
+    expect(session.returncode == status and said, f"it did not stop with {status} and its line", session)
+    expect(said and int(said[1]) == newest(workdir) == steps_recorded(workdir), "that step is not saved", session)
+    repeated, _ = place.finish(workdir)
+    expect(repeated == 0, "steps were repeated", session)
+    return [repeated]
+
+
+def left(act: str, status: int, place: Place, workdir: Path) -> list[int]:
+    """The session ends at once, without saving."""
+    session = place.session(workdir, place.fault("micro-step ", act))
+    expect(session.returncode == status and "stopped after" not in session.stderr, f"no {status} at once", session)
+    return [place.finish(workdir)[0]]
+
+
+def put_to_sleep(place: Place, workdir: Path) -> list[int]:
+    """SIGSTOP, and SIGCONT a while later: neither ETA nor speed may take the sleep for work."""
+    process = start(workdir, place.fault(r"micro-step 1[2-4]$", "stop"))
+    with held(process):
+        time.sleep(SLEEP)
+    session = ended(process)
+    expect(session.returncode == 0, "it did not go on", session)
+    shown = re.findall(r"Tokens/s +(\d+) \| ETA ([\d.]+)(\w)", session.stdout)
+    expect(shown and all(unit == "s" and float(eta) < 2 * SLEEP for _, eta, unit in shown), "ETA is off", session)
+    speeds = [float(speed) for speed, _, _ in shown]
+    expect(sum(speed < np.median(speeds) / 10 for speed in speeds) <= 1, "Tokens/s is off", session)
+    return [0]
+
+
+def second_run(place: Place, workdir: Path) -> list[int]:
+    """Another run on the same work directory is refused, and the first is not disturbed."""
+    process = start(workdir, place.fault(r"micro-step ", "stop"))
+    with held(process):
+        second = place.session(workdir)
+    first = ended(process)
+    expect(second.returncode == 2, "the second run was not refused", second)
+    expect(
+        str(process.pid) in second.stderr and socket.gethostname() in second.stderr, "it does not say by whom", second
+    )
+    expect(first.returncode == 0, "the first run was disturbed", first)
+    return [0]
+
+
+def disk_full(place: Place, workdir: Path) -> list[int]:
+    """No room for a while, from a moment that may be in the middle of a save: the run warns and goes on."""
+    workdir.mkdir()
+    mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", workdir], stderr=subprocess.DEVNULL)
+    ballast = None if mounting.returncode else str(workdir / "ballast")
+    save, each = place.chance.randint(1, 3), SAVE_INTERVAL * ACCUMULATED
+    filled = place.fault(r"mkdir checkpoints/\d+\.[^/]+$", "fill", longest=0.03, ballast=ballast) | {"count": save}
+    freed = place.fault("micro-step ", "free", ballast=ballast) | {"count": (save + 3) * each + each // 2}
+    session = place.session(workdir, filled, freed)
+    expect(session.returncode == 0, "the run did not go on", session)
+    for step in (SAVE_INTERVAL * (save + 2), SAVE_INTERVAL * (save + 3)):
+        expect(re.search(rf"\b{step}\b.* not saved", session.stdout), f"no warning at step {step}", session)
+    return [0]
+
+
+def damaged(damage: Callable[[Path, random.Random], None], place: Place, workdir: Path) -> list[int]:
+    """The newest checkpoint is damaged: the run says so and goes on from the one before, or needs not what was lost."""
+    shutil.copytree(place.root / "stopped", workdir)
+    step = newest(workdir)
+    damage(workdir / "checkpoints" / str(step), place.chance)
+    repeated, session = place.finish(workdir)
+    said = re.search(rf"^Skipped checkpoints/{step}\b.*: \S", session.stdout, re.MULTILINE)
+    expect(resumed(session) == step or said, f"it does not say why it skipped step {step}", session)
+    return [repeated]
+
+
+def all_damaged(place: Place, workdir: Path) -> list[int]:
+    """No checkpoint is whole: the run is refused, each time, with the reasons; nothing is deleted."""
+    shutil.copytree(place.root / "stopped", workdir)
+    checkpoints = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    for path in checkpoints:
+        place.chance.choice([fault_child.delete_half, fault_child.lose_item])(path, place.chance)
+    before = {path: path.read_bytes() for path in files(workdir, lambda path: path.name != "lock")}
+    for _ in range(2):
+        session = place.session(workdir)
+        expect(session.returncode == 2 and session.stderr.count("\n") == 1, "it was not refused in one line", session)
+        expect(all(f"/{path.name}: " in session.stderr for path in checkpoints), "it does not name each", session)
+        expect(
+            before.items() <= {path: path.read_bytes() for path in files(workdir)}.items(), "files are gone", session
+        )
+    shutil.rmtree(workdir)
+    return [place.finish(workdir)[0]]
+
+
+KILLS = {
+    "SIGKILL at any moment": partial(killed, "start", longest=math.inf),
+    "SIGKILL in a step": partial(killed, "micro-step ", longest=0.006),
+    "SIGKILL between two micro-batches": partial(killed, r"micro-step \d*[02468]$"),
+    "SIGKILL while saving": partial(killed, r"mkdir checkpoints/\d+\.[^/]+$", longest=0.1),
+    "SIGKILL while an old one is deleted": partial(killed, r"(remove|rmdir) checkpoints/\d+(/|$)"),
+    "SIGKILL in the middle of a line": partial(killed, r"write \w+\.jsonl$", act="tear"),
+    "SIGKILL in the first compilation": partial(killed, "compile", longest=1, cache=False),
+    "SIGKILL while preparing the data": partial(killed, r"\w+ tokens\b"),
+    "SIGKILL before any disk change": partial(killed, CHANGE),
+    "power lost before any disk change": power_lost,
+}
+OTHERS = {
+    "SIGTERM": partial(stopped, "terminate", 128 + signal.SIGTERM),
+    "SIGINT": partial(stopped, "interrupt", 128 + signal.SIGINT),
+    "SIGINT twice": partial(left, "interrupt twice", 128 + signal.SIGINT),
+    "an exception in a step": partial(left, "fail", 1),
+    "SIGSTOP, SIGCONT": put_to_sleep,
+    "a second run beside it": second_run,
+    "disk full": disk_full,
+    **{f"newest: {name}": partial(damaged, damage) for name, damage in fault_child.DAMAGES.items()},
+    "all checkpoints damaged": all_damaged,
+}
+
+
+def try_fault(place: Place, name: str, trial: Callable[[Place, Path], list[int]], wanted: int) -> tuple[str, bool]:
+    """Tries a fault until it has struck so often; gives the row of the table, and whether all was well."""
+    tried, repeated, bytes_lost = 0, [], 0
+    for attempt in range(2 * wanted + 3):
+        workdir = place.root / f"{re.sub('[^a-z]+', '-', name.lower())}-{attempt}"
+        began, struck, verdict = time.monotonic(), [0], "equal"
+        try:
+            struck = trial(place, workdir)
+            if differing := lost(place.reference, contents(workdir)):
+                bytes_lost += sum(differing.values())
+                raise Failed(f"these differ, by so many bytes: {differing}")
+            repeated += struck
+        except Exception as error:
+            verdict = f"FAILED ({workdir}): {error}"
+        tried += len(struck)
+        print(f"{name}, {tried} of {wanted}, {time.monotonic() - began:.1f} s: {verdict}", file=sys.stderr)
+        if os.path.ismount(workdir):
+            subprocess.run(["umount", workdir], check=True)
+        if verdict == "equal":
+            shutil.rmtree(workdir)
+        if tried >= wanted:
+            break
+    else:
+        print(f"{name}: FAILED, it struck {tried} times only", file=sys.stderr)
+    steps = f"{np.mean(repeated):.1f}, at most {max(repeated)}" if repeated else "-"
+    return f"| {name} | {tried} | {len(repeated)} | {steps} | {bytes_lost} |", len(repeated) == tried >= wanted
+
+
+def become_root() -> None:
+    """Starts this program again in a namespace of its own, in which it may mount, where that is allowed."""
+    words = ["unshare", "--map-root-user", "--mount"]
+    if (
+        os.geteuid()
+        and shutil.which("unshare")
+        and not subprocess.run([*words, "true"], capture_output=True).returncode
+    ):
+        os.execvp("unshare", [*words, sys.executable, "-m", "experiments.faults", *sys.argv[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--short", action="store_true", help="each fault once")
+    parser.add_argument("--kills", type=int, default=200, help="over all rows that kill")
+    parser.add_argument("--damage", type=int, default=10, help="times for each other fault")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="faults whose name holds this")
+    args = parser.parse_args()
+    become_root()
+    times = dict.fromkeys(KILLS, math.ceil(args.kills / len(KILLS))) | dict.fromkeys(OTHERS, args.damage)
+    place = Place(Path(tempfile.mkdtemp(prefix="faults-")).resolve(), random.Random(args.seed), 1 if args.short else 3)
+    place.prepare()
+    chosen = {name: trial for name, trial in (KILLS | OTHERS).items() if args.only in name}
+    ends = [try_fault(place, name, trial, 1 if args.short else times[name]) for name, trial in chosen.items()]
+    print("| fault | tried | survived | steps repeated | bytes lost |\n|---|---|---|---|---|", *dict(ends), sep="\n")
+    if not all(well for _, well in ends):
+        sys.exit(1)
+    shutil.rmtree(place.root)
+
+
+if __name__ == "__main__":
+    main()
