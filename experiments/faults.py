@@ -11,6 +11,7 @@ tensorstore, which writes the arrays, syncs its files itself.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import logging
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -338,7 +340,13 @@ def main() -> None:
     place = Place(Path(tempfile.mkdtemp(prefix="faults-")).resolve(), random.Random(args.seed), 1 if args.short else 3)
     place.prepare()
     chosen = {name: trial for name, trial in (KILLS | OTHERS).items() if args.only in name}
-    ends = [try_fault(place, name, trial, 1 if args.short else times[name]) for name, trial in chosen.items()]
+
+    def row(name: str) -> tuple[str, bool]:
+        its_place = dataclasses.replace(place, chance=random.Random(f"{args.seed} {name}"))
+        return try_fault(its_place, name, chosen[name], 1 if args.short else times[name])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ends = list(pool.map(row, chosen))
     print("| fault | tried | survived | steps repeated | bytes lost |\n|---|---|---|---|---|", *dict(ends), sep="\n")
     if not all(well for _, well in ends):
         sys.exit(1)
