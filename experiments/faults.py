@@ -37,8 +37,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import fault_child
-from experiments.fault_child import CHANGE, Ended, Failed, Fault, ended, expect, files, held, start
+from experiments import fault_damage
+from experiments.fault_child import CHANGE, Ended, Failed, Fault, ended, expect, held, start
+from experiments.fault_damage import files
 
 STEPS, ACCUMULATED, SAVE_INTERVAL = 24, 2, 3
 SLEEP = 5  # seconds that a stopped run sleeps
@@ -169,7 +170,7 @@ def power_lost(place: Place, workdir: Path) -> list[int]:
     session = place.session(workdir, place.fault(CHANGE, "kill"), log=log)
     expect(session.returncode == -signal.SIGKILL, "it ended before it was killed", session)
     recorded = steps_recorded(workdir)
-    fault_child.cut_power(workdir, log)
+    fault_damage.cut_power(workdir, log)
     return [max(0, recorded - resumed(place.finish(workdir)[1]))]
 
 
@@ -212,9 +213,8 @@ def second_run(place: Place, workdir: Path) -> list[int]:
         second = place.session(workdir)
     first = ended(process)
     expect(second.returncode == 2, "the second run was not refused", second)
-    expect(
-        str(process.pid) in second.stderr and socket.gethostname() in second.stderr, "it does not say by whom", second
-    )
+    named = str(process.pid) in second.stderr and socket.gethostname() in second.stderr
+    expect(named, "it does not say by whom", second)
     expect(first.returncode == 0, "the first run was disturbed", first)
     return [0]
 
@@ -250,15 +250,14 @@ def all_damaged(place: Place, workdir: Path) -> list[int]:
     shutil.copytree(place.root / "stopped", workdir)
     checkpoints = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     for path in checkpoints:
-        place.chance.choice([fault_child.delete_half, fault_child.lose_item])(path, place.chance)
+        place.chance.choice([fault_damage.delete_half, fault_damage.lose_item])(path, place.chance)
     before = {path: path.read_bytes() for path in files(workdir, lambda path: path.name != "lock")}
     for _ in range(2):
         session = place.session(workdir)
         expect(session.returncode == 2 and session.stderr.count("\n") == 1, "it was not refused in one line", session)
         expect(all(f"/{path.name}: " in session.stderr for path in checkpoints), "it does not name each", session)
-        expect(
-            before.items() <= {path: path.read_bytes() for path in files(workdir)}.items(), "files are gone", session
-        )
+        after = {path: path.read_bytes() for path in files(workdir)}
+        expect(before.items() <= after.items(), "files are gone", session)
     shutil.rmtree(workdir)
     return [place.finish(workdir)[0]]
 
@@ -283,7 +282,7 @@ OTHERS = {
     "SIGSTOP, SIGCONT": put_to_sleep,
     "a second run beside it": second_run,
     "disk full": disk_full,
-    **{f"newest: {name}": partial(damaged, damage) for name, damage in fault_child.DAMAGES.items()},
+    **{f"newest: {name}": partial(damaged, damage) for name, damage in fault_damage.DAMAGES.items()},
     "all checkpoints damaged": all_damaged,
 }
 
@@ -319,11 +318,8 @@ def try_fault(place: Place, name: str, trial: Callable[[Place, Path], list[int]]
 def become_root() -> None:
     """Starts this program again in a namespace of its own, in which it may mount, where that is allowed."""
     words = ["unshare", "--map-root-user", "--mount"]
-    if (
-        os.geteuid()
-        and shutil.which("unshare")
-        and not subprocess.run([*words, "true"], capture_output=True).returncode
-    ):
+    allowed = shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0
+    if os.geteuid() and allowed:
         os.execvp("unshare", [*words, sys.executable, "-m", "experiments.faults", *sys.argv[1:]])
 
 

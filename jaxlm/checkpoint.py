@@ -169,7 +169,8 @@ class Checkpoints:
     def _disk_errors(self) -> Iterator[None]:
         """Turns what a failed save raises into a RunError, and makes room and a fresh manager for the next one.
 
-        The old one may count the failed step among the saved and refuse to go on (AI-Hypercomputer/maxtext#5260).
+        The old one may count the failed step among the saved and refuse to go on (google/orbax#605,
+        AI-Hypercomputer/maxtext#5260).
         """
         try:
             yield

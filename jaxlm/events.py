@@ -1,4 +1,7 @@
-"""TensorBoard's event file, written through a journal: neither a kill nor a full disk leaves a torn record in it."""
+"""TensorBoard's event file, written through a journal: neither a kill nor a full disk leaves a torn record in it.
+
+A SummaryWriter hangs the program once its thread has met a full disk (tensorflow/tensorboard#6167).
+"""
 
 import os
 import socket
