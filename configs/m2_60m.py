@@ -8,7 +8,8 @@ second that this machine is hoped to reach, a step takes 22 to 26 s and the run 
 Nobody has run it on a Mac yet.
 
 Memory: 2.3 GB by XLA's own analysis of the step on a CPU, 0.95 of them the weights, the moments and the accumulated
-gradients (`slices` is 8; 1 takes 7.6 GB). Disk: up to 3.6 GB for the five checkpoints, 1.2 GB for the tokens.
+gradients (`slices` is 8; 1 takes 7.6 GB). Disk: up to 4.3 GB for the five
+checkpoints and the next, 0.24 for the model, 1.2 for the tokens.
 """
 
 import ml_collections
