@@ -227,7 +227,7 @@ def start(workdir: Path, *faults: Fault, log: Path | None = None, cache: bool = 
     module = ["experiments.fault_child", json.dumps(spec)] if faults or log else ["jaxlm.main"]
     flags = ["--config", "tiny.py", "--workdir", str(workdir), f"--config.data.dir={workdir / 'tokens'}"]
     cached = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
-    cached["JAX_ENABLE_COMPILATION_CACHE"] = str(cache).lower()
+    cached["JAX_ENABLE_COMPILATION_CACHE"] = str(cache).lower()  # jaxlm does without on a jax that cannot
     return subprocess.Popen(
         [sys.executable, "-m", *module, *flags],
         cwd=workdir.parent,

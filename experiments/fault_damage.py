@@ -12,7 +12,10 @@ from typing import Any
 
 
 def cut_power(workdir: Path, log: Path) -> None:
-    """Cuts each file that a killed session wrote from Python back to the size in which it was last synced."""
+    """Cuts each file that a killed session wrote from Python back to the size in which it was last synced.
+
+    Names are taken to be kept: a file system with a journal keeps them in the order in which they came about.
+    """
     synced: dict[str, int] = {}
     for what, path, *rest in (line.split() for line in log.read_text().splitlines() if " " in line):
         if what == "open":

@@ -185,9 +185,19 @@ def stopped(act: str, status: int, place: Place, workdir: Path) -> list[int]:
     return [repeated]
 
 
+def stopped_anywhere(place: Place, workdir: Path) -> list[int]:
+    """SIGTERM at any moment of a session that goes on from a checkpoint: it ends in order and harms none."""
+    shutil.copytree(place.root / "stopped", workdir)
+    session = place.session(workdir, place.fault("start", "terminate", longest=math.inf))
+    ends = (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # done before; in order; before Python took the signal over
+    expect(session.returncode in ends and "Traceback" not in session.stderr, "it did not end in order", session)
+    expect(not list((workdir / "checkpoints").glob("*.damaged")), "a good checkpoint was moved aside", session)
+    return [place.finish(workdir)[0]]
+
+
 def left(act: str, status: int, place: Place, workdir: Path) -> list[int]:
     """The session ends at once, without saving."""
-    session = place.session(workdir, place.fault("micro-step ", act))
+    session = place.session(workdir, place.fault("(compile|micro-step )", act, longest=0.05 if "twice" in act else 0))
     expect(session.returncode == status and "stopped after" not in session.stderr, f"no {status} at once", session)
     return [place.finish(workdir)[0]]
 
@@ -228,7 +238,7 @@ def disk_full(place: Place, workdir: Path) -> list[int]:
     filled = place.fault(r"mkdir checkpoints/\d+\.[^/]+$", "fill", longest=0.03, ballast=ballast) | {"count": save}
     freed = place.fault("micro-step ", "free", ballast=ballast) | {"count": (save + 3) * each + each // 2}
     session = place.session(workdir, filled, freed)
-    expect(session.returncode == 0, "the run did not go on", session)
+    expect(session.returncode == 0 and "Traceback" not in session.stderr, "the run did not go on in order", session)
     for step in (SAVE_INTERVAL * (save + 2), SAVE_INTERVAL * (save + 3)):
         expect(re.search(rf"\b{step}\b.* not saved", session.stdout), f"no warning at step {step}", session)
     return [0]
@@ -276,6 +286,7 @@ KILLS = {
 }
 OTHERS = {
     "SIGTERM": partial(stopped, "terminate", 128 + signal.SIGTERM),
+    "SIGTERM at any moment": stopped_anywhere,
     "SIGINT": partial(stopped, "interrupt", 128 + signal.SIGINT),
     "SIGINT twice": partial(left, "interrupt twice", 128 + signal.SIGINT),
     "an exception in a step": partial(left, "fail", 1),

@@ -11,6 +11,10 @@ from jaxlm.errors import RequestError
 # jax's defaults for this differ between versions; one seed must give one model
 jax.config.update("jax_threefry_partitionable", True)
 
+# what jax 0.4.34 reads back from this cache for the CPU corrupts memory
+if jax.__version_info__ < (0, 5):
+    jax.config.update("jax_enable_compilation_cache", False)
+
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
 

@@ -8,10 +8,13 @@ accumulated gradients are zero and need no room.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +30,23 @@ from jaxlm.step import TrainState
 
 DIRECTORY = "checkpoints"
 FILES = "files.json"
+META_KEYS = {"config", "tokens", "seconds", "checksums"}
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 T = TypeVar("T")
 
-for name in ("absl", "asyncio"):  # they print the tracebacks of errors that are raised here as well
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+# the tracebacks of errors that are raised here as well
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _say_unraisable(unraisable: Any) -> None:
+    """What Python does, but for tensorstore's calls into the event loop of a save or restore that orbax gave up."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+sys.unraisablehook = _say_unraisable
 
 
 class Checkpoints:
@@ -55,15 +69,16 @@ class Checkpoints:
         """
         self.wait()
         self._clear_unfinished()  # what the threads of a save that failed wrote after it had
+        free, needed = shutil.disk_usage(self.directory).free, checkpoint_bytes(state)
+        if free < needed:
+            raise RunError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
         with self._disk_errors():
-            free, needed = shutil.disk_usage(self.directory).free, checkpoint_bytes(state)
-            if free < needed:
-                raise RunError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
             sums = {name: checksums(item).tolist() for name, item in items.items()}
             arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
             said = ocp.args.JsonSave(dict(meta) | {"checksums": sums})
-            self._manager.save(step, args=ocp.args.Composite(**arrays, meta=said))
+            if not self._manager.save(step, args=ocp.args.Composite(**arrays, meta=said)):
+                raise RuntimeError("orbax has a later one")
 
     def saving(self) -> bool:
         """Whether a save is under way."""
@@ -76,20 +91,23 @@ class Checkpoints:
             durable.sync(self.directory)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What the checkpoint says of itself. Raises DamagedError when it cannot be read, or was changed."""
-        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        """What the checkpoint says of itself. Raises DamagedError when it is not what was saved."""
+        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(meta, dict) or not meta.keys() >= META_KEYS:
+            raise DamagedError(f"its meta lacks one of {', '.join(sorted(META_KEYS))}")
+        return meta
 
     def params(self, step: int, like: Any, sharding: jax.sharding.Sharding) -> Any:
         """The parameters alone, laid out by `sharding`; `like` gives the tree and its shapes.
 
-        Raises DamagedError when they cannot be read, or are not what was saved.
+        Raises DamagedError when they are not what was saved, RunError when they cannot be read here and now.
         """
         return self._arrays(step, sharding, params=like)["params"]
 
     def state(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
         """The whole training state, laid out by `sharding`; `like` gives the tree and its shapes.
 
-        Raises DamagedError when it cannot be read, or is not what was saved.
+        Raises DamagedError when it is not what was saved, RunError when it cannot be read here and now.
         """
         items = self._arrays(step, sharding, params=like.params, optimizer=_optimizer_item(like))
         saved = items["optimizer"]
@@ -109,7 +127,9 @@ class Checkpoints:
                 return load(step), skipped
             except DamagedError as error:
                 skipped.append(f"{DIRECTORY}/{step}: {error}")
-        raise RequestError(f"no checkpoint in {self.directory.parent} can be used ({'; '.join(skipped)})")
+        raise RequestError(
+            f"no checkpoint in {self.directory.parent} can be used ({'; '.join(skipped)}): choose another --workdir"
+        )
 
     def tidy(self, newest: int) -> list[str]:
         """Moves checkpoints after step `newest` aside and deletes what unfinished saves left; says what it did.
@@ -160,10 +180,8 @@ class Checkpoints:
         _check_files(self.directory / str(step), set(items))
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # orbax and tensorstore raise many kinds where the arrays are not those asked for
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            raise DamagedError(f"it cannot be read, {_reason(error)}") from error
+        except Exception as error:  # orbax and tensorstore raise many kinds; but the files are sound
+            raise RunError(f"cannot restore {self.directory / str(step)} ({_reason(error)}): try again") from error
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -174,7 +192,7 @@ class Checkpoints:
         """
         try:
             yield
-        except Exception as error:  # as above: a full disk comes as OSError, ValueError or an XLA error
+        except Exception as error:  # a full disk comes as OSError, ValueError or an XLA error
             self._clear_unfinished()
             self._manager = self._new_manager()
             raise RunError(f"{self.directory} cannot take it ({_reason(error)})") from error
@@ -187,23 +205,32 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def _check_files(checkpoint: Path, items: set[str]) -> None:
-    """Raises DamagedError when a file of these items is not as it was saved."""
+    """Raises DamagedError when a file of these items is not as it was saved, RunError when that cannot be told."""
     try:
-        hashes = json.loads((checkpoint / FILES).read_text())
-        if not isinstance(hashes, dict) or not items <= {name.split("/")[0] for name in hashes}:
-            raise ValueError(f"{FILES} does not list them")
-        for name, its_hash in hashes.items():
-            if name.split("/")[0] in items and _sha256(checkpoint / name) != its_hash:
-                raise DamagedError(f"{name} is not as it was saved")
-    except FileNotFoundError as error:
-        raise DamagedError(f"{Path(error.filename).relative_to(checkpoint)} is missing") from error
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"its files cannot be read, {_reason(error)}") from error
+        hashes = json.loads((checkpoint / FILES).read_text()) if (checkpoint / FILES).is_file() else {}
+        names = [name for name in hashes if Path(name).parts[0] in items and ".." not in Path(name).parts]
+        if not isinstance(hashes, dict) or {Path(name).parts[0] for name in names} != items:
+            raise DamagedError(f"{FILES} is missing or does not list its files")
+    except (ValueError, TypeError, IndexError, RecursionError) as error:
+        raise DamagedError(f"{FILES} is not as it was saved") from error
+    except OSError as error:
+        raise RunError(f"cannot read {checkpoint / FILES} ({error.strerror}): see to that and try again") from error
+    for name in names:
+        if not (checkpoint / name).is_file():
+            raise DamagedError(f"{name} is missing")
+        if _sha256(checkpoint / name) != hashes[name]:
+            raise DamagedError(f"{name} is not as it was saved")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path) -> str | None:
+    """None where the disk cannot read it. Raises RunError when this process cannot."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return None
+        raise RunError(f"cannot read {path} ({error.strerror}): see to that and try again") from error
 
 
 def _mismatch(tree: Any, expected: list[int]) -> str | None:
@@ -214,9 +241,9 @@ def _mismatch(tree: Any, expected: list[int]) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """In one line, without the specification that tensorstore adds."""
+    """In one line, without what tensorstore adds of paths and specifications."""
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return said.splitlines()[0].split(" [tensorstore_spec")[0]
+    return os.strerror(errno.ENOSPC) if os.strerror(errno.ENOSPC) in said else said.splitlines()[0].split(" [")[0]
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

@@ -19,20 +19,24 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command and ends the process: 0, or the exit status of what ended it, after its message on stderr."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _stop)
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no text ends a command by being printed
+    status = 0
     try:
         main(sys.argv[1:])
     except (RequestError, RunError, Stopped) as end:
         print(end if isinstance(end, Stopped) else f"error: {end}", file=sys.stderr)
-        sys.exit(end.exit_status)
+        status = end.exit_status
     except KeyboardInterrupt:
         print("stopped: the same command begins again", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        status = 130
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)  # nothing is left to put in order
+    sys.exit(status)
 
 
 def _stop(number: int, frame: Any) -> NoReturn:

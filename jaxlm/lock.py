@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from jaxlm.errors import RequestError
 
@@ -22,14 +23,7 @@ def only_writer(directory: Path) -> Iterator[None]:
         OSError: the file cannot be made.
     """
     path = directory / "lock"
-    with contextlib.ExitStack() as stack:
-        held = None
-        while held is None or not path.exists() or not os.path.samestat(os.fstat(held.fileno()), path.stat()):
-            held = stack.enter_context(path.open("a+", encoding="utf-8"))  # again, where another just removed it
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RequestError(f"{directory} is in use by {_holder(path)}: wait for it or stop it") from error
+    with _locked(path) as held:
         held.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, held)
         held.flush()
@@ -39,9 +33,24 @@ def only_writer(directory: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def _locked(path: Path) -> TextIO:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError as error:
+            file.close()
+            raise RequestError(f"{path.parent} is in use by {_holder(path)}: wait for it or stop it") from error
+        except FileNotFoundError:  # the holder removed it since it was opened here
+            pass
+        file.close()
+
+
 def _holder(lock: Path) -> str:
     try:
         said = json.loads(lock.read_text(encoding="utf-8"))
         return f"process {said['pid']} on {said['host']}"
-    except (ValueError, TypeError, KeyError):  # caught between taking it and saying so
+    except (OSError, ValueError, TypeError, KeyError):  # caught between taking it and saying so
         return "another process"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -261,18 +262,32 @@ class Run:
     def _signals(self) -> Iterator[None]:
         """The first signal to stop does so after the step; a second SIGINT leaves at once."""
 
-        def ask_to_stop(number: int, frame: Any) -> None:
-            if self.stop_signal and number == signal.SIGINT:
-                self.monitor.abandon()
-                os._exit(128 + number)
-            self.stop_signal = number
-            with contextlib.suppress(OSError):  # the terminal may have gone
-                os.write(2, b"Stopping after this step; Ctrl-C again to leave at once, without saving\n")
+        def heed(number: int, frame: Any) -> None:
+            self.stop_signal = self.stop_signal or number
 
         numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, ask_to_stop) for number in numbers}
+        handlers = {number: signal.signal(number, heed) for number in numbers}
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._answer_signals, args=(reading,), daemon=True).start()
         try:
             yield
         finally:
-            for number, handler in before.items():
+            signal.set_wakeup_fd(wakeup)
+            os.close(writing)
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _answer_signals(self, reading: int) -> None:
+        """Answers at once, from a thread of its own, though the main one may be inside a compilation for minutes."""
+        asked = False
+        while byte := os.read(reading, 1):
+            if asked and byte[0] == signal.SIGINT:
+                self.monitor.abandon()
+                os._exit(128 + signal.SIGINT)
+            if byte[0] in STOP_SIGNALS and not asked:
+                asked = True
+                with contextlib.suppress(OSError):  # the terminal may have gone
+                    os.write(2, b"Stopping after this step; Ctrl-C again to leave at once, without saving\n")
+        os.close(reading)

@@ -1,6 +1,9 @@
 """Checkpoints: exact, taken at the moment they are asked for, few, small."""
 
 import dataclasses
+import json
+import os
+import resource
 import shutil
 
 import jax
@@ -13,12 +16,12 @@ from jaxlm import checkpoint, durable
 from jaxlm.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 from jaxlm.checksum import checksums
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
-from jaxlm.errors import DamagedError, RequestError, RunError
+from jaxlm.errors import DamagedError, RequestError, RunError, Stopped
 from jaxlm.step import init_state, make_train_step
 
 MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32")
 CONFIG = Config(batch_size=2, grad_accum_steps=2, max_steps=100, model=MODEL, optimizer=OptimizerConfig(warmup_steps=1))
-META = {"config": {"é": [1, None, 2.5]}, "seconds": 0.1}
+META = {"config": {"é": [1, None, 2.5]}, "tokens": {}, "seconds": 0.1}
 CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -203,20 +206,54 @@ def test_arrays_other_than_the_trained_ones_are_refused_though_each_file_is_as_i
         checkpoints.state(3, like(), CPU)
 
 
-@pytest.mark.parametrize("name", ["files.json", "meta/metadata", "optimizer/_METADATA"])
+@pytest.mark.parametrize("name", ["meta/metadata", "optimizer/_METADATA"])
 def test_the_reason_names_the_file(checkpoints, tmp_path, name):
     path = tmp_path / DIRECTORY / "3" / name
     held = path.read_bytes()
+    path.write_bytes(held[:-1] + b" ")
+    with pytest.raises(DamagedError, match=f"^{name} is not as it was saved$"):
+        checkpoints.state(3, like(), CPU)
     path.unlink()
     with pytest.raises(DamagedError, match=f"^{name} is missing$"):
         checkpoints.state(3, like(), CPU)
-    if name != "files.json":
-        path.write_bytes(held[:-1] + b" ")
-        with pytest.raises(DamagedError, match=f"^{name} is not as it was saved$"):
-            checkpoints.state(3, like(), CPU)
+    os.mkfifo(path)
+    with pytest.raises(DamagedError, match=f"^{name} is missing$"):
+        checkpoints.state(3, like(), CPU)
 
 
-@pytest.mark.parametrize("held", [b"", b"[]", b"3", b'{"params/x": 1}', b'{"meta": ""}', b"\xff", b"null", b"[[]]"])
+def test_what_this_process_cannot_read_is_not_taken_for_damaged(checkpoints):
+    """Such as for want of descriptors: it may well be whole."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(RunError) as caught:
+            checkpoints.newest(load_with(checkpoints), [3])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert is_one_line(caught.value)
+
+
+def test_a_signal_in_the_middle_of_reading_is_no_damage(checkpoints, monkeypatch):
+    def stop(*arguments, **options):
+        raise Stopped("stopped", 15)
+
+    monkeypatch.setattr(checkpoints._manager, "restore", stop)
+    with pytest.raises(Stopped):
+        checkpoints.newest(load_with(checkpoints), [3])
+
+
+def test_a_list_of_files_leads_nowhere_else(checkpoints, tmp_path):
+    path = tmp_path / DIRECTORY / "3" / "files.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"params/../../../secret": ""}))
+    (tmp_path / "secret").write_text("")
+    assert checkpoints.meta(3)["seconds"] == META["seconds"]
+    checkpoints.params(3, like().params, CPU)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [b"", b"[]", b"3", b'{"params/x": 1}', b'{"meta": ""}', b"\xff", b"null", b"[[]]", b"[" * 99_999, b'{"": ""}'],
+)
 def test_a_list_of_files_that_is_none_is_refused_in_one_line(checkpoints, tmp_path, held):
     (tmp_path / DIRECTORY / "3" / "files.json").write_bytes(held)
     with pytest.raises(DamagedError) as caught:
@@ -345,6 +382,6 @@ def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, trained, monk
 
 def test_one_of_another_model_is_refused(checkpoints):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, layers=1))
-    with pytest.raises(DamagedError) as caught:
+    with pytest.raises(RunError) as caught:
         checkpoints.state(3, like(other), CPU)
     assert is_one_line(caught.value)

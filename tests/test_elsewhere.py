@@ -81,7 +81,7 @@ def on_eight_devices(place):
     assert len(state.params["embedding"].sharding.device_set) == len(jax.devices()) == 8
     state, losses = losses_from(state, CONFIG, place=lambda ids: jax.device_put(ids, spread))
     checkpoints = Checkpoints(place)
-    checkpoints.save(SAVED_AT, state, {"losses": losses})
+    checkpoints.save(SAVED_AT, state, {"config": {}, "tokens": {}, "seconds": 0, "losses": losses})
     checkpoints.wait()
 
 
