@@ -2,7 +2,7 @@
 
     python -m experiments.fuzz --cases 10000 --seed 0
 
-Each goes to the function that reads it, under `jaxlm.command.run` as in every command. A case fails when it ends in
+Each goes to the function that reads it, under `jaxlm.command.status` as in every command. A case fails when it ends in
 anything but success or one line of a RequestError or RunError, takes too long, leaves a *.partial, changes what it
 refuses, or takes what then does not hold (the `_take_` functions). What makes a failure again is printed.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 from experiments.fuzz_cases import KINDS
 from jaxlm import command
+from jaxlm.errors import RequestError, RunError
 
 CODE = ("jaxlm", "experiments")
 SECONDS, CHARACTERS = 10.0, 5_000  # at most, of a case and of a message, for a path may have 4,096
@@ -30,19 +31,24 @@ SECONDS, CHARACTERS = 10.0, 5_000  # at most, of a case and of a message, for a 
 def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
     """Makes a case from nothing but the arguments, two directories deep, and tries it. Gives verdict, why and more."""
     with tempfile.TemporaryDirectory() as outer, contextlib.chdir(tempfile.mkdtemp(dir=outer)):
-        call = KINDS[kind](Random(f"{seed} {kind} {number}"))
+        call, refusal, details = KINDS[kind](Random(f"{seed} {kind} {number}")), None, ""
+
+        def take(argv: list[str]) -> None:
+            nonlocal refusal, details
+            try:
+                call()
+            except (RequestError, RunError) as error:
+                refusal, details = error, f"{call}\n{traceback.format_exc()}"
+                raise
+
         before, console, screen = _listing(), io.StringIO(), io.TextIOWrapper(io.BytesIO(), "utf-8")
         signal.signal(signal.SIGALRM, _stop)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(console):
-                command.run(lambda argv: call() and None)  # type: ignore[arg-type, return-value]
+                command.status(take, [])
         except (Exception, TimeLimit) as error:
             return "failed", f"{type(error).__name__} {_place(error)}", f"{call}\n{traceback.format_exc()}"
-        except SystemExit as end:
-            refusal, details = end.__context__, f"{call}\n{traceback.format_exc()}"
-            if end.code not in (0, 1, 2):  # Ctrl-C
-                raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         after, said = _listing(), console.getvalue().partition("error: ")[2]

@@ -1,11 +1,13 @@
 """What every command shares: its arguments, its one line on failure and its exit status."""
 
 import argparse
+import contextlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jaxlm.errors import RequestError, RunError, Stopped
 
@@ -18,27 +20,32 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs a command and ends the process: 0, or the exit status of what ended it, after its message on stderr."""
-    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    for number in heeded:
-        signal.signal(number, _stop)
+    """Runs a command and ends the process with its status.
+
+    It does not wait for Python to take itself apart: threads of tensorstore that come back into it then abort it.
+    """
+    code = status(main, sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
+def status(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Runs a command: 0, or the exit status of what ended it, after its message on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no text ends a command by being printed
-    status = 0
     try:
-        main(sys.argv[1:])
-    except (RequestError, RunError, Stopped) as end:
-        print(end if isinstance(end, Stopped) else f"error: {end}", file=sys.stderr)
-        status = end.exit_status
+        main(argv)
+    except (RequestError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_status
+    except BrokenPipeError:  # as of any program whose reader has gone away
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("stopped: the same command begins again", file=sys.stderr)
-        status = 130
-    finally:
-        for number in heeded:
-            signal.signal(number, signal.SIG_DFL)  # nothing is left to put in order
-    sys.exit(status)
-
-
-def _stop(number: int, frame: Any) -> NoReturn:
-    """Ends a command as Ctrl-C does, so that nothing half done is left."""
-    raise Stopped("stopped: the same command begins again", number)
+        return 130
+    return 0

@@ -21,11 +21,8 @@ class RunError(_OneLine):
     exit_status = 1
 
 
-class Stopped(BaseException):
-    """A signal asked a command to stop, and what was done is saved: it ends with status 128 + the signal's number.
-
-    As KeyboardInterrupt it is no Exception, for it can come anywhere and is not what went wrong there.
-    """
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has saved: the command ends with status 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

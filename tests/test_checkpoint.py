@@ -16,7 +16,7 @@ from jaxlm import checkpoint, durable
 from jaxlm.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 from jaxlm.checksum import checksums
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
-from jaxlm.errors import DamagedError, RequestError, RunError, Stopped
+from jaxlm.errors import DamagedError, RequestError, RunError
 from jaxlm.step import init_state, make_train_step
 
 MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32")
@@ -231,15 +231,6 @@ def test_what_this_process_cannot_read_is_not_taken_for_damaged(checkpoints):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert is_one_line(caught.value)
-
-
-def test_a_signal_in_the_middle_of_reading_is_no_damage(checkpoints, monkeypatch):
-    def stop(*arguments, **options):
-        raise Stopped("stopped", 15)
-
-    monkeypatch.setattr(checkpoints._manager, "restore", stop)
-    with pytest.raises(Stopped):
-        checkpoints.newest(load_with(checkpoints), [3])
 
 
 def test_a_list_of_files_leads_nowhere_else(checkpoints, tmp_path):
