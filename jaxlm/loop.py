@@ -265,7 +265,8 @@ class Run:
         def heed(number: int, frame: Any) -> None:
             self.stop_signal = self.stop_signal or number
 
-        numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and nohup)]
         handlers = {number: signal.signal(number, heed) for number in numbers}
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
