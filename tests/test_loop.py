@@ -6,6 +6,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -258,6 +260,38 @@ def test_an_interrupted_run_writes_the_samples_of_the_uninterrupted_one(interrup
 def test_the_signals_are_given_back(interruptions):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("number", "stops"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)])
+def test_a_run_in_the_background_heeds_all_but_a_hangup_that_it_was_told_to_ignore(console, number, stops, tmp_path):
+    """A script starts what it puts in the background with SIGINT ignored, nohup with SIGHUP ignored."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 5, send(number))
+            with pytest.raises(Stopped) if stops else contextlib.nullcontext():
+                train(str(tmp_path / "background"))
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_second_ctrl_c_leaves_at_once_though_python_is_deep_in_other_code():
+    """As in a compilation; there the handlers of the main thread have to wait."""
+    code = """
+import hashlib, os, threading
+from jaxlm.loop import Run
+run = object.__new__(Run)
+run.stop_signal, run.monitor = 0, type("Monitor", (), {"abandon": staticmethod(lambda: None)})
+with run._signals():
+    for seconds in (0.2, 0.6):
+        threading.Timer(seconds, os.kill, (os.getpid(), 2)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, env=environment)
+    assert done.returncode == 130
+    assert done.stderr == "Stopping after this step; Ctrl-C again to leave at once, without saving\n"
 
 
 def test_a_finished_run_started_again_does_nothing(console):
