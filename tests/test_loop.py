@@ -26,6 +26,7 @@ from jaxlm.step import init_state, make_train_step
 from jaxlm.tokens import train_batch_stream
 
 LAST = 12
+HANDLERS = {number: signal.getsignal(number) for number in loop.STOP_SIGNALS}  # before any run
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"]
 VAL_KEYS = ["val_loss", "val_bits_per_byte"]
 NEVER_SAID = 298  # a token that no text here has; the tests make losses of it nan
@@ -258,8 +259,7 @@ def test_an_interrupted_run_writes_the_samples_of_the_uninterrupted_one(interrup
 
 
 def test_the_signals_are_given_back(interruptions):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert {number: signal.getsignal(number) for number in loop.STOP_SIGNALS} == HANDLERS
 
 
 @pytest.mark.parametrize(("number", "stops"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)])
