@@ -108,7 +108,9 @@ def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with only_writer(directory), _cleared_away(beside.values()), ExitStack() as stack:
+        with only_writer(directory), ExitStack() as stack:
+            for path in beside.values():
+                stack.callback(path.unlink, missing_ok=True)
             files = [stack.enter_context(beside[name].open("wb")) for name in names]
             yield files
             for file in files:
@@ -126,16 +128,6 @@ def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
         for path in made:
             with suppress(OSError):  # not empty, so no longer ours alone
                 path.rmdir()
-
-
-@contextmanager
-def _cleared_away(paths: Iterable[Path]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for path in paths:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
 
 
 class _Writer:

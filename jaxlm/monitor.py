@@ -139,7 +139,7 @@ class Monitor:
             file.sync()
 
     def abandon(self) -> None:
-        """Gives a terminal its cursor back, for a process that ends at once; safe in a signal handler."""
+        """Gives a terminal its cursor back, for a process that ends at once; safe from any thread."""
         if self._console.is_terminal:
             os.write(1, b"\x1b[?25h\n")
 

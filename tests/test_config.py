@@ -213,8 +213,10 @@ def test_name_like_no_other_is_refused_without_a_guess():
 
 
 @pytest.mark.parametrize("name", [name for name, _ in all_settings()])
-def test_every_setting_has_a_known_name(name):
+def test_every_setting_has_a_known_name_and_its_misspelling_has_none(name):
     check_name(name)
+    with pytest.raises(RequestError, match="unknown setting"):
+        check_name(f"{name}x")
 
 
 def test_defaults_come_back_from_a_config_dict():
