@@ -18,7 +18,7 @@ from jaxlm.tokenizer import END_OF_TEXT
 
 READABLE = ".txt, .jsonl (each also as .gz, .xz or .zst) and .parquet"
 PIECE_CHARACTERS = 1 << 18
-_LONGEST_PIECE = 1 << 20
+_LONGEST_PIECE = 1 << 19  # tiktoken fails on a million spaces
 _LAST_BREAK = re.compile(r".*\S(?=[ \r\n])", re.DOTALL)
 
 
@@ -63,8 +63,8 @@ def read_pieces(paths: Iterable[Path]) -> Iterator[Piece]:
 def read_text(stream: TextIO) -> Iterator[Piece]:
     """The documents of a .txt file that is open without newline translation; see `read_pieces`.
 
-    A stretch of a million characters without a space or line end after another character is cut all the same, to stay
-    in bounded memory: there a token may come out as two.
+    Half a million characters without a space or line end after another character are cut all the same, to stay in
+    bounded memory: there a token may come out as two.
     """
     text, starts_document, blank = "", True, ""
     while chunk := stream.read(PIECE_CHARACTERS):

@@ -107,6 +107,15 @@ def test_an_end_of_text_inside_a_document_is_ordinary_text(tmp_path):
     assert ids[: len(whole_text_ids(50257, *documents[:20]))] == whole_text_ids(50257, *documents[:20])
 
 
+@pytest.mark.parametrize("spaces", [1_100_000, 1_250_000, 2_000_000])
+def test_any_number_of_spaces(tmp_path, spaces):
+    text = "one" + " " * spaces + "two three " * 30_000
+    (tmp_path / "a.txt").write_text(text)
+    write_token_files(open_corpus(str(tmp_path / "a.txt")), tmp_path / "out", 50257, 0.1)
+    ids = [i for name in FILES[1:] for i in ids_in(tmp_path / "out" / name)]
+    assert load_tokenizer().decode(ids).replace("<|endoftext|>", "") == text
+
+
 def test_a_bounded_amount_is_in_memory():
     ahead = most = 0
 
