@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -153,9 +154,17 @@ def _encode_all(
 ) -> Iterator[tuple[str, _Encoded]]:
     """Encodes on all cores, for tiktoken lets go of Python's lock; the order within each file is kept."""
     waiting: deque[tuple[str, Future[_Encoded]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    own = threading.local()
+
+    def begin() -> None:
+        own.tokenizer = tokenizer.copy()
+
+    def encode(group: list[Piece]) -> _Encoded:
+        return _encode(own.tokenizer, group)
+
+    with ThreadPoolExecutor(workers, initializer=begin) as pool:
         for name, group in _groups(pieces):
-            waiting.append((name, pool.submit(_encode, tokenizer, group)))
+            waiting.append((name, pool.submit(encode, group)))
             if len(waiting) > 2 * workers:
                 name, encoded = waiting.popleft()
                 yield name, encoded.result()

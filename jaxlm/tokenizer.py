@@ -1,10 +1,11 @@
 """GPT-2's byte-pair encoding, read from the vocabulary file in this package; a prefix of it is a small vocabulary."""
 
 import base64
+import copy
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
@@ -17,10 +18,12 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
 _SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
 _VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-_WORD_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# The words of tiktoken's pattern for GPT-2. Here all that needs no look ahead is one group, which the engine then runs
+# as an automaton instead of trying its parts in turn.
+_WORD_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Text to token ids and back. `vocabulary[i]` is the bytes of id i; the last id is END_OF_TEXT."""
 
@@ -34,6 +37,10 @@ class Tokenizer:
     @property
     def end_of_text(self) -> int:
         return len(self.vocabulary) - 1
+
+    def copy(self) -> "Tokenizer":
+        """The same, for one thread: those that share an encoding wait for the memory that its pattern is matched in."""
+        return dataclasses.replace(self, encoding=copy.copy(self.encoding))
 
     def encode(self, text: str, marked: bool = False) -> npt.NDArray[np.uint16]:
         """Ids of `text`, [N]. END_OF_TEXT inside it is ordinary text, or the id `end_of_text` if `marked`.

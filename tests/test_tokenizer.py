@@ -1,12 +1,15 @@
-"""The tokenizer against GPT-2's known ids and against byte-pair encoding written out here."""
+"""The tokenizer against GPT-2's known ids, tiktoken's pattern and byte-pair encoding written out here."""
 
 import itertools
 import socket
+import sys
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from jaxlm import tokenizer
 from jaxlm.errors import RequestError
@@ -47,6 +50,47 @@ def test_end_of_text_is_the_last_id():
     small = load_tokenizer(1000)
     assert (small.end_of_text, small.decode([999])) == (999, "<|endoftext|>")
     assert small.encode("a <|endoftext|> b").max() < 999
+
+
+@pytest.fixture(scope="module")
+def openai():
+    """tiktoken's own GPT-2: its pattern, our vocabulary."""
+    ranks = {token: rank for rank, token in enumerate(load_tokenizer().vocabulary[:-1])}
+    return tiktoken.Encoding("openai", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+
+
+SPACES = [" ", "  ", "\n", "\r\n", "\t", "\u2003", "\x1c", "\u200b"]
+WORDS = ["word", "Éé", "漢", "e\u0301", "7", "½", "٣", "...", "_", "🙂", "<|endoftext|>"]
+ENDINGS = ["'", "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'x"]
+
+
+@given(
+    st.lists(st.sampled_from(SPACES + WORDS + ENDINGS) | st.characters(exclude_categories=["Cs"]), max_size=60).map(
+        "".join
+    )
+)
+def test_ids_are_those_of_tiktoken(openai, text):
+    assert load_tokenizer().encode(text).tolist() == openai.encode_ordinary(text)
+
+
+def test_every_character_is_in_the_words_that_tiktoken_puts_it_in(openai):
+    characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i <= 0xDFFF]
+    for first in range(0, len(characters), 1 << 16):
+        text = "".join([f"a{c}1 {c}.  {c}{c}" for c in characters[first : first + (1 << 16)]])
+        assert np.array_equal(load_tokenizer().encode(text), openai.encode_to_numpy(text))
+
+
+def test_a_million_spaces_at_the_end(openai):
+    text = "end" + " " * 1_100_000
+    assert np.array_equal(load_tokenizer().encode(text), openai.encode_to_numpy(text))
+
+
+@given(text=st.text(max_size=50))
+def test_a_copy_is_another_that_does_the_same(text):
+    tokens = load_tokenizer(1000)
+    copy = tokens.copy()
+    assert copy.encoding._core_bpe is not tokens.encoding._core_bpe
+    assert copy.encode(text + "<|endoftext|>", marked=True).tolist() == [*tokens.encode(text).tolist(), 999]
 
 
 @pytest.mark.parametrize("size", SIZES)
