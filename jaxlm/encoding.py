@@ -21,6 +21,8 @@ from jaxlm.split import measure, split
 from jaxlm.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from jaxlm.tokens import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
 
+_MOST_WORKERS = 12
+
 
 class _Encoded(NamedTuple):
     ids: bytes
@@ -76,7 +78,7 @@ def write_token_files(
     """Encodes a corpus into `directory`, which `find_prepared` has found to be free for it.
 
     `on_progress` is told the bytes of text done and in all; in all is 0 while they are being counted. `workers` is
-    the number of encoding threads, one for each core unless told.
+    the number of encoding threads; unless told, one for each core, up to 12, which take all that one thread reads.
 
     Raises RequestError when the corpus cannot be read or split, RunError when the disk fails.
     """
@@ -87,7 +89,7 @@ def write_token_files(
     with _new_files(directory) as (train_file, val_file, meta_file):
         writers = {TRAIN: _Writer(train_file), VAL: _Writer(val_file)}
         done = 0
-        for name, encoded in _encode_all(pieces, tokenizer, workers or os.cpu_count() or 1):
+        for name, encoded in _encode_all(pieces, tokenizer, workers or min(os.cpu_count() or 1, _MOST_WORKERS)):
             writers[name].write(encoded)
             done += encoded.text_bytes
             on_progress(done, size.bytes)
