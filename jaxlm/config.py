@@ -72,7 +72,7 @@ class ModelConfig:
     rope_theta: float = field(default=10_000.0, metadata=FIXED)
     norm_eps: float = field(default=1e-6, metadata=FIXED)
     output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
-    dtype: str = "auto"  # of the computation; weights are float32. auto: bfloat16 on CUDA, float32 elsewhere
+    dtype: str = "auto"  # float32, bfloat16 or mixed (bfloat16 products of float32); weights are always float32
     attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
     remat: bool = True  # recompute each block in the backward pass: less memory, a third more work
 
@@ -91,8 +91,18 @@ class ModelConfig:
         _require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}: it must be above 0")
         _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
         _one_of("model.output_init", self.output_init, ("scaled", "zero"))
-        _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "mixed"))
         _one_of("model.attention", self.attention, ("auto", "plain", "cudnn"))
+
+    @property
+    def products(self) -> str:
+        """The dtype that matrix products read; they sum in float32."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
+
+    @property
+    def activations(self) -> str:
+        """The dtype of everything between two products."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
 
 
 @dataclass(frozen=True)

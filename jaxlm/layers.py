@@ -4,9 +4,13 @@ Shape letters, here and in the whole core: B batch, T time (queries), S time (ke
 K head width, F hidden width, V vocabulary, L layers. A name ends in the shape of its array.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+QUERIES = 128  # of causal attention, taken at a time
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
 
@@ -75,17 +79,82 @@ def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS:
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK)
 
 
-def causal_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
-    """`attention` in which position t sees positions 0 to t.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def causal_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, dtype: Any) -> jax.Array:
+    """`attention` in which position t sees positions 0 to t, in blocks of queries.
+
+    A block's scores over the positions it may see exist only while it is computed, forward and, a second time,
+    backward; what the mask hides beyond the block is skipped (the idea of Dao et al. 2022, the gradient as in their
+    appendix B).
 
     Args:
         q_BTHK, k_BTHK, v_BTHK: queries, keys and values of the same positions.
+        dtype: of what the products read; their sums and the softmax are float32.
 
     Returns:
         [B, T, H, K] in the dtype of v.
     """
-    times = jnp.arange(q_BTHK.shape[1])
-    return attention(q_BTHK, k_BTHK, v_BTHK, mask_BTS=(times[:, None] >= times[None, :])[None])
+    return _causal_forward(q_BTHK, k_BTHK, v_BTHK, dtype)[0]
+
+
+def _causal_forward(q_BTHK, k_BTHK, v_BTHK, dtype):
+    q, k, v = (_by_head(x, dtype) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
+    out, logsumexp = [], []
+    for block in _query_blocks(q.shape[1]):
+        seen = slice(block.stop)
+        scores_GTS = jnp.where(_visible(block), _products("GTK,GSK->GTS", q[:, block], k[:, seen]), MASKED)
+        largest_GT1 = jnp.max(scores_GTS, axis=-1, keepdims=True)
+        weights_GTS = jnp.exp(scores_GTS - largest_GT1)
+        total_GT1 = jnp.sum(weights_GTS, axis=-1, keepdims=True)
+        out.append(_products("GTS,GSK->GTK", weights_GTS.astype(dtype), v[:, seen]) / total_GT1)
+        logsumexp.append((largest_GT1 + jnp.log(total_GT1))[..., 0])
+    out_BTHK = _from_heads(jnp.concatenate(out, axis=1), v_BTHK)
+    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, out_BTHK, jnp.concatenate(logsumexp, axis=1))
+
+
+def _causal_backward(dtype, residuals, d_out_BTHK):
+    q_BTHK, k_BTHK, v_BTHK, out_BTHK, logsumexp_GT = residuals
+    scale = q_BTHK.shape[-1] ** -0.5
+    q, k, v, d_out = (_by_head(x, dtype) for x in (q_BTHK * scale, k_BTHK, v_BTHK, d_out_BTHK))
+    # sum over S of weights * d_weights
+    mean_GT = jnp.sum(_by_head(out_BTHK, jnp.float32) * _by_head(d_out_BTHK, jnp.float32), axis=-1)
+    k_GKT = k.swapaxes(1, 2)
+    d_q, d_k, d_v = [], *(jnp.zeros(k.shape, jnp.float32) for _ in range(2))
+    for block in _query_blocks(q.shape[1]):
+        seen = slice(block.stop)
+        scores_GST = _products("GSK,GTK->GST", k[:, seen], q[:, block])
+        weights_GST = jnp.where(_visible(block).T, jnp.exp(scores_GST - logsumexp_GT[:, None, block]), 0)
+        d_weights_GST = _products("GSK,GTK->GST", v[:, seen], d_out[:, block])
+        d_scores_GST = (weights_GST * (d_weights_GST - mean_GT[:, None, block])).astype(dtype)
+        d_v = d_v.at[:, seen].add(_products("GST,GTK->GSK", weights_GST.astype(dtype), d_out[:, block]))
+        d_k = d_k.at[:, seen].add(_products("GST,GTK->GSK", d_scores_GST, q[:, block]))
+        d_q.append(_products("GKS,GST->GKT", k_GKT[:, :, seen], d_scores_GST))
+    d_q_GTK = (jnp.concatenate(d_q, axis=2) * scale).swapaxes(1, 2)
+    return tuple(_from_heads(d, x) for d, x in ((d_q_GTK, q_BTHK), (d_k, k_BTHK), (d_v, v_BTHK)))
+
+
+def _query_blocks(times: int) -> list[slice]:
+    return [slice(start, min(start + QUERIES, times)) for start in range(0, times, QUERIES)]
+
+
+def _visible(block: slice) -> jax.Array:
+    """[T, S]: which of the positions before the end of a block its queries see."""
+    return jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)[None]
+
+
+def _by_head(x_BTHK: jax.Array, dtype: Any) -> jax.Array:
+    """[G, T, K] with G = B H."""
+    B, T, H, K = x_BTHK.shape
+    return x_BTHK.astype(dtype).swapaxes(1, 2).reshape(B * H, T, K)
+
+
+def _from_heads(x_GTK: jax.Array, like_BTHK: jax.Array) -> jax.Array:
+    B, T, H, K = like_BTHK.shape
+    return x_GTK.reshape(B, H, T, K).swapaxes(1, 2).astype(like_BTHK.dtype)
+
+
+_products = partial(jnp.einsum, preferred_element_type=jnp.float32)
+causal_attention.defvjp(_causal_forward, _causal_backward)
 
 
 def cudnn_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
@@ -93,33 +162,74 @@ def cudnn_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> 
     return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
 
 
-def linear(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """x w over the last axis, the weights cast to the dtype of x.
+def linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any = None) -> jax.Array:
+    """x w over the last axis, in the dtype of x.
 
     Args:
         x_BTD: [B, T, D].
         w_DF: [D, F].
+        dtype: of what the products read, forward and backward; None: that of x. Sums are float32.
 
     Returns:
         [B, T, F]. The product is taken as [B T, D] by [D, F]: its gradients have one contracted axis, the only
         form that every backend takes.
     """
-    out = x_BTD.reshape(-1, x_BTD.shape[-1]) @ w_DF.astype(x_BTD.dtype)
-    return out.reshape(*x_BTD.shape[:-1], w_DF.shape[-1])
+    out_NF = _product(x_BTD.reshape(-1, x_BTD.shape[-1]), w_DF, dtype or x_BTD.dtype)
+    return out_NF.reshape(*x_BTD.shape[:-1], w_DF.shape[-1])
 
 
-def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x_ND, w_DF, dtype):
+    return jnp.matmul(x_ND.astype(dtype), w_DF.astype(dtype), preferred_element_type=x_ND.dtype)
+
+
+def _product_backward(dtype, residuals, d_out_NF):
+    x_ND, w_DF = residuals
+    narrow_NF = d_out_NF.astype(dtype)
+    d_x_ND = product_with_rows(narrow_NF, w_DF.astype(dtype)).astype(x_ND.dtype)
+    return d_x_ND, product_over_rows(x_ND.astype(dtype), narrow_NF).astype(w_DF.dtype)
+
+
+_product.defvjp(lambda x_ND, w_DF, dtype: (_product(x_ND, w_DF, dtype), (x_ND, w_DF)), _product_backward)
+
+
+def product_with_rows(a_NF: jax.Array, b_DF: jax.Array) -> jax.Array:
+    """a b^T, [N, D] float32."""
+    return jnp.einsum("NF,DF->ND", a_NF, b_DF, preferred_element_type=jnp.float32)
+
+
+def product_over_rows(a_ND: jax.Array, b_NF: jax.Array) -> jax.Array:
+    """a^T b, [D, F] float32: the gradient of a weight from its inputs and that of its outputs.
+
+    XLA has fast bfloat16 products on a CPU, but for this form. There the narrower side is transposed first, by tiles
+    of 16 x 16: a plain transpose it would fold back into the product.
+    """
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    by_tiles = not any(size % 16 for size in (*a_ND.shape, *b_NF.shape))
+    if a_ND.dtype == jnp.bfloat16 and by_tiles and jax.default_backend() == "cpu":
+        narrower_is_a = a_ND.shape[1] <= b_NF.shape[1]
+        return product(_turned(a_ND), b_NF) if narrower_is_a else _turned(product(_turned(b_NF), a_ND))
+    return product(a_ND.T, b_NF)
+
+
+def _turned(x_ND: jax.Array) -> jax.Array:
+    N, D = x_ND.shape
+    return x_ND.reshape(N // 16, 16, D // 16, 16).transpose(2, 3, 0, 1).reshape(D, N)
+
+
+def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, dtype: Any = None) -> jax.Array:
     """(silu(x gate) * (x up)) down (Shazeer 2020).
 
     Args:
         x_BTD: [B, T, D].
         gate_DF, up_DF: [D, F].
         down_FD: [F, D].
+        dtype: as of `linear`.
 
     Returns:
         [B, T, D].
     """
-    return linear(jax.nn.silu(linear(x_BTD, gate_DF)) * linear(x_BTD, up_DF), down_FD)
+    return linear(jax.nn.silu(linear(x_BTD, gate_DF, dtype)) * linear(x_BTD, up_DF, dtype), down_FD, dtype)
 
 
 def embed(ids_BT: jax.Array, embedding_VD: jax.Array) -> jax.Array:
@@ -133,6 +243,21 @@ def embed(ids_BT: jax.Array, embedding_VD: jax.Array) -> jax.Array:
         [B, T, D].
     """
     return jnp.take(embedding_VD, ids_BT, axis=0, mode="clip")
+
+
+@jax.custom_vjp
+def embed_and_pass(ids_BT: jax.Array, embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`embed`, and the embedding for its next use.
+
+    Backward, the gradient of that next use arrives whole, and this one is added to it where it lies.
+    """
+    return embed(ids_BT, embedding_VD), embedding_VD
+
+
+embed_and_pass.defvjp(
+    lambda ids_BT, embedding_VD: (embed_and_pass(ids_BT, embedding_VD), ids_BT),
+    lambda ids_BT, d: (None, d[1].at[ids_BT.ravel()].add(d[0].reshape(-1, d[0].shape[-1]), mode="clip")),
+)
 
 
 def tied_head(x_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:

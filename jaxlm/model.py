@@ -13,6 +13,7 @@ parameters of all blocks are stacked along a leading axis L, so that one scan wa
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -75,11 +76,59 @@ def block(
     """
     B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
-    q, k, v = (layers.linear(h_BTD, p[name]).reshape(B, T, c.heads, -1) for name in ("query", "key", "value"))
+    q, k, v = (
+        layers.linear(h_BTD, p[name], c.products).reshape(B, T, c.heads, -1) for name in ("query", "key", "value")
+    )
     out_BTHK = attend(layers.rope(q, table), layers.rope(k, table), v)
-    x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"])
+    x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"], c.products)
     h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
-    return x_BTD + layers.swiglu(h_BTD, p["gate"], p["up"], p["down"])
+    return x_BTD + layers.swiglu(h_BTD, p["gate"], p["up"], p["down"], c.products)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def recomputed_blocks(
+    blocks: Any, x_BTD: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend, c: ModelConfig
+) -> tuple[jax.Array, Any]:
+    """All blocks, one after the other; of each, only its input is kept for the backward pass, which runs it again.
+
+    Args:
+        blocks: the stacked parameters.
+        x_BTD, table, attend, c: as of `block`.
+
+    Returns:
+        [B, T, D]; and the blocks' parameters, for their next use. Backward, the gradient of that next use arrives
+        whole and this one is added to it where it lies, block by block.
+    """
+    return _recomputed_forward(blocks, x_BTD, table, attend, c)[0]
+
+
+def _recomputed_forward(blocks, x_BTD, table, attend, c):
+    out_BTD, inputs_LBTD = jax.lax.scan(lambda x_BTD, p: (block(p, x_BTD, table, attend, c), x_BTD), x_BTD, blocks)
+    return (out_BTD, blocks), (blocks, inputs_LBTD, table)
+
+
+def _recomputed_backward(attend, c, residuals, d_outputs):
+    blocks, inputs_LBTD, table = residuals
+
+    def add_block(carry, layer):
+        d_x_BTD, d_blocks = carry
+        p, x_BTD = jax.tree.map(
+            lambda stacked: jax.lax.dynamic_index_in_dim(stacked, layer, 0, False), (blocks, inputs_LBTD)
+        )
+        _, pull = jax.vjp(lambda p, x_BTD: block(p, x_BTD, table, attend, c), p, x_BTD)
+        d_p, d_x_BTD = pull(d_x_BTD)
+
+        def add(total, part):
+            before = jax.lax.dynamic_index_in_dim(total, layer, 0, False)
+            return jax.lax.dynamic_update_index_in_dim(total, before + part, layer, 0)
+
+        return (d_x_BTD, jax.tree.map(add, d_blocks, d_p)), None
+
+    (d_x_BTD, d_blocks), _ = jax.lax.scan(add_block, d_outputs, jnp.arange(c.layers), reverse=True)
+    return d_blocks, d_x_BTD, None
+
+
+recomputed_blocks.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 class Decoder(nn.Module):
@@ -99,25 +148,37 @@ class Decoder(nn.Module):
 
     def hidden(self, ids_BT: jax.Array) -> jax.Array:
         """The normed residual stream [B, T, D], in the dtype of the computation, that the head reads."""
+        return self._hidden(ids_BT)[0]
+
+    def _hidden(self, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
         c = self.config
         positions_1T = jnp.arange(ids_BT.shape[1])[None]
         table = layers.rope_table(positions_1T, c.width // c.heads, c.rope_theta)
-        attend = layers.cudnn_attention if c.attention == "cudnn" else layers.causal_attention
-
-        def body(x_BTD: jax.Array, p: Mapping[str, jax.Array]) -> tuple[jax.Array, None]:
-            return block(p, x_BTD, table, attend, c), None
-
-        x_BTD = layers.embed(ids_BT, self.embedding).astype(c.dtype)
+        attend = (
+            layers.cudnn_attention if c.attention == "cudnn" else partial(layers.causal_attention, dtype=c.products)
+        )
+        rows_BTD, embedding_VD = layers.embed_and_pass(ids_BT, self.embedding)
+        x_BTD, blocks = rows_BTD.astype(c.activations), dict(self.blocks)
         if c.remat:
-            x_BTD, _ = jax.lax.scan(jax.checkpoint(body), x_BTD, self.blocks)
+            x_BTD, blocks = recomputed_blocks(blocks, x_BTD, table, attend, c)
         else:
-            x_BTD, _ = jax.lax.scan(body, x_BTD, self.blocks, unroll=c.layers)
-        return layers.rms_norm(x_BTD, self.norm, c.norm_eps)
+            x_BTD, _ = jax.lax.scan(
+                lambda x_BTD, p: (block(p, x_BTD, table, attend, c), None), x_BTD, blocks, unroll=c.layers
+            )
+        x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
+        return x_BTD, {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
 
-    def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing."""
-        x_BTD = self.hidden(inputs_BT)
-        return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.embedding, targets_BT.reshape(-1))
+    def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, Any]:
+        """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing.
+
+        Returns:
+            [] and the parameters, for their next use: a gradient with respect to these that is given to the backward
+            pass is where the gradient of the loss is added, without a second set of gradients.
+        """
+        x_BTD, params = self._hidden(inputs_BT)
+        x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
+        nats, embedding_VD = cross_entropy(x_ND, params["embedding"], targets_N, self.config.products)
+        return nats, params | {"embedding": embedding_VD}
 
     def extend(
         self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache, start: jax.Array, visible_BTS: jax.Array
@@ -136,7 +197,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
-        x_BTD = layers.embed(ids_BT, self.embedding).astype(c.dtype)
+        x_BTD = layers.embed(ids_BT, self.embedding).astype(c.activations)
         keys, values = [], []
         for layer in range(c.layers):
 
@@ -160,7 +221,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
     shape = (batch, slots, config.heads, config.width // config.heads)
-    zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
+    zeros = tuple(jnp.zeros(shape, config.activations) for _ in range(config.layers))
     return Cache(zeros, zeros)
 
 

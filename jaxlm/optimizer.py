@@ -1,5 +1,6 @@
 """The learning-rate schedule and the optax chain, accumulated by MultiSteps."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,14 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, hold, decay], [config.warmup_steps, max_steps - decay_steps])
 
 
-def make_optimizer(config: Config) -> optax.MultiSteps:
+class Optimizer(NamedTuple):
+    """What makes a state for parameters, and what takes both a micro-batch further."""
+
+    init: Callable[[Any], optax.MultiStepsState]
+    step: Callable[[Any, optax.MultiStepsState, Any], tuple[Any, optax.MultiStepsState]]
+
+
+def make_optimizer(config: Config) -> Optimizer:
     """Clip by the global norm, then AdamW (or Muon for the blocks' matrices), each `grad_accum_steps` micro-batches.
 
     The gradients of the micro-batches are averaged. A micro-batch whose gradients are not all finite is skipped:
@@ -50,8 +58,50 @@ def make_optimizer(config: Config) -> optax.MultiSteps:
         update = optax.multi_transform({"adam": adam, "muon": muon}, _muon_labels)
     else:
         update = adam
-    inner = optax.chain(_record_norm(), optax.clip_by_global_norm(c.clip_norm), update)
-    return optax.MultiSteps(inner, config.grad_accum_steps, should_skip_update_fn=optax.skip_not_finite)
+    inner = optax.chain(clip_by_norm(c.clip_norm), update)
+    return accumulate(inner, config.grad_accum_steps)
+
+
+def accumulate(inner: optax.GradientTransformation, every: int) -> Optimizer:
+    """`optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)`, updating in place.
+
+    The same state and, to the bit or nearly, the same numbers. But the update is computed only when it is due, it is
+    applied to the parameters where they lie, without a second set of them, and where every micro-batch is a step
+    nothing is kept to add to.
+    """
+    reference = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)
+
+    def init(params: Any) -> optax.MultiStepsState:
+        state = reference.init(params)
+        acc = () if every == 1 else state.acc_grads
+        return state._replace(acc_grads=acc, skip_state={"should_skip": state.skip_state["should_skip"]})
+
+    def step(grads: Any, state: optax.MultiStepsState, params: Any) -> tuple[Any, optax.MultiStepsState]:
+        skip = ~jnp.isfinite(optax.tree_utils.tree_norm(grads))
+        due = ~skip & (state.mini_step == every - 1)
+        mean = grads
+        if every > 1:
+            share = 1 / (state.mini_step + 1)
+            mean = jax.tree.map(lambda a, b: jnp.where(skip, a, a + (b - a) * share), state.acc_grads, grads)
+
+        def update(params: Any, inner_state: Any, mean: Any) -> tuple[Any, Any]:
+            updates, inner_state = inner.update(mean, inner_state, params)
+            return optax.apply_updates(params, updates), inner_state
+
+        params, inner_state = jax.lax.cond(
+            due, update, lambda params, inner_state, _: (params, inner_state), params, state.inner_opt_state, mean
+        )
+        acc = () if every == 1 else jax.tree.map(lambda mean: jnp.where(due, 0, mean), mean)
+        state = optax.MultiStepsState(
+            mini_step=jnp.where(skip, state.mini_step, (state.mini_step + 1) % every),
+            gradient_step=state.gradient_step + due,
+            inner_opt_state=inner_state,
+            acc_grads=acc,
+            skip_state={"should_skip": skip},
+        )
+        return params, state
+
+    return Optimizer(init, step)
 
 
 def _matrices(params: Any) -> Any:
@@ -71,11 +121,15 @@ class NormState(NamedTuple):
     grad_norm: jax.Array
 
 
-def _record_norm() -> optax.GradientTransformation:
-    return optax.GradientTransformation(
-        lambda params: NormState(jnp.float32(0)),
-        lambda updates, state, params=None: (updates, NormState(optax.tree_utils.tree_norm(updates))),
-    )
+def clip_by_norm(largest: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` that keeps the norm, and multiplies by one number, so that XLA keeps no copy."""
+
+    def update(grads: Any, state: NormState, params: Any = None) -> tuple[Any, NormState]:
+        norm = optax.tree_utils.tree_norm(grads)
+        scale = largest / jnp.maximum(norm, largest)
+        return jax.tree.map(lambda g: g * scale, grads), NormState(norm)
+
+    return optax.GradientTransformation(lambda params: NormState(jnp.float32(0)), update)
 
 
 def _orthogonalize() -> optax.GradientTransformation:

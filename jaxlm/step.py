@@ -1,6 +1,7 @@
 """The training state and the jitted steps that take it forward and measure it."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,26 +57,24 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
     optimizer = make_optimizer(config)
     schedule = make_schedule(config.optimizer, config.max_steps)
 
-    def mean_loss(params: Any, ids_BT: jax.Array) -> jax.Array:
-        inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-        nats: Any = model.apply({"params": params}, inputs_BT, targets_BT, method="loss")
-        return nats / targets_BT.size
-
     def loss_and_grads(params: Any, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+        tokens = ids_BT.size - len(ids_BT)
+
+        def add_slice(total, slice_BT):
+            loss, grads = total
+            run: Any = partial(model.apply, method="loss")
+            (nats, _), pull = jax.vjp(lambda p: run({"params": p}, slice_BT[:, :-1], slice_BT[:, 1:]), params)
+            (grads,) = pull((1 / jnp.float32(tokens), grads))
+            return (loss + nats / tokens, grads), None
+
+        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
         if config.slices == 1:
-            return jax.value_and_grad(mean_loss)(params, ids_BT)
-
-        def body(total, slice_BT):
-            found = jax.value_and_grad(mean_loss)(params, slice_BT)
-            return jax.tree.map(lambda a, b: a + b / config.slices, total, found), None
-
-        slices_SBT = ids_BT.reshape(config.slices, -1, ids_BT.shape[1])
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(body, zero, slices_SBT)[0]
+            return add_slice(total, ids_BT)[0]
+        return jax.lax.scan(add_slice, total, ids_BT.reshape(config.slices, -1, ids_BT.shape[1]))[0]
 
     def train_step(state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
         loss, grads = loss_and_grads(state.params, ids_BT)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params, opt_state = optimizer.step(grads, state.opt_state, state.params)
         skipped_now = opt_state.skip_state["should_skip"]
         updated = opt_state.gradient_step > state.step
         batches = state.batches + 1
@@ -91,7 +90,6 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
             skipped=batches - used,
             skipped_in_a_row=in_a_row,
         )
-        params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, batches, in_a_row, jnp.where(updated, 0, loss_sum)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -103,4 +101,9 @@ def make_eval_step(config: Config) -> jax.stages.Wrapped:
     Targets below 0 count nothing.
     """
     model = Decoder(config.model)
-    return jax.jit(lambda params, inputs, targets: model.apply({"params": params}, inputs, targets, method="loss"))
+
+    def nats(params: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        total, _ = cast(Any, model.apply({"params": params}, inputs_BT, targets_BT, method="loss"))
+        return total
+
+    return jax.jit(nats)
