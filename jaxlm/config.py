@@ -67,10 +67,12 @@ class ModelConfig:
     context: int = field(default=1024, metadata=FIXED)  # tokens
     layers: int = field(default=8, metadata=FIXED)
     heads: int = field(default=8, metadata=FIXED)
+    kv_heads: int = field(default=0, metadata=FIXED)  # heads of keys and values, shared by the queries'; 0: as many
     width: int = field(default=512, metadata=FIXED)
     hidden: int = field(default=2048, metadata=FIXED)
     rope_theta: float = field(default=10_000.0, metadata=FIXED)
     norm_eps: float = field(default=1e-6, metadata=FIXED)
+    tied: bool = field(default=True, metadata=FIXED)  # the head reads the input embedding; False: one of its own
     output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
     dtype: str = "auto"  # of the computation; weights are float32. auto: bfloat16 on CUDA, float32 elsewhere
     attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
@@ -87,6 +89,10 @@ class ModelConfig:
             self.width % (2 * self.heads) == 0,
             f"model.width {self.width} does not divide into {self.heads} heads of an even size (RoPE turns pairs):"
             f" choose a multiple of {2 * self.heads}",
+        )
+        _require(
+            self.kv_heads >= 0 and self.heads % (self.kv_heads or self.heads) == 0,
+            f"model.kv_heads is {self.kv_heads}: it must divide the {self.heads} heads (0: as many)",
         )
         _require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}: it must be above 0")
         _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
