@@ -79,12 +79,8 @@ class ModelConfig:
     remat: bool = True  # recompute each block in the backward pass: less memory, a third more work
 
     def __post_init__(self):
-        for name in ("context", "layers", "heads", "width", "hidden"):
+        for name in ("vocab_size", "context", "layers", "heads", "width", "hidden"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        _require(
-            257 <= self.vocab_size <= 50_257,
-            f"model.vocab_size is {self.vocab_size}: the tokenizer (GPT-2's) has prefixes of 257 to 50257 tokens",
-        )
         _require(
             self.width % (2 * self.heads) == 0,
             f"model.width {self.width} does not divide into {self.heads} heads of an even size (RoPE turns pairs):"
@@ -184,6 +180,7 @@ class Config:
     max_checkpoints: int = 5
     max_skipped: int = 10  # micro-batches with non-finite gradients in a row before the run stops
     seed: int = field(default=0, metadata=FIXED)
+    init_from: str = field(default="", metadata=FIXED)  # a Hugging Face folder to begin with; empty: random weights
     platform: str = "auto"
     deterministic: bool = False  # on an NVIDIA GPU: the same bits in every session, slower
     model: ModelConfig = ModelConfig()
@@ -198,6 +195,10 @@ class Config:
         _require(
             self.batch_size % self.slices == 0,
             f"batch_size {self.batch_size} does not divide into {self.slices} slices: choose a divisor",
+        )
+        _require(
+            257 <= self.model.vocab_size <= 50_257,
+            f"model.vocab_size is {self.model.vocab_size}: the tokenizer (GPT-2's) has prefixes of 257 to 50257 tokens",
         )
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}: it must be between 0 and 2147483647")
         _one_of("platform", self.platform, PLATFORMS)
@@ -245,6 +246,11 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
     """
     _require(isinstance(settings, Mapping | ml_collections.ConfigDict), "get_config() of a config file must return one")
     return _build(Config, settings, "")
+
+
+def model_config(settings: Mapping[str, Any]) -> ModelConfig:
+    """As `from_config_dict`, of a model alone, which may have another tokenizer than runs have."""
+    return _build(ModelConfig, settings, "model.")
 
 
 def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:

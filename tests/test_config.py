@@ -16,6 +16,7 @@ FIXED = {
     "batch_size",
     "grad_accum_steps",
     "seed",
+    "init_from",
     "model.vocab_size",
     "model.context",
     "model.layers",
