@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,17 @@ GPT2_VOCAB_SIZE = 50257
 _SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
 _VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 _WORD_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+class Codec(Protocol):
+    """Text to token ids and back: jaxlm's own Tokenizer, or another model's."""
+
+    @property
+    def end_of_text(self) -> int: ...
+
+    def encode(self, text: str) -> npt.NDArray[np.integer]: ...
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of `ids`, [N]; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
-
 
     def names(self) -> list[str]:
         """Each token in the characters that GPT-2's vocab.json and all that descend from it write bytes with."""
