@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint (the newest)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
     args = parser.parse_args(argv)
-    out, dtype = args.out, args.dtype or "f16"
+    out, dtype = Path(os.path.abspath(args.out)), args.dtype or "f16"
     if args.format == "gguf":
         require_gguf()
         out = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     from jaxlm.model import parameter_count  # only now: what came before answers in a moment
     from jaxlm.trained import restore
 
-    step, config, tokens, params = restore(args.workdir, args.step, "cpu")
+    step, config, tokens, _, params = restore(args.workdir, args.step, "cpu")
     if args.format == "gguf":
         write_gguf(out, config.model, params, dtype)
     else:

@@ -4,6 +4,7 @@ GGUF's Llama turns neighbours (x[2i], x[2i + 1]) where this model turns halves (
 query and key matrices stand in another order.
 """
 
+import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def write_gguf(file: Path, config: ModelConfig, params: Any, dtype: str) -> None
         _write(beside, config, params, dtype)
         durable.replace_file(beside, file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may never have begun
+            beside.unlink()
         raise RunError(f"cannot write {file} ({error}): make room and run the same command again") from error
 
 

@@ -6,6 +6,7 @@ block stands by itself. Queries and keys turn in the same half-split pairs in bo
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,10 @@ _BLOCK = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-_THEIR_DEFAULTS = {
+_DTYPES = ("float32", "float16", "bfloat16")
+_ALWAYS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_DEFAULTS = _ALWAYS | {
+    "quantization_config": None,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
@@ -110,10 +113,12 @@ def _write_files(folder: Path, config: Config, params: Any, card: str) -> None:
         },
         "vocab.json": _vocabulary(tokenizer),
     }
-    for name, said in files.items():
-        (folder / name).write_text(json.dumps(said, indent=None if "vocab" in name else 2, ensure_ascii=False) + "\n")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merge_lines(tokenizer)]) + "\n")
-    (folder / "README.md").write_text(card)
+    texts = {name: json.dumps(said, indent=2, ensure_ascii=False) for name, said in files.items()}
+    texts["merges.txt"] = "\n".join(["#version: 0.2", *merge_lines(tokenizer)])
+    texts["README.md"] = card
+    for name, text in texts.items():
+        (folder / name).write_bytes(f"{text.rstrip()}\n".encode(errors="replace"))  # a card may name any file
+    shutil.copymode(folder / "README.md", folder / "model.safetensors")  # which was made for its owner's eyes only
 
 
 def named_tensors(params: Any) -> dict[str, np.ndarray]:
@@ -135,7 +140,7 @@ def _config_json(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     sizes = {theirs: getattr(model, ours) for ours, theirs in _SIZES.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
-        **_FIXED,
+        **_ALWAYS,
         **sizes,
         "num_key_value_heads": model.kv_heads or model.heads,
         "head_dim": model.width // model.heads,
@@ -181,23 +186,22 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: index for index, name in enumerate(tokenizer.names())}
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_sizes(folder: Path) -> ModelConfig:
     """The sizes of the Llama in `folder`.
 
     Raises:
         RequestError: it is no Hugging Face folder, or its model is another than this one can be.
     """
     file = folder / "config.json"
-    said = _THEIR_DEFAULTS | _FIXED | _read_json(file)
+    said = _DEFAULTS | _read_json(file)
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
-    wanted = _FIXED | {"quantization_config": None, "rope_type": "default"}
     if not isinstance(rope, Mapping):
         raise RequestError(f"{file} is damaged: rope_parameters must be a group")
-    for name, value in wanted.items():
-        there = rope.get("rope_type", rope.get("type", value)) if name == "rope_type" else said.get(name, value)
-        if there != value:
-            raise RequestError(f"{file}: {name} is {there!r:.100}, and jaxlm's model can only be {value!r}")
+    said["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     said["rope_theta"] = rope.get("rope_theta", said["rope_theta"])
+    for name, value in (_ALWAYS | {"quantization_config": None, "rope_type": "default"}).items():
+        if said[name] != value:
+            raise RequestError(f"{file}: {name} is {said[name]!r:.100}, and jaxlm's model can only be {value!r}")
     try:
         sizes = {ours: said[theirs] for ours, theirs in _SIZES.items() if ours != "kv_heads"}
         shared = said.get(_SIZES["kv_heads"]) or 0
@@ -230,6 +234,8 @@ def read_params(folder: Path, config: ModelConfig) -> Any:
         tensor = tensors.pop(name)
         if tensor.shape != shape:
             raise RequestError(f"{folder}: {name} is {list(tensor.shape)}, and by its config.json {list(shape)}")
+        if tensor.dtype.name not in _DTYPES:
+            raise RequestError(f"{folder}: {name} is {tensor.dtype.name}, and jaxlm reads {', '.join(_DTYPES)}")
         return tensor.astype(np.float32)
 
     V, D, F = config.vocab_size, config.width, config.hidden
@@ -256,14 +262,14 @@ def read_params(folder: Path, config: ModelConfig) -> Any:
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
-    if index.is_file():
+    if os.path.isfile(index):
         listed = _read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise RequestError(f"{index} is damaged: fetch the folder again")
         names = set(listed.values())
     tensors: dict[str, np.ndarray] = {}
     for path in (folder / name for name in sorted(names)):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise RequestError(f"{path} is missing: jaxlm reads weights from safetensors files")
         try:
             with safe_open(path, framework="np") as file:
@@ -276,7 +282,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 def check_init(config: Config) -> None:
     """Raises RequestError, with the flags that mend it, if a run cannot begin with the model in `init_from`."""
     folder = Path(config.init_from)
-    there = read_config(folder)
+    there = read_sizes(folder)
     names = [field.name for field in dataclasses.fields(there) if field.metadata and field.name != "context"]
     found = {name: getattr(there, name) for name in names if getattr(there, name) != getattr(config.model, name)}
     if found:
@@ -294,11 +300,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Codec:
     """
     file = folder / "tokenizer.json"
     said = _read_json(file)
-    model = said.get("model")
-    if 256 < vocab_size <= GPT2_VOCAB_SIZE and isinstance(model, dict) and said.get("normalizer") is None:
-        own = load_tokenizer(vocab_size)
-        if model.get("vocab") == _vocabulary(own):
-            return own
+    if 256 < vocab_size <= GPT2_VOCAB_SIZE and _is_same(said, own := load_tokenizer(vocab_size)):
+        return own
     try:
         import tokenizers
     except ImportError as error:
@@ -314,8 +317,21 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Codec:
     return ForeignTokenizer(tokenizer, end)
 
 
+def _is_same(said: Mapping[str, Any], own: Tokenizer) -> bool:
+    """Whether a tokenizer.json is that of `own`: its tokens, and nothing done to the text before or behind them."""
+    model, before, behind = (said.get(name) or {} for name in ("model", "pre_tokenizer", "post_processor"))
+    return (
+        all(isinstance(part, dict) for part in (model, before, behind))
+        and model.get("vocab") == _vocabulary(own)
+        and said.get("normalizer") is None
+        and (before.get("type"), before.get("add_prefix_space")) == ("ByteLevel", False)
+        and before.get("use_regex", True) is True
+        and behind.get("type", "ByteLevel") == "ByteLevel"
+    )
+
+
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise RequestError(f"{file} is missing: name the folder of a model, as jaxlm.export or Hugging Face writes it")
     try:
         said = json.loads(file.read_text(encoding="utf-8"))

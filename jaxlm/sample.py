@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
         writer = load(args.model, args.platform)
         print(f"Model in {args.model}", file=sys.stderr)
     else:
-        step, config, _, params = restore(args.workdir, args.step, args.platform)
-        writer = Writer(config.model, params, load_tokenizer(config.model.vocab_size))
-        print(f"Checkpoint of step {step:,}", file=sys.stderr)
+        found = restore(args.workdir, args.step, args.platform)
+        writer = Writer(found.model, found.params, load_tokenizer(found.model.vocab_size))
+        print(f"Checkpoint of step {found.step:,}", file=sys.stderr)
     on_terminal = sys.stdout.isatty() and not args.json
     if args.stdin:
         _write_all(writer, _stdin_lines(), args)

@@ -12,17 +12,18 @@ from jaxlm import backend
 from jaxlm.checkpoint import DIRECTORY, Checkpoints
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.errors import RequestError
-from jaxlm.huggingface import read_config, read_params, read_tokenizer
+from jaxlm.huggingface import read_params, read_sizes, read_tokenizer
 from jaxlm.model import init_params
 from jaxlm.tokenizer import Codec
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds of the model; in `config`, dtype and attention are those of the device."""
+    """What a checkpoint holds of the model, and the run it is of."""
 
     step: int
     config: Config
     tokens: dict[str, Any]  # which token files the run reads
+    model: ModelConfig  # with the device's dtype and attention
     params: Any
 
 
@@ -56,7 +57,7 @@ def restore(workdir: Path, step: int | None, platform: str) -> Checkpoint:
         model = _as_fits(config.model, device)
         like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         params = checkpoints.params(step, like, SingleDeviceSharding(device))
-        return Checkpoint(step, dataclasses.replace(config, model=model), meta["tokens"], params)
+        return Checkpoint(step, config, meta["tokens"], model, params)
 
     restored, skipped = checkpoints.newest(load, steps if step is None else [step])
     for reason in skipped:
@@ -70,7 +71,7 @@ def load(folder: Path, platform: str) -> Writer:
     Raises:
         RequestError: there is none, or one that this model cannot be.
     """
-    config = read_config(folder)
+    config = read_sizes(folder)
     tokenizer = read_tokenizer(folder, config.vocab_size)
     params = read_params(folder, config)
     device = backend.start(platform)
