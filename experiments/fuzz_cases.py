@@ -19,6 +19,7 @@ from unittest import mock
 
 os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1")
 
+import jax
 import numpy as np
 from pyarrow import parquet, table
 
@@ -28,14 +29,17 @@ else:
     from backports import zstd
 
 from jaxlm import sample
-from jaxlm.config import Config, differences, from_config_dict, to_dict
+from jaxlm.config import Config, ModelConfig, differences, from_config_dict, to_dict
 from jaxlm.errors import RunError
 from jaxlm.generate import encode_prompts
+from jaxlm.huggingface import read_params, read_sizes, read_tokenizer, write_model
 from jaxlm.journal import keep_up_to
 from jaxlm.main import check_workdir, open_data, read_config
+from jaxlm.model import init_params
 from jaxlm.prepare import prepare
 from jaxlm.tokenizer import END_OF_TEXT, load_tokenizer
 from jaxlm.tokens import META, TRAIN, VAL, TokenFiles, open_tokens
+from jaxlm.trained import Checkpoint
 
 SIZES = {"vocab_size": 300, "context": 8}
 TEXT, VALIDATION = "text.txt", 0.1
@@ -231,7 +235,7 @@ def _take_prompts(said: list[str], vocab_size: int, context: int) -> None:
 
 def arguments(rng: Random) -> Call:
     words = [f"--workdir={some_text(rng)}"] if rng.random() < 0.95 else []
-    good = {"prompt": some_text(rng, 0.1), "temperature": "0.5", "top_p": "0.5", "platform": "cpu"}
+    good = {"prompt": some_text(rng, 0.1), "model": "model", "temperature": "0.5", "top_p": "0.5", "platform": "cpu"}
     for _ in range(rng.randint(0, 3)):
         name = rng.choice((*good, "step", "tokens", "top_k", "seed", "prompts", "-"))
         said = good.get(name, "7") if rng.random() < 0.8 else some_text(rng, 0.8, 2)
@@ -241,8 +245,41 @@ def arguments(rng: Random) -> Call:
 
 def _take_arguments(words: list[str]) -> None:
     """All of the command but its model."""
-    with mock.patch.multiple(sample, restore=lambda *_: (Config(), None, 1), generate=lambda _, __, ids, *___: [ids]):
+    checkpoint = Checkpoint(1, Config(), {}, ModelConfig(), None)
+    with mock.patch.multiple(sample, restore=lambda *_: checkpoint, generate=lambda _, __, ids, *___: [ids]):
         sample.main(words)
+
+
+@cache
+def exported() -> dict[str, bytes]:
+    """The files of an exported model."""
+    config = Config(model=ModelConfig(**SIZES, layers=2, heads=2, width=8, hidden=8))
+    with tempfile.TemporaryDirectory() as place:
+        folder = write_model(Path(place, "model"), config, init_params(config.model, jax.random.key(0)), "")
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def models(rng: Random) -> Call:
+    files = dict(exported())
+    name = rng.choice(("config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"))
+    there = {
+        "metadata": {},
+        "weight_map": {"model.norm.weight": rng.choice(("model.safetensors", "../x", "config.json"))},
+    }
+    said = json.loads(files[name]) if name in files and name.endswith(".json") else there
+    files[name] = damaged(rng, files[name]) if name == "model.safetensors" else some_json(rng, said)
+    Path("model").mkdir()
+    for file, content in files.items():
+        put(rng, Path("model", file), content)
+    return partial(_take_model, Path("model" if rng.random() < 0.95 else some_text(rng)))
+
+
+def _take_model(folder: Path) -> None:
+    model = read_sizes(folder)
+    tokenizer = read_tokenizer(folder, model.vocab_size)
+    assert 0 <= tokenizer.end_of_text < model.vocab_size and tokenizer.encode("a").max() < SIZES["vocab_size"]
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(np.shape, read_params(folder, model))
 
 
 def workdirs(rng: Random) -> Call:
@@ -265,4 +302,4 @@ def _take_records(workdir: Path) -> None:
     assert not os.path.exists(path) or all(json.loads(line)["step"] <= 3 for line in path.read_bytes().splitlines())
 
 
-KINDS = {kind.__name__: kind for kind in (flags, tokens, meta, corpora, prompts, arguments, workdirs)}
+KINDS = {kind.__name__: kind for kind in (flags, tokens, meta, corpora, prompts, arguments, workdirs, models)}

@@ -67,26 +67,28 @@ class ModelConfig:
     context: int = field(default=1024, metadata=FIXED)  # tokens
     layers: int = field(default=8, metadata=FIXED)
     heads: int = field(default=8, metadata=FIXED)
+    kv_heads: int = field(default=0, metadata=FIXED)  # heads of keys and values, shared by the queries'; 0: as many
     width: int = field(default=512, metadata=FIXED)
     hidden: int = field(default=2048, metadata=FIXED)
     rope_theta: float = field(default=10_000.0, metadata=FIXED)
     norm_eps: float = field(default=1e-6, metadata=FIXED)
+    tied: bool = field(default=True, metadata=FIXED)  # the head reads the input embedding; False: one of its own
     output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
     dtype: str = "auto"  # float32, bfloat16 or mixed (bfloat16 products of float32); weights are always float32
     attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
     remat: bool = True  # recompute each block in the backward pass: less memory, a third more work
 
     def __post_init__(self):
-        for name in ("context", "layers", "heads", "width", "hidden"):
+        for name in ("vocab_size", "context", "layers", "heads", "width", "hidden"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        _require(
-            257 <= self.vocab_size <= 50_257,
-            f"model.vocab_size is {self.vocab_size}: the tokenizer (GPT-2's) has prefixes of 257 to 50257 tokens",
-        )
         _require(
             self.width % (2 * self.heads) == 0,
             f"model.width {self.width} does not divide into {self.heads} heads of an even size (RoPE turns pairs):"
             f" choose a multiple of {2 * self.heads}",
+        )
+        _require(
+            self.kv_heads >= 0 and self.heads % (self.kv_heads or self.heads) == 0,
+            f"model.kv_heads is {self.kv_heads}: it must divide the {self.heads} heads (0: as many)",
         )
         _require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}: it must be above 0")
         _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
@@ -188,6 +190,7 @@ class Config:
     max_checkpoints: int = 5
     max_skipped: int = 10  # micro-batches with non-finite gradients in a row before the run stops
     seed: int = field(default=0, metadata=FIXED)
+    init_from: str = field(default="", metadata=FIXED)  # a Hugging Face folder to begin with; empty: random weights
     platform: str = "auto"
     deterministic: bool = False  # on an NVIDIA GPU: the same bits in every session, slower
     model: ModelConfig = ModelConfig()
@@ -202,6 +205,10 @@ class Config:
         _require(
             self.batch_size % self.slices == 0,
             f"batch_size {self.batch_size} does not divide into {self.slices} slices: choose a divisor",
+        )
+        _require(
+            257 <= self.model.vocab_size <= 50_257,
+            f"model.vocab_size is {self.model.vocab_size}: the tokenizer (GPT-2's) has prefixes of 257 to 50257 tokens",
         )
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}: it must be between 0 and 2147483647")
         _one_of("platform", self.platform, PLATFORMS)
@@ -249,6 +256,11 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
     """
     _require(isinstance(settings, Mapping | ml_collections.ConfigDict), "get_config() of a config file must return one")
     return _build(Config, settings, "")
+
+
+def model_config(settings: Mapping[str, Any]) -> ModelConfig:
+    """As `from_config_dict`, of a model alone, which may have another tokenizer than runs have."""
+    return _build(ModelConfig, settings, "model.")
 
 
 def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:

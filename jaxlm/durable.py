@@ -37,11 +37,16 @@ def write_file(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".tmp")
     try:
         beside.write_bytes(data)
-        sync(beside)
-        beside.replace(path)
+        replace_file(beside, path)
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def replace_file(beside: Path, path: Path) -> None:
+    """Moves the finished file `beside` into the place of `path`. Raises OSError."""
+    sync(beside)
+    beside.replace(path)
     sync(path.parent)
 
 

@@ -1,48 +1,57 @@
-"""The trained model as a folder of plain files."""
+"""The command that hands a model on: python -m jaxlm.export --workdir DIR --out DIR --format hf|gguf [--step N]
 
-import dataclasses
-import json
-import shutil
-from importlib import resources
+`hf` is a Hugging Face folder, for transformers, mlx-lm and whatever reads these; `gguf` a file for llama.cpp.
+"""
+
+import os
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
-
-from jaxlm import durable
-from jaxlm.config import ModelConfig
-from jaxlm.errors import RunError
+from jaxlm.card import model_card
+from jaxlm.command import ArgumentParser, run
+from jaxlm.errors import RequestError
+from jaxlm.gguf import DTYPES, require_gguf, write_gguf
+from jaxlm.huggingface import write_model
 
 
-def write_model(folder: Path, config: ModelConfig, params: Any) -> Path:
-    """Writes `config.json`, `model.safetensors` (float32) and the tokenizer's `gpt2.tiktoken`; replaces the folder.
+def main(argv: list[str]) -> None:
+    """Runs the command with `argv`, the words after its name. Raises RequestError and RunError."""
+    parser = ArgumentParser(prog="python -m jaxlm.export", description="Writes a run's model for other programs.")
+    parser.add_argument("--workdir", type=Path, required=True, help="the run's work directory")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, or a file named *.gguf")
+    parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="for which programs (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the matrices in a GGUF file (f16)")
+    parser.add_argument("--step", type=int, help="which checkpoint (the newest)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
+    args = parser.parse_args(argv)
+    out, dtype = Path(os.path.abspath(args.out)), args.dtype or "f16"
+    if args.format == "gguf":
+        require_gguf()
+        out = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
+    elif args.dtype:
+        raise RequestError("--dtype is of GGUF files: a Hugging Face folder is float32")
+    _check_place(out, args.overwrite)
 
-    Tensors carry the names of the parameter tree, joined by dots, and are stacked over the layers as in it.
+    from jaxlm.model import parameter_count  # only now: what came before answers in a moment
+    from jaxlm.trained import restore
 
-    Returns:
-        The folder.
-
-    Raises:
-        RunError: the disk failed; where that was while writing, what the folder held before is still there.
-    """
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        _write_files(beside, config, params)
-        durable.replace_folder(beside, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise RunError(f"cannot write {folder} ({error}): make room and run the same command again") from error
-    return folder
+    step, config, tokens, _, params = restore(args.workdir, args.step, "cpu")
+    if args.format == "gguf":
+        write_gguf(out, config.model, params, dtype)
+    else:
+        write_model(out, config, params, model_card(args.workdir, config, step, tokens, parameter_count(params)))
+    print(f"{out} holds the model of step {step:,}")
 
 
-def _write_files(folder: Path, config: ModelConfig, params: Any) -> None:
-    folder.mkdir(parents=True)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    tensors = {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    (folder / "gpt2.tiktoken").write_bytes(resources.files("jaxlm").joinpath("gpt2.tiktoken").read_bytes())
+def _check_place(out: Path, overwrite: bool) -> None:
+    """Raises RequestError where something is that this command has not written, or has not been told to replace."""
+    if not os.path.lexists(out) or (out.is_dir() and out.suffix != ".gguf" and not any(out.iterdir())):
+        return
+    exported = out.is_file() if out.suffix == ".gguf" else (out / "model.safetensors").is_file()
+    if not exported:
+        raise RequestError(f"{out} is there already, and no exported model: choose another --out")
+    if not overwrite:
+        raise RequestError(f"{out} is there already: choose another --out, or add --overwrite")
+
+
+if __name__ == "__main__":
+    run(main)

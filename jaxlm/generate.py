@@ -9,12 +9,12 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
 from jaxlm.sampling import Choice, read, write
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.tokenizer import Codec
 
 PROMPT_BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are ever compiled
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], context: int) -> list[list[int]]:
+def encode_prompts(tokenizer: Codec, prompts: Sequence[str], context: int) -> list[list[int]]:
     """The token ids of each prompt; an empty one is the end-of-text token, behind which a text begins.
 
     Raises:

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,14 @@ def keep_up_to(path: Path, step: int) -> bool:
     if len(kept) < len(lines):
         durable.write_file(path, b"".join(kept))
     return damaged
+
+
+def rows_up_to(path: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl file, of steps up to `step`; none where there is no file. Raises OSError."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        its = _step_of(line)
+        if its is not None and its <= step:
+            yield json.loads(line)
 
 
 def _step_of(line: bytes) -> int | None:

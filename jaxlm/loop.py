@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from jaxlm import backend
+from jaxlm.card import model_card
 from jaxlm.checkpoint import DIRECTORY, Checkpoints
 from jaxlm.config import Config
 from jaxlm.errors import RunError, Stopped
-from jaxlm.export import write_model
 from jaxlm.generate import encode_prompts, generate, up_to_end
+from jaxlm.huggingface import write_model
 from jaxlm.model import parameter_count
 from jaxlm.monitor import Clock, Monitor, metrics_line
 from jaxlm.resume import describe_run, restore_or_init
@@ -89,7 +90,9 @@ class Run:
                     self._loop()
                 finally:
                     self._announce_saved(wait=True)
-            folder = write_model(self.workdir / "final_model", self.config.model, self.state.params)
+            described = describe_run(self.config, self.tokens, 0)["tokens"]
+            card = model_card(self.workdir, self.config, self.step, described, parameter_count(self.state.params))
+            folder = write_model(self.workdir / "final_model", self.config, self.state.params, card)
             self.monitor.say(f"Done: {self.step:,} steps, the model is in {folder}")
 
     def _header(self) -> str:

@@ -18,6 +18,7 @@ from jaxlm import durable
 from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config, check_name, differences, from_config_dict, to_dict
 from jaxlm.errors import RequestError, RunError
+from jaxlm.huggingface import check_init
 from jaxlm.lock import only_writer
 from jaxlm.prepare import prepare
 from jaxlm.tokenizer import load_tokenizer
@@ -104,6 +105,8 @@ def main(argv: list[str]) -> None:
         print(f"{__doc__}{define_flags([]).get_help()}\nThe settings are those of jaxlm/config.py.")
         return
     config, workdir = read_config(argv)
+    if config.init_from and not os.path.lexists(workdir / "config.json"):  # once begun, a run has what it needs
+        check_init(config)
     tokens = open_data(config)
 
     import jax  # only now: what came before answers in a moment, and needs no device

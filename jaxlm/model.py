@@ -1,11 +1,14 @@
 """The decoder: a flax module that holds the parameters and calls the layers.
 
-Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases), input embedding and output head tied. The
-parameters of all blocks are stacked along a leading axis L, so that one scan walks them:
+Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases), input embedding and output head tied unless the
+configuration says otherwise. The parameters of all blocks are stacked along a leading axis L, so that one scan walks
+them:
 
     embedding            [V, D]
+    head                 [V, D]    (not when tied)
     blocks/attention_norm, mlp_norm        [L, D]
-    blocks/query, key, value, output       [L, D, D]
+    blocks/query, output [L, D, D]
+    blocks/key, value    [L, D, K x heads of keys and values]
     blocks/gate, up      [L, D, F]
     blocks/down          [L, F, D]
     norm                 [D]
@@ -41,11 +44,12 @@ def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
     sqrt(2 L) (GPT-2) or zero, as `config.output_init` says. Norm scales are 1.
     """
     L, D, F = config.layers, config.width, config.hidden
+    KV = D // config.heads * (config.kv_heads or config.heads)
     output_std = 0.0 if config.output_init == "zero" else 0.02 / math.sqrt(2 * L)
     shapes = {
         "query": (D, D),
-        "key": (D, D),
-        "value": (D, D),
+        "key": (D, KV),
+        "value": (D, KV),
         "output": (D, D),
         "gate": (D, F),
         "up": (D, F),
@@ -77,9 +81,12 @@ def block(
     B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
     q, k, v = (
-        layers.linear(h_BTD, p[name], c.products).reshape(B, T, c.heads, -1) for name in ("query", "key", "value")
+        layers.linear(h_BTD, p[name], c.products).reshape(B, T, -1, D // c.heads) for name in ("query", "key", "value")
     )
-    out_BTHK = attend(layers.rope(q, table), layers.rope(k, table), v)
+    q, k = layers.rope(q, table), layers.rope(k, table)
+    if c.kv_heads:
+        k, v = (jnp.repeat(shared, c.heads // c.kv_heads, axis=2) for shared in (k, v))
+    out_BTHK = attend(q, k, v)
     x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"], c.products)
     h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
     return x_BTD + layers.swiglu(h_BTD, p["gate"], p["up"], p["down"], c.products)
@@ -138,13 +145,15 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+        normal, shape = nn.initializers.normal(0.02), (c.vocab_size, c.width)
+        self.embedding = self.param("embedding", normal, shape)
         self.blocks = self.param("blocks", init_blocks, c)
         self.norm = self.param("norm", nn.initializers.ones, (c.width,))
+        self.head_VD = self.embedding if c.tied else self.param("head", normal, shape)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits [B, T, V] float32 for the token that follows each position of ids [B, T]."""
-        return layers.tied_head(self.hidden(ids_BT), self.embedding)
+        return layers.tied_head(self.hidden(ids_BT), self.head_VD)
 
     def hidden(self, ids_BT: jax.Array) -> jax.Array:
         """The normed residual stream [B, T, D], in the dtype of the computation, that the head reads."""
@@ -177,8 +186,9 @@ class Decoder(nn.Module):
         """
         x_BTD, params = self._hidden(inputs_BT)
         x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
-        nats, embedding_VD = cross_entropy(x_ND, params["embedding"], targets_N, self.config.products)
-        return nats, params | {"embedding": embedding_VD}
+        name, head_VD = ("embedding", params["embedding"]) if self.config.tied else ("head", self.head_VD)
+        nats, params[name] = cross_entropy(x_ND, head_VD, targets_N, self.config.products)
+        return nats, params
 
     def extend(
         self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache, start: jax.Array, visible_BTS: jax.Array
@@ -210,7 +220,7 @@ class Decoder(nn.Module):
             p = jax.tree.map(lambda stacked, layer=layer: stacked[layer], self.blocks)
             x_BTD = block(p, x_BTD, table, attend, c)
         x_B1D = layers.rms_norm(x_BTD[:, -1:], self.norm, c.norm_eps)
-        return layers.tied_head(x_B1D, self.embedding)[:, 0], Cache(tuple(keys), tuple(values))
+        return layers.tied_head(x_B1D, self.head_VD)[:, 0], Cache(tuple(keys), tuple(values))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:

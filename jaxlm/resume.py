@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 from jaxlm.config import Config, differences, to_dict
 from jaxlm.errors import RequestError
+from jaxlm.huggingface import check_init, read_params
 from jaxlm.step import TrainState, init_state
 from jaxlm.tokens import TOKENIZER_NAME, TokenFiles
 
@@ -46,10 +47,12 @@ def restore_or_init(
 ) -> tuple[TrainState, float, list[str]]:
     """The state to go on from, on `device`, the seconds trained before, and what was skipped on the way to it.
 
-    Without a checkpoint, parameters are drawn on the CPU, so that a seed gives one model whatever trains it.
+    Without a checkpoint, parameters are those of the folder that `config.init_from` names, or drawn on the CPU, so
+    that a seed gives one model whatever trains it.
 
     Raises:
-        RequestError: the newest whole checkpoint does not fit the settings or the tokens, or none is whole.
+        RequestError: the newest whole checkpoint does not fit the settings or the tokens, or none is whole; there is
+            no checkpoint and the folder does not fit the settings.
     """
     like = jax.eval_shape(lambda: init_state(config))
 
@@ -62,6 +65,9 @@ def restore_or_init(
     if not steps:
         with jax.default_device(jax.devices("cpu")[0]):
             state = init_state(config)
+        if config.init_from:
+            check_init(config)
+            state = state._replace(params=read_params(Path(config.init_from), config.model))
         return jax.device_put(state, device), 0.0, checkpoints.tidy(0)
     (state, seconds), skipped = checkpoints.newest(load, steps)
     notes = [f"Skipped {reason}" for reason in skipped] + checkpoints.tidy(int(state.step))

@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,17 @@ _VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed983
 # The words of tiktoken's pattern for GPT-2. Here all that needs no look ahead is one group, which the engine then runs
 # as an automaton instead of trying its parts in turn.
 _WORD_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"""
+
+
+class Codec(Protocol):
+    """Text to token ids and back: jaxlm's own Tokenizer, or another model's."""
+
+    @property
+    def end_of_text(self) -> int: ...
+
+    def encode(self, text: str) -> npt.NDArray[np.integer]: ...
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +73,33 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of `ids`, [N]; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
+
+    def names(self) -> list[str]:
+        """Each token in the characters that GPT-2's vocab.json and all that descend from it write bytes with."""
+        spelling = _byte_characters()
+        return ["".join([spelling[byte] for byte in token]) for token in self.vocabulary[:-1]] + [END_OF_TEXT]
+
+    def merges(self) -> list[tuple[int, int]]:
+        """The pairs of ids that byte-pair encoding joins, the first first; each makes the next token's id."""
+        ids = {token: index for index, token in enumerate(self.vocabulary[:-1])}
+        return [_parents(token, ids) for token in ids if len(token) > 1]
+
+
+def _parents(token: bytes, ids: dict[bytes, int]) -> tuple[int, int]:
+    """The two tokens that `token` was made of: what byte-pair encoding with the tokens before it leaves of it."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ids.get(parts[i] + parts[i + 1], len(ids)) for i in range(len(parts) - 1)]
+        first = pairs.index(min(pairs))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return ids[parts[0]], ids[parts[1]]
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's character for each byte: its Latin-1 one where that can be seen, else one from U+0100 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {byte: chr(byte) for byte in seen} | {byte: chr(0x100 + i) for i, byte in enumerate(unseen)}
 
 
 @functools.cache

@@ -27,6 +27,18 @@ def small_model():
     """A configuration of odd sizes, and parameters so large and so unequal that each weighs in the logits."""
     sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 3, "width": 24, "hidden": 20}
     config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, dtype="float32")
+    return config, strong_params(config)
+
+
+@pytest.fixture(scope="session")
+def small_shared_model():
+    """As `small_model`, with keys and values that two query heads share and a head that is not the embedding."""
+    sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 4, "kv_heads": 2, "width": 24, "hidden": 20}
+    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, tied=False, dtype="float32")
+    return config, strong_params(config)
+
+
+def strong_params(config):
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    return config, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)

@@ -16,6 +16,7 @@ FIXED = {
     "batch_size",
     "grad_accum_steps",
     "seed",
+    "init_from",
     "model.vocab_size",
     "model.context",
     "model.layers",
@@ -24,6 +25,8 @@ FIXED = {
     "model.hidden",
     "model.rope_theta",
     "model.norm_eps",
+    "model.kv_heads",
+    "model.tied",
     "optimizer.name",
 }
 INTERVALS = ("eval_interval", "save_interval", "generation_interval")
@@ -70,6 +73,9 @@ def assert_refused(wrong, *named):
         ("model.context", 0),
         ("model.layers", 0),
         ("model.heads", 0),
+        ("model.kv_heads", -1),
+        ("model.kv_heads", 3),
+        ("model.kv_heads", 16),
         ("model.width", 0),
         ("model.hidden", 0),
         ("model.rope_theta", 0.0),
@@ -109,6 +115,7 @@ def test_value_out_of_bounds_is_refused_by_name(name, value):
     [
         ("seed", 2**31 - 1),
         ("model.vocab_size", 257),
+        ("model.kv_heads", 8),
         ("optimizer.warmup_steps", 0),
         ("optimizer.floor", 0.0),
         ("data.eval_windows", 0),

@@ -1,66 +1,163 @@
-"""The folder of the trained model."""
+"""The command that hands a model on."""
 
 import json
-import resource
+import os
+import re
+import sys
+from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from tiny_run import listing
+import tiny_run
+from tiny_run import config_of, disk_room, is_one_line, listing, rows
 
-from jaxlm.config import ModelConfig
-from jaxlm.export import write_model
-from jaxlm.model import init_params
+from jaxlm.errors import RequestError, RunError
+from jaxlm.export import main
+from jaxlm.huggingface import read_params
+from jaxlm.sample import main as sample
 
-CONFIG = ModelConfig(vocab_size=300, context=16, layers=3, heads=2, width=16, hidden=24, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def params():
-    return init_params(CONFIG, jax.random.key(0))
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_tensors_are_the_parameters(tmp_path, params):
-    folder = write_model(tmp_path / "final_model", CONFIG, params)
-    tensors = load_file(folder / "model.safetensors")
-    assert tensors.keys() == {"embedding", "norm"} | {f"blocks.{name}" for name in params["blocks"]}
-    for name, tensor in tensors.items():
-        expected = params["blocks"][name.removeprefix("blocks.")] if "." in name else params[name]
-        assert tensor.dtype == np.float32
-        np.testing.assert_array_equal(tensor, expected)
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory, quick_compilation):
+    with tiny_run.workplace(tmp_path_factory) as place:
+        tiny_run.train("run")
+        yield place
 
 
-def test_sizes_and_tokenizer_lie_beside_them(tmp_path, params):
-    folder = write_model(tmp_path / "final_model", CONFIG, params)
-    assert ModelConfig(**json.loads((folder / "config.json").read_text())) == CONFIG
-    assert (folder / "gpt2.tiktoken").read_bytes().startswith(b"IQ== 0\n")
+def export(*flags, workdir="run"):
+    main(["--workdir", workdir, *map(str, flags)])
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path, params):
-    folder = write_model(tmp_path / "final_model", CONFIG, params)
-    (folder / "stale.txt").write_text("of an earlier version")
-    doubled = jax.tree.map(lambda leaf: leaf * 2, params)
-    assert write_model(folder, CONFIG, doubled) == folder
-    assert not (folder / "stale.txt").exists()
-    np.testing.assert_array_equal(load_file(folder / "model.safetensors")["norm"], params["norm"] * 2)
-    assert list(tmp_path.iterdir()) == [folder]
+def test_the_folder_is_the_one_that_the_run_left(tmp_path, capsys):
+    export("--out", tmp_path / "deep" / "model")
+    assert capsys.readouterr().out == f"{tmp_path / 'deep' / 'model'} holds the model of step 12\n"
+    written = {path.name: path.read_bytes() for path in (tmp_path / "deep" / "model").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in Path("run/final_model").iterdir()}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("room", [100, 20_000])
-def test_on_a_full_disk_the_folder_stays_as_it_was(tmp_path, params, room):
-    folder = write_model(tmp_path / "final_model", CONFIG, params)
-    before = listing(folder)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+def test_a_step_names_its_checkpoint(tmp_path):
+    export("--out", tmp_path / "model", "--step", 6)
+    saved = tiny_run.saved_state("run", 6).params
+    tiny_run.assert_same_bits(read_params(tmp_path / "model", config_of("run").model), saved)
+    assert "| 6 of 12 steps, 384 tokens |" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_card_says_how_the_model_came_about(tmp_path):
+    export("--out", tmp_path / "model", "--step", 9)
+    card = (tmp_path / "model" / "README.md").read_text()
+    recorded = {row["step"]: row for row in rows("run/metrics.jsonl")}
+    assert f"| {recorded[9]['loss']:.4f} nats a token (step 9) |" in card
+    assert f"| {recorded[8]['val_loss']:.4f} nats a token, {recorded[8]['val_bits_per_byte']:.4f} bits a byte" in card
+    assert json.loads((Path("tokens") / "meta.json").read_text())["train"]["sha256"] in card
+    settings = json.loads(re.search("```json\n(.*?)```", card, re.DOTALL)[1])
+    assert settings["max_steps"] == 12
+    assert card.startswith("---\n")
+
+
+def test_a_card_without_records_says_so(tmp_path):
+    Path("run/metrics.jsonl").rename("run/aside")
     try:
-        with pytest.raises(Exception, match=r"(?i)too large"):
-            write_model(folder, CONFIG, jax.tree.map(lambda leaf: leaf * 2, params))
-        with pytest.raises(Exception, match=r"(?i)too large"):
-            write_model(tmp_path / "new_model", CONFIG, params)
+        export("--out", tmp_path / "model")
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert listing(folder) == before
-    assert not (tmp_path / "new_model").exists()
-    write_model(tmp_path / "new_model", CONFIG, params)
-    assert sorted(path.name for path in (tmp_path / "new_model").iterdir()) == sorted(p.name for p in folder.iterdir())
+        Path("run/aside").rename("run/metrics.jsonl")
+    assert (tmp_path / "model" / "README.md").read_text().count("not recorded") == 2
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_nothing_is_overwritten_unless_told(tmp_path, form):
+    pytest.importorskip("gguf")
+    out = tmp_path / {"hf": "model", "gguf": "model.gguf"}[form]
+    export("--format", form, "--out", out, "--step", 3)
+    before = listing(tmp_path) | {"": out.read_bytes() if out.is_file() else None}
+    with pytest.raises(RequestError, match="--overwrite") as caught:
+        export("--format", form, "--out", out)
+    assert is_one_line(caught.value)
+    assert listing(tmp_path) | {"": out.read_bytes() if out.is_file() else None} == before
+    export("--format", form, "--out", out, "--overwrite")
+    assert listing(tmp_path).keys() == before.keys() - {""}
+    assert listing(tmp_path) != before
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_what_is_no_exported_model_is_never_overwritten(tmp_path, form):
+    pytest.importorskip("gguf")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "of.gguf").mkdir()
+    (tmp_path / "file").write_text("mine")
+    before = listing(tmp_path)
+    places = {"hf": ("letters", "file"), "gguf": ("letters/of.gguf", "file")}[form]
+    for name in places:
+        with pytest.raises((RequestError, RunError)) as caught:
+            export("--format", form, "--out", tmp_path / name, "--overwrite")
+        assert is_one_line(caught.value)
+    assert listing(tmp_path) == before
+
+
+def test_an_empty_folder_is_free(tmp_path, monkeypatch):
+    run = Path("run").absolute()
+    export("--out", tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export("--out", ".", workdir=str(run))
+    assert (tmp_path / "here" / "model.safetensors").exists()
+
+
+def test_a_gguf_file_lands_where_it_is_told_or_in_the_folder(tmp_path):
+    pytest.importorskip("gguf")
+    export("--format", "gguf", "--out", tmp_path / "new" / "mine.gguf")
+    export("--format", "gguf", "--out", tmp_path, "--dtype", "q8_0")
+    export("--format", "gguf", "--out", tmp_path)
+    names = {"new/mine.gguf", "model-q8_0.gguf", "model-f16.gguf"}
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.gguf")} == names
+    assert (tmp_path / "new" / "mine.gguf").read_bytes() == (tmp_path / "model-f16.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, form):
+    pytest.importorskip("gguf")
+    with disk_room(5_000), pytest.raises(RunError, match="room") as caught:
+        export("--format", form, "--out", tmp_path / "out.gguf")
+    assert is_one_line(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--out", "new", "--step", "5"], "3, 6, 9, 12"),
+        (["--out", "new", "--dtype", "f16"], "--dtype"),
+        (["--out", "new", "--format", "onnx"], "onnx"),
+        (["--out", "new", "--format", "gguf", "--dtype", "q4_0"], "q4_0"),
+        ([], "--out"),
+        (["--out", "new", "--workdir", "tokens"], "tokens"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_one_line(flags, named):
+    before = set(os.listdir())
+    with pytest.raises(RequestError, match=re.escape(named)) as caught:
+        export(*flags)
+    assert is_one_line(caught.value)
+    assert set(os.listdir()) == before
+
+
+def test_without_the_package_gguf_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(RequestError, match="pip install"):
+        export("--format", "gguf", "--out", tmp_path / "out")
+
+
+def test_a_run_with_shared_keys_and_a_head_of_its_own_trains_and_travels(tmp_path, capsys):
+    shape = ("--config.model.kv_heads=1", "--config.model.tied=False")
+    tiny_run.train("other", *shape, "--config.optimizer.name=muon", "--config.max_steps=3")
+    export("--out", tmp_path / "model", workdir="other")
+    begin = f"--config.init_from={tmp_path / 'model'}"
+    tiny_run.train("further", *shape, begin, "--config.max_steps=3", "--config.optimizer.learning_rate=1e-9")
+    texts = []
+    for place in (["--workdir", "further"], ["--model", str(tmp_path / "model")]):
+        capsys.readouterr()
+        sample([*place, "--prompt", "Once", "--temperature", "0", "--tokens", "9"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]

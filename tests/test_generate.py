@@ -50,6 +50,15 @@ def test_a_text_is_the_same_alone(small_model, both):
     np.testing.assert_array_equal(alone[0], both[0])
 
 
+def test_keys_and_values_that_heads_share_are_remembered_like_others(small_shared_model):
+    config, params = small_shared_model
+    [tokens] = pieces(small_shared_model, [LONG, SHORT], choice=GREEDY)
+    forward = jax.jit(Decoder(config).apply)
+    for prompt, written in zip([LONG, SHORT], tokens.tolist(), strict=True):
+        logits = forward({"params": params}, np.array([prompt + written]))[0]
+        np.testing.assert_array_equal(np.argmax(logits[len(prompt) - 1 : -1], axis=-1), written)
+
+
 def test_texts_end_where_the_context_is_full(small_model):
     config, params = small_model
     longest = np.random.default_rng(0).integers(0, 257, config.context - 1).tolist()

@@ -6,7 +6,7 @@ import os
 import pytest
 from tiny_run import disk_room
 
-from jaxlm.journal import Journal, keep_up_to, to_line
+from jaxlm.journal import Journal, keep_up_to, rows_up_to, to_line
 
 
 def test_entries_are_there_as_soon_as_they_are_appended(tmp_path):
@@ -99,3 +99,11 @@ def test_damaged_lines_go_and_the_file_as_it_was_stays_beside(tmp_path, damage):
 def test_no_file_stays_no_file(tmp_path):
     assert not keep_up_to(tmp_path / "metrics.jsonl", 5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_up_to_a_step_leave_out_what_is_damaged(tmp_path):
+    path = tmp_path / "a"
+    assert list(rows_up_to(path, 9)) == []
+    rows = [{"step": step, "loss": step / 2} for step in (1, 2, 3)]
+    path.write_bytes(to_line(rows[0]) + b'"no row"\n\xff\n' + to_line(rows[1]) + to_line(rows[2]) + b'{"step": 2')
+    assert list(rows_up_to(path, 2)) == rows[:2]

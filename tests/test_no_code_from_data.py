@@ -94,3 +94,12 @@ def test_checkpoints_are_no_code():
                 path.write_bytes(held)
         assert watched("jaxlm.sample", "--workdir", "hostile", "--step", "3") == (2, [])
         assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_models_are_no_code(name):
+    for held in (pickle.dumps(Payload()), CODE.encode()):
+        shutil.copytree("run/final_model", "handed-model", dirs_exist_ok=True)
+        Path("handed-model", name).write_bytes(held)
+        assert watched("jaxlm.sample", "--model", "handed-model", "--tokens", "5") == (2, [])
+        assert not Path("ran").exists()

@@ -2,7 +2,15 @@
 
 import contextlib
 import io
+import json
+import os
+import pty
 import re
+import select
+import subprocess
+import sys
+import termios
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +18,11 @@ import pytest
 import tiny_run
 from tiny_run import is_one_line
 
+from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
-from jaxlm.sample import main
+from jaxlm.sample import CHANGEABLE, TOGETHER, _session, main
+from jaxlm.tokenizer import load_tokenizer
+from jaxlm.trained import Writer
 
 FLAGS = [
     "--config.model.context=64",
@@ -159,6 +170,8 @@ def test_a_terminal_gets_the_same_text_as_it_comes(sample, flags):
         (["--seed", str(2**70)], "seed"),
         (["--top_k", str(2**31)], "top_k"),
         (["--prompt", "\n\n" + "x" * 70], "64"),
+        (["--prompt", "日", "--stdin"], "--stdin"),
+        (["--model", "run/final_model"], "--model"),
     ],
 )
 def test_a_wrong_request_is_refused_in_one_line(capsys, flags, named):
@@ -183,6 +196,110 @@ def test_a_directory_without_checkpoints_is_refused_and_stays_as_it_is(tmp_path)
 def test_the_workdir_must_be_named():
     with pytest.raises(RequestError, match="--workdir"):
         main([])
+
+
+def test_json_is_an_object_a_line(sample):
+    flags = ("--prompt", "日", "--prompt", "語\n", "--tokens", "45")
+    objects = [json.loads(line) for line in sample(*flags, "--json").splitlines()]
+    assert [said["prompt"] for said in objects] == ["日", "語\n"]
+    assert "\n\n".join(said["text"] for said in objects) + "\n" == sample(*flags)
+
+
+def test_each_line_of_stdin_is_a_prompt(sample, monkeypatch):
+    prompts = ["語", "", "日本日", *["本"] * TOGETHER]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{prompt}\n" for prompt in prompts)))
+    objects = [json.loads(line) for line in sample("--stdin", "--json", "--tokens", "9").splitlines()]
+    assert [said["prompt"] for said in objects] == prompts
+    assert all(said["text"].startswith(said["prompt"]) for said in objects)
+    assert len({said["text"] for said in objects[3:]}) > 1
+    first = sample(*(word for prompt in prompts[:TOGETHER] for word in ("--prompt", prompt)), "--tokens", "9")
+    assert first == "\n\n".join(said["text"] for said in objects[:TOGETHER]) + "\n"
+
+
+def test_no_lines_are_no_texts(sample, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert sample("--stdin") == ""
+
+
+def test_stdin_that_is_no_text_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n"), encoding="utf-8"))
+    with pytest.raises(RequestError, match="UTF-8") as caught:
+        main(["--workdir", "run", "--stdin"])
+    assert is_one_line(caught.value)
+
+
+def test_the_exported_folder_writes_the_same_text(sample, capsys):
+    flags = ["--prompt", "日", "--tokens", "45"]
+    text = sample(*flags)
+    main(["--model", "run/final_model", *flags])
+    out, err = capsys.readouterr()
+    assert out == text
+    assert "run/final_model" in err
+
+
+class Session:
+    """The command on a terminal that does not repeat what is typed."""
+
+    def __init__(self, *flags):
+        self.terminal, inside = pty.openpty()
+        modes = termios.tcgetattr(inside)
+        modes[3] &= ~termios.ECHO
+        termios.tcsetattr(inside, termios.TCSANOW, modes)
+        environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jaxlm.sample", "--workdir", "run", *flags],
+            **dict(stdin=inside, stdout=inside, stderr=subprocess.PIPE, env=os.environ | environment),
+        )
+        os.close(inside)
+
+    def asked(self):
+        """What it said on stderr until it asks for the next beginning."""
+        said = b""
+        while not said.endswith(b"> ") and (more := os.read(self.process.stderr.fileno(), 1)):
+            said += more
+        return said.decode()
+
+    def type(self, line):
+        """What it writes, and what it says, after a line."""
+        os.write(self.terminal, line.encode())
+        said = self.asked()
+        written, _, _ = select.select([self.terminal], [], [], 0)
+        return os.read(self.terminal, 10_000).decode().replace("\r\n", "\n") if written else "", said
+
+
+def test_a_session_continues_what_is_typed_until_the_input_ends():
+    session = Session("--tokens", "45")
+    assert "/temperature 0.8" in session.asked()
+    first, again = session.type("日\n"), session.type("日\n")
+    assert re.fullmatch("日[日本語]{15}\n", first[0])
+    assert first[1] == "> "
+    assert first != again
+    for wrong in ("/temperature -1\n", "/temperature\n", "/heat 3\n", "/tokens x\n", "日" * 30 + "\n"):
+        written, said = session.type(wrong)
+        assert written == ""
+        assert re.fullmatch("error: [^\n]+\n> ", said)
+    assert session.type("/temperature 0\n") == ("", "> ")
+    assert session.type("/tokens 9\n") == ("", "> ")
+    assert session.type("日\n") == session.type("日\n")
+    assert re.fullmatch("[日本語\n]+", session.type("\n")[0])
+    assert session.type("\x04") == ("", "\n")
+    assert session.process.wait(60) == 0
+
+
+def test_ctrl_c_ends_the_text_and_not_the_session(monkeypatch, capsys):
+    writer, arguments = Writer(None, None, load_tokenizer(300)), []
+
+    def interrupted(*given):
+        arguments.append(given)
+        yield np.array([[65]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxlm.sample._generate", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n/top_k 3\nb\n"))
+    _session(writer._replace(config=ModelConfig(context=9)), Namespace(**dict.fromkeys(CHANGEABLE, 1)))
+    decoded = load_tokenizer(300).decode([65])
+    assert capsys.readouterr().out == f"a{decoded}\nb{decoded}\n"
+    assert [given[2].top_k for given in arguments] == [1, 3]
 
 
 def test_a_save_under_way_is_left_alone(sample):

@@ -149,3 +149,25 @@ def test_no_network_is_used(monkeypatch):
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert load_tokenizer.__wrapped__(50257).encode("Once").tolist() == [7454]
+
+
+def test_merges_of_the_full_vocabulary_are_gpt2s():
+    tokens = load_tokenizer()
+    names = tokens.names()
+    written = [f"{names[a]} {names[b]}" for a, b in tokens.merges()]
+    assert written[:9] == ["Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s"]
+    assert written[-2:] == ["Ġinform ants", "Ġg azed"]
+    assert len(written) == 50_000
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_merge_makes_the_next_token_of_two_before_it(size):
+    tokens = load_tokenizer(size)
+    made = [tokens.vocabulary[a] + tokens.vocabulary[b] for a, b in tokens.merges()]
+    assert made == [token for token in tokens.vocabulary[:-1] if len(token) > 1]
+    assert all(max(pair) < 256 + number for number, pair in enumerate(tokens.merges()))
+    names = tokens.names()
+    assert len(set(names)) == size
+    assert all(
+        len(name) == len(token) and name.isprintable() for name, token in zip(names, tokens.vocabulary, strict=True)
+    )

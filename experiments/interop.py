@@ -1,0 +1,237 @@
+"""A run's model in the programs people use, against jaxlm: the largest difference of each thing compared.
+
+    pip install -e ".[interop]"
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36   # five minutes; optional
+    python -m experiments.interop --workdir runs/quickstart
+
+It compares the run's last checkpoint, and weights drawn at random in the shape of the 60M preset. Everything is in
+float32 on the CPU. The difference of logits is the largest one at a position, as a share of the largest logit there,
+at the worst position; that of gradients likewise for each parameter; a program that is not installed is left out.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.config import Config, ModelConfig
+from jaxlm.generate import generate
+from jaxlm.gguf import write_gguf
+from jaxlm.huggingface import named_tensors, write_model
+from jaxlm.journal import rows_up_to
+from jaxlm.main import open_data
+from jaxlm.model import Decoder, init_params
+from jaxlm.sampling import Choice
+from jaxlm.tokenizer import load_tokenizer
+from jaxlm.tokens import TokenFiles, val_batches
+from jaxlm.trained import restore
+
+GREEDY_TOKENS = 200
+BITS = "val_bits_per_byte"
+NEVER = -1  # no token ends these texts
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and where it lies for the others."""
+
+    config: ModelConfig
+    params: Any
+    folder: Path  # Hugging Face's
+    gguf: Path
+
+
+def export(place: Path, config: Config, params: Any) -> Subject:
+    """Writes `params` both ways into `place`."""
+    folder, file = write_model(place / "model", config, params, ""), place / "model.gguf"
+    write_gguf(file, config.model, params, "f32")
+    return Subject(config.model, params, folder, file)
+
+
+def worst(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference in a row of the last axis, as a share of the largest value in it; of the worst row."""
+    scale = np.abs(expected).max(axis=-1)
+    return float((np.abs(found - expected).max(axis=-1) / np.where(scale > 0, scale, 1)).max())
+
+
+def logits(subject: Subject, ids: np.ndarray) -> np.ndarray:
+    """jaxlm's, [T, V], for ids [T]."""
+    return np.asarray(jax.jit(Decoder(subject.config).apply)({"params": subject.params}, ids[None])[0])
+
+
+def gradients(subject: Subject, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """jaxlm's, of the summed loss of ids [T], by Hugging Face's names."""
+
+    def loss(params: Any) -> jax.Array:
+        return Decoder(subject.config).apply({"params": params}, ids[None, :-1], ids[None, 1:], method="loss")
+
+    return named_tensors(jax.jit(jax.grad(loss))(subject.params))
+
+
+def greedy(subject: Subject, prompt: np.ndarray) -> list[int]:
+    """jaxlm's continuation, beyond the context if need be."""
+    config = replace(subject.config, context=max(subject.config.context, len(prompt) + GREEDY_TOKENS))
+    choice = Choice(np.float32(0), np.int32(0), np.float32(1))
+    (tokens_BN,) = generate(config, subject.params, [prompt.tolist()], choice, jax.random.key(0), GREEDY_TOKENS, NEVER)
+    return tokens_BN[0].tolist()
+
+
+def of_transformers(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Iterator[tuple[str, float]]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(subject.folder)
+    with torch.no_grad():
+        yield "logits", worst(model(torch.tensor(ids[None])).logits[0].numpy(), logits(subject, ids))
+
+    found = model(torch.tensor(short[None, :-1])).logits[0]
+    torch.nn.functional.cross_entropy(found, torch.tensor(short[1:]), reduction="sum").backward()
+    theirs = {name: parameter.grad.numpy().ravel() for name, parameter in model.named_parameters()}
+    ours = gradients(subject, short)
+    assert theirs.keys() == ours.keys()
+    yield "gradients", max(worst(theirs[name], ours[name].ravel()) for name in ours)
+
+    model.generation_config.eos_token_id = None
+    prompt = torch.tensor(short[None, :8])
+    mask = torch.ones_like(prompt)
+    written = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=GREEDY_TOKENS)[0, 8:].tolist()
+    yield f"greedy tokens of {GREEDY_TOKENS} that differ", differing(written, greedy(subject, short[:8]))
+
+    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    yield texts_differing(subject, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+
+def bits_per_byte_of_transformers(folder: Path, tokens: TokenFiles, context: int) -> float:
+    """Of the whole validation text, in the windows in which a run reads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    nats = count = 0.0
+    with torch.no_grad():
+        for inputs, targets in val_batches(tokens.val, context, 16):
+            found = model(torch.tensor(inputs)).logits.flatten(0, 1)
+            kept = torch.tensor(targets, dtype=torch.long).flatten()
+            nats += float(torch.nn.functional.cross_entropy(found, kept, ignore_index=-1, reduction="sum"))
+            count += int((targets >= 0).sum())
+    return float(tokens.bits_per_byte(nats / count))
+
+
+def of_mlx(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Iterator[tuple[str, float]]:
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+
+    mx.set_default_device(mx.cpu)
+    model, tokenizer = load(str(subject.folder))
+    yield "logits", worst(np.asarray(model(mx.array(ids[None])))[0], logits(subject, ids))
+    steps = generate_step(mx.array(short[:8]), model, max_tokens=GREEDY_TOKENS)
+    written = [int(token) for token, _ in steps]
+    yield f"greedy tokens of {GREEDY_TOKENS} that differ", differing(written, greedy(subject, short[:8]))
+    yield texts_differing(subject, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+
+def of_llama_cpp(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Iterator[tuple[str, float]]:
+    """With its cache in float32: in float16, its default, the logits are 1e-3 off."""
+    import llama_cpp
+
+    float32 = llama_cpp.GGML_TYPE_F32
+    slots = max(len(ids), 8 + GREEDY_TOKENS)
+    model = llama_cpp.Llama(
+        str(subject.gguf), n_ctx=slots, n_batch=slots, logits_all=True, type_k=float32, type_v=float32, verbose=False
+    )
+    model.eval(ids.tolist())
+    yield "logits", worst(model.scores[: len(ids)], logits(subject, ids))
+
+    model.reset()
+    model.eval(short[:8].tolist())
+    written: list[int] = []
+    for _ in range(GREEDY_TOKENS):
+        written.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(written[-1:])
+    yield f"greedy tokens of {GREEDY_TOKENS} that differ", differing(written, greedy(subject, short[:8]))
+    yield texts_differing(subject, lambda text: model.tokenize(text.encode(), add_bos=False, special=False))
+
+
+def differing(found: list[int], expected: list[int]) -> int:
+    assert len(found) == len(expected) == GREEDY_TOKENS
+    return sum(a != b for a, b in zip(found, expected, strict=True))
+
+
+def texts_differing(subject: Subject, encode: Callable[[str], list[int]]) -> tuple[str, int]:
+    """How many texts get other ids than tiktoken gives them: odd ones, code, and every character of Unicode."""
+    here = Path(__file__).parent
+    texts = [*json.loads((here / "odd_texts.json").read_text()), *(path.read_text() for path in here.glob("*.py"))]
+    assigned = [chr(code) for code in range(1, sys.maxunicode) if unicodedata.category(chr(code))[0] != "C"]
+    texts += ["".join(f"a{c}b {c}{c}" for c in assigned[first : first + 256]) for first in range(0, len(assigned), 256)]
+    tokenizer = load_tokenizer(subject.config.vocab_size)
+    wrong = [text for text in texts if list(encode(text)) != tokenizer.encode(text).tolist()]
+    for text in wrong:
+        print(f"other ids: {text[:70]!r}")
+    return f"texts of {len(texts)} with other token ids", len(wrong)
+
+
+PEERS = {
+    "transformers": of_transformers,
+    "mlx_lm": of_mlx,
+    "llama_cpp": of_llama_cpp,
+}
+
+
+def compare(subject: Subject, ids: np.ndarray) -> Iterator[tuple[str, str, float]]:
+    """Program, what was compared and the difference, for each program that is installed."""
+    for package, compare_with in PEERS.items():
+        if importlib.util.find_spec(package) is None:
+            yield package, "not installed", math.nan
+            continue
+        program = f"{package} {importlib.metadata.version(package.replace('llama_cpp', 'llama_cpp_python'))}"
+        for compared, difference in compare_with(subject, ids, ids[:128]):
+            yield program, compared, difference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="of a finished run")
+    args = parser.parse_args()
+    step, run, _, model, params = restore(args.workdir, None, "cpu")
+    config = replace(run, model=model)
+    tokens = open_data(config)
+    print("| model | program | compared | difference, at most |\n|---|---|---|---|")
+
+    def show(model: str, program: str, compared: str, difference: float) -> None:
+        print(f"| {model} | {program} | {compared} | {difference:.2g} |", flush=True)
+
+    with tempfile.TemporaryDirectory() as place:
+        name = f"{args.workdir.name}, step {step:,}"
+        trained = export(Path(place, "trained"), config, params)
+        for row in compare(trained, np.array(tokens.val[: config.model.context], np.int64)):
+            show(name, *row)
+        if step == config.max_steps:  # then the run has read the whole validation text
+            *_, last = rows_up_to(args.workdir / "metrics.jsonl", step)
+            found, ours = bits_per_byte_of_transformers(trained.folder, tokens, config.model.context), last[BITS]
+            show(name, "transformers", f"bits a byte of the validation text: {found:.6f}", abs(found - ours))
+        preset, drawn = random_preset()
+        ids = np.random.default_rng(0).integers(0, preset.model.vocab_size, preset.model.context)
+        for row in compare(export(Path(place, "random"), preset, drawn), ids):
+            show("60M shape, random weights", *row)
+
+
+def random_preset() -> tuple[Config, Any]:
+    """Weights as a run of the preset begins with them."""
+    config = Config(model=ModelConfig(dtype="float32", attention="plain", remat=False))
+    return config, init_params(config.model, jax.random.key(0))
+
+
+if __name__ == "__main__":
+    main()

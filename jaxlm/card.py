@@ -1,0 +1,74 @@
+"""The model card: what those who find an exported model should know of it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import Config, to_dict
+from jaxlm.journal import rows_up_to
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- jaxlm
+---
+
+# A language model of {parameters:,} parameters
+
+Llama's architecture, trained by jaxlm. `transformers` loads this folder as it is:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+| | |
+|---|---|
+| sizes | {model.layers} layers, {model.heads} heads, width {model.width}, hidden width {model.hidden}, \
+context {model.context}, vocabulary {model.vocab_size:,} (GPT-2's) |
+| began with | {start} |
+| text | {text} |
+| trained | {step:,} of {config.max_steps:,} steps, {tokens:,} tokens |
+| training loss | {loss} |
+| validation loss | {val_loss} |
+
+It continues texts like those it was trained on. It follows no instructions, and what it says need not be so.
+
+The run's settings:
+
+```json
+{settings}
+```
+"""
+
+
+def model_card(workdir: Path, config: Config, step: int, tokens: Mapping[str, Any], parameters: int) -> str:
+    """The card, in Markdown, of the model after `step` of the run in `workdir`, which read these token files."""
+    rows = list(rows_up_to(workdir / "metrics.jsonl", step))
+    hashes = ", ".join(f"{name} {value}" for name, value in tokens.items())
+    return _CARD.format(
+        parameters=parameters,
+        config=config,
+        model=config.model,
+        start=config.init_from or f"random weights, seed {config.seed}",
+        text=f"{config.data.corpus or config.data.dir} ({hashes})",
+        step=step,
+        tokens=step * config.tokens_per_step,
+        loss=_last(rows, {"loss": "nats a token"}),
+        val_loss=_last(rows, {"val_loss": "nats a token", "val_bits_per_byte": "bits a byte"}),
+        settings=json.dumps(to_dict(config), indent=2, ensure_ascii=False),
+    )
+
+
+def _last(rows: Sequence[Mapping[str, Any]], units: Mapping[str, str]) -> str:
+    """The last recorded values of these keys, each with its unit, and their step."""
+    having = [row for row in rows if row.keys() >= units.keys()]
+    if not having:
+        return "not recorded"
+    values = [f"{having[-1][key]:.4f} {unit}" for key, unit in units.items()]
+    return f"{', '.join(values)} (step {having[-1]['step']:,})"

@@ -1,0 +1,82 @@
+"""A trained model, on a device and ready to write: from a checkpoint of a run, or from a Hugging Face folder."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from jaxlm import backend
+from jaxlm.checkpoint import DIRECTORY, Checkpoints
+from jaxlm.config import Config, ModelConfig, from_config_dict
+from jaxlm.errors import RequestError
+from jaxlm.huggingface import read_params, read_sizes, read_tokenizer
+from jaxlm.model import init_params
+from jaxlm.tokenizer import Codec
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds of the model, and the run it is of."""
+
+    step: int
+    config: Config
+    tokens: dict[str, Any]  # which token files the run reads
+    model: ModelConfig  # with the device's dtype and attention
+    params: Any
+
+
+class Writer(NamedTuple):
+    """All that writing takes."""
+
+    config: ModelConfig  # with the device's dtype and attention
+    params: Any
+    tokenizer: Codec
+
+
+def restore(workdir: Path, step: int | None, platform: str) -> Checkpoint:
+    """A checkpoint of the run in `workdir`, the newest without `step`.
+
+    Raises:
+        RequestError: there is none, or not this one.
+    """
+    if not (workdir / DIRECTORY).is_dir():
+        raise RequestError(f"{workdir} holds no checkpoints: name the --workdir of a run")
+    device = backend.start(platform)
+    checkpoints = Checkpoints(workdir)
+    steps = checkpoints.steps()
+    if not steps:
+        raise RequestError(f"{workdir} holds no whole checkpoint yet: wait for the first")
+    if step is not None and step not in steps:
+        raise RequestError(f"there is no checkpoint of step {step}: choose from {', '.join(map(str, steps))}")
+
+    def load(step: int) -> Checkpoint:
+        meta = checkpoints.meta(step)
+        config = from_config_dict(meta["config"])
+        model = _as_fits(config.model, device)
+        like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        params = checkpoints.params(step, like, SingleDeviceSharding(device))
+        return Checkpoint(step, config, meta["tokens"], model, params)
+
+    restored, skipped = checkpoints.newest(load, steps if step is None else [step])
+    for reason in skipped:
+        print(f"Skipped {reason}", file=sys.stderr)
+    return restored
+
+
+def load(folder: Path, platform: str) -> Writer:
+    """The Llama in a Hugging Face folder.
+
+    Raises:
+        RequestError: there is none, or one that this model cannot be.
+    """
+    config = read_sizes(folder)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
+    params = read_params(folder, config)
+    device = backend.start(platform)
+    return Writer(_as_fits(config, device), jax.device_put(params, device), tokenizer)
+
+
+def _as_fits(model: ModelConfig, device: jax.Device) -> ModelConfig:
+    return backend.resolve(dataclasses.replace(model, dtype="auto", attention="auto"), device)

@@ -1,0 +1,178 @@
+"""The same numbers in the programs that people use: pip install -e ".[interop]" && python -m pytest -m interop
+
+llama.cpp is compared where it is installed, which takes five minutes:
+CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from experiments import interop
+from jaxlm.config import Config, ModelConfig
+from jaxlm.gguf import write_gguf
+from jaxlm.huggingface import ForeignTokenizer
+from jaxlm.journal import rows_up_to
+from jaxlm.main import open_data
+from jaxlm.model import Decoder
+from jaxlm.sample import main as sample
+from jaxlm.tokenizer import load_tokenizer
+from jaxlm.trained import load, restore
+
+pytestmark = pytest.mark.interop
+
+STEPS = 60
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run of the quickstart: its place, checkpoint and tokens."""
+    place, before = tmp_path_factory.mktemp("quickstart"), Path.cwd()
+    os.chdir(place)
+    every = [f"--config.{name}={STEPS}" for name in ("max_steps", "save_interval", "generation_interval")]
+    tiny_run.train("run", *every, config=str(QUICKSTART))
+    checkpoint = restore(place / "run", None, "cpu")
+    checkpoint = checkpoint._replace(config=dataclasses.replace(checkpoint.config, model=checkpoint.model))
+    yield place / "run", checkpoint, open_data(checkpoint.config)
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module", params=["quickstart", "preset", "shared"])
+def subject(request, tmp_path_factory):
+    """A model as others see it, and ids for it to read."""
+    place = tmp_path_factory.mktemp("subject")
+    if request.param == "quickstart":
+        _, checkpoint, tokens = request.getfixturevalue("run")
+        ids = np.array(tokens.val[: checkpoint.config.model.context], np.int64)
+        return interop.export(place, checkpoint.config, checkpoint.params), ids
+    if request.param == "preset":
+        config, params = interop.random_preset()
+        length = 512
+    else:
+        sizes = {
+            "vocab_size": 4096,
+            "context": 256,
+            "layers": 3,
+            "heads": 4,
+            "kv_heads": 2,
+            "width": 128,
+            "hidden": 320,
+        }
+        model = ModelConfig(**sizes, tied=False, rope_theta=5e5, norm_eps=1e-5, dtype="float32", attention="plain")
+        config, params = Config(model=model), interop.init_params(model, jax.random.key(1))
+        length = 256
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, length)
+    return interop.export(place, config, params), ids
+
+
+@pytest.mark.parametrize("program", interop.PEERS)
+def test_it_gives_the_logits_the_gradients_the_texts_and_the_token_ids_of_jaxlm(subject, program):
+    pytest.importorskip(program)
+    model, ids = subject
+    found = dict(interop.PEERS[program](model, ids, ids[:128]))
+    assert found.pop("logits") < 1e-4
+    assert found.pop("gradients", 0) < 1e-4
+    assert len(found) == 2
+    assert set(found.values()) == {0}  # tokens, and texts, that differ
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("f16", 2e-3), ("q8_0", 5e-2)])
+def test_llama_cpp_reads_the_smaller_files(run, tmp_path, dtype, most):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    _, checkpoint, tokens = run
+    write_gguf(tmp_path / "model.gguf", checkpoint.model, checkpoint.params, dtype)
+    model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, logits_all=True, verbose=False)
+    ids = np.array(tokens.val[:128], np.int64)
+    model.eval(ids.tolist())
+    ours = interop.logits(interop.Subject(checkpoint.model, checkpoint.params, Path(), Path()), ids)
+    assert interop.worst(model.scores[:128], ours) < most
+
+
+def test_bits_a_byte_are_what_the_run_says(run):
+    pytest.importorskip("transformers")
+    workdir, checkpoint, tokens = run
+    *_, last = rows_up_to(workdir / "metrics.jsonl", STEPS)
+    found = interop.bits_per_byte_of_transformers(workdir / "final_model", tokens, checkpoint.config.model.context)
+    assert found == pytest.approx(last["val_bits_per_byte"], abs=1e-4)
+
+
+def test_lm_eval_finds_the_bits_a_byte_of_jaxlm(run):
+    pytest.importorskip("lm_eval")
+    workdir, checkpoint, tokens = run
+    model, tokenizer = checkpoint.config.model, load_tokenizer(checkpoint.config.model.vocab_size)
+    whole = (tokens.val[1 : 1 + windows * model.context] for windows in range(40, 0, -1))  # it may stretch the last one
+    ids = next(ids for ids in whole if np.array_equal(tokenizer.encode(tokenizer.decode(ids)), ids))
+    Path("my.txt").write_text(tokenizer.decode(ids), newline="")
+    inputs = np.concatenate([[tokenizer.end_of_text], ids[:-1]]).reshape(-1, model.context)
+    targets = ids.reshape(-1, model.context).astype(np.int32)
+    nats = Decoder(model).apply({"params": checkpoint.params}, inputs, targets, method="loss")
+
+    task = ["--tasks", "my_text", "--include_path", str(Path(interop.__file__).parent / "lm_eval")]
+    model_args = f"pretrained={workdir / 'final_model'},dtype=float32"
+    command = ["run", "--model", "hf", "--model_args", model_args, *task, "--device", "cpu", "--output_path", "found"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", "lm_eval", *command], env=environment, check=True)
+    (results,) = Path("found").rglob("results*.json")
+    found = json.loads(results.read_text())["results"]["my_text"]["bits_per_byte,none"]
+    assert found == pytest.approx(float(nats) / np.log(2) / len(tokenizer.decode_bytes(ids)), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A Llama that transformers drew and wrote, in bfloat16 and several files, with a tokenizer of its own."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("foreign")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train([str(path) for path in QUICKSTART.parent.parent.glob("jaxlm/*.py")], trainer)
+    first = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = first
+    sizes = {"vocab_size": 400, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = transformers.LlamaConfig(**sizes, **heads, rope_theta=1e5, rms_norm_eps=1e-5, initializer_range=0.1)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists()
+    return folder, transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_a_foreign_llama_gives_the_logits_that_it_gives_there(foreign):
+    import torch
+
+    folder, theirs = foreign
+    config, params, tokenizer = load(folder, "cpu")
+    assert (config.kv_heads, config.tied, config.rope_theta) == (2, False, 1e5)
+    assert isinstance(tokenizer, ForeignTokenizer)
+    ids = np.random.default_rng(0).integers(0, 400, (1, 64))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    assert interop.worst(np.asarray(Decoder(config).apply({"params": params}, ids)), expected) < 1e-4
+
+
+def test_a_foreign_llama_writes_the_text_that_it_writes_there(foreign, capsys):
+    import torch
+    from transformers import AutoTokenizer
+
+    folder, theirs = foreign
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("def rope(", return_tensors="pt").input_ids
+    assert ids[0, 0] == 1
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+    capsys.readouterr()
+    sample(["--model", str(folder), "--prompt", "def rope(", "--temperature", "0", "--tokens", "20"])
+    assert capsys.readouterr().out == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
