@@ -13,6 +13,7 @@ parameters of all blocks are stacked along a leading axis L, so that one scan wa
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -152,6 +153,7 @@ class Decoder(nn.Module):
         return layers.tied_head(x_B1D, self.embedding)[:, 0], Cache(tuple(keys), tuple(values))
 
 
+@partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Draws the parameters, float32, without running the model."""
     return Decoder(config).init(key, method=lambda decoder: decoder.norm)["params"]
