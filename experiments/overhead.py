@@ -1,4 +1,6 @@
-"""Which share of the 60M preset's time does not go into steps: python -m experiments.overhead [--rounds 2] [--platform P]
+"""Which share of the 60M preset's time does not go into steps:
+
+    python -m experiments.overhead [--rounds 2] [--platform auto]
 
 Runs the real loop (jaxlm.loop.Run) over three periods of 300 steps, in each of which the preset samples 6 times,
 evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; before each such run, the
@@ -34,6 +36,7 @@ from jaxlm.tokens import TokenFiles
 PERIOD = 300  # optimizer steps
 PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # in a period
 CPU_PERIOD, CPU_WINDOWS = 6, 4
+ROUNDING = 0.001  # seconds, of the times in a row of metrics
 
 
 class PeriodIsOver(Exception):
@@ -111,7 +114,7 @@ def looped_step(config: Config, tokens: TokenFiles, device: jax.Device) -> tuple
         with contextlib.suppress(PeriodIsOver):
             run.train()
     _, start, end = run.ends
-    pauses = [(kind, seconds) for began, kind, seconds in clock.pauses if began >= start]
+    pauses = [(kind, seconds) for began, kind, seconds in clock.pauses if start <= began + ROUNDING < end]
     by_kind = {name: [seconds for kind, seconds in pauses if kind == name] for name in PAUSES}
     assert {name: len(seconds) for name, seconds in by_kind.items()} == PAUSES
     step = (end - start - sum(seconds for _, seconds in pauses)) / config.save_interval

@@ -54,7 +54,7 @@ def _keep_compilations() -> None:
     A cache that jax has been given already (JAX_COMPILATION_CACHE_DIR) is left as it is, and one that cannot be written
     is done without; what is damaged in it, jax compiles anew.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
     directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(usual), "jaxlm")

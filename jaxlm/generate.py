@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
+from jaxlm.model import unstack
 from jaxlm.sampling import Choice, read, write
 from jaxlm.tokenizer import Tokenizer
 
@@ -67,9 +68,10 @@ def generate(
     for row, ids in zip(ids_BP, prompts, strict=True):
         row[width - len(ids) :] = ids
     keys_B = jax.random.split(key, len(prompts))
-    texts = read(config, params, ids_BP, lengths, keys_B, chunks * chunk)
+    weights = unstack(config, params)
+    texts = read(config, weights, ids_BP, lengths, keys_B, chunks * chunk)
     for index in range(chunks):
-        texts, tokens_BN = write(config, params, texts, choice, np.int32(end_of_text), chunk)
+        texts, tokens_BN = write(config, weights, texts, choice, np.int32(end_of_text), chunk)
         written = np.asarray(tokens_BN)[:, : room - index * chunk]
         yield written
         if (written[:, -1] == end_of_text).all():

@@ -30,8 +30,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Cache(NamedTuple):
     """Keys and values of the positions already read, for one block each."""
 
-    keys_BSHK: tuple[jax.Array, ...]
-    values_BSHK: tuple[jax.Array, ...]
+    keys_BHSK: tuple[jax.Array, ...]
+    values_BHSK: tuple[jax.Array, ...]
 
 
 def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
@@ -120,38 +120,6 @@ class Decoder(nn.Module):
         x_BTD = self.hidden(inputs_BT)
         return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.embedding, targets_BT.reshape(-1))
 
-    def extend(
-        self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache, start: jax.Array, visible_BTS: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """Reads T more tokens behind what the cache holds.
-
-        Args:
-            ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must be there.
-            positions_BT: their positions in each text, for RoPE.
-            cache: S slots for each block.
-            start: [] integer.
-            visible_BTS: True where a token may attend to a slot.
-
-        Returns:
-            Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
-        """
-        c = self.config
-        table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
-        x_BTD = layers.embed(ids_BT, self.embedding).astype(c.dtype)
-        keys, values = [], []
-        for layer in range(c.layers):
-
-            def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
-                at = (0, start, 0, 0)
-                keys.append(jax.lax.dynamic_update_slice(cache.keys_BSHK[layer], k_BTHK, at))
-                values.append(jax.lax.dynamic_update_slice(cache.values_BSHK[layer], v_BTHK, at))
-                return layers.attention(q_BTHK, keys[-1], values[-1], visible_BTS)
-
-            p = jax.tree.map(lambda stacked, layer=layer: stacked[layer], self.blocks)
-            x_BTD = block(p, x_BTD, table, attend, c)
-        x_B1D = layers.rms_norm(x_BTD[:, -1:], self.norm, c.norm_eps)
-        return layers.tied_head(x_B1D, self.embedding)[:, 0], Cache(tuple(keys), tuple(values))
-
 
 @partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
@@ -159,11 +127,61 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
     return Decoder(config).init(key, method=lambda decoder: decoder.norm)["params"]
 
 
+@partial(jax.jit, static_argnums=0)
+def unstack(config: ModelConfig, params: Any) -> Any:
+    """The parameters as `extend` reads them, `blocks` a tuple with those of each and all matrices in the dtype of the
+    computation: so that no token pays for cutting them out and casting them.
+    """
+    matrices = {name: leaf.astype(config.dtype) for name, leaf in params["blocks"].items() if leaf.ndim == 3}
+    stacked = params["blocks"] | matrices
+    blocks = tuple({name: leaf[layer] for name, leaf in stacked.items()} for layer in range(config.layers))
+    return params | {"embedding": params["embedding"].astype(config.dtype), "blocks": blocks}
+
+
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
-    shape = (batch, slots, config.heads, config.width // config.heads)
+    shape = (batch, config.heads, slots, config.width // config.heads)
     zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
     return Cache(zeros, zeros)
+
+
+def extend(
+    c: ModelConfig,
+    weights: Any,
+    ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Cache,
+    start: jax.Array,
+    visible_BTS: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Reads T more tokens behind what the cache holds.
+
+    Args:
+        c: the sizes.
+        weights: the parameters, as `unstack` gives them.
+        ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must be there.
+        positions_BT: their positions in each text, for RoPE.
+        cache: S slots for each block.
+        start: [] integer.
+        visible_BTS: True where a token may attend to a slot.
+
+    Returns:
+        Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
+    """
+    table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
+    x_BTD = layers.embed(ids_BT, weights["embedding"])
+    keys, values = [], []
+    for layer, p in enumerate(weights["blocks"]):
+
+        def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
+            at = (0, 0, start, 0)
+            keys.append(jax.lax.dynamic_update_slice(cache.keys_BHSK[layer], k_BTHK.swapaxes(1, 2), at))
+            values.append(jax.lax.dynamic_update_slice(cache.values_BHSK[layer], v_BTHK.swapaxes(1, 2), at))
+            return layers.cached_attention(q_BTHK, keys[-1], values[-1], visible_BTS)
+
+        x_BTD = block(p, x_BTD, table, attend, c)
+    x_B1D = layers.rms_norm(x_BTD[:, -1:], weights["norm"], c.norm_eps)
+    return layers.tied_head(x_B1D, weights["embedding"])[:, 0], Cache(tuple(keys), tuple(values))
 
 
 def parameter_count(params: Any) -> int:

@@ -1,4 +1,4 @@
-"""What is compiled is kept for the next start, in a place of the user's, and nothing about that place stops a program."""
+"""What is compiled is kept for the next start, in the user's cache, and nothing about that place stops a program."""
 
 import os
 import subprocess
