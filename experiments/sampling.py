@@ -23,7 +23,7 @@ import numpy as np
 from jaxlm import backend
 from jaxlm.config import ModelConfig
 from jaxlm.generate import generate
-from jaxlm.model import init_params
+from jaxlm.model import init_params, unstack
 from jaxlm.sampling import Choice
 
 PROMPT = [464, 3616, 286, 1204]
@@ -32,9 +32,11 @@ Writer = Callable[[int, int, Choice], Any]  # texts, tokens of each, how they ar
 
 
 def jaxlm_writer(config: ModelConfig, params: Any) -> Writer:
+    weights = unstack(config, params)
+
     def write(texts: int, tokens: int, choice: Choice) -> None:
         choice = Choice(np.float32(choice.temperature), np.int32(choice.top_k), np.float32(choice.top_p))
-        (written,) = generate(config, params, [PROMPT] * texts, choice, jax.random.key(0), tokens, -1)
+        (written,) = generate(config, weights, [PROMPT] * texts, choice, jax.random.key(0), tokens, -1)
         assert written.shape == (texts, tokens)
 
     return write

@@ -75,9 +75,9 @@ def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS:
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK)
 
 
-def cached_attention(q_BTHK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """`attention` to keys and values that lie head by head, as a cache holds them."""
-    scores_BHTS = jnp.einsum("BTHK,BHSK->BHTS", q_BTHK, k_BHSK, preferred_element_type=jnp.float32)
+def cached_attention(q_BTHK: jax.Array, k_BHKS: jax.Array, v_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """`attention` to keys and values that lie as its products read them."""
+    scores_BHTS = jnp.einsum("BTHK,BHKS->BHTS", q_BTHK, k_BHKS, preferred_element_type=jnp.float32)
     scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS * q_BTHK.shape[-1] ** -0.5, MASKED)
     weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BHSK.dtype)
     return jnp.einsum("BHTS,BHSK->BTHK", weights_BHTS, v_BHSK)

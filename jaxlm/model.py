@@ -30,7 +30,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Cache(NamedTuple):
     """Keys and values of the positions already read, for one block each."""
 
-    keys_BHSK: tuple[jax.Array, ...]
+    keys_BHKS: tuple[jax.Array, ...]
     values_BHSK: tuple[jax.Array, ...]
 
 
@@ -129,20 +129,24 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def unstack(config: ModelConfig, params: Any) -> Any:
-    """The parameters as `extend` reads them, `blocks` a tuple with those of each and all matrices in the dtype of the
-    computation: so that no token pays for cutting them out and casting them.
+    """The parameters as `extend` reads them, so that no token pays for cutting, casting and turning them.
+
+    Returns:
+        As `params`, but `blocks` is a tuple with the parameters of each, and there is `head` [D, V], the transposed
+        embedding, which a CPU multiplies with faster; matrices are in the dtype of the computation.
     """
-    matrices = {name: leaf.astype(config.dtype) for name, leaf in params["blocks"].items() if leaf.ndim == 3}
-    stacked = params["blocks"] | matrices
+    narrow = {name: leaf.astype(config.dtype) for name, leaf in params["blocks"].items() if leaf.ndim == 3}
+    stacked = params["blocks"] | narrow
     blocks = tuple({name: leaf[layer] for name, leaf in stacked.items()} for layer in range(config.layers))
-    return params | {"embedding": params["embedding"].astype(config.dtype), "blocks": blocks}
+    return params | {"blocks": blocks, "head": params["embedding"].astype(config.dtype).T}
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
-    shape = (batch, config.heads, slots, config.width // config.heads)
-    zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
-    return Cache(zeros, zeros)
+    B, H, K, S = batch, config.heads, config.width // config.heads, slots
+    keys_BHKS = tuple(jnp.zeros((B, H, K, S), config.dtype) for _ in range(config.layers))
+    values_BHSK = tuple(jnp.zeros((B, H, S, K), config.dtype) for _ in range(config.layers))
+    return Cache(keys_BHKS, values_BHSK)
 
 
 def extend(
@@ -169,19 +173,20 @@ def extend(
         Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
     """
     table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
-    x_BTD = layers.embed(ids_BT, weights["embedding"])
+    x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.dtype)
     keys, values = [], []
     for layer, p in enumerate(weights["blocks"]):
 
         def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
-            at = (0, 0, start, 0)
-            keys.append(jax.lax.dynamic_update_slice(cache.keys_BHSK[layer], k_BTHK.swapaxes(1, 2), at))
-            values.append(jax.lax.dynamic_update_slice(cache.values_BHSK[layer], v_BTHK.swapaxes(1, 2), at))
+            k_BHKT, v_BHTK = k_BTHK.transpose(0, 2, 3, 1), v_BTHK.transpose(0, 2, 1, 3)
+            keys.append(jax.lax.dynamic_update_slice(cache.keys_BHKS[layer], k_BHKT, (0, 0, 0, start)))
+            values.append(jax.lax.dynamic_update_slice(cache.values_BHSK[layer], v_BHTK, (0, 0, start, 0)))
             return layers.cached_attention(q_BTHK, keys[-1], values[-1], visible_BTS)
 
         x_BTD = block(p, x_BTD, table, attend, c)
-    x_B1D = layers.rms_norm(x_BTD[:, -1:], weights["norm"], c.norm_eps)
-    return layers.tied_head(x_B1D, weights["embedding"])[:, 0], Cache(tuple(keys), tuple(values))
+    x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
+    logits_BV = jnp.matmul(x_BD, weights["head"], preferred_element_type=jnp.float32)
+    return logits_BV, Cache(tuple(keys), tuple(values))
 
 
 def parameter_count(params: Any) -> int:

@@ -21,7 +21,7 @@ from jaxlm.command import ArgumentParser, run
 from jaxlm.config import PLATFORMS, Config, ModelConfig, SampleConfig, from_config_dict
 from jaxlm.errors import RequestError
 from jaxlm.generate import encode_prompts, generate, up_to_end
-from jaxlm.model import init_params
+from jaxlm.model import init_params, unstack
 from jaxlm.sampling import Choice
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -93,7 +93,7 @@ def _generate(
     choice = Choice(np.float32(args.temperature), np.int32(args.top_k), np.float32(args.top_p))
     ids = encode_prompts(tokenizer, prompts, model.context)
     key = jax.random.key(args.seed)
-    return generate(model, params, ids, choice, key, args.tokens, tokenizer.end_of_text, chunk)
+    return generate(model, unstack(model, params), ids, choice, key, args.tokens, tokenizer.end_of_text, chunk)
 
 
 def _print_as_it_comes(prompt: str, parts: Iterator[np.ndarray], tokenizer: Tokenizer) -> None:

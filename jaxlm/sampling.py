@@ -148,7 +148,7 @@ def write(
     Returns:
         The texts (the argument is donated), and [B, count] int32: the tokens, `end_of_text` from each text's end on.
     """
-    slots_S = jnp.arange(texts.cache.keys_BHSK[0].shape[2])
+    slots_S = jnp.arange(texts.cache.keys_BHKS[0].shape[3])
 
     def body(carry):
         i, t, tokens_BN = carry
@@ -156,9 +156,7 @@ def write(
         token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice)
         token_B = jnp.where(t.done_B, end_of_text, token_B)
         visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
-        logits_BV, cache = extend(
-            config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S
-        )
+        logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
         done_B = token_B == end_of_text
         tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
         return i + 1, Texts(cache, logits_BV, t.slot + 1, t.first_B, done_B, t.keys_B), tokens_BN
