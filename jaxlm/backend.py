@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import sys
+from pathlib import Path
 
 import jax
 
@@ -15,6 +17,7 @@ jax.config.update("jax_threefry_partitionable", True)
 if jax.__version_info__ < (0, 5):
     jax.config.update("jax_enable_compilation_cache", False)
 
+_WORTH_KEEPING = 0.1  # seconds of compilation
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
 
@@ -30,6 +33,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     Raises:
         RequestError: a platform named outright does not start.
     """
+    _keep_compilations()
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}"
     if platform != "auto":
@@ -42,6 +46,25 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     if platform not in ("auto", "cpu") and device.platform == "cpu":
         raise RequestError(f"platform {platform} is not here: install its plugin, or try --config.platform=auto")
     return device
+
+
+def _keep_compilations() -> None:
+    """Has the next start read what this one compiles, from the user's cache directory.
+
+    A cache that jax has been given already (JAX_COMPILATION_CACHE_DIR) is left as it is, and one that cannot be written
+    is done without; what is damaged in it, jax compiles anew.
+    """
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(usual), "jaxlm")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(directory, os.W_OK | os.X_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
 def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:

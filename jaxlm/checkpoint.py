@@ -1,10 +1,11 @@
-"""Checkpoints of a run: `checkpoints/STEP/`, written by orbax in the background, the last few kept.
+"""Checkpoints of a run: `checkpoints/STEP/`, written by orbax in a thread, the last few kept.
 
 Each holds the items `params` (the model's parameters), `optimizer` (its state and the counters) and `meta` (JSON:
 the configuration, which tokens the run reads, seconds trained, checksums of all arrays), and in `files.json` the hash
 of every file of these. So a file that is damaged is found before anything reads it, and numbers that are not those of
 the training step are found however that came about. A checkpoint is taken only between two optimizer steps, where the
-accumulated gradients are zero and need no room.
+accumulated gradients are zero and need no room. Training waits for none of this: what is written is a copy of the
+state that the device made.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,39 +58,37 @@ class Checkpoints:
         self.directory = (workdir / DIRECTORY).absolute()
         self._max_to_keep = max_to_keep
         self._manager = self._new_manager()
+        self._thread = ThreadPoolExecutor(1)
+        self._save: Future[None] | None = None  # the last one, until it was waited for
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
-        """Starts saving, when the last save is over; returns once the state's buffers may be reused.
+        """Starts saving, when the last save is over; the state's buffers may be reused at once.
 
         Raises:
-            RunError: there is no room, or the disk failed. The earlier checkpoints are as they were.
+            RunError: the last save failed.
         """
         self.wait()
-        self._clear_unfinished()  # what the threads of a save that failed wrote after it had
-        free, needed = shutil.disk_usage(self.directory).free, checkpoint_bytes(state)
-        if free < needed:
-            raise RunError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
-        with self._disk_errors():
-            sums = {name: checksums(item).tolist() for name, item in items.items()}
-            arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-            said = ocp.args.JsonSave(dict(meta) | {"checksums": sums})
-            if not self._manager.save(step, args=ocp.args.Composite(**arrays, meta=said)):
-                raise RuntimeError("orbax has a later one")
+        sums = {name: checksums(item) for name, item in items.items()}
+        self._save = self._thread.submit(self._write, step, _copy(items), sums, dict(meta))
 
     def saving(self) -> bool:
         """Whether a save is under way."""
-        return self._manager.is_saving_in_progress()
+        return self._save is not None and not self._save.done()
 
     def wait(self) -> None:
-        """Waits until the last save is whole, and on the disk for good. Raises RunError when it failed."""
-        with self._disk_errors():
-            self._manager.wait_until_finished()
-            durable.sync(self.directory)
+        """Waits until the last save is whole, and on the disk for good.
+
+        Raises:
+            RunError: there was no room for it, or the disk failed. The earlier checkpoints are as they were.
+        """
+        save, self._save = self._save, None
+        if save:
+            save.result()
 
     def meta(self, step: int) -> dict[str, Any]:
         """What the checkpoint says of itself. Raises DamagedError when it is not what was saved."""
@@ -155,6 +155,19 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, async_options=background),
         )
 
+    def _write(self, step: int, items: dict[str, Any], sums: dict[str, jax.Array], meta: dict[str, Any]) -> None:
+        self._clear_unfinished()  # what the threads of a save that failed wrote after it had
+        free, needed = shutil.disk_usage(self.directory).free, _bytes(items)
+        if free < needed:
+            raise RunError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
+        with self._disk_errors():
+            arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+            said = ocp.args.JsonSave(meta | {"checksums": {name: its.tolist() for name, its in sums.items()}})
+            if not self._manager.save(step, args=ocp.args.Composite(**arrays, meta=said)):
+                raise RuntimeError("orbax has a later one")
+            self._manager.wait_until_finished()
+            durable.sync(self.directory)
+
     def _clear_unfinished(self) -> None:
         for path in self.directory.glob(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
@@ -198,9 +211,18 @@ class Checkpoints:
             raise RunError(f"{self.directory} cannot take it ({_reason(error)})") from error
 
 
+@jax.jit
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
 def checkpoint_bytes(state: TrainState) -> int:
     """What a checkpoint of this state, or of its shapes, takes on disk at most."""
-    leaves = jax.tree.leaves((state.params, _optimizer_item(state)))
+    return _bytes((state.params, _optimizer_item(state)))
+
+
+def _bytes(items: Any) -> int:
+    leaves = jax.tree.leaves(items)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 2**20
 
 

@@ -11,7 +11,7 @@ from jaxlm.errors import RequestError
 from jaxlm.sampling import Choice, read, write
 from jaxlm.tokenizer import Codec
 
-PROMPT_BUCKET = 32  # prompts are padded to multiples of this, so that few lengths are ever compiled
+PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
 
 
 def encode_prompts(tokenizer: Codec, prompts: Sequence[str], context: int) -> list[list[int]]:
@@ -35,7 +35,7 @@ def encode_prompts(tokenizer: Codec, prompts: Sequence[str], context: int) -> li
 
 def generate(
     config: ModelConfig,
-    params: Any,
+    weights: Any,
     prompts: Sequence[Sequence[int]],
     choice: Choice,
     key: jax.Array,
@@ -47,7 +47,7 @@ def generate(
 
     Args:
         config: the model's sizes, its dtype resolved.
-        params: its parameters.
+        weights: its parameters, as `model.unstack` gives them.
         prompts: token ids, each shorter than the context.
         choice: how tokens are drawn.
         key: random key; each text draws from its own part of it.
@@ -67,9 +67,9 @@ def generate(
     for row, ids in zip(ids_BP, prompts, strict=True):
         row[width - len(ids) :] = ids
     keys_B = jax.random.split(key, len(prompts))
-    texts = read(config, params, ids_BP, lengths, keys_B, chunks * chunk)
+    texts = read(config, weights, ids_BP, lengths, keys_B, chunks * chunk)
     for index in range(chunks):
-        texts, tokens_BN = write(config, params, texts, choice, np.int32(end_of_text), chunk)
+        texts, tokens_BN = write(config, weights, texts, choice, np.int32(end_of_text), chunk)
         written = np.asarray(tokens_BN)[:, : room - index * chunk]
         yield written
         if (written[:, -1] == end_of_text).all():

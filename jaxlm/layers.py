@@ -79,6 +79,14 @@ def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS:
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK)
 
 
+def cached_attention(q_BTHK: jax.Array, k_BHKS: jax.Array, v_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """`attention` to keys and values that lie as its products read them."""
+    scores_BHTS = jnp.einsum("BTHK,BHKS->BHTS", q_BTHK, k_BHKS, preferred_element_type=jnp.float32)
+    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS * q_BTHK.shape[-1] ** -0.5, MASKED)
+    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BHSK.dtype)
+    return jnp.einsum("BHTS,BHSK->BTHK", weights_BHTS, v_BHSK)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def causal_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, dtype: Any) -> jax.Array:
     """`attention` in which position t sees positions 0 to t, in blocks of queries.
@@ -119,7 +127,7 @@ def _causal_backward(dtype, residuals, d_out_BTHK):
     # sum over S of weights * d_weights
     mean_GT = jnp.sum(_by_head(out_BTHK, jnp.float32) * _by_head(d_out_BTHK, jnp.float32), axis=-1)
     k_GKT = k.swapaxes(1, 2)
-    d_q, d_k, d_v = [], *(jnp.zeros(k.shape, jnp.float32) for _ in range(2))
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for block in _query_blocks(q.shape[1]):
         seen = slice(block.stop)
         scores_GST = _products("GSK,GTK->GST", k[:, seen], q[:, block])

@@ -19,7 +19,7 @@ from jaxlm.config import Config
 from jaxlm.errors import RunError, Stopped
 from jaxlm.generate import encode_prompts, generate, up_to_end
 from jaxlm.huggingface import write_model
-from jaxlm.model import parameter_count
+from jaxlm.model import parameter_count, unstack
 from jaxlm.monitor import Clock, Monitor, metrics_line
 from jaxlm.resume import describe_run, restore_or_init
 from jaxlm.sampling import Choice
@@ -227,7 +227,8 @@ class Run:
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         choice = Choice(np.float32(c.temperature), np.int32(c.top_k), np.float32(c.top_p))
         ids = [self.prompts[i] for i in chosen]
-        (tokens_BN,) = generate(self.config.model, self.state.params, ids, choice, key, c.tokens, end_of_text)
+        weights = unstack(self.config.model, self.state.params)
+        (tokens_BN,) = generate(self.config.model, weights, ids, choice, key, c.tokens, end_of_text)
         texts = [self.tokenizer.decode(up_to_end(row, end_of_text)) for row in tokens_BN]
         return [(c.prompts[i], c.prompts[i] + text) for i, text in zip(chosen, texts, strict=True)]
 

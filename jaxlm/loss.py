@@ -40,7 +40,7 @@ def _forward(x_ND, embedding_VD, targets_N, dtype):
 
     def add_tile(carry, tile):
         largest_N, total_N = carry
-        ids_W, logits_NW, _ = _tile_logits(narrow_ND, embedding_VD, tile)
+        _, logits_NW, _ = _tile_logits(narrow_ND, embedding_VD, tile)
         larger_N = jnp.maximum(largest_N, jnp.max(logits_NW, axis=1))
         total_N = total_N * jnp.exp(largest_N - larger_N) + jnp.sum(jnp.exp(logits_NW - larger_N[:, None]), axis=1)
         return (larger_N, total_N), None
@@ -81,7 +81,10 @@ def _tiles(embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _tile_logits(narrow_ND, embedding_VD, tile):
-    """A tile's ids [W], its logits [N, W] and its rows of the embedding [W, D]; an id of another tile is -2, which is no target."""
+    """A tile's ids [W], its logits [N, W] and its rows of the embedding [W, D].
+
+    What another tile has counted is id -2, which is no target, with logits that weigh nothing.
+    """
     start, first = tile
     W = min(TILE, len(embedding_VD))
     rows_WD = jax.lax.dynamic_slice_in_dim(embedding_VD, start, W).astype(narrow_ND.dtype)

@@ -33,8 +33,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Cache(NamedTuple):
     """Keys and values of the positions already read, for one block each."""
 
-    keys_BSHK: tuple[jax.Array, ...]
-    values_BSHK: tuple[jax.Array, ...]
+    keys_BHKS: tuple[jax.Array, ...]
+    values_BHSK: tuple[jax.Array, ...]
 
 
 def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
@@ -190,49 +190,74 @@ class Decoder(nn.Module):
         nats, params[name] = cross_entropy(x_ND, head_VD, targets_N, self.config.products)
         return nats, params
 
-    def extend(
-        self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache, start: jax.Array, visible_BTS: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """Reads T more tokens behind what the cache holds.
 
-        Args:
-            ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must be there.
-            positions_BT: their positions in each text, for RoPE.
-            cache: S slots for each block.
-            start: [] integer.
-            visible_BTS: True where a token may attend to a slot.
-
-        Returns:
-            Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
-        """
-        c = self.config
-        table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
-        x_BTD = layers.embed(ids_BT, self.embedding).astype(c.activations)
-        keys, values = [], []
-        for layer in range(c.layers):
-
-            def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
-                at = (0, start, 0, 0)
-                keys.append(jax.lax.dynamic_update_slice(cache.keys_BSHK[layer], k_BTHK, at))
-                values.append(jax.lax.dynamic_update_slice(cache.values_BSHK[layer], v_BTHK, at))
-                return layers.attention(q_BTHK, keys[-1], values[-1], visible_BTS)
-
-            p = jax.tree.map(lambda stacked, layer=layer: stacked[layer], self.blocks)
-            x_BTD = block(p, x_BTD, table, attend, c)
-        x_B1D = layers.rms_norm(x_BTD[:, -1:], self.norm, c.norm_eps)
-        return layers.tied_head(x_B1D, self.head_VD)[:, 0], Cache(tuple(keys), tuple(values))
-
-
+@partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Draws the parameters, float32, without running the model."""
     return Decoder(config).init(key, method=lambda decoder: decoder.norm)["params"]
 
 
+@partial(jax.jit, static_argnums=0)
+def unstack(config: ModelConfig, params: Any) -> Any:
+    """The parameters as `extend` reads them, so that no token pays for cutting, casting and turning them.
+
+    Returns:
+        As `params`, but `blocks` is a tuple with the parameters of each, and there is `head` [D, V], the transposed
+        one of the model, which a CPU multiplies with faster; matrices are in the dtype of the computation.
+    """
+    dtype = config.products
+    narrow = {name: leaf.astype(dtype) for name, leaf in params["blocks"].items() if leaf.ndim == 3}
+    stacked = params["blocks"] | narrow
+    blocks = tuple({name: leaf[layer] for name, leaf in stacked.items()} for layer in range(config.layers))
+    return params | {"blocks": blocks, "head": params.get("head", params["embedding"]).astype(dtype).T}
+
+
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
-    shape = (batch, slots, config.heads, config.width // config.heads)
-    zeros = tuple(jnp.zeros(shape, config.activations) for _ in range(config.layers))
-    return Cache(zeros, zeros)
+    B, H, K, S = batch, config.heads, config.width // config.heads, slots
+    keys_BHKS = tuple(jnp.zeros((B, H, K, S), config.activations) for _ in range(config.layers))
+    values_BHSK = tuple(jnp.zeros((B, H, S, K), config.activations) for _ in range(config.layers))
+    return Cache(keys_BHKS, values_BHSK)
+
+
+def extend(
+    c: ModelConfig,
+    weights: Any,
+    ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Cache,
+    start: jax.Array,
+    visible_BTS: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Reads T more tokens behind what the cache holds.
+
+    Args:
+        c: the sizes.
+        weights: the parameters, as `unstack` gives them.
+        ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must be there.
+        positions_BT: their positions in each text, for RoPE.
+        cache: S slots for each block.
+        start: [] integer.
+        visible_BTS: True where a token may attend to a slot.
+
+    Returns:
+        Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
+    """
+    table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
+    x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activations)
+    keys, values = [], []
+    for layer, p in enumerate(weights["blocks"]):
+
+        def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
+            k_BHKT, v_BHTK = k_BTHK.transpose(0, 2, 3, 1), v_BTHK.transpose(0, 2, 1, 3)
+            keys.append(jax.lax.dynamic_update_slice(cache.keys_BHKS[layer], k_BHKT, (0, 0, 0, start)))
+            values.append(jax.lax.dynamic_update_slice(cache.values_BHSK[layer], v_BHTK, (0, 0, start, 0)))
+            return layers.cached_attention(q_BTHK, keys[-1], values[-1], visible_BTS)
+
+        x_BTD = block(p, x_BTD, table, attend, c)
+    x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
+    logits_BV = jnp.matmul(x_BD.astype(c.products), weights["head"], preferred_element_type=jnp.float32)
+    return logits_BV, Cache(tuple(keys), tuple(values))
 
 
 def parameter_count(params: Any) -> int:

@@ -19,6 +19,7 @@ from jaxlm.command import ArgumentParser, run
 from jaxlm.config import PLATFORMS, SampleConfig
 from jaxlm.errors import RequestError
 from jaxlm.generate import encode_prompts, generate, up_to_end
+from jaxlm.model import unstack
 from jaxlm.sampling import Choice
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.trained import Writer, load, restore
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> None:
         print(f"Model in {args.model}", file=sys.stderr)
     else:
         found = restore(args.workdir, args.step, args.platform)
-        writer = Writer(found.model, found.params, load_tokenizer(found.model.vocab_size))
+        weights = unstack(found.model, found.params)
+        writer = Writer(found.model, weights, load_tokenizer(found.model.vocab_size))
         print(f"Checkpoint of step {found.step:,}", file=sys.stderr)
     on_terminal = sys.stdout.isatty() and not args.json
     if args.stdin:
@@ -165,8 +167,8 @@ def _generate(
 ) -> Iterator[np.ndarray]:
     choice = Choice(np.float32(args.temperature), np.int32(args.top_k), np.float32(args.top_p))
     key = jax.random.fold_in(jax.random.key(args.seed), turn)
-    config, params, tokenizer = writer
-    return generate(config, params, ids, choice, key, args.tokens, tokenizer.end_of_text, chunk)
+    config, weights, tokenizer = writer
+    return generate(config, weights, ids, choice, key, args.tokens, tokenizer.end_of_text, chunk)
 
 
 def _decode(writer: Writer, prompt: str, start: Sequence[int], row: np.ndarray) -> str:

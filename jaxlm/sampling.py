@@ -4,7 +4,6 @@ Prompts of different lengths stand at the right end of one array, so that every 
 slot of the cache; the padding on the left is never attended to, and positions count from each text's first token.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import Cache, Decoder, empty_cache
+from jaxlm.model import Cache, empty_cache, extend
+
+WAYS, ROUNDS = 8, 14  # of the search for a threshold, which ends with 2**-42 of the logits' range at the latest
 
 
 class Choice(NamedTuple):
@@ -38,34 +39,50 @@ def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.A
     """Which tokens may be drawn: the top_k largest logits, and of these the nucleus (Holtzman et al. 2020).
 
     The nucleus is the smallest set of likeliest tokens whose probability, renormalised over the top_k, reaches
-    top_p. Both cuts are thresholds on the logits, found by bisection: no sort, no cumulative sum.
+    top_p. Both cuts are thresholds on the logits: no sort, no cumulative sum.
 
     Args:
-        logits_BV: float32.
+        logits_BV: float32; -inf is never drawn.
         top_k: [] integer, 0 keeps all.
         top_p: [] float in (0, 1], 1 keeps all.
 
     Returns:
         [B, V] bool; tokens that tie with the last one kept are kept.
     """
+    ones_BV = jnp.ones_like(logits_BV)
+    in_top_k = logits_BV >= _threshold(logits_BV, ones_BV, top_k, top_k > 0)
+    share_BV = jnp.where(in_top_k, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
+    wanted_B1 = top_p * jnp.sum(share_BV, axis=-1, keepdims=True)
+    return in_top_k & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, top_p < 1))
 
-    def cut(enough: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
-        def halve(_, bounds):
-            low_B1, high_B1 = bounds
-            middle_B1 = (low_B1 + high_B1) / 2
-            good_B1 = enough(logits_BV >= middle_B1)
-            return jnp.where(good_B1, middle_B1, low_B1), jnp.where(good_B1, high_B1, middle_B1)
 
-        bounds = jnp.min(logits_BV, axis=-1, keepdims=True), jnp.max(logits_BV, axis=-1, keepdims=True) + 1
-        low_B1, _ = jax.lax.fori_loop(0, jnp.where(wanted, 40, 0), halve, bounds)
-        return logits_BV >= low_B1
+def _threshold(logits_BV: jax.Array, weights_BV: jax.Array, wanted_B1: jax.Array, needed: jax.Array) -> jax.Array:
+    """[B, 1]: the largest number such that the weights of the logits from it on add up to `wanted`.
 
-    in_top_k = cut(lambda kept_BV: jnp.sum(kept_BV, axis=-1, keepdims=True) >= top_k, top_k > 0)
-    probability_BV = jax.nn.softmax(jnp.where(in_top_k, logits_BV, -jnp.inf), axis=-1)
-    in_top_p = cut(
-        lambda kept_BV: jnp.sum(jnp.where(kept_BV, probability_BV, 0), axis=-1, keepdims=True) >= top_p, top_p < 1
-    )
-    return in_top_k & in_top_p
+    In each round the interval in which it lies is cut into WAYS parts, until one logit is left in it (or several that
+    hardly differ). Where it is not `needed`, or all weights are too little: the smallest logit.
+    """
+    cuts_W = jnp.arange(1, WAYS) / WAYS
+
+    def narrow(carry):
+        left, low_B1, high_B1, from_low_B1, from_high_B1 = carry
+        cut_BW = low_B1 + (high_B1 - low_B1) * cuts_W
+        above_BWV = logits_BV[:, None] >= cut_BW[..., None]
+        enough_BW = jnp.sum(jnp.where(above_BWV, weights_BV[:, None], 0), axis=-1) >= wanted_B1
+        count_BW = jnp.sum(jnp.where(above_BWV, 1.0, 0), axis=-1)
+        low_B1, high_B1, from_low_B1, from_high_B1 = (
+            jnp.max(jnp.where(enough_BW, cut_BW, low_B1), axis=-1, keepdims=True),
+            jnp.min(jnp.where(enough_BW, high_B1, cut_BW), axis=-1, keepdims=True),
+            jnp.min(jnp.where(enough_BW, count_BW, from_low_B1), axis=-1, keepdims=True),
+            jnp.max(jnp.where(enough_BW, from_high_B1, count_BW), axis=-1, keepdims=True),
+        )
+        return left - 1, low_B1, high_B1, from_low_B1, from_high_B1
+
+    high_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    low_B1 = jnp.min(jnp.where(logits_BV > -jnp.inf, logits_BV, high_B1), axis=-1, keepdims=True)
+    counts_B1 = jnp.full_like(low_B1, logits_BV.shape[1]), jnp.zeros_like(low_B1)
+    start = (jnp.where(needed, ROUNDS, 0), low_B1, high_B1, *counts_B1)
+    return jax.lax.while_loop(lambda c: (c[0] > 0) & jnp.any(c[3] - c[4] > 1), narrow, start)[1]
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice) -> jax.Array:
@@ -80,21 +97,26 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice) -> jax.Array
         [B] int32.
     """
     temperature = jnp.asarray(choice.temperature, jnp.float32)
-    kept_BV = likeliest(logits_BV / jnp.maximum(temperature, 1e-6), jnp.asarray(choice.top_k), choice.top_p)
+    top_k = jnp.where(temperature > 0, choice.top_k, 0)
+    top_p = jnp.where(temperature > 0, choice.top_p, 1)
+    kept_BV = likeliest(logits_BV / jnp.maximum(temperature, 1e-6), top_k, top_p)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
     scores_BV = jnp.where(kept_BV, logits_BV + temperature * noise_BV, -jnp.inf)
-    return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+    # argmax in two plain reductions, for as one it takes ten times as long on a CPU
+    best_BV = scores_BV == jnp.max(scores_BV, axis=-1, keepdims=True)
+    ids_V = jnp.arange(logits_BV.shape[1])
+    return jnp.min(jnp.where(best_BV, ids_V, logits_BV.shape[1] - 1), axis=-1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("config", "new_slots"))
 def read(
-    config: ModelConfig, params: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, new_slots: int
+    config: ModelConfig, weights: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, new_slots: int
 ) -> Texts:
     """Reads the prompts in one pass.
 
     Args:
         config: the model's sizes.
-        params: its parameters.
+        weights: its parameters, as `model.unstack` gives them.
         ids_BP: prompts, each at the right end of its row; what stands left of them does not matter.
         lengths_B: tokens in each prompt, 1 to P.
         keys_B: one random key a text.
@@ -109,22 +131,14 @@ def read(
     positions_BP = jnp.maximum(slots_P[None] - first_B[:, None], 0)
     slots_S = jnp.arange(P + new_slots)
     visible_BPS = (slots_S[None, None] <= slots_P[None, :, None]) & (slots_S[None, None] >= first_B[:, None, None])
-    read_prompts: Any = Decoder(config).apply(
-        {"params": params},
-        ids_BP,
-        positions_BP,
-        empty_cache(config, B, P + new_slots),
-        jnp.int32(0),
-        visible_BPS,
-        method="extend",
-    )
-    logits_BV, cache = read_prompts
+    cache = empty_cache(config, B, P + new_slots)
+    logits_BV, cache = extend(config, weights, ids_BP, positions_BP, cache, jnp.int32(0), visible_BPS)
     return Texts(cache, logits_BV, jnp.int32(P), first_B, jnp.zeros(B, bool), keys_B)
 
 
 @partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("texts",))
 def write(
-    config: ModelConfig, params: Any, texts: Texts, choice: Choice, end_of_text: jax.Array, count: int
+    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: jax.Array, count: int
 ) -> tuple[Texts, jax.Array]:
     """Writes up to `count` more tokens of each text, on the device, and stops early when all texts have ended.
 
@@ -134,7 +148,7 @@ def write(
     Returns:
         The texts (the argument is donated), and [B, count] int32: the tokens, `end_of_text` from each text's end on.
     """
-    slots_S = jnp.arange(texts.cache.keys_BSHK[0].shape[1])
+    slots_S = jnp.arange(texts.cache.keys_BHKS[0].shape[3])
 
     def body(carry):
         i, t, tokens_BN = carry
@@ -142,9 +156,7 @@ def write(
         token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice)
         token_B = jnp.where(t.done_B, end_of_text, token_B)
         visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
-        logits_BV, cache = Decoder(config).apply(
-            {"params": params}, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S, method="extend"
-        )
+        logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
         done_B = token_B == end_of_text
         tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
         return i + 1, Texts(cache, logits_BV, t.slot + 1, t.first_B, done_B, t.keys_B), tokens_BN

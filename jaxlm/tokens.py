@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
 TOKEN_DTYPE = np.dtype("<u2")
 TOKENIZER_NAME = "gpt2"
 IGNORED_TARGET = -1
+_EPOCHS = 2**31  # no end, but one that grain can count to, whatever the batch size
 
 _Said = typing.TypeVar("_Said")
 Ids = npt.NDArray[np.uint16]
@@ -180,8 +180,8 @@ def train_batch_stream(ids: Ids, context: int, batch_size: int, seed: int, start
     """
     import grain  # takes more than a second
 
-    windows = grain.MapDataset.source(_Windows(ids, context)).shuffle(seed=seed).repeat()
-    batches = windows.batch(batch_size)[start_batch : sys.maxsize]
+    windows = grain.MapDataset.source(_Windows(ids, context)).shuffle(seed=seed).repeat(_EPOCHS)
+    batches = windows.batch(batch_size)[start_batch:]
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 

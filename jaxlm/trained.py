@@ -13,7 +13,7 @@ from jaxlm.checkpoint import DIRECTORY, Checkpoints
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.errors import RequestError
 from jaxlm.huggingface import read_params, read_sizes, read_tokenizer
-from jaxlm.model import init_params
+from jaxlm.model import init_params, unstack
 from jaxlm.tokenizer import Codec
 
 
@@ -31,7 +31,7 @@ class Writer(NamedTuple):
     """All that writing takes."""
 
     config: ModelConfig  # with the device's dtype and attention
-    params: Any
+    weights: Any  # as `model.unstack` gives them
     tokenizer: Codec
 
 
@@ -75,7 +75,8 @@ def load(folder: Path, platform: str) -> Writer:
     tokenizer = read_tokenizer(folder, config.vocab_size)
     params = read_params(folder, config)
     device = backend.start(platform)
-    return Writer(_as_fits(config, device), jax.device_put(params, device), tokenizer)
+    model = _as_fits(config, device)
+    return Writer(model, unstack(model, jax.device_put(params, device)), tokenizer)
 
 
 def _as_fits(model: ModelConfig, device: jax.Device) -> ModelConfig:

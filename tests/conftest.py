@@ -1,8 +1,10 @@
 """Runs everything on the CPU; holds what the tests of the core share."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlm-")  # not the user's
 
 import jax
 import jax.numpy as jnp

@@ -338,8 +338,9 @@ def test_a_save_without_room_is_not_begun(three, tmp_path, trained, monkeypatch)
     needed = checkpoint_bytes(trained)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    three.save(7, committed(trained), META)
     with pytest.raises(RunError, match="MB are free"):
-        three.save(7, committed(trained), META)
+        three.wait()
     assert sorted(path.name for path in (tmp_path / DIRECTORY).iterdir()) == ["1", "3", "5"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     three.save(7, committed(trained), META)

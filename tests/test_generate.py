@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.errors import RequestError
 from jaxlm.generate import encode_prompts, generate, up_to_end
-from jaxlm.model import Decoder
+from jaxlm.model import Decoder, unstack
 from jaxlm.sampling import Choice
 from jaxlm.tokenizer import load_tokenizer
 
@@ -22,7 +22,9 @@ NEVER = -1  # no token is the end of a text
 
 def pieces(small_model, prompts, *, choice=CHOICE, key=0, tokens=10, end_of_text=NEVER, chunk=None):
     config, params = small_model
-    return list(generate(config, params, prompts, choice, jax.random.key(key), tokens, end_of_text, chunk))
+    return list(
+        generate(config, unstack(config, params), prompts, choice, jax.random.key(key), tokens, end_of_text, chunk)
+    )
 
 
 @pytest.fixture(scope="module")

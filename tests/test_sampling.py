@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model import Decoder
+from jaxlm.model import Decoder, unstack
 from jaxlm.sampling import Choice, choose, likeliest, read, write
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,7 +59,8 @@ def forward(small_model):
 def continued(small_model, prompts, choice, end_of_text=NEVER, lengths=LENGTHS):
     config, params = small_model
     ids, keys = prompts
-    texts, tokens = write(config, params, read(config, params, ids, lengths, keys, NEW), choice, end_of_text, NEW)
+    weights = unstack(config, params)
+    texts, tokens = write(config, weights, read(config, weights, ids, lengths, keys, NEW), choice, end_of_text, NEW)
     return texts, np.asarray(tokens)
 
 
@@ -81,6 +82,18 @@ def test_likeliest_equals_sorting(vocabulary, ties):
         for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999, 1.0):
             expected = [kept_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
             np.testing.assert_array_equal(quick_likeliest(logits, top_k, top_p), expected, err_msg=f"{top_k}, {top_p}")
+
+
+def test_minus_infinity_is_never_kept_by_a_cut_nor_drawn():
+    logits = np.float32(np.random.default_rng(3).normal(size=(60, 31)))
+    logits[np.random.default_rng(4).random(logits.shape) < 0.5] = -np.inf
+    for top_k, top_p in ((3, 1.0), (0, 0.7), (20, 0.9)):
+        expected = [kept_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
+        kept = np.asarray(quick_likeliest(logits, top_k, top_p))
+        np.testing.assert_array_equal(kept & (logits > -np.inf), expected & (logits > -np.inf))
+    for choice in (GREEDY, VARIED, Choice(1.0, 0, 1.0)):
+        tokens = quick_choose(logits, jax.random.split(jax.random.key(0), 60), choice)
+        assert (logits[range(60), tokens] > -np.inf).all()
 
 
 @pytest.mark.parametrize("choice", [GREEDY, Choice(0.0, 3, 0.5), Choice(2.0, 1, 1.0), Choice(2.0, 0, 1e-6)])
@@ -124,10 +137,11 @@ def test_successive_tokens_are_drawn_afresh(small_model, prompts):
 
 def test_cached_logits_equal_the_forward_pass_at_every_position(small_model, prompts, forward):
     config, params = small_model
-    texts = read(config, params, prompts[0], LENGTHS, prompts[1], NEW)
+    weights = unstack(config, params)
+    texts = read(config, weights, prompts[0], LENGTHS, prompts[1], NEW)
     logits, tokens = [np.asarray(texts.logits_BV)], []
     for _ in range(NEW):
-        texts, token = write(config, params, texts, VARIED, NEVER, 1)
+        texts, token = write(config, weights, texts, VARIED, NEVER, 1)
         logits.append(np.asarray(texts.logits_BV))
         tokens.append(np.asarray(token))
     tokens = np.concatenate(tokens, axis=1)
@@ -182,6 +196,6 @@ def test_writing_stops_once_all_texts_have_ended(small_model, prompts):
     texts, tokens = continued(small_model, same, GREEDY, np.int32(free[0, end]), lengths=np.full(4, 12))
     assert texts.slot == 12 + end + 1
     assert (tokens[:, end:] == free[0, end]).all()
-    texts, tokens = write(config, params, texts, GREEDY, np.int32(free[0, end]), NEW)
+    texts, tokens = write(config, unstack(config, params), texts, GREEDY, np.int32(free[0, end]), NEW)
     assert texts.slot == 12 + end + 1
     assert (np.asarray(tokens) == free[0, end]).all()

@@ -24,7 +24,7 @@ def take_rows(stream, batches):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "context", "batch_size"), [(1001, 10, 7), (1009, 10, 100), (35, 4, 32), (12, 11, 3)]
+    ("tokens", "context", "batch_size"), [(1001, 10, 7), (1009, 10, 100), (35, 4, 32), (12, 11, 3), (30, 4, 1)]
 )
 def test_every_window_once_an_epoch_and_each_epoch_in_its_own_order(tokens, context, batch_size):
     ids = np.random.default_rng(0).permutation(tokens).astype(np.uint16)

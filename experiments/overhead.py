@@ -1,0 +1,158 @@
+"""Which share of the 60M preset's time does not go into steps:
+
+    python -m experiments.overhead [--rounds 2] [--platform auto]
+
+Runs the real loop (jaxlm.loop.Run) over three periods of 300 steps, in each of which the preset samples 6 times,
+evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; before each such run, the
+bare jitted step as often, on one batch. What the loop took longer is in pauses, which its clock tells apart, or between
+the steps.
+
+On a CPU 300 steps take a day. There each interval is a fiftieth of the preset's, a step reads one sequence and an
+evaluation four windows; the preset's step is then reckoned to take 64 times as long and its evaluation 16 times.
+Samples and checkpoints are the preset's own.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import jax
+import numpy as np
+
+from jaxlm import backend, loop
+from jaxlm.config import Config
+from jaxlm.main import open_data, read_config
+from jaxlm.monitor import Clock
+from jaxlm.step import init_state, make_train_step
+from jaxlm.tokens import TokenFiles
+
+PERIOD = 300  # optimizer steps
+PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # in a period
+CPU_PERIOD, CPU_WINDOWS = 6, 4
+ROUNDING = 0.001  # seconds, of the times in a row of metrics
+
+
+class PeriodIsOver(Exception):
+    pass
+
+
+class RecordingClock(Clock):
+    """A clock that keeps when each pause began, its kind and its seconds."""
+
+    def __init__(self, seconds_before: float):
+        super().__init__(seconds_before)
+        self.pauses: list[tuple[float, str, float]] = []
+
+    @contextlib.contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        start = self.seconds()
+        with super().pause(kind):
+            yield
+        self.pauses.append((start, kind, self.seconds() - start))
+
+
+class MeasuredRun(loop.Run):
+    """A run that ends with its third period."""
+
+    ends: tuple[float, ...] = ()  # of the periods
+
+    def _record(self, row: dict[str, float]) -> None:
+        super()._record(row)
+        if row["step"] % self.config.save_interval == 0:
+            self.ends += (row["seconds"],)
+        if len(self.ends) == 3:
+            raise PeriodIsOver
+
+
+def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
+    """The preset, made smaller on a CPU as told above, with validation text enough for its evaluation."""
+    words = ["--config", "configs/m2_60m.py", "--config.data.corpus=novels", "--config.data.validation=0.1"]
+    config, _ = read_config([*words, "--config.data.dir=data/overhead", f"--config.platform={platform}"])
+    tokens = open_data(config)
+    device = backend.start(platform)
+    config = dataclasses.replace(config, model=backend.resolve(config.model, device))
+    if device.platform == "cpu":
+        fewer = PERIOD // CPU_PERIOD
+        names = ("eval_interval", "save_interval", "generation_interval")
+        config = dataclasses.replace(
+            config,
+            **dict.fromkeys(("batch_size", "grad_accum_steps", "slices"), 1),
+            **{name: getattr(config, name) // fewer for name in names},
+            data=dataclasses.replace(config.data, eval_windows=CPU_WINDOWS),
+        )
+    return config, tokens, device
+
+
+def bare_step(config: Config, device: jax.Device, steps: int) -> float:
+    """Seconds of an optimizer step that nothing stands beside."""
+    state = jax.device_put(init_state(config), device)
+    shape = (config.batch_size, config.model.context + 1)
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    ids = jax.device_put(ids, device)
+    step = make_train_step(config).lower(state, ids).compile()
+    for count in (1, steps):
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        for _ in range(count * config.grad_accum_steps):
+            state, _ = step(state, ids)
+        jax.block_until_ready(state)
+    return (time.perf_counter() - start) / steps
+
+
+def looped_step(config: Config, tokens: TokenFiles, device: jax.Device) -> tuple[float, dict[str, float]]:
+    """Seconds of a step in the third period's loop, without its pauses; and the median pause of each kind."""
+    with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
+        run = MeasuredRun(config, Path(workdir), tokens, device)
+        run.clock = clock = RecordingClock(0)
+        with contextlib.suppress(PeriodIsOver):
+            run.train()
+    _, start, end = run.ends
+    pauses = [(kind, seconds) for began, kind, seconds in clock.pauses if start <= began + ROUNDING < end]
+    by_kind = {name: [seconds for kind, seconds in pauses if kind == name] for name in PAUSES}
+    assert {name: len(seconds) for name, seconds in by_kind.items()} == PAUSES
+    step = (end - start - sum(seconds for _, seconds in pauses)) / config.save_interval
+    return step, {name: median(seconds) for name, seconds in by_kind.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--platform", default="auto")
+    args = parser.parse_args()
+    config, tokens, device = preset(args.platform)
+    steps, whole = config.save_interval, Config()
+    bare, looped, pauses = [], [], []
+    for _ in range(args.rounds):
+        bare.append(bare_step(config, device, steps))
+        step, by_kind = looped_step(config, tokens, device)
+        looped.append(step)
+        pauses.append(by_kind)
+
+    larger = whole.tokens_per_step / config.tokens_per_step
+    step, between = larger * median(bare), median(a - b for a, b in zip(looped, bare, strict=True))
+    seconds = {name: median(by_kind[name] for by_kind in pauses) for name in PAUSES}
+    seconds["evaluation"] *= whole.data.eval_windows / config.data.eval_windows
+    times = PAUSES | {"between steps": PERIOD}
+    seconds["between steps"] = between
+    total = PERIOD * step + sum(times[name] * seconds[name] for name in times)
+    print(f"jax {jax.__version__} on {backend.describe(device)}, {os.cpu_count()} cores, {config.model.dtype}")
+    print(
+        f"bare step {median(bare):.4f} s of {config.tokens_per_step} tokens, in the loop {median(looped):.4f} s;",
+        end="",
+    )
+    print(f" the preset's step {step:.4f} s")
+    print(f"| | seconds | times in {PERIOD} steps | share |\n|---|---|---|---|")
+    for name, count in times.items():
+        print(f"| {name} | {seconds[name]:.4f} | {count} | {100 * count * seconds[name] / total:.3f}% |")
+    print(f"| all | | | {100 * (1 - PERIOD * step / total):.3f}% |")
+
+
+if __name__ == "__main__":
+    main()

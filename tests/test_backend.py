@@ -1,0 +1,71 @@
+"""What is compiled is kept for the next start, in the user's cache, and nothing about that place stops a program."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+PROGRAM = """
+import warnings, jax, jax.numpy as jnp
+from jaxlm import backend
+warnings.simplefilter("ignore")
+backend._WORTH_KEEPING = 0.0
+backend.start("cpu")
+found = []
+jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+print(jax.jit(lambda x: jnp.sort(x) @ jnp.cumsum(x))(jnp.arange(9.0)))
+print(sum(name.endswith("/cache_hits") for name in found))
+"""
+EXPECTED = np.arange(9.0) @ np.cumsum(np.arange(9.0))
+sound = pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="this jax's cache corrupts memory on the CPU")
+
+
+def compute(home: Path, **settings: str) -> int:
+    """Computes in a process of its own whose home is `home`; gives how much of it the cache held."""
+    usual = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
+    environment = usual | {"PYTHONPATH": str(Path(__file__).parent.parent), "HOME": str(home)} | settings
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    result, hits = done.stdout.split()
+    assert float(result) == EXPECTED
+    return int(hits)
+
+
+def files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+@sound
+@pytest.mark.parametrize("variable", [None, "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
+def test_the_next_start_reads_what_this_one_compiled(tmp_path, variable):
+    home, named = tmp_path / "home", tmp_path / "named"
+    settings = {variable: str(named)} if variable else {}
+    if variable == "JAX_COMPILATION_CACHE_DIR":
+        settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    assert compute(home, **settings) == 0
+    assert compute(home, **settings) > 0
+    place = next((home / name for name in (".cache/jaxlm", "Library/Caches/jaxlm") if (home / name).exists()), named)
+    assert files(tmp_path) == files(place) != []
+
+
+@sound
+@pytest.mark.parametrize("damage", [lambda held: held[:100], lambda held: b"", lambda held: bytes(len(held))])
+def test_what_is_damaged_is_compiled_anew(tmp_path, damage):
+    compute(tmp_path)
+    for path in files(tmp_path):
+        path.write_bytes(damage(path.read_bytes()))
+    assert compute(tmp_path) == 0
+
+
+def test_a_place_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").touch()
+    assert compute(tmp_path / "file") == 0
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 5), reason="this jax's cache is sound")
+def test_a_jax_whose_cache_is_unsound_keeps_nothing(tmp_path):
+    assert compute(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "named")) == 0
+    assert not files(tmp_path)
