@@ -21,6 +21,7 @@ def logits_64(params, ids, config):
     """One text, one position, one head at a time, in float64."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     half = config.width // config.heads // 2
+    sharing = config.heads // (config.kv_heads or config.heads)
 
     def normed(x, scale):
         return scale * x / math.sqrt(x @ x / len(x) + config.norm_eps)
@@ -37,17 +38,18 @@ def logits_64(params, ids, config):
         for position, x in enumerate(stream):
             h = normed(x, b["attention_norm"])
             keys.append(turned(h @ b["key"], position))
-            values.append((h @ b["value"]).reshape(config.heads, -1))
+            values.append((h @ b["value"]).reshape(-1, 2 * half))
             queries = turned(h @ b["query"], position)
             mixed = []
             for head in range(config.heads):
-                weights = np.exp([queries[head] @ key[head] / math.sqrt(2 * half) for key in keys])
-                mixed.append(weights / weights.sum() @ [value[head] for value in values])
+                weights = np.exp([queries[head] @ key[head // sharing] / math.sqrt(2 * half) for key in keys])
+                mixed.append(weights / weights.sum() @ [value[head // sharing] for value in values])
             x += np.concatenate(mixed) @ b["output"]
             h = normed(x, b["mlp_norm"])
             gate = h @ b["gate"]
             x += (gate / (1 + np.exp(-gate)) * (h @ b["up"])) @ b["down"]
-    return np.array([p["embedding"] @ normed(x, p["norm"]) for x in stream])
+    head = p["embedding"] if config.tied else p["head"]
+    return np.array([head @ normed(x, p["norm"]) for x in stream])
 
 
 @functools.cache
@@ -58,8 +60,9 @@ def fresh(output_init="scaled", vocab_size=512, layers=3, width=64):
     return config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
 
 
-def test_logits_and_loss_equal_the_float64_forward_pass(small_model):
-    config, params = small_model
+@pytest.mark.parametrize("model", ["small_model", "small_shared_model"])
+def test_logits_and_loss_equal_the_float64_forward_pass(request, model):
+    config, params = request.getfixturevalue(model)
     expected = np.array([logits_64(params, ids, config) for ids in IDS])
     logits = jax.jit(Decoder(config).apply)({"params": params}, IDS)
     assert logits.dtype == jnp.float32
@@ -104,6 +107,7 @@ def test_default_model_is_the_preset():
         hidden=2048,
         rope_theta=10_000.0,
         norm_eps=1e-6,
+        tied=True,
         output_init="scaled",
     )
 
