@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from jaxlm.layers import MASKED, embed, product_over_rows, product_with_rows
 
-TILE = 768  # entries of the vocabulary whose logits exist at one time
+TILE = 768
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(
-    x_ND: jax.Array, embedding_VD: jax.Array, targets_N: jax.Array, dtype: Any
+    x_ND: jax.Array, embedding_VD: jax.Array, targets_N: jax.Array, dtype: Any, tile: int = TILE
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of logsumexp(logits) - logits[target] over N tokens, logits = x embedding^T.
 
@@ -27,26 +27,27 @@ def cross_entropy(
         embedding_VD: float32.
         targets_N: ids below V; a target below 0 counts nothing.
         dtype: of what the products read; their sums and all else are float32.
+        tile: entries of the vocabulary whose logits exist at one time.
 
     Returns:
         [] float32, nats; and the embedding, for its next use. Backward, the gradient of that next use arrives whole
         and this one is added to it where it lies.
     """
-    return _forward(x_ND, embedding_VD, targets_N, dtype)[0]
+    return _forward(x_ND, embedding_VD, targets_N, dtype, tile)[0]
 
 
-def _forward(x_ND, embedding_VD, targets_N, dtype):
+def _forward(x_ND, embedding_VD, targets_N, dtype, tile):
     narrow_ND = x_ND.astype(dtype)
 
-    def add_tile(carry, tile):
+    def add_tile(carry, place):
         largest_N, total_N = carry
-        _, logits_NW, _ = _tile_logits(narrow_ND, embedding_VD, tile)
+        _, logits_NW, _ = _tile_logits(narrow_ND, embedding_VD, tile, place)
         larger_N = jnp.maximum(largest_N, jnp.max(logits_NW, axis=1))
         total_N = total_N * jnp.exp(largest_N - larger_N) + jnp.sum(jnp.exp(logits_NW - larger_N[:, None]), axis=1)
         return (larger_N, total_N), None
 
     start = jnp.full(len(x_ND), MASKED), jnp.zeros(len(x_ND))
-    (largest_N, total_N), _ = jax.lax.scan(add_tile, start, _tiles(embedding_VD))
+    (largest_N, total_N), _ = jax.lax.scan(add_tile, start, _tiles(len(embedding_VD), tile))
     logsumexp_N = largest_N + jnp.log(total_N)
     rows_ND = embed(targets_N, embedding_VD).astype(dtype)
     picked_N = jnp.sum(narrow_ND.astype(jnp.float32) * rows_ND.astype(jnp.float32), axis=1)
@@ -54,39 +55,38 @@ def _forward(x_ND, embedding_VD, targets_N, dtype):
     return (nats, embedding_VD), (x_ND, embedding_VD, targets_N, logsumexp_N)
 
 
-def _backward(dtype, residuals, d_outputs):
+def _backward(dtype, tile, residuals, d_outputs):
     x_ND, embedding_VD, targets_N, logsumexp_N = residuals
     d_nats, d_embedding_VD = d_outputs
     narrow_ND, d_nats_N1 = x_ND.astype(dtype), jnp.where(targets_N >= 0, d_nats, 0)[:, None]
 
-    def add_tile(carry, tile):
+    def add_tile(carry, place):
         d_x_ND, d_embedding_VD = carry
-        ids_W, logits_NW, rows_WD = _tile_logits(narrow_ND, embedding_VD, tile)
+        ids_W, logits_NW, rows_WD = _tile_logits(narrow_ND, embedding_VD, tile, place)
         softmax_NW = jnp.exp(logits_NW - logsumexp_N[:, None])
         d_logits_NW = ((softmax_NW - (ids_W == targets_N[:, None])) * d_nats_N1).astype(dtype)
         d_x_ND += jnp.matmul(d_logits_NW, rows_WD, preferred_element_type=jnp.float32)
         d_rows_WD = product_over_rows(d_logits_NW, narrow_ND)
-        return (d_x_ND, _add_rows(d_embedding_VD, d_rows_WD, tile[0])), None
+        return (d_x_ND, _add_rows(d_embedding_VD, d_rows_WD, place[0])), None
 
     start = (jnp.zeros(x_ND.shape, jnp.float32), d_embedding_VD)
-    (d_x_ND, d_embedding_VD), _ = jax.lax.scan(add_tile, start, _tiles(embedding_VD))
+    (d_x_ND, d_embedding_VD), _ = jax.lax.scan(add_tile, start, _tiles(len(embedding_VD), tile))
     return d_x_ND.astype(x_ND.dtype), d_embedding_VD, None
 
 
-def _tiles(embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _tiles(V: int, tile: int) -> tuple[jax.Array, jax.Array]:
     """Where each tile starts, and its first id that no tile before it has: the last one overlaps, to end with V."""
-    V = len(embedding_VD)
-    first = jnp.arange(0, V, TILE)
-    return jnp.minimum(first, max(V - TILE, 0)), first
+    first = jnp.arange(0, V, tile)
+    return jnp.minimum(first, max(V - tile, 0)), first
 
 
-def _tile_logits(narrow_ND, embedding_VD, tile):
+def _tile_logits(narrow_ND, embedding_VD, tile, place):
     """A tile's ids [W], its logits [N, W] and its rows of the embedding [W, D].
 
     What another tile has counted is id -2, which is no target, with logits that weigh nothing.
     """
-    start, first = tile
-    W = min(TILE, len(embedding_VD))
+    start, first = place
+    W = min(tile, len(embedding_VD))
     rows_WD = jax.lax.dynamic_slice_in_dim(embedding_VD, start, W).astype(narrow_ND.dtype)
     ids_W = start + jnp.arange(W)
     logits_NW = product_with_rows(narrow_ND, rows_WD)

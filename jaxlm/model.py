@@ -177,12 +177,15 @@ class Decoder(nn.Module):
         x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
         return x_BTD, {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
 
-    def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, Any]:
-        """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing.
+    def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing."""
+        return self.loss_and_pass(inputs_BT, targets_BT)[0]
 
-        Returns:
-            [] and the parameters, for their next use: a gradient with respect to these that is given to the backward
-            pass is where the gradient of the loss is added, without a second set of gradients.
+    def loss_and_pass(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, Any]:
+        """`loss`, and the parameters for their next use.
+
+        A gradient with respect to these, given to the backward pass, is what the gradient of the loss is added to,
+        where it lies: gradients of many slices add up without a second set of them.
         """
         x_BTD, params = self._hidden(inputs_BT)
         x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)

@@ -40,8 +40,13 @@ def make_optimizer(config: Config) -> Optimizer:
     """Clip by the global norm, then AdamW (or Muon for the blocks' matrices), each `grad_accum_steps` micro-batches.
 
     The gradients of the micro-batches are averaged. A micro-batch whose gradients are not all finite is skipped:
-    nothing advances. Weight decay is decoupled and on matrices only.
+    nothing advances.
     """
+    return accumulate(make_inner(config), config.grad_accum_steps)
+
+
+def make_inner(config: Config) -> optax.GradientTransformation:
+    """The chain of one optimizer step. Weight decay is decoupled and on matrices only."""
     c = config.optimizer
     schedule = make_schedule(c, config.max_steps)
 
@@ -58,8 +63,7 @@ def make_optimizer(config: Config) -> Optimizer:
         update = optax.multi_transform({"adam": adam, "muon": muon}, _muon_labels)
     else:
         update = adam
-    inner = optax.chain(clip_by_norm(c.clip_norm), update)
-    return accumulate(inner, config.grad_accum_steps)
+    return optax.chain(_record_norm(), clip_by_norm(c.clip_norm), update)
 
 
 def accumulate(inner: optax.GradientTransformation, every: int) -> Optimizer:
@@ -121,15 +125,21 @@ class NormState(NamedTuple):
     grad_norm: jax.Array
 
 
+def _record_norm() -> optax.GradientTransformation:
+    return optax.GradientTransformation(
+        lambda params: NormState(jnp.float32(0)),
+        lambda updates, state, params=None: (updates, NormState(optax.tree_utils.tree_norm(updates))),
+    )
+
+
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` that keeps the norm, and multiplies by one number, so that XLA keeps no copy."""
+    """`optax.clip_by_global_norm` by one multiplication, which XLA fuses where that one's division makes a copy."""
 
-    def update(grads: Any, state: NormState, params: Any = None) -> tuple[Any, NormState]:
-        norm = optax.tree_utils.tree_norm(grads)
-        scale = largest / jnp.maximum(norm, largest)
-        return jax.tree.map(lambda g: g * scale, grads), NormState(norm)
+    def clip(grads: Any, params: Any) -> Any:
+        scale = largest / jnp.maximum(optax.tree_utils.tree_norm(grads), largest)
+        return jax.tree.map(lambda g: g * scale, grads)
 
-    return optax.GradientTransformation(lambda params: NormState(jnp.float32(0)), update)
+    return optax.stateless(clip)
 
 
 def _orthogonalize() -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """The training state and the jitted steps that take it forward and measure it."""
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,9 @@ class Metrics(NamedTuple):
 def init_state(config: Config) -> TrainState:
     """Draws the parameters from the seed; moments and counters are zero."""
     params = init_params(config.model, jax.random.key(config.seed))
-    # each counter its own array: a donated state may not name one buffer twice
-    return TrainState(params, make_optimizer(config).init(params), jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    # each its own array: a donated state may not name one buffer twice
+    opt_state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(make_optimizer(config).init, params))
+    return TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
 
 def make_train_step(config: Config) -> jax.stages.Wrapped:
@@ -62,7 +63,7 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
 
         def add_slice(total, slice_BT):
             loss, grads = total
-            run: Any = partial(model.apply, method="loss")
+            run: Any = partial(model.apply, method="loss_and_pass")
             (nats, _), pull = jax.vjp(lambda p: run({"params": p}, slice_BT[:, :-1], slice_BT[:, 1:]), params)
             (grads,) = pull((1 / jnp.float32(tokens), grads))
             return (loss + nats / tokens, grads), None
@@ -101,9 +102,4 @@ def make_eval_step(config: Config) -> jax.stages.Wrapped:
     Targets below 0 count nothing.
     """
     model = Decoder(config.model)
-
-    def nats(params: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        total, _ = cast(Any, model.apply({"params": params}, inputs_BT, targets_BT, method="loss"))
-        return total
-
-    return jax.jit(nats)
+    return jax.jit(lambda params, inputs, targets: model.apply({"params": params}, inputs, targets, method="loss"))

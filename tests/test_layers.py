@@ -1,5 +1,7 @@
 """Each layer against its definition in float64 NumPy: values, and gradients by central differences of that."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,11 +129,32 @@ def test_attention_under_any_mask(batch, queries, keys, heads, head_width):
     )
 
 
+@pytest.mark.parametrize("queries", [2, 5, 128])
 @pytest.mark.parametrize(("batch", "time", "heads", "head_width"), [(2, 5, 3, 2), (1, 1, 1, 2)])
-def test_causal_attention(batch, time, heads, head_width):
+def test_causal_attention(monkeypatch, queries, batch, time, heads, head_width):
+    monkeypatch.setattr(layers, "QUERIES", queries)
     mask = np.array([[[s <= t for s in range(time)] for t in range(time)]])
     arrays = [draw(batch, time, heads, head_width, seed=seed) for seed in (1, 2, 3)]
-    assert_matches(layers.causal_attention, lambda q, k, v: attention_64(q, k, v, mask), *arrays)
+    causal = partial(layers.causal_attention, dtype="float32")
+    assert_matches(causal, lambda q, k, v: attention_64(q, k, v, mask), *arrays)
+
+
+@pytest.mark.parametrize("time", [1, 100, 128, 300])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_causal_attention_in_blocks_is_masked_attention(time, narrow):
+    """At the sizes of a block, one less and several, with the products in either dtype."""
+    q, k, v, d_out = (jnp.float32(draw(2, time, 3, 16, seed=seed)) for seed in range(4))
+    dtype = jnp.bfloat16 if narrow else jnp.float32
+
+    def whole(q, k, v):
+        return layers.attention(q, k, v, jnp.tri(time, dtype=bool)[None])
+
+    def pulled(attend):
+        out, pull = jax.jit(lambda *qkv: jax.vjp(attend, *qkv))(q, k, v)
+        return out, *pull(d_out)
+
+    for found, expected in zip(pulled(partial(layers.causal_attention, dtype=dtype)), pulled(whole), strict=True):
+        assert np.linalg.norm(found - expected) < (2**-7 if narrow else 1e-5) * max(np.linalg.norm(expected), 1)
 
 
 def test_attention_with_nothing_to_see_is_finite():
@@ -163,6 +186,29 @@ def test_swiglu(width, hidden):
 
 def test_linear():
     assert_matches(layers.linear, lambda x, w: x @ w, draw(2, 3, 5), draw(5, 4))
+
+
+@pytest.mark.parametrize(("rows", "width", "out"), [(32, 16, 48), (32, 48, 16), (16, 16, 16), (6, 5, 4), (32, 16, 5)])
+def test_linear_with_bfloat16_products_of_float32(rows, width, out):
+    """Of numbers that bfloat16 holds, the products are exact: so are the sums, to float32, also by tiles."""
+    x, w, d_out = (
+        np.float32(jnp.bfloat16(draw(*shape))) for shape in ((2, rows // 2, width), (width, out), (rows, out))
+    )
+    found, pull = jax.vjp(jax.jit(partial(layers.linear, dtype="bfloat16")), x, w)
+    d_x, d_w = pull(d_out.reshape(found.shape))
+    assert found.dtype == d_x.dtype == d_w.dtype == jnp.float32
+    flat = x.reshape(rows, width)
+    np.testing.assert_allclose(found.reshape(rows, out), flat @ w, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_x.reshape(rows, width), d_out @ w.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_w, flat.T @ d_out, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_for_the_next_use_of_the_embedding_is_added_to():
+    ids, table, later = np.array([[3, 0, 3], [6, 3, 1]]), draw(7, 3), draw(7, 3, seed=1)
+    (rows, passed), pull = jax.vjp(lambda table: layers.embed_and_pass(jnp.asarray(ids), table), jnp.float32(table))
+    [found] = pull((jnp.ones_like(rows), jnp.float32(later)))
+    np.testing.assert_array_equal(passed, np.float32(table))
+    np.testing.assert_allclose(found, later + np.bincount(ids.ravel(), minlength=7)[:, None], rtol=1e-6)
 
 
 def test_embedding_takes_rows_and_adds_up_their_gradients():

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxlm.config import Config, OptimizerConfig
-from jaxlm.optimizer import make_optimizer, make_schedule, orthogonalize
+from jaxlm.optimizer import accumulate, clip_by_norm, make_inner, make_optimizer, make_schedule, orthogonalize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -56,12 +56,7 @@ def named_leaves(tree):
 def compiled(config):
     optimizer = make_optimizer(config)
 
-    @jax.jit
-    def step(params, state, gradient):
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return optimizer.init, step
+    return optimizer.init, jax.jit(lambda params, state, gradient: optimizer.step(gradient, state, params))
 
 
 def after_each_step(config, params, gradients):
@@ -189,3 +184,41 @@ def test_under_muon_embedding_and_norm_scales_go_by_adam():
     for name in adamw:
         same = np.array_equal(adamw[name], muon[name])
         assert same == (name in ("['embedding']", "['norm']", "['blocks']['attention_norm']")), name
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_accumulation_is_that_of_optax_multi_steps(every, optimizer):
+    """Over good gradients and bad ones, in the same state after each as optax's own MultiSteps."""
+    config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name=optimizer, clip_norm=3.0))
+    inner = make_inner(config)
+    ours = accumulate(inner, every)
+    optax_own = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)
+    params = jax.tree.map(np.float32, draw(0))
+    gradients = [jax.tree.map(np.float32, draw(seed, scale=seed % 3)) for seed in range(1, 9)]
+    gradients[1]["norm"][2], gradients[4]["embedding"][0, 0] = np.nan, np.inf
+    found, expected = (params, ours.init(params)), (params, optax_own.init(params))
+    step, update = jax.jit(ours.step), jax.jit(optax_own.update)
+    for gradient in gradients:
+        found = step(gradient, found[1], found[0])
+        updates, state = update(gradient, expected[1], expected[0])
+        expected = optax.apply_updates(expected[0], updates), state
+        assert (found[1].mini_step, found[1].gradient_step) == (state.mini_step, state.gradient_step)
+        assert bool(found[1].skip_state["should_skip"]) == bool(state.skip_state["should_skip"])
+        if every == 1:
+            state = state._replace(acc_grads=())
+        same = (
+            (found[0], found[1].inner_opt_state, found[1].acc_grads),
+            (expected[0], state.inner_opt_state, state.acc_grads),
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *same)
+    assert int(found[1].gradient_step) == 6 // every
+
+
+def test_clipping_is_that_of_optax():
+    gradient = jax.tree.map(np.float32, draw(1))
+    for largest in (1e-3, 2.0, 1e9):
+        ours, theirs = clip_by_norm(largest), optax.clip_by_global_norm(largest)
+        found, _ = ours.update(gradient, ours.init(gradient))
+        expected, _ = theirs.update(gradient, theirs.init(gradient))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)

@@ -71,14 +71,15 @@ def accumulated(start):
 @pytest.fixture(scope="module")
 def poisoned_step(start):
     """A train step in which two ids make one number of the gradient non-finite and leave the rest alone."""
-    loss = Decoder.loss
+    loss_and_pass = Decoder.loss_and_pass
 
     def poisoned_loss(self, inputs_BT, targets_BT):
         poison = jnp.where(jnp.any(inputs_BT == NAN), jnp.nan, jnp.where(jnp.any(inputs_BT == INF), jnp.inf, 0))
-        return loss(self, inputs_BT, targets_BT) + poison * self.embedding[0, 0]
+        nats, params = loss_and_pass(self, inputs_BT, targets_BT)
+        return nats + poison * self.embedding[0, 0], params
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "loss", poisoned_loss)
+        patch.setattr(Decoder, "loss_and_pass", poisoned_loss)
         return make_train_step(CONFIG).lower(start, micro_batches(1)[0]).compile()
 
 
