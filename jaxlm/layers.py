@@ -124,8 +124,8 @@ def _causal_backward(dtype, residuals, d_out_BTHK):
     q_BTHK, k_BTHK, v_BTHK, out_BTHK, logsumexp_GT = residuals
     scale = q_BTHK.shape[-1] ** -0.5
     q, k, v, d_out = (_by_head(x, dtype) for x in (q_BTHK * scale, k_BTHK, v_BTHK, d_out_BTHK))
-    # sum over S of weights * d_weights
-    mean_GT = jnp.sum(_by_head(out_BTHK, jnp.float32) * _by_head(d_out_BTHK, jnp.float32), axis=-1)
+    # the sum over S of weights * d_weights
+    mean_GT = jnp.sum(_by_head(out_BTHK, dtype).astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     k_GKT = k.swapaxes(1, 2)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for block in _query_blocks(q.shape[1]):
