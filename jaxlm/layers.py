@@ -4,12 +4,15 @@ Shape letters, here and in the whole core: B batch, T time (queries), S time (ke
 K head width, F hidden width, V vocabulary, L layers. A name ends in the shape of its array.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang & Sennrich 2019).
 
@@ -21,9 +24,30 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     Returns:
         [..., D] in the dtype of x.
     """
-    x32_BTD = x_BTD.astype(jnp.float32)
-    mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
-    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps) * scale_D).astype(x_BTD.dtype)
+    return (x_BTD.astype(jnp.float32) * _unit_scale(x_BTD, eps) * scale_D).astype(x_BTD.dtype)
+
+
+def _unit_scale(x_BTD, eps):
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1, keepdims=True) + eps)
+
+
+def _rms_norm_forward(x_BTD, scale_D, eps):
+    return rms_norm(x_BTD, scale_D, eps), (x_BTD, scale_D)
+
+
+def _rms_norm_backward(eps, residuals, d_out_BTD):
+    x_BTD, scale_D = residuals
+    # were the scale of the forward pass taken from there, the GPU could not compute that pass in one kernel
+    x_BTD = jax.lax.optimization_barrier(x_BTD)
+    unit_BT1, x32_BTD, d_out_BTD = _unit_scale(x_BTD, eps), x_BTD.astype(jnp.float32), d_out_BTD.astype(jnp.float32)
+    d_unit_BTD = d_out_BTD * scale_D
+    along_BT1 = jnp.mean(d_unit_BTD * x32_BTD, axis=-1, keepdims=True)
+    d_x_BTD = unit_BT1 * d_unit_BTD - x32_BTD * (unit_BT1**3 * along_BT1)
+    d_scale_D = jnp.sum(d_out_BTD * x32_BTD * unit_BT1, axis=tuple(range(x_BTD.ndim - 1)))
+    return d_x_BTD.astype(x_BTD.dtype), d_scale_D
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_table(positions_BT: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -93,8 +117,9 @@ def cudnn_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> 
     return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
 
 
+@jax.custom_vjp
 def linear(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """x w over the last axis, the weights cast to the dtype of x.
+    """x w over the last axis, the weights cast to the dtype of x; their gradient stays in float32, as it is summed.
 
     Args:
         x_BTD: [B, T, D].
@@ -104,8 +129,23 @@ def linear(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
         [B, T, F]. The product is taken as [B T, D] by [D, F]: its gradients have one contracted axis, the only
         form that every backend takes.
     """
-    out = x_BTD.reshape(-1, x_BTD.shape[-1]) @ w_DF.astype(x_BTD.dtype)
-    return out.reshape(*x_BTD.shape[:-1], w_DF.shape[-1])
+    return _linear_forward(x_BTD, w_DF)[0]
+
+
+def _linear_forward(x_BTD, w_DF):
+    w_DF = w_DF.astype(x_BTD.dtype)
+    out_NF = x_BTD.reshape(-1, w_DF.shape[0]) @ w_DF
+    return out_NF.reshape(*x_BTD.shape[:-1], w_DF.shape[1]), (x_BTD, w_DF)
+
+
+def _linear_backward(residuals, d_out_BTF):
+    x_BTD, w_DF = residuals
+    x_ND, d_out_NF = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, d_out_BTF))
+    d_w_DF = jnp.matmul(x_ND.T, d_out_NF, preferred_element_type=jnp.float32)
+    return (d_out_NF @ w_DF.T).reshape(x_BTD.shape), d_w_DF
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layers
+from jaxlm import kernels, layers
 from jaxlm.config import ModelConfig
 from jaxlm.loss import cross_entropy
 
@@ -75,10 +75,18 @@ def block(
     """
     B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
-    q, k, v = (layers.linear(h_BTD, p[name]).reshape(B, T, c.heads, -1) for name in ("query", "key", "value"))
+    fused = c.kernels == "fused" and kernels.fits(B * T)
+    weights = [p[name] for name in ("query", "key", "value")]
+    if fused:
+        qkv = jnp.split(layers.linear(h_BTD, jnp.concatenate(weights, axis=1)), 3, axis=-1)
+    else:
+        qkv = [layers.linear(h_BTD, weight) for weight in weights]
+    q, k, v = (array.reshape(B, T, c.heads, -1) for array in qkv)
     out_BTHK = attend(layers.rope(q, table), layers.rope(k, table), v)
     x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"])
     h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
+    if fused:
+        return x_BTD + kernels.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
     return x_BTD + layers.swiglu(h_BTD, p["gate"], p["up"], p["down"])
 
 
@@ -111,13 +119,15 @@ class Decoder(nn.Module):
         if c.remat:
             x_BTD, _ = jax.lax.scan(jax.checkpoint(body), x_BTD, self.blocks)
         else:
-            x_BTD, _ = jax.lax.scan(body, x_BTD, self.blocks, unroll=c.layers)
+            for layer in range(c.layers):
+                x_BTD, _ = body(x_BTD, jax.tree.map(lambda stacked, layer=layer: stacked[layer], self.blocks))
         return layers.rms_norm(x_BTD, self.norm, c.norm_eps)
 
     def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
         """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing."""
         x_BTD = self.hidden(inputs_BT)
-        return cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.embedding, targets_BT.reshape(-1))
+        loss = kernels.cross_entropy if self.config.kernels == "fused" else cross_entropy
+        return loss(x_BTD.reshape(-1, x_BTD.shape[-1]), self.embedding, targets_BT.reshape(-1))
 
     def extend(
         self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache, start: jax.Array, visible_BTS: jax.Array
