@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from jaxlm import kernels
 from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
 
@@ -19,6 +20,7 @@ if jax.__version_info__ < (0, 5):
 
 _WORTH_KEEPING = 0.1  # seconds of compilation
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
 _JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
 
 
@@ -34,8 +36,8 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
         RequestError: a platform named outright does not start.
     """
     _keep_compilations()
-    if deterministic:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}"
+    flags = [_CUBLAS] * (platform in ("auto", "cuda")) + [_DETERMINISTIC] * deterministic
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
     if platform != "auto":
         jax.config.update("jax_platforms", f"{_JAX_NAMES[platform]},cpu")  # the CPU draws the first parameters
     try:
@@ -69,10 +71,10 @@ def _keep_compilations() -> None:
 
 def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
     """The same model with what is `auto` decided for the device: bfloat16 on an NVIDIA GPU and float32 elsewhere,
-    cuDNN's attention where it fits and the plain one elsewhere.
+    cuDNN's attention and the fused kernels where they fit and the plain ones elsewhere.
 
     Raises:
-        RequestError: cuDNN is asked for where it does not fit.
+        RequestError: cuDNN or the fused kernels are asked for where they do not fit.
     """
     on_cuda = device.platform == "gpu"
     dtype = ("bfloat16" if on_cuda else "float32") if model.dtype == "auto" else model.dtype
@@ -82,7 +84,15 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
             "model.attention cudnn needs an NVIDIA GPU, bfloat16 and heads of a multiple of 8: set it to auto"
         )
     attention = ("cudnn" if fits else "plain") if model.attention == "auto" else model.attention
-    return dataclasses.replace(model, dtype=dtype, attention=attention)
+    hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
+    fits = hopper and dtype == "bfloat16" and model.width % kernels.DEPTH == 0 and model.hidden % kernels.GROUP == 0
+    if model.kernels == "fused" and not fits:
+        raise RequestError(
+            "model.kernels fused needs a Hopper GPU (H100, H200), jax 0.11, bfloat16 and a width and a hidden width"
+            f" that are multiples of {kernels.DEPTH}: set it to auto"
+        )
+    fused = ("fused" if fits else "plain") if model.kernels == "auto" else model.kernels
+    return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused)
 
 
 def describe(device: jax.Device) -> str:

@@ -14,6 +14,7 @@ QUERIES = 128  # of causal attention, taken at a time
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang & Sennrich 2019).
 
@@ -25,9 +26,30 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     Returns:
         [..., D] in the dtype of x.
     """
-    x32_BTD = x_BTD.astype(jnp.float32)
-    mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
-    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps) * scale_D).astype(x_BTD.dtype)
+    return (x_BTD.astype(jnp.float32) * _unit_scale(x_BTD, eps) * scale_D).astype(x_BTD.dtype)
+
+
+def _unit_scale(x_BTD, eps):
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1, keepdims=True) + eps)
+
+
+def _rms_norm_forward(x_BTD, scale_D, eps):
+    return rms_norm(x_BTD, scale_D, eps), (x_BTD, scale_D)
+
+
+def _rms_norm_backward(eps, residuals, d_out_BTD):
+    x_BTD, scale_D = residuals
+    # were the scale of the forward pass taken from there, the GPU could not compute that pass in one kernel
+    x_BTD = jax.lax.optimization_barrier(x_BTD)
+    unit_BT1, x32_BTD, d_out_BTD = _unit_scale(x_BTD, eps), x_BTD.astype(jnp.float32), d_out_BTD.astype(jnp.float32)
+    d_unit_BTD = d_out_BTD * scale_D
+    along_BT1 = jnp.mean(d_unit_BTD * x32_BTD, axis=-1, keepdims=True)
+    d_x_BTD = unit_BT1 * d_unit_BTD - x32_BTD * (unit_BT1**3 * along_BT1)
+    d_scale_D = jnp.sum(d_out_BTD * x32_BTD * unit_BT1, axis=tuple(range(x_BTD.ndim - 1)))
+    return d_x_BTD.astype(x_BTD.dtype), d_scale_D
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_table(positions_BT: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -134,11 +156,16 @@ def _causal_backward(dtype, residuals, d_out_BTHK):
         weights_GST = jnp.where(_visible(block).T, jnp.exp(scores_GST - logsumexp_GT[:, None, block]), 0)
         d_weights_GST = _products("GSK,GTK->GST", v[:, seen], d_out[:, block])
         d_scores_GST = (weights_GST * (d_weights_GST - mean_GT[:, None, block])).astype(dtype)
-        d_v = d_v.at[:, seen].add(_products("GST,GTK->GSK", weights_GST.astype(dtype), d_out[:, block]))
-        d_k = d_k.at[:, seen].add(_products("GST,GTK->GSK", d_scores_GST, q[:, block]))
+        d_v = _add_to_start(d_v, _products("GST,GTK->GSK", weights_GST.astype(dtype), d_out[:, block]))
+        d_k = _add_to_start(d_k, _products("GST,GTK->GSK", d_scores_GST, q[:, block]))
         d_q.append(_products("GKS,GST->GKT", k_GKT[:, :, seen], d_scores_GST))
     d_q_GTK = (jnp.concatenate(d_q, axis=2) * scale).swapaxes(1, 2)
     return tuple(_from_heads(d, x) for d, x in ((d_q_GTK, q_BTHK), (d_k, k_BTHK), (d_v, v_BTHK)))
+
+
+def _add_to_start(total_GSK: jax.Array, part_GSK: jax.Array) -> jax.Array:
+    """The sum, where the part has only the first positions."""
+    return jax.lax.dynamic_update_slice(total_GSK, total_GSK[:, : part_GSK.shape[1]] + part_GSK, (0, 0, 0))
 
 
 def _query_blocks(times: int) -> list[slice]:
@@ -194,16 +221,11 @@ def _product(x_ND, w_DF, dtype):
 def _product_backward(dtype, residuals, d_out_NF):
     x_ND, w_DF = residuals
     narrow_NF = d_out_NF.astype(dtype)
-    d_x_ND = product_with_rows(narrow_NF, w_DF.astype(dtype)).astype(x_ND.dtype)
+    d_x_ND = jnp.einsum("NF,DF->ND", narrow_NF, w_DF.astype(dtype), preferred_element_type=x_ND.dtype)
     return d_x_ND, product_over_rows(x_ND.astype(dtype), narrow_NF).astype(w_DF.dtype)
 
 
 _product.defvjp(lambda x_ND, w_DF, dtype: (_product(x_ND, w_DF, dtype), (x_ND, w_DF)), _product_backward)
-
-
-def product_with_rows(a_NF: jax.Array, b_DF: jax.Array) -> jax.Array:
-    """a b^T, [N, D] float32."""
-    return jnp.einsum("NF,DF->ND", a_NF, b_DF, preferred_element_type=jnp.float32)
 
 
 def product_over_rows(a_ND: jax.Array, b_NF: jax.Array) -> jax.Array:

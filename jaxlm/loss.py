@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.layers import MASKED, embed, product_over_rows, product_with_rows
+from jaxlm.layers import MASKED, embed, product_over_rows
 
 TILE = 768
 
@@ -89,7 +89,7 @@ def _tile_logits(narrow_ND, embedding_VD, tile, place):
     W = min(tile, len(embedding_VD))
     rows_WD = jax.lax.dynamic_slice_in_dim(embedding_VD, start, W).astype(narrow_ND.dtype)
     ids_W = start + jnp.arange(W)
-    logits_NW = product_with_rows(narrow_ND, rows_WD)
+    logits_NW = jnp.einsum("ND,WD->NW", narrow_ND, rows_WD, preferred_element_type=jnp.float32)
     return jnp.where(ids_W >= first, ids_W, -2), jnp.where(ids_W >= first, logits_NW, MASKED), rows_WD
 
 

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layers
+from jaxlm import kernels, layers
 from jaxlm.config import ModelConfig
 from jaxlm.loss import cross_entropy
 
@@ -80,15 +80,22 @@ def block(
     """
     B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
-    q, k, v = (
-        layers.linear(h_BTD, p[name], c.products).reshape(B, T, -1, D // c.heads) for name in ("query", "key", "value")
-    )
+    fused = c.kernels == "fused" and kernels.fits(B * T)
+    weights = [p[name] for name in ("query", "key", "value")]
+    if fused:
+        ends = [D, D + weights[1].shape[1]]
+        qkv = jnp.split(layers.linear(h_BTD, jnp.concatenate(weights, axis=1)), ends, axis=-1)
+    else:
+        qkv = [layers.linear(h_BTD, weight, c.products) for weight in weights]
+    q, k, v = (array.reshape(B, T, -1, D // c.heads) for array in qkv)
     q, k = layers.rope(q, table), layers.rope(k, table)
     if c.kv_heads:
         k, v = (jnp.repeat(shared, c.heads // c.kv_heads, axis=2) for shared in (k, v))
     out_BTHK = attend(q, k, v)
     x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"], c.products)
     h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
+    if fused:
+        return x_BTD + kernels.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
     return x_BTD + layers.swiglu(h_BTD, p["gate"], p["up"], p["down"], c.products)
 
 
@@ -171,9 +178,9 @@ class Decoder(nn.Module):
         if c.remat:
             x_BTD, blocks = recomputed_blocks(blocks, x_BTD, table, attend, c)
         else:
-            x_BTD, _ = jax.lax.scan(
-                lambda x_BTD, p: (block(p, x_BTD, table, attend, c), None), x_BTD, blocks, unroll=c.layers
-            )
+            for layer in range(c.layers):
+                p = jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks)
+                x_BTD = block(p, x_BTD, table, attend, c)
         x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
         return x_BTD, {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
 
@@ -190,6 +197,8 @@ class Decoder(nn.Module):
         x_BTD, params = self._hidden(inputs_BT)
         x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
         name, head_VD = ("embedding", params["embedding"]) if self.config.tied else ("head", self.head_VD)
+        if self.config.kernels == "fused":
+            return kernels.cross_entropy(x_ND, head_VD, targets_N), params | {name: head_VD}
         nats, params[name] = cross_entropy(x_ND, head_VD, targets_N, self.config.products)
         return nats, params
 

@@ -211,6 +211,12 @@ def test_a_gradient_for_the_next_use_of_the_embedding_is_added_to():
     np.testing.assert_allclose(found, later + np.bincount(ids.ravel(), minlength=7)[:, None], rtol=1e-6)
 
 
+def test_linear_of_bfloat16_keeps_the_sums_of_its_weights_gradient():
+    x, d_out = (np.random.default_rng(seed).normal(size=(4096, 2)).astype(jnp.bfloat16) for seed in range(2))
+    _, pull = jax.vjp(layers.linear, jnp.asarray(x), jnp.ones((2, 2)))
+    np.testing.assert_allclose(pull(jnp.asarray(d_out))[1], np.float64(x).T @ np.float64(d_out), rtol=1e-4)
+
+
 def test_embedding_takes_rows_and_adds_up_their_gradients():
     ids = np.array([[3, 0, 3], [6, 3, 1]])
     assert_matches(

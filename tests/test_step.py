@@ -181,7 +181,7 @@ def test_evaluation_adds_up_the_nats_of_all_targets(small_model):
 
 
 def test_the_core_imports_nothing_of_the_shell():
-    core = {"layers", "loss", "model", "optimizer", "step", "sampling"}
+    core = {"kernels", "layers", "loss", "model", "optimizer", "step", "sampling"}
     for name in core | {"config", "errors"}:
         allowed = {"errors"} if name == "config" else core | {"config", "errors"}
         imported = set()

@@ -1,0 +1,143 @@
+"""Training speed and memory of the 60M preset beside PyTorch (`experiments/torch_llama.py`), in turns.
+
+    python -m experiments.throughput --device cuda
+    python -m experiments.throughput --device cuda --slices 8
+    python -m experiments.throughput --device cpu --dtype float32
+
+Both train the same model on random tokens, each run in a process of its own, `--rounds` times one after the other.
+A row has the median of the rounds. Memory is the allocator's peak on a GPU, that of the resident set on a CPU.
+
+Utilisation is the share of the speed of one large matrix product, measured here too. A token costs, forward and
+backward, 6 P + 6 L T D floating-point operations: P numbers in matrices (the tied embedding once, for the head), each
+multiplied and added three times; and in each of L layers two products of T / 2 positions by D in attention, likewise.
+Recomputation counts nothing.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains jaxlm in this process."""
+    import jax
+    import numpy as np
+
+    from configs import m2_60m
+    from jaxlm import backend
+    from jaxlm.config import from_config_dict
+    from jaxlm.model import parameter_count
+    from jaxlm.step import init_state, make_train_step
+
+    device = backend.start(args.device)
+    config = from_config_dict(m2_60m.get_config())
+    model = backend.resolve(replace(config.model, dtype=args.dtype, remat=args.remat), device)
+    config = replace(config, batch_size=args.batch, grad_accum_steps=args.accum, slices=args.slices, model=model)
+    draw = np.random.default_rng(0)
+    batches = jax.device_put(draw.integers(model.vocab_size, size=(4, args.batch, model.context + 1), dtype=np.int32))
+    batches = [batches[i] for i in range(4)]
+    state = init_state(config)
+    step = make_train_step(config)
+
+    def train(state, steps):
+        for micro_step in range(steps * args.accum):
+            state, metrics = step(state, batches[micro_step % 4])
+        metrics.loss.block_until_ready()
+        return state
+
+    state = train(state, 2)
+    timings = []
+    for _ in range(3):
+        began = time.perf_counter()
+        state = train(state, args.steps)
+        timings.append((time.perf_counter() - began) / (args.steps * args.accum))
+    on_cpu = args.device == "cpu"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else _allocated(device)
+    seconds = median(timings)
+    matrices = parameter_count(state.params) - (2 * model.layers + 1) * model.width  # all but the norms
+    flops = 6 * matrices + 6 * model.layers * model.context * model.width
+    rate = args.batch * model.context / seconds
+    del state
+    return {
+        "name": f"jaxlm, jax {jax.__version__}",
+        "device": backend.describe(device),
+        "rate": rate,
+        "ms": seconds * 1e3,
+        "mb": peak / 1e6,
+        "utilisation": rate * flops / _product_speed(args.dtype, 2048 if on_cpu else 8192),
+    }
+
+
+def _allocated(device) -> int:
+    return device.memory_stats()["peak_bytes_in_use"]
+
+
+def _product_speed(dtype: str, size: int) -> float:
+    """Floating-point operations a second of a product of two square matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    timings = []
+    for _ in range(10):
+        began = time.perf_counter()
+        product(a, a).block_until_ready()
+        timings.append(time.perf_counter() - began)
+    return 2 * size**3 / median(timings)
+
+
+def run(module: str, flags: list[str]) -> dict[str, Any]:
+    """Runs a program of this folder and reads the JSON line that it prints last."""
+    command = [sys.executable, "-m", f"experiments.{module}", *flags]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--batch", type=int, help="sequences of a micro-step; default: 32 on cuda, 2 on cpu")
+    parser.add_argument("--accum", type=int, help="micro-steps of an optimizer step; default: 2 on cuda, 1 on cpu")
+    parser.add_argument("--slices", type=int, default=1, help="of jaxlm: parts of a micro-step")
+    parser.add_argument("--remat", action="store_true", help="of jaxlm: recompute each block in the backward pass")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a timing; default: 20 on cuda, 3 on cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only-ours", action="store_true", help="one run of jaxlm, in this process")
+    args = parser.parse_args()
+    defaults = {"cuda": ("bfloat16", 32, 2, 20), "cpu": ("float32", 2, 1, 3)}[args.device]
+    for name, default in zip(("dtype", "batch", "accum", "steps"), defaults, strict=True):
+        setattr(args, name, getattr(args, name) or default)
+    if args.only_ours:
+        print(json.dumps(measure(args)))
+        return
+
+    shared = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "batch", "accum", "steps")]
+    own = ["--only-ours", f"--slices={args.slices}", *["--remat"] * args.remat]
+    ours, peers = [], []
+    for _ in range(args.rounds):
+        ours.append(run("throughput", shared + own))
+        peers.append(run("torch_llama", shared))
+    print(f"{ours[0]['device']}, {args.dtype}, {args.batch} x 1024 tokens a micro-step, {args.accum} a step")
+    print("| | ms a micro-step | tokens/s | peak MB |\n|---|---|---|---|")
+    rows = [{key: median(run[key] for run in runs) for key in ("ms", "rate", "mb")} for runs in (ours, peers)]
+    for row, name in zip(rows, (ours[0]["name"], peers[0]["name"]), strict=True):
+        print(f"| {name} | {row['ms']:.2f} | {row['rate']:,.0f} | {row['mb']:,.0f} |")
+    print(f"| ratio | {rows[0]['ms'] / rows[1]['ms']:.3f} | {rows[0]['rate'] / rows[1]['rate']:.3f} | ", end="")
+    print(f"{rows[0]['mb'] / rows[1]['mb']:.3f} |")
+    print(f"utilisation {median(run['utilisation'] for run in ours):.0%} of one large product's speed")
+
+
+if __name__ == "__main__":
+    main()
