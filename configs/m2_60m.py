@@ -3,13 +3,13 @@
     python -m jaxlm.main --config configs/m2_60m.py
 
 59,294,720 parameters; 50,000 steps of 65,536 tokens, 3.28 billion in all. A token costs about 0.40 GFLOP forward and
-backward (0.53 with the recomputation that `remat` adds). As computed, not promised: at the 2,500 to 3,000 tokens a
+backward (0.51 with what is recomputed to save memory). As computed, not promised: at the 2,500 to 3,000 tokens a
 second that this machine is hoped to reach, a step takes 22 to 26 s and the run 13 to 15 days; at 5,000 it takes 8.
 Nobody has run it on a Mac yet.
 
-Memory: 2.3 GB by XLA's own analysis of the step on a CPU, 0.95 of them the weights, the moments and the accumulated
-gradients (`slices` is 8; 1 takes 7.6 GB). Disk: up to 4.3 GB for the five
-checkpoints and the next, 0.24 for the model, 1.2 for the tokens.
+Memory: 1.37 GB by XLA's own analysis of the step on a CPU (`python -m experiments.memory`), of which 0.95 are the
+weights, the moments and the accumulated gradients, 0.24 the gradients of a micro-batch. Disk: up to 4.3 GB for the
+five checkpoints and the next, 0.24 for the model, 1.2 for the tokens.
 """
 
 import ml_collections
@@ -21,7 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.batch_size = 32
     config.grad_accum_steps = 2
-    config.slices = 8
     config.max_steps = 50_000
     config.eval_interval = 100
     config.save_interval = 300

@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.batch_size = 16
     config.grad_accum_steps = 1
+    config.slices = 1
     config.max_steps = 680
     config.eval_interval = 40
     config.save_interval = 136

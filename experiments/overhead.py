@@ -77,7 +77,7 @@ def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
     config, _ = read_config([*words, "--config.data.dir=data/overhead", f"--config.platform={platform}"])
     tokens = open_data(config)
     device = backend.start(platform)
-    config = dataclasses.replace(config, model=backend.resolve(config.model, device))
+    config = backend.resolve_run(config, device)
     if device.platform == "cpu":
         fewer = PERIOD // CPU_PERIOD
         names = ("eval_interval", "save_interval", "generation_interval")

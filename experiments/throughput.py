@@ -5,7 +5,8 @@
     python -m experiments.throughput --device cpu --dtype float32
 
 Both train the same model on random tokens, each run in a process of its own, `--rounds` times one after the other.
-A row has the median of the rounds. Memory is the allocator's peak on a GPU, that of the resident set on a CPU.
+A row has the median of the rounds. bfloat16 means what is usual on the device: PyTorch's autocast, and of jaxlm on a
+CPU `mixed` (bfloat16 products of float32). Memory is the allocator's peak on a GPU, that of the resident set on a CPU.
 
 Utilisation is the share of the speed of one large matrix product, measured here too. A token costs, forward and
 backward, 6 P + 6 L T D floating-point operations: P numbers in matrices (the tied embedding once, for the head), each
@@ -40,13 +41,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     device = backend.start(args.device)
     config = from_config_dict(m2_60m.get_config())
-    model = backend.resolve(replace(config.model, dtype=args.dtype, remat=args.remat), device)
+    on_cpu = args.device == "cpu"
+    dtype = "mixed" if on_cpu and args.dtype == "bfloat16" else args.dtype
+    model = replace(config.model, dtype=dtype, remat=args.remat or on_cpu)
     config = replace(config, batch_size=args.batch, grad_accum_steps=args.accum, slices=args.slices, model=model)
+    config = backend.resolve_run(config, device)
+    model = config.model
     draw = np.random.default_rng(0)
     batches = jax.device_put(draw.integers(model.vocab_size, size=(4, args.batch, model.context + 1), dtype=np.int32))
     batches = [batches[i] for i in range(4)]
+    shapes = jax.eval_shape(lambda: init_state(config)), batches[0]
+    step = make_train_step(config).lower(*shapes).compile()
     state = init_state(config)
-    step = make_train_step(config)
 
     def train(state, steps):
         for micro_step in range(steps * args.accum):
@@ -60,7 +66,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         state = train(state, args.steps)
         timings.append((time.perf_counter() - began) / (args.steps * args.accum))
-    on_cpu = args.device == "cpu"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else _allocated(device)
     seconds = median(timings)
     matrices = parameter_count(state.params) - (2 * model.layers + 1) * model.width  # all but the norms
@@ -110,8 +115,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--batch", type=int, help="sequences of a micro-step; default: 32 on cuda, 2 on cpu")
     parser.add_argument("--accum", type=int, help="micro-steps of an optimizer step; default: 2 on cuda, 1 on cpu")
-    parser.add_argument("--slices", type=int, default=1, help="of jaxlm: parts of a micro-step")
-    parser.add_argument("--remat", action="store_true", help="of jaxlm: recompute each block in the backward pass")
+    parser.add_argument("--slices", type=int, default=0, help="of jaxlm: parts of a micro-step; 0: as fits")
+    parser.add_argument("--remat", action="store_true", help="of jaxlm: recompute each block, as always on a CPU")
     parser.add_argument("--steps", type=int, help="optimizer steps of a timing; default: 20 on cuda, 3 on cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-ours", action="store_true", help="one run of jaxlm, in this process")

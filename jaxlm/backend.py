@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from jaxlm import kernels
-from jaxlm.config import ModelConfig
+from jaxlm.config import Config, ModelConfig
 from jaxlm.errors import RequestError
 
 # jax's defaults for this differ between versions; one seed must give one model
@@ -19,6 +19,8 @@ if jax.__version_info__ < (0, 5):
     jax.config.update("jax_enable_compilation_cache", False)
 
 _WORTH_KEEPING = 0.1  # seconds of compilation
+SLICE_TOKENS = 1024  # computed at one time where memory is shared with all else
+
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
 _JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
@@ -93,6 +95,25 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         )
     fused = ("fused" if fits else "plain") if model.kernels == "auto" else model.kernels
     return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused)
+
+
+def resolve_run(config: Config, device: jax.Device) -> Config:
+    """The same run with what is automatic decided for the device.
+
+    Without `slices` an NVIDIA GPU takes a micro-batch at once and recomputes nothing, for speed. Elsewhere a slice is a
+    sequence, or several short ones: more at a time take more memory and no less time.
+
+    Raises:
+        RequestError: as `resolve`.
+    """
+    model, slices = resolve(config.model, device), config.slices
+    if slices == 0 and device.platform == "gpu":
+        model, slices = dataclasses.replace(model, remat=False), 1
+    elif slices == 0:
+        divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        fit = [n for n in divisors if config.batch_size // n * model.context <= SLICE_TOKENS]
+        slices = min(fit, default=config.batch_size)
+    return dataclasses.replace(config, slices=slices, model=model)
 
 
 def describe(device: jax.Device) -> str:

@@ -184,7 +184,7 @@ class Config:
 
     batch_size: int = field(default=32, metadata=FIXED)  # sequences per micro-batch
     grad_accum_steps: int = field(default=2, metadata=FIXED)  # micro-batches per optimizer step
-    slices: int = 1  # parts of a micro-batch computed one after the other: less memory, the same numbers
+    slices: int = 0  # parts of a micro-batch, computed one after the other: less memory, the same numbers. 0: as fits
     max_steps: int = 50_000
     eval_interval: int = 100  # a console line and a validation pass
     save_interval: int = 300
@@ -201,11 +201,12 @@ class Config:
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self):
-        at_least_one = ("batch_size", "grad_accum_steps", "slices", "max_steps", "eval_interval", "save_interval")
+        at_least_one = ("batch_size", "grad_accum_steps", "max_steps", "eval_interval", "save_interval")
         for name in (*at_least_one, "generation_interval", "max_checkpoints", "max_skipped"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        _require(self.slices >= 0, f"slices is {self.slices}: it must not be negative (0 chooses)")
         _require(
-            self.batch_size % self.slices == 0,
+            self.slices == 0 or self.batch_size % self.slices == 0,
             f"batch_size {self.batch_size} does not divide into {self.slices} slices: choose a divisor",
         )
         _require(
@@ -219,6 +220,11 @@ class Config:
             f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of max_steps {self.max_steps}:"
             " choose a shorter warm-up",
         )
+
+    @property
+    def slice_size(self) -> int:
+        """Sequences computed at one time."""
+        return self.batch_size // max(self.slices, 1)
 
     @property
     def tokens_per_step(self) -> int:

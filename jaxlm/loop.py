@@ -213,7 +213,7 @@ class Run:
     def _evaluate(self, limit: int) -> dict[str, float]:
         c = self.config
         nats, count = [], 0
-        for inputs, targets in val_batches(self.tokens.val, c.model.context, c.batch_size // c.slices, limit):
+        for inputs, targets in val_batches(self.tokens.val, c.model.context, c.slice_size, limit):
             nats.append(self._eval_step(self.state.params, inputs, targets))
             count += int((targets >= 0).sum())
         loss = float(np.sum(jax.device_get(nats), dtype=np.float64)) / count

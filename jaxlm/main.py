@@ -3,7 +3,6 @@
 Goes on from the newest checkpoint in the work directory; prepares the text its config names when that is missing.
 """
 
-import dataclasses
 import difflib
 import glob
 import json
@@ -119,7 +118,7 @@ def main(argv: list[str]) -> None:
     encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
     check_workdir(workdir, config)
     device = backend.start(config.platform, config.deterministic)
-    resolved = dataclasses.replace(config, model=backend.resolve(config.model, device))
+    resolved = backend.resolve_run(config, device)
     check_room(workdir, resolved)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -131,7 +130,7 @@ def main(argv: list[str]) -> None:
         raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise RunError("out of memory: set model.remat, more slices or a smaller batch_size") from error
+            raise RunError("out of memory: set model.remat and slices, or a smaller batch_size") from error
         reason = str(error).splitlines()[0]
         raise RunError(f"the device failed ({reason}): the same command goes on from the last checkpoint") from error
 

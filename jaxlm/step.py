@@ -69,9 +69,9 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
             return (loss + nats / tokens, grads), None
 
         total = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-        if config.slices == 1:
+        if config.slice_size == config.batch_size:
             return add_slice(total, ids_BT)[0]
-        return jax.lax.scan(add_slice, total, ids_BT.reshape(config.slices, -1, ids_BT.shape[1]))[0]
+        return jax.lax.scan(add_slice, total, ids_BT.reshape(-1, config.slice_size, ids_BT.shape[1]))[0]
 
     def train_step(state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
         loss, grads = loss_and_grads(state.params, ids_BT)

@@ -62,7 +62,8 @@ def assert_refused(wrong, *named):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, 0) for name in (*INTERVALS, "batch_size", "grad_accum_steps", "slices", "max_steps")),
+        *((name, 0) for name in (*INTERVALS, "batch_size", "grad_accum_steps", "max_steps")),
+        ("slices", -1),
         *((name, -1) for name in (*INTERVALS, "max_checkpoints", "max_skipped", "seed")),
         ("max_checkpoints", 0),
         ("max_skipped", 0),

@@ -23,7 +23,7 @@ from jaxlm.step import init_state, make_train_step
 SAVED = Path(__file__).parent / "checkpoints"
 MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=2, width=8, hidden=8, dtype="float32")
 OPTIMIZER = OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
-CONFIG = Config(batch_size=8, grad_accum_steps=2, max_steps=20, model=MODEL, optimizer=OPTIMIZER)
+CONFIG = Config(batch_size=8, grad_accum_steps=2, slices=1, max_steps=20, model=MODEL, optimizer=OPTIMIZER)
 SAVED_AT, LAST = 4, 8  # steps
 ONE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 

@@ -1,7 +1,6 @@
 """A run so small that it takes a second: what the tests of the shell train, and how they look at what it left."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -102,7 +101,7 @@ def saved_state(workdir: Path | str, step: int) -> TrainState:
 
 def resolved(config: Config) -> Config:
     """As the training command computes it here."""
-    return dataclasses.replace(config, model=backend.resolve(config.model, jax.devices()[0]))
+    return backend.resolve_run(config, jax.devices()[0])
 
 
 def assert_same_bits(tree, other) -> None:
