@@ -446,12 +446,13 @@ def test_damaged_lines_of_metrics_are_named_and_stop_nothing(console):
 
 def poison(monkeypatch):
     """Makes the loss of a micro-batch nan, and so its gradients, where its text has the token NEVER_SAID."""
-    loss = Decoder.loss
+    loss_and_pass = Decoder.loss_and_pass
 
     def poisoned(self, inputs, targets):
-        return loss(self, inputs, targets) * jax.numpy.where((inputs == NEVER_SAID).any(), jax.numpy.nan, 1.0)
+        nats, params = loss_and_pass(self, inputs, targets)
+        return nats * jax.numpy.where((inputs == NEVER_SAID).any(), jax.numpy.nan, 1.0), params
 
-    monkeypatch.setattr(Decoder, "loss", poisoned)
+    monkeypatch.setattr(Decoder, "loss_and_pass", poisoned)
 
 
 def write_poisoned_tokens(directory, poisoned_batches, windows=60, context=16):
