@@ -37,7 +37,7 @@ def plain(config: Config) -> jax.stages.Compiled:
     """The compiled step as one writes it first."""
     optimizer = optax.MultiSteps(make_inner(config), config.grad_accum_steps)
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    model = Decoder(dataclasses.replace(config.model, remat=False))
+    model = Decoder(dataclasses.replace(config.model, remat=False, attention="plain", kernels="plain"))
 
     def loss(params: Any, ids_BT: jax.Array) -> jax.Array:
         logits_BTV = model.apply({"params": params}, ids_BT[:, :-1])

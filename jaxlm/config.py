@@ -77,7 +77,7 @@ class ModelConfig:
     dtype: str = "auto"  # float32, bfloat16 or mixed (bfloat16 products of float32); weights are always float32
     attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
     kernels: str = "auto"  # fused (bfloat16 on a Hopper GPU, 1.2 times as fast) or plain; auto: fused where it fits
-    remat: bool = True  # recompute each block in the backward pass: less memory, a third more work
+    remat: bool = True  # recompute each block backward: less memory, a fifth more work. On a GPU only with `slices`
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "layers", "heads", "width", "hidden"):
@@ -101,7 +101,7 @@ class ModelConfig:
     @property
     def products(self) -> str:
         """The dtype that matrix products read; they sum in float32."""
-        return "float32" if self.dtype == "float32" else "bfloat16"
+        return "bfloat16" if self.dtype in ("bfloat16", "mixed") else "float32"
 
     @property
     def activations(self) -> str:

@@ -128,7 +128,7 @@ def _cross_entropy_forward(x_ND, embedding_VD, targets_N):
 
 def _cross_entropy_backward(residuals, cotangent):
     d_x_ND, d_embedding_VD = residuals
-    return d_x_ND * cotangent.astype(d_x_ND.dtype), d_embedding_VD * cotangent, None
+    return (d_x_ND * cotangent).astype(d_x_ND.dtype), d_embedding_VD * cotangent, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

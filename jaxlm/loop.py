@@ -43,7 +43,7 @@ class Run:
         """Restores the newest checkpoint of `workdir`, or starts anew.
 
         Args:
-            config: the settings, `model.dtype` resolved.
+            config: the settings, as `backend.resolve_run` gives them.
             workdir: exists.
             tokens: what to train on.
             device: what trains.
@@ -252,7 +252,7 @@ class Run:
         step, self.saving = self.saving, None
         try:
             self.checkpoints.wait()
-        except RunError as error:
+        except (OSError, RunError) as error:
             self._warn_not_saved(step, str(error))
         else:
             self.saved = step

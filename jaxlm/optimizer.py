@@ -39,7 +39,7 @@ class Optimizer(NamedTuple):
 def make_optimizer(config: Config) -> Optimizer:
     """Clip by the global norm, then AdamW (or Muon for the blocks' matrices), each `grad_accum_steps` micro-batches.
 
-    The gradients of the micro-batches are averaged. A micro-batch whose gradients are not all finite is skipped:
+    The gradients of the micro-batches are averaged. A micro-batch whose gradients have no finite norm is skipped:
     nothing advances.
     """
     return accumulate(make_inner(config), config.grad_accum_steps)
@@ -69,9 +69,9 @@ def make_inner(config: Config) -> optax.GradientTransformation:
 def accumulate(inner: optax.GradientTransformation, every: int) -> Optimizer:
     """`optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)`, updating in place.
 
-    The same state and, to the bit or nearly, the same numbers. But the update is computed only when it is due, it is
-    applied to the parameters where they lie, without a second set of them, and where every micro-batch is a step
-    nothing is kept to add to.
+    The same state and, to the bit or nearly, the same numbers. But gradients whose norm overflows are skipped too, the
+    update is computed only when it is due, it is applied to the parameters where they lie, without a second set of
+    them, and where every micro-batch is a step nothing is kept to add to.
     """
     reference = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)
 

@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+
+from jaxlm.backend import SLICE_TOKENS, resolve_run
+from jaxlm.config import Config, ModelConfig
 
 PROGRAM = """
 import warnings, jax, jax.numpy as jnp
@@ -69,3 +74,24 @@ def test_a_place_that_cannot_be_written_is_done_without(tmp_path):
 def test_a_jax_whose_cache_is_unsound_keeps_nothing(tmp_path):
     assert compute(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "named")) == 0
     assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(("batch", "context"), [(32, 1024), (12, 300), (7, 500), (2, 4096), (16, 128), (1, 8)])
+def test_without_slices_as_few_are_taken_as_fit(batch, context):
+    config = Config(batch_size=batch, model=ModelConfig(context=context))
+    found = resolve_run(config, jax.devices("cpu")[0])
+    assert found.slice_size * found.slices == batch
+    assert found.slice_size == 1 or found.slice_size * context <= SLICE_TOKENS
+    larger = [size for size in range(found.slice_size + 1, batch + 1) if batch % size == 0]
+    assert all(size * context > SLICE_TOKENS for size in larger)
+    assert (found.model.dtype, found.model.remat) == ("float32", True)
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_a_gpu_takes_a_micro_batch_at_once_unless_told_otherwise(remat):
+    gpu = SimpleNamespace(platform="gpu", compute_capability="8.0")
+    config = Config(model=ModelConfig(remat=remat))
+    found = resolve_run(config, gpu)
+    assert (found.slices, found.model.remat, found.model.dtype) == (1, False, "bfloat16")
+    told = resolve_run(replace(config, slices=8), gpu)
+    assert (told.slices, told.model.remat) == (8, remat)

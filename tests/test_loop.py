@@ -1,6 +1,7 @@
 """The training run, from the command to the files, on a text of a few kilobytes."""
 
 import contextlib
+import errno
 import os
 import re
 import resource
@@ -404,6 +405,21 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_while_and_nothi
     assert Path("filled/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
     assert_same_bits(saved_state("filled", LAST), saved_state("whole", LAST))
     assert sorted(path.name for path in Path("filled/checkpoints").iterdir()) == ["12", "3"]
+
+
+def test_a_disk_that_does_not_answer_costs_a_save_and_nothing_else(monkeypatch):
+    usage, asked = shutil.disk_usage, []
+
+    def answer(path):
+        asked.append(path)
+        if len(asked) == 2:  # the first question comes before the run, the second with its first save
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", answer)
+    shown = train("unanswered")
+    assert re.findall(r"Step (\d+) is not saved", shown) == ["3"]
+    assert_same_bits(saved_state("unanswered", LAST), saved_state("whole", LAST))
 
 
 def test_a_run_that_cannot_save_its_last_step_says_so_and_goes_on_from_the_last_saved_one(console):

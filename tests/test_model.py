@@ -151,9 +151,11 @@ def test_remat_keeps_less_and_changes_no_number(small_model, loss_and_gradients)
     assert kept(saving) < kept(plain) / 4
 
 
-def test_bfloat16_computes_the_same_to_its_rounding(small_model, loss_and_gradients):
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_narrower_products_compute_the_same_to_their_rounding(small_model, loss_and_gradients, dtype, remat):
     config, _ = small_model
-    loss, gradients = loss_and_gradients(replace(config, dtype="bfloat16"))
+    loss, gradients = loss_and_gradients(replace(config, dtype=dtype, remat=remat))
     exact_loss, exact_gradients = loss_and_gradients(config)
     assert loss == pytest.approx(float(exact_loss), rel=0.01)
     for found, exact in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact_gradients), strict=True):
