@@ -23,6 +23,7 @@ import numpy as np
 from jaxlm import backend
 from jaxlm.config import ModelConfig
 from jaxlm.generate import generate
+from jaxlm.gguf import write_gguf
 from jaxlm.model import init_params, unstack
 from jaxlm.sampling import Choice
 
@@ -63,32 +64,11 @@ def transformers_writer(config: ModelConfig) -> Writer:
     return write
 
 
-def llama_cpp_writer(config: ModelConfig, params: Any, dtype: type, place: Path) -> Writer:
-    import gguf
+def llama_cpp_writer(config: ModelConfig, params: Any, dtype: str, place: Path) -> Writer:
     import llama_cpp
 
-    file = place / f"{dtype.__name__}.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.context)
-    writer.add_embedding_length(config.width)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.hidden)
-    writer.add_head_count(config.heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    names = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm", "query": "attn_q", "key": "attn_k"}
-    names |= {"value": "attn_v", "output": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
-    tensors = {"token_embd.weight": params["embedding"], "output_norm.weight": params["norm"]}
-    for name, stacked in params["blocks"].items():
-        tensors |= {f"blk.{i}.{names[name]}.weight": np.asarray(leaf).T for i, leaf in enumerate(stacked)}
-    for name, tensor in tensors.items():
-        array = np.ascontiguousarray(tensor, dtype if tensor.ndim == 2 else np.float32)
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    file = place / f"{dtype}.gguf"
+    write_gguf(file, config, params, dtype)
     threads = os.cpu_count()
     model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
 
@@ -107,14 +87,14 @@ def main() -> None:
     device = backend.start(args.platform)
     config = backend.resolve(ModelConfig(), device)
     params = init_params(config, jax.random.key(0))
-    names = dict.fromkeys(["float32", "bfloat16"])
+    names = ("float32", "bfloat16")
     writers = {f"jaxlm {name}": jaxlm_writer(dataclasses.replace(config, dtype=name), params) for name in names}
     with tempfile.TemporaryDirectory() as place:
         with contextlib.suppress(ImportError):
             writers["transformers float32"] = transformers_writer(config)
         with contextlib.suppress(ImportError):
-            for dtype in (np.float32, np.float16):
-                writers[f"llama.cpp {dtype.__name__}"] = llama_cpp_writer(config, params, dtype, Path(place))
+            for dtype in ("f32", "f16"):
+                writers[f"llama.cpp {dtype}"] = llama_cpp_writer(config, params, dtype, Path(place))
     print(f"jax {jax.__version__} on {backend.describe(device)}; tokens/s")
     for case, (texts, tokens, choice) in CASES.items():
         able = {name: write for name, write in writers.items() if texts == 1 or "llama.cpp" not in name}
