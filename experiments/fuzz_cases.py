@@ -246,7 +246,12 @@ def arguments(rng: Random) -> Call:
 def _take_arguments(words: list[str]) -> None:
     """All of the command but its model."""
     checkpoint = Checkpoint(1, Config(), {}, ModelConfig(), None)
-    with mock.patch.multiple(sample, restore=lambda *_: checkpoint, generate=lambda _, __, ids, *___: [ids]):
+    stand_ins = {
+        "restore": lambda *_: checkpoint,
+        "unstack": lambda *_: None,
+        "generate": lambda _, __, ids, *___: [ids],
+    }
+    with mock.patch.multiple(sample, **stand_ins):
         sample.main(words)
 
 
