@@ -31,7 +31,7 @@ from jaxlm.gguf import write_gguf
 from jaxlm.huggingface import named_tensors, write_model
 from jaxlm.journal import rows_up_to
 from jaxlm.main import open_data
-from jaxlm.model import Decoder, init_params
+from jaxlm.model import Decoder, init_params, unstack
 from jaxlm.sampling import Choice
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokens import TokenFiles, val_batches
@@ -83,7 +83,8 @@ def greedy(subject: Subject, prompt: np.ndarray) -> list[int]:
     """jaxlm's continuation, beyond the context if need be."""
     config = replace(subject.config, context=max(subject.config.context, len(prompt) + GREEDY_TOKENS))
     choice = Choice(np.float32(0), np.int32(0), np.float32(1))
-    (tokens_BN,) = generate(config, subject.params, [prompt.tolist()], choice, jax.random.key(0), GREEDY_TOKENS, NEVER)
+    weights = unstack(config, subject.params)
+    (tokens_BN,) = generate(config, weights, [prompt.tolist()], choice, jax.random.key(0), GREEDY_TOKENS, NEVER)
     return tokens_BN[0].tolist()
 
 

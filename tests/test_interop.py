@@ -19,7 +19,7 @@ import tiny_run
 from experiments import interop
 from jaxlm.config import Config, ModelConfig
 from jaxlm.gguf import write_gguf
-from jaxlm.huggingface import ForeignTokenizer
+from jaxlm.huggingface import ForeignTokenizer, read_params
 from jaxlm.journal import rows_up_to
 from jaxlm.main import open_data
 from jaxlm.model import Decoder
@@ -155,7 +155,8 @@ def test_a_foreign_llama_gives_the_logits_that_it_gives_there(foreign):
     import torch
 
     folder, theirs = foreign
-    config, params, tokenizer = load(folder, "cpu")
+    config, _, tokenizer = load(folder, "cpu")
+    params = read_params(folder, config)
     assert (config.kv_heads, config.tied, config.rope_theta) == (2, False, 1e5)
     assert isinstance(tokenizer, ForeignTokenizer)
     ids = np.random.default_rng(0).integers(0, 400, (1, 64))
