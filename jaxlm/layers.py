@@ -95,10 +95,7 @@ def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS:
     Returns:
         [B, T, H, K] in the dtype of v.
     """
-    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS * q_BTHK.shape[-1] ** -0.5, MASKED)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK)
+    return cached_attention(q_BTHK, k_BSHK.transpose(0, 2, 3, 1), v_BSHK.transpose(0, 2, 1, 3), mask_BTS)
 
 
 def cached_attention(q_BTHK: jax.Array, k_BHKS: jax.Array, v_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
