@@ -24,6 +24,7 @@ SLICE_TOKENS = 1024  # computed at one time where memory is shared with all else
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
 _JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
+APPLE = ("mps", "METAL")  # the platforms, by jax's names, that compute on an Apple GPU
 
 
 def start(platform: str, deterministic: bool = False) -> jax.Device:
@@ -114,6 +115,19 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
         fit = [n for n in divisors if config.batch_size // n * model.context <= SLICE_TOKENS]
         slices = min(fit, default=config.batch_size)
     return dataclasses.replace(config, slices=slices, model=model)
+
+
+def available_memory(device: jax.Device) -> int:
+    """Bytes that one process may have on a device.
+
+    On an NVIDIA GPU what jax's allocator may take, on a CPU the machine's memory. On an Apple GPU two thirds of it:
+    Metal's recommendedMaxWorkingSetSize, as reported 10.67 of 16 GB (exo-explore/exo#1672) and 11.84 of 16
+    (AlexsJones/llmfit#754), three quarters on larger machines (gpustack/gpustack#1375).
+    """
+    if device.platform == "gpu":
+        return device.memory_stats()["bytes_limit"]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory * 2 // 3 if device.platform in APPLE else memory
 
 
 def describe(device: jax.Device) -> str:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.backend import SLICE_TOKENS, resolve_run
+from jaxlm.backend import APPLE, SLICE_TOKENS, available_memory, resolve_run
 from jaxlm.config import Config, ModelConfig
 
 PROGRAM = """
@@ -95,3 +95,13 @@ def test_a_gpu_takes_a_micro_batch_at_once_unless_told_otherwise(remat):
     assert (found.slices, found.model.remat, found.model.dtype) == (1, False, "bfloat16")
     told = resolve_run(replace(config, slices=8), gpu)
     assert (told.slices, told.model.remat) == (8, remat)
+
+
+def test_a_process_may_have_a_part_of_the_memory_that_an_apple_gpu_shares():
+    with open("/proc/meminfo") as file:
+        memory = int(file.readline().split()[1]) * 1024
+    assert available_memory(jax.devices("cpu")[0]) == pytest.approx(memory, rel=0.01)
+    for platform in APPLE:
+        share = available_memory(SimpleNamespace(platform=platform)) / memory
+        assert share == pytest.approx(2 / 3, rel=0.01)
+    assert available_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 7})) == 7
