@@ -74,7 +74,8 @@ def _keep_compilations() -> None:
 
 def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
     """The same model with what is `auto` decided for the device: bfloat16 on an NVIDIA GPU and float32 elsewhere,
-    cuDNN's attention and the fused kernels where they fit and the plain ones elsewhere.
+    cuDNN's attention and the fused kernels where they fit and the plain ones elsewhere, no compiled loops on an Apple
+    GPU.
 
     Raises:
         RequestError: cuDNN or the fused kernels are asked for where they do not fit.
@@ -95,7 +96,8 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
             f" that are multiples of {kernels.DEPTH}: set it to auto"
         )
     fused = ("fused" if fits else "plain") if model.kernels == "auto" else model.kernels
-    return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused)
+    loops = ("unrolled" if device.platform in APPLE else "compiled") if model.loops == "auto" else model.loops
+    return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused, loops=loops)
 
 
 def resolve_run(config: Config, device: jax.Device) -> Config:

@@ -4,6 +4,7 @@ Shape letters, here and in the whole core: B batch, T time (queries), S time (ke
 K head width, F hidden width, V vocabulary, L layers. A name ends in the shape of its array.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,18 @@ import jax.numpy as jnp
 
 QUERIES = 128  # of causal attention, taken at a time
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
+
+
+def scan(body: Callable, carry: Any, xs: Any, *, reverse: bool = False, unroll: bool = False) -> tuple[Any, Any]:
+    """`jax.lax.scan`, or the same written out: `unroll` leaves no loop in the program, as jax's own does on 0.4.34."""
+    if not unroll:
+        return jax.lax.scan(body, carry, xs, reverse=reverse)
+    order, outs = range(len(jax.tree.leaves(xs)[0])), []
+    for index in order[::-1] if reverse else order:
+        x = jax.tree.map(lambda stacked, index=index: jax.lax.index_in_dim(stacked, index, keepdims=False), xs)
+        carry, out = body(carry, x)
+        outs.append(out)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *(outs[::-1] if reverse else outs))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

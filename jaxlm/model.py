@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from jaxlm import kernels, layers
 from jaxlm.config import ModelConfig
-from jaxlm.loss import cross_entropy
+from jaxlm.loss import TILE, UNROLLED_TILE, cross_entropy
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -117,7 +117,9 @@ def recomputed_blocks(
 
 
 def _recomputed_forward(blocks, x_BTD, table, attend, c):
-    out_BTD, inputs_LBTD = jax.lax.scan(lambda x_BTD, p: (block(p, x_BTD, table, attend, c), x_BTD), x_BTD, blocks)
+    out_BTD, inputs_LBTD = layers.scan(
+        lambda x_BTD, p: (block(p, x_BTD, table, attend, c), x_BTD), x_BTD, blocks, unroll=c.unrolled
+    )
     return (out_BTD, blocks), (blocks, inputs_LBTD, table)
 
 
@@ -138,7 +140,7 @@ def _recomputed_backward(attend, c, residuals, d_outputs):
 
         return (d_x_BTD, jax.tree.map(add, d_blocks, d_p)), None
 
-    (d_x_BTD, d_blocks), _ = jax.lax.scan(add_block, d_outputs, jnp.arange(c.layers), reverse=True)
+    (d_x_BTD, d_blocks), _ = layers.scan(add_block, d_outputs, jnp.arange(c.layers), reverse=True, unroll=c.unrolled)
     return d_blocks, d_x_BTD, None
 
 
@@ -199,7 +201,9 @@ class Decoder(nn.Module):
         name, head_VD = ("embedding", params["embedding"]) if self.config.tied else ("head", self.head_VD)
         if self.config.kernels == "fused":
             return kernels.cross_entropy(x_ND, head_VD, targets_N), params | {name: head_VD}
-        nats, params[name] = cross_entropy(x_ND, head_VD, targets_N, self.config.products)
+        c = self.config
+        tile = UNROLLED_TILE if c.unrolled else TILE
+        nats, params[name] = cross_entropy(x_ND, head_VD, targets_N, c.products, tile, c.unrolled)
         return nats, params
 
 
