@@ -42,7 +42,7 @@ REASONS = {
     "case": "a conditional (those that hand operands through are not converted, jax-ml/jax#21601)",
     "if": "a conditional (those that hand operands through are not converted, jax-ml/jax#21601)",
     "reduce_precision": "has no converter on METAL",
-    "reduce_window": "slow or missing",
+    "reduce_window": "a window, as cumsum makes: not to be relied on",
 }
 LOOPS = "a loop (scan crashes, jax-ml/jax#20750)"
 WRONG_TYPES = {"METAL": r"f64|complex|bf16", "mps": r"f64|complex<f64>"}
@@ -125,7 +125,9 @@ def violations(operation: Any, platform: str) -> Iterator[Violation]:
     if name == "dot_general":
         reasons += _product(operation)
     types = {str(value.type) for value in (*operation.operands, *operation.results)}
-    if wrong := [kind for kind in types if re.search(rf"\b(?:{WRONG_TYPES[platform]})\b|x(?:{WRONG_TYPES[platform]})>", kind)]:
+    if wrong := [
+        kind for kind in types if re.search(rf"\b(?:{WRONG_TYPES[platform]})\b|x(?:{WRONG_TYPES[platform]})>", kind)
+    ]:
         reasons.append(f"numbers that it cannot compute with, {', '.join(wrong)}")
     for reason in reasons:
         yield Violation(name, reason, line_of(operation))
@@ -134,7 +136,10 @@ def violations(operation: Any, platform: str) -> Iterator[Violation]:
 def _product(operation: Any) -> list[str]:
     numbers = str(operation.attributes["dot_dimension_numbers"])
     batch, contracted = (
-        [int(axis) for axis in re.findall(r"\d+", (re.findall(rf"lhs_{kind}_dimensions = \[(.*?)\]", numbers) or [""])[0])]
+        [
+            int(axis)
+            for axis in re.findall(r"\d+", (re.findall(rf"lhs_{kind}_dimensions = \[(.*?)\]", numbers) or [""])[0])
+        ]
         for kind in ("batching", "contracting")
     )
     shape = operation.operands[0].type.shape
@@ -178,7 +183,9 @@ def use_lowerings_of_jax_mps() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lowerings-of-jax-mps", action="store_true", help="as on a Mac; jax_plugins.mps must be there")
+    parser.add_argument(
+        "--lowerings-of-jax-mps", action="store_true", help="as on a Mac; jax_plugins.mps must be there"
+    )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_traceback_in_locations_limit", 100)

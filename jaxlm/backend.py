@@ -103,15 +103,17 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
 def resolve_run(config: Config, device: jax.Device) -> Config:
     """The same run with what is automatic decided for the device.
 
-    Without `slices` an NVIDIA GPU takes a micro-batch at once and recomputes nothing, for speed. Elsewhere a slice is a
-    sequence, or several short ones: more at a time take more memory and no less time.
+    Without `slices` an NVIDIA GPU takes a micro-batch at once. Elsewhere a slice is a sequence, or several short ones:
+    more at a time take more memory and no less time. Either GPU then recomputes nothing, for speed.
 
     Raises:
         RequestError: as `resolve`.
     """
     model, slices = resolve(config.model, device), config.slices
+    if slices == 0 and device.platform in ("gpu", *APPLE):
+        model = dataclasses.replace(model, remat=False)
     if slices == 0 and device.platform == "gpu":
-        model, slices = dataclasses.replace(model, remat=False), 1
+        slices = 1
     elif slices == 0:
         divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         fit = [n for n in divisors if config.batch_size // n * model.context <= SLICE_TOKENS]

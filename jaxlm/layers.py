@@ -16,13 +16,17 @@ MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
 
 def scan(body: Callable, carry: Any, xs: Any, *, reverse: bool = False, unroll: bool = False) -> tuple[Any, Any]:
-    """`jax.lax.scan`, or the same written out: `unroll` leaves no loop in the program, as jax's own does on 0.4.34."""
+    """`jax.lax.scan`, or the same written out, with no loop in the program (jax's own `unroll` leaves one on 0.4.34).
+
+    A turn that is written out waits for the one before, as in a loop: a compiler that heeds the barrier lets turns
+    share their memory, and takes nothing that one computes again from another. (XLA's for the CPU does not heed it.)
+    """
     if not unroll:
         return jax.lax.scan(body, carry, xs, reverse=reverse)
     order, outs = range(len(jax.tree.leaves(xs)[0])), []
     for index in order[::-1] if reverse else order:
         x = jax.tree.map(lambda stacked, index=index: jax.lax.index_in_dim(stacked, index, keepdims=False), xs)
-        carry, out = body(carry, x)
+        carry, out = body(*jax.lax.optimization_barrier((carry, x)))
         outs.append(out)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *(outs[::-1] if reverse else outs))
 

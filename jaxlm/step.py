@@ -58,7 +58,11 @@ class Total(NamedTuple):
 
 @dataclass(frozen=True)
 class HostStep:
-    """A micro-step of several programs, which the host calls: none of them loops over the slices."""
+    """A micro-step of several programs, which the host calls: none of them loops over the slices.
+
+    The host waits for each slice: where no buffer is reused, the next one would take its memory before this one has
+    given back its own.
+    """
 
     slices: int
     start: Any  # params -> an empty Total
@@ -68,7 +72,7 @@ class HostStep:
     def __call__(self, state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
         total = self.start(state.params)
         for _ in range(self.slices):
-            total = self.add_slice(state.params, total, ids_BT)
+            total = jax.block_until_ready(self.add_slice(state.params, total, ids_BT))
         return self.update(state, total)
 
     def lower(self, state: Any, ids_BT: Any) -> "HostStep":
@@ -90,8 +94,8 @@ def make_train_step(config: Config) -> HostStep | jax.stages.Wrapped:
     """Builds the jitted micro-step.
 
     Returns:
-        (state, ids [B, T + 1] int32) -> (state, metrics). The state is donated: its buffers are reused. Every
-        `grad_accum_steps` micro-batches with finite gradients make one optimizer step.
+        (state, ids [B, T + 1] int32) -> (state, metrics). The state is donated: its buffers are reused, but not where
+        loops are unrolled. Every `grad_accum_steps` micro-batches with finite gradients make one optimizer step.
     """
     model = Decoder(config.model)
     optimizer = make_optimizer(config)

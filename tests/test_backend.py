@@ -87,6 +87,17 @@ def test_without_slices_as_few_are_taken_as_fit(batch, context):
     assert (found.model.dtype, found.model.remat) == ("float32", True)
 
 
+@pytest.mark.parametrize("platform", APPLE)
+def test_an_apple_gpu_takes_a_sequence_at_a_time_recomputes_nothing_and_gets_no_loops(platform):
+    device = SimpleNamespace(platform=platform)
+    found = resolve_run(Config(), device)
+    assert (found.slice_size, found.model.remat, found.model.loops) == (1, False, "unrolled")
+    assert (found.model.dtype, found.model.attention, found.model.kernels) == ("float32", "plain", "plain")
+    told = resolve_run(Config(slices=8, model=ModelConfig(loops="compiled")), device)
+    assert (told.slices, told.model.remat, told.model.loops) == (8, True, "compiled")
+    assert resolve_run(Config(), jax.devices("cpu")[0]).model.loops == "compiled"
+
+
 @pytest.mark.parametrize("remat", [True, False])
 def test_a_gpu_takes_a_micro_batch_at_once_unless_told_otherwise(remat):
     gpu = SimpleNamespace(platform="gpu", compute_capability="8.0")
