@@ -33,6 +33,7 @@ from jaxlib.mlir.dialects import stablehlo
 import jaxlm
 from configs import m2_60m
 from jaxlm import backend
+from jaxlm.checksum import checksums
 from jaxlm.config import Config, from_config_dict
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
@@ -80,6 +81,7 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
             (step.update, (state, total)),
         ],
         "evaluation step": [(make_eval_step(config), (state.params, some, some))],
+        "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state),))],
     }
 
 

@@ -29,10 +29,10 @@ def array(*shape, dtype=jnp.float32):
 @pytest.mark.parametrize("platform", APPLE)
 def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform):
     seen = list(audit(preset(platform), platform))
-    assert [name for name, _, _ in seen] == ["training step", "evaluation step"]
+    assert [name for name, _, _ in seen] == ["training step", "evaluation step", "saving"]
     for name, counts, wrong in seen:
         assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"
-        assert counts["dot_general"] > 8 * 7
+        assert counts.total() > 1000
         assert set(counts) <= set(CONVERTED[platform]["stablehlo"]) - {"while", "case", "if"}
 
 
