@@ -2,7 +2,8 @@
 
     python -m experiments.audit
 
-The real programs of the 60M preset (a training step, an evaluation step, writing texts) are lowered for each platform
+The real programs of the 60M preset (a training step, an evaluation step, the token
+that is sampled next, the checksums of a checkpoint) are lowered for each platform
 and every operation is looked at; nothing is compiled or computed. `apple_operations.json` lists what each plugin
 converts. CHLO is first taken apart into StableHLO, by jaxlib's own pass. A violation names the line of jaxlm that it
 comes from; the program ends with 1 if there is one.
@@ -35,6 +36,9 @@ from configs import m2_60m
 from jaxlm import backend
 from jaxlm.checksum import checksums
 from jaxlm.config import Config, from_config_dict
+from jaxlm.generate import PROMPT_BUCKET
+from jaxlm.model import unstack
+from jaxlm.sampling import Choice, read, write_token
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
@@ -74,6 +78,16 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     state = jax.eval_shape(lambda: init_state(config))
     step: Any = make_train_step(config)
     total = jax.eval_shape(step.start, state.params)
+    model, B, new = config.model, config.sample.texts, config.sample.tokens
+    weights = jax.eval_shape(lambda params: unstack(model, params), state.params)
+    prompts = [
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in (((B, PROMPT_BUCKET), np.int32), ((B,), np.int32), ((B, 2), np.uint32))
+    ]
+    texts = jax.eval_shape(lambda *a: read(model, *a, new), weights, *prompts)
+    choice = Choice(
+        np.float32(config.sample.temperature), np.int32(config.sample.top_k), np.float32(config.sample.top_p)
+    )
     return {
         "training step": [
             (step.start, (state.params,)),
@@ -81,6 +95,11 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
             (step.update, (state, total)),
         ],
         "evaluation step": [(make_eval_step(config), (state.params, some, some))],
+        "sampling": [
+            (unstack, (model, state.params)),
+            (read, (model, weights, *prompts, new)),
+            (write_token, (model, weights, texts, choice, np.int32(0))),
+        ],
         "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state),))],
     }
 

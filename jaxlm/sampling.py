@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Cache, empty_cache, extend
@@ -35,7 +36,7 @@ class Texts(NamedTuple):
     keys_B: jax.Array  # one random key a text
 
 
-def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, unroll: bool = False) -> jax.Array:
     """Which tokens may be drawn: the top_k largest logits, and of these the nucleus (Holtzman et al. 2020).
 
     The nucleus is the smallest set of likeliest tokens whose probability, renormalised over the top_k, reaches
@@ -45,18 +46,21 @@ def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.A
         logits_BV: float32; -inf is never drawn.
         top_k: [] integer, 0 keeps all.
         top_p: [] float in (0, 1], 1 keeps all.
+        unroll: write the rounds of the search out.
 
     Returns:
         [B, V] bool; tokens that tie with the last one kept are kept.
     """
     ones_BV = jnp.ones_like(logits_BV)
-    in_top_k = logits_BV >= _threshold(logits_BV, ones_BV, top_k, top_k > 0)
+    in_top_k = logits_BV >= _threshold(logits_BV, ones_BV, top_k, top_k > 0, unroll)
     share_BV = jnp.where(in_top_k, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
     wanted_B1 = top_p * jnp.sum(share_BV, axis=-1, keepdims=True)
-    return in_top_k & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, top_p < 1))
+    return in_top_k & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, top_p < 1, unroll))
 
 
-def _threshold(logits_BV: jax.Array, weights_BV: jax.Array, wanted_B1: jax.Array, needed: jax.Array) -> jax.Array:
+def _threshold(
+    logits_BV: jax.Array, weights_BV: jax.Array, wanted_B1: jax.Array, needed: jax.Array, unroll: bool
+) -> jax.Array:
     """[B, 1]: the largest number such that the weights of the logits from it on add up to `wanted`.
 
     In each round the interval in which it lies is cut into WAYS parts, until one logit is left in it (or several that
@@ -82,16 +86,22 @@ def _threshold(logits_BV: jax.Array, weights_BV: jax.Array, wanted_B1: jax.Array
     low_B1 = jnp.min(jnp.where(logits_BV > -jnp.inf, logits_BV, high_B1), axis=-1, keepdims=True)
     counts_B1 = jnp.full_like(low_B1, logits_BV.shape[1]), jnp.zeros_like(low_B1)
     start = (jnp.where(needed, ROUNDS, 0), low_B1, high_B1, *counts_B1)
+    if unroll:  # rounds beyond the last one needed choose the same logits
+        carry = start
+        for _ in range(ROUNDS):
+            carry = narrow(carry)
+        return jnp.where(needed, carry[1], low_B1)
     return jax.lax.while_loop(lambda c: (c[0] > 0) & jnp.any(c[3] - c[4] > 1), narrow, start)[1]
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice) -> jax.Array:
+def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool = False) -> jax.Array:
     """Draws a token for each text: argmax of logits / temperature plus Gumbel noise, over the likeliest.
 
     Args:
         logits_BV: float32.
         keys_B: one random key a text.
         choice: temperature, top_k, top_p.
+        unroll: as of `likeliest`.
 
     Returns:
         [B] int32.
@@ -99,7 +109,7 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice) -> jax.Array
     temperature = jnp.asarray(choice.temperature, jnp.float32)
     top_k = jnp.where(temperature > 0, choice.top_k, 0)
     top_p = jnp.where(temperature > 0, choice.top_p, 1)
-    kept_BV = likeliest(logits_BV / jnp.maximum(temperature, 1e-6), top_k, top_p)
+    kept_BV = likeliest(logits_BV / jnp.maximum(temperature, 1e-6), top_k, top_p, unroll)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
     scores_BV = jnp.where(kept_BV, logits_BV + temperature * noise_BV, -jnp.inf)
     # argmax in two plain reductions, for as one it takes ten times as long on a CPU
@@ -136,32 +146,49 @@ def read(
     return Texts(cache, logits_BV, jnp.int32(P), first_B, jnp.zeros(B, bool), keys_B)
 
 
-@partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("texts",))
 def write(
-    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: jax.Array, count: int
-) -> tuple[Texts, jax.Array]:
-    """Writes up to `count` more tokens of each text, on the device, and stops early when all texts have ended.
+    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any, count: int
+) -> tuple[Texts, jax.Array | np.ndarray]:
+    """Writes up to `count` more tokens of each text, and stops early when all texts have ended.
 
     A text's tokens depend on its prompt, its key and the choice alone: not on the texts beside it, nor on how the
-    writing is cut into calls.
+    writing is cut into calls. One program writes them all, or, where loops are unrolled, the host calls one a token.
 
     Returns:
         The texts (the argument is donated), and [B, count] int32: the tokens, `end_of_text` from each text's end on.
     """
-    slots_S = jnp.arange(texts.cache.keys_BHKS[0].shape[3])
+    if not config.unrolled:
+        return _write_on_device(config, weights, texts, choice, end_of_text, count)
+    tokens_BN = np.full((len(texts.done_B), count), end_of_text, np.int32)
+    for i in range(count):
+        if np.all(texts.done_B):
+            break
+        texts, tokens_BN[:, i] = write_token(config, weights, texts, choice, end_of_text)
+    return texts, tokens_BN
 
+
+@partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("texts",))
+def _write_on_device(config, weights, texts, choice, end_of_text, count):
     def body(carry):
-        i, t, tokens_BN = carry
-        positions_B = t.slot - t.first_B
-        token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice)
-        token_B = jnp.where(t.done_B, end_of_text, token_B)
-        visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
-        logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
-        done_B = token_B == end_of_text
-        tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
-        return i + 1, Texts(cache, logits_BV, t.slot + 1, t.first_B, done_B, t.keys_B), tokens_BN
+        i, texts, tokens_BN = carry
+        texts, token_B = write_token(config, weights, texts, choice, end_of_text)
+        return i + 1, texts, jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
 
     tokens_BN = jnp.full((texts.done_B.shape[0], count), end_of_text, jnp.int32)
     start = (jnp.int32(0), texts, tokens_BN)
     _, texts, tokens_BN = jax.lax.while_loop(lambda c: (c[0] < count) & ~jnp.all(c[1].done_B), body, start)
     return texts, tokens_BN
+
+
+@partial(jax.jit, static_argnames="config")
+def write_token(
+    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any
+) -> tuple[Texts, jax.Array]:
+    """Writes one more token of each text: the texts, and [B] int32, `end_of_text` where a text had ended."""
+    t, slots_S = texts, jnp.arange(texts.cache.keys_BHKS[0].shape[3])
+    positions_B = t.slot - t.first_B
+    token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice, config.unrolled)
+    token_B = jnp.where(t.done_B, end_of_text, token_B)
+    visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
+    logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
+    return Texts(cache, logits_BV, t.slot + 1, t.first_B, token_B == end_of_text, t.keys_B), token_B

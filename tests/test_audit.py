@@ -29,7 +29,7 @@ def array(*shape, dtype=jnp.float32):
 @pytest.mark.parametrize("platform", APPLE)
 def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform):
     seen = list(audit(preset(platform), platform))
-    assert [name for name, _, _ in seen] == ["training step", "evaluation step", "saving"]
+    assert [name for name, _, _ in seen] == ["training step", "evaluation step", "sampling", "saving"]
     for name, counts, wrong in seen:
         assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"
         assert counts.total() > 1000
