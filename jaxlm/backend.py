@@ -81,6 +81,7 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         RequestError: cuDNN or the fused kernels are asked for where they do not fit.
     """
     on_cuda = device.platform == "gpu"
+    loops = ("unrolled" if device.platform in APPLE else "compiled") if model.loops == "auto" else model.loops
     dtype = ("bfloat16" if on_cuda else "float32") if model.dtype == "auto" else model.dtype
     fits = on_cuda and dtype == "bfloat16" and model.width // model.heads % 8 == 0
     if model.attention == "cudnn" and not fits:
@@ -89,14 +90,14 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         )
     attention = ("cudnn" if fits else "plain") if model.attention == "auto" else model.attention
     hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
-    fits = hopper and dtype == "bfloat16" and model.width % kernels.DEPTH == 0 and model.hidden % kernels.GROUP == 0
+    whole_tiles = model.width % kernels.DEPTH == 0 and model.hidden % kernels.GROUP == 0
+    fits = hopper and dtype == "bfloat16" and loops == "compiled" and whole_tiles
     if model.kernels == "fused" and not fits:
         raise RequestError(
-            "model.kernels fused needs a Hopper GPU (H100, H200), jax 0.11, bfloat16 and a width and a hidden width"
-            f" that are multiples of {kernels.DEPTH}: set it to auto"
+            "model.kernels fused needs a Hopper GPU (H100, H200), jax 0.11, bfloat16, compiled loops and a width and a"
+            f" hidden width that are multiples of {kernels.DEPTH}: set it to auto"
         )
     fused = ("fused" if fits else "plain") if model.kernels == "auto" else model.kernels
-    loops = ("unrolled" if device.platform in APPLE else "compiled") if model.loops == "auto" else model.loops
     return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused, loops=loops)
 
 
