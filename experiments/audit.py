@@ -38,7 +38,7 @@ from jaxlm.checksum import checksums
 from jaxlm.config import Config, from_config_dict
 from jaxlm.generate import PROMPT_BUCKET
 from jaxlm.model import unstack
-from jaxlm.sampling import Choice, read, write_token
+from jaxlm.sampling import Choice, read, write_one
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
@@ -98,7 +98,7 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
         "sampling": [
             (unstack, (model, state.params)),
             (read, (model, weights, *prompts, new)),
-            (write_token, (model, weights, texts, choice, np.int32(0))),
+            (write_one, (model, weights, texts, choice, np.int32(0))),
         ],
         "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state),))],
     }
@@ -141,8 +141,9 @@ def violations(operation: Any, platform: str) -> Iterator[Violation]:
         target = operation.attributes["call_target_name"].value
         if target not in CONVERTED[platform]["custom_calls"]:
             reasons.append(f"calls {target}, which is not there")
-    if name in ("gather", "scatter") and re.search(r"batching_dims = \[\d", str(operation.attributes)):
-        reasons.append("batched, which StableHLO had not when jax-metal was made")
+    numbers = {"gather": "dimension_numbers", "scatter": "scatter_dimension_numbers"}.get(name)
+    if numbers and "batching_dims" in str(operation.attributes[numbers]):
+        reasons.append("batched, which StableHLO did not know when jax-metal was made")
     if name == "dot_general":
         reasons += _product(operation)
     types = {str(value.type) for value in (*operation.operands, *operation.results)}
@@ -173,11 +174,23 @@ def _product(operation: Any) -> list[str]:
 
 
 def line_of(operation: Any) -> str:
-    """The innermost line of jaxlm that an operation comes from."""
-    frames = re.findall(r'"([^"]+\.py)":(\d+)', str(operation.location))
+    """The innermost line of jaxlm that an operation comes from.
+
+    Functions that are lowered once and called often have no lines: then it is the line of a call.
+    """
     package = Path(jaxlm.__file__).parent
-    ours = [f"jaxlm/{Path(file).name}:{line}" for file, line in frames if Path(file).parent == package]
-    return ours[0] if ours else f"no line of jaxlm ({operation.location})"
+    frames = re.findall(r'"([^"]+\.py)":(\d+)', str(operation.location))
+    for file, line in frames:
+        if Path(file).parent == package:
+            return f"jaxlm/{Path(file).name}:{line}"
+    function, module = operation, operation
+    while module.parent:
+        function, module = module, module.parent
+    name = function.attributes["sym_name"].value
+    for call in operations(module):
+        if call.name == "func.call" and call.attributes["callee"].value == name:
+            return line_of(call)
+    return f"no line of jaxlm ({operation.location})"
 
 
 def audit(config: Config, platform: str) -> Iterator[tuple[str, Counter[str], list[Violation]]]:

@@ -31,10 +31,13 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions already read, for one block each."""
+    """Keys and values of the positions already read, for one block each; G counts texts and in each their heads.
 
-    keys_BHKS: tuple[jax.Array, ...]
-    values_BHSK: tuple[jax.Array, ...]
+    Were texts and heads two axes, a CPU would write a cache of one text anew for each token, not in its place.
+    """
+
+    keys_GKS: tuple[jax.Array, ...]
+    values_GSK: tuple[jax.Array, ...]
 
 
 def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
@@ -230,10 +233,10 @@ def unstack(config: ModelConfig, params: Any) -> Any:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
-    B, H, K, S = batch, config.heads, config.width // config.heads, slots
-    keys_BHKS = tuple(jnp.zeros((B, H, K, S), config.activations) for _ in range(config.layers))
-    values_BHSK = tuple(jnp.zeros((B, H, S, K), config.activations) for _ in range(config.layers))
-    return Cache(keys_BHKS, values_BHSK)
+    G, K, S = batch * config.heads, config.width // config.heads, slots
+    keys_GKS = tuple(jnp.zeros((G, K, S), config.activations) for _ in range(config.layers))
+    values_GSK = tuple(jnp.zeros((G, S, K), config.activations) for _ in range(config.layers))
+    return Cache(keys_GKS, values_GSK)
 
 
 def extend(
@@ -265,14 +268,14 @@ def extend(
     for layer, p in enumerate(weights["blocks"]):
 
         def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
-            k_BHKT, v_BHTK = k_BTHK.transpose(0, 2, 3, 1), v_BTHK.transpose(0, 2, 1, 3)
-            keys.append(jax.lax.dynamic_update_slice(cache.keys_BHKS[layer], k_BHKT, (0, 0, 0, start)))
-            values.append(jax.lax.dynamic_update_slice(cache.values_BHSK[layer], v_BHTK, (0, 0, start, 0)))
+            k_GKT, v_GTK = layers.as_cached(k_BTHK, v_BTHK)
+            keys.append(jax.lax.dynamic_update_slice(cache.keys_GKS[layer], k_GKT, (0, 0, start)))
+            values.append(jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0)))
             return layers.cached_attention(q_BTHK, keys[-1], values[-1], visible_BTS)
 
         x_BTD = block(p, x_BTD, table, attend, c)
     x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
-    logits_BV = jnp.matmul(x_BD.astype(c.products), weights["head"], preferred_element_type=jnp.float32)
+    logits_BV = layers.linear(x_BD.astype(jnp.float32), weights["head"], c.products)
     return logits_BV, Cache(tuple(keys), tuple(values))
 
 

@@ -4,6 +4,7 @@ Prompts of different lengths stand at the right end of one array, so that every 
 slot of the cache; the padding on the left is never attended to, and positions count from each text's first token.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,17 +52,16 @@ def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, unroll: 
     Returns:
         [B, V] bool; tokens that tie with the last one kept are kept.
     """
-    ones_BV = jnp.ones_like(logits_BV)
-    in_top_k = logits_BV >= _threshold(logits_BV, ones_BV, top_k, top_k > 0, unroll)
+    in_top_k = logits_BV >= _threshold(logits_BV, None, top_k, top_k > 0, unroll)
     share_BV = jnp.where(in_top_k, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
     wanted_B1 = top_p * jnp.sum(share_BV, axis=-1, keepdims=True)
     return in_top_k & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, top_p < 1, unroll))
 
 
 def _threshold(
-    logits_BV: jax.Array, weights_BV: jax.Array, wanted_B1: jax.Array, needed: jax.Array, unroll: bool
+    logits_BV: jax.Array, weights_BV: jax.Array | None, wanted: jax.Array, needed: jax.Array, unroll: bool
 ) -> jax.Array:
-    """[B, 1]: the largest number such that the weights of the logits from it on add up to `wanted`.
+    """[B, 1]: the largest number such that the weights of the logits from it on (None: 1 each) add up to `wanted`.
 
     In each round the interval in which it lies is cut into WAYS parts, until one logit is left in it (or several that
     hardly differ). Where it is not `needed`, or all weights are too little: the smallest logit.
@@ -72,8 +72,9 @@ def _threshold(
         left, low_B1, high_B1, from_low_B1, from_high_B1 = carry
         cut_BW = low_B1 + (high_B1 - low_B1) * cuts_W
         above_BWV = logits_BV[:, None] >= cut_BW[..., None]
-        enough_BW = jnp.sum(jnp.where(above_BWV, weights_BV[:, None], 0), axis=-1) >= wanted_B1
-        count_BW = jnp.sum(jnp.where(above_BWV, 1.0, 0), axis=-1)
+        count_BW = jnp.sum(above_BWV, axis=-1, dtype=jnp.int32)
+        sum_BW = count_BW if weights_BV is None else jnp.sum(jnp.where(above_BWV, weights_BV[:, None], 0), axis=-1)
+        enough_BW = sum_BW >= wanted
         low_B1, high_B1, from_low_B1, from_high_B1 = (
             jnp.max(jnp.where(enough_BW, cut_BW, low_B1), axis=-1, keepdims=True),
             jnp.min(jnp.where(enough_BW, high_B1, cut_BW), axis=-1, keepdims=True),
@@ -84,7 +85,7 @@ def _threshold(
 
     high_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     low_B1 = jnp.min(jnp.where(logits_BV > -jnp.inf, logits_BV, high_B1), axis=-1, keepdims=True)
-    counts_B1 = jnp.full_like(low_B1, logits_BV.shape[1]), jnp.zeros_like(low_B1)
+    counts_B1 = (jnp.full(low_B1.shape, count, jnp.int32) for count in (logits_BV.shape[1], 0))
     start = (jnp.where(needed, ROUNDS, 0), low_B1, high_B1, *counts_B1)
     if unroll:  # rounds beyond the last one needed choose the same logits
         carry = start
@@ -95,27 +96,47 @@ def _threshold(
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool = False) -> jax.Array:
-    """Draws a token for each text: argmax of logits / temperature plus Gumbel noise, over the likeliest.
+    """A token for each text: at temperature 0 the likeliest, else one drawn from softmax(logits / temperature) over
+    the likeliest.
 
     Args:
         logits_BV: float32.
         keys_B: one random key a text.
         choice: temperature, top_k, top_p.
-        unroll: as of `likeliest`.
+        unroll: neither loop nor branch.
 
     Returns:
         [B] int32.
     """
-    temperature = jnp.asarray(choice.temperature, jnp.float32)
-    top_k = jnp.where(temperature > 0, choice.top_k, 0)
-    top_p = jnp.where(temperature > 0, choice.top_p, 1)
-    kept_BV = likeliest(logits_BV / jnp.maximum(temperature, 1e-6), top_k, top_p, unroll)
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-    scores_BV = jnp.where(kept_BV, logits_BV + temperature * noise_BV, -jnp.inf)
-    # argmax in two plain reductions, for as one it takes ten times as long on a CPU
-    best_BV = scores_BV == jnp.max(scores_BV, axis=-1, keepdims=True)
-    ids_V = jnp.arange(logits_BV.shape[1])
-    return jnp.min(jnp.where(best_BV, ids_V, logits_BV.shape[1] - 1), axis=-1).astype(jnp.int32)
+
+    def draw_each() -> jax.Array:
+        scaled_BV = logits_BV / choice.temperature
+        share_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
+        return jax.vmap(_draw)(jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), share_BV, 0), keys_B)
+
+    if unroll:
+        return jnp.where(choice.temperature > 0, draw_each(), _first_of_the_largest(logits_BV))
+    return jax.lax.cond(choice.temperature > 0, draw_each, lambda: _first_of_the_largest(logits_BV))
+
+
+def _draw(share_V: jax.Array, key: jax.Array) -> jax.Array:
+    """[] int32: a token, with a probability in proportion to its share.
+
+    First a row of a square of tokens is drawn, then a token of this row: noise for two rows instead of the square.
+    """
+    side = math.isqrt(share_V.size - 1) + 1
+    share_RC = jnp.pad(share_V, (0, side**2 - share_V.size)).reshape(side, side)
+    for_row, for_token = jax.random.split(key)
+    row = jax.random.categorical(for_row, jnp.log(jnp.sum(share_RC, axis=-1)))
+    share_C = jnp.sum(jnp.where(jnp.arange(side)[:, None] == row, share_RC, 0), axis=0)  # no gather: of many texts at once
+    return (row * side + jax.random.categorical(for_token, jnp.log(share_C))).astype(jnp.int32)
+
+
+def _first_of_the_largest(logits_BV: jax.Array) -> jax.Array:
+    """argmax, in two plain reductions: as one it takes ten times as long on a CPU."""
+    best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    ids_V, last = jnp.arange(logits_BV.shape[1]), logits_BV.shape[1] - 1
+    return jnp.min(jnp.where(best_BV, ids_V, last), axis=-1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("config", "new_slots"))
@@ -146,6 +167,24 @@ def read(
     return Texts(cache, logits_BV, jnp.int32(P), first_B, jnp.zeros(B, bool), keys_B)
 
 
+@partial(jax.jit, static_argnames="config")
+def write_one(
+    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any
+) -> tuple[Texts, jax.Array]:
+    """Writes one more token of each text.
+
+    Returns:
+        The texts, and [B] int32: the tokens, `end_of_text` for a text that has ended.
+    """
+    t, slots_S = texts, jnp.arange(texts.cache.keys_GKS[0].shape[2])
+    positions_B = t.slot - t.first_B
+    token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice, config.unrolled)
+    token_B = jnp.where(t.done_B, end_of_text, token_B)
+    visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
+    logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
+    return Texts(cache, logits_BV, t.slot + 1, t.first_B, token_B == end_of_text, t.keys_B), token_B
+
+
 def write(
     config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any, count: int
 ) -> tuple[Texts, jax.Array | np.ndarray]:
@@ -163,7 +202,7 @@ def write(
     for i in range(count):
         if np.all(texts.done_B):
             break
-        texts, tokens_BN[:, i] = write_token(config, weights, texts, choice, end_of_text)
+        texts, tokens_BN[:, i] = write_one(config, weights, texts, choice, end_of_text)
     return texts, tokens_BN
 
 
@@ -171,24 +210,10 @@ def write(
 def _write_on_device(config, weights, texts, choice, end_of_text, count):
     def body(carry):
         i, texts, tokens_BN = carry
-        texts, token_B = write_token(config, weights, texts, choice, end_of_text)
+        texts, token_B = write_one(config, weights, texts, choice, end_of_text)
         return i + 1, texts, jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
 
     tokens_BN = jnp.full((texts.done_B.shape[0], count), end_of_text, jnp.int32)
     start = (jnp.int32(0), texts, tokens_BN)
     _, texts, tokens_BN = jax.lax.while_loop(lambda c: (c[0] < count) & ~jnp.all(c[1].done_B), body, start)
     return texts, tokens_BN
-
-
-@partial(jax.jit, static_argnames="config")
-def write_token(
-    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any
-) -> tuple[Texts, jax.Array]:
-    """Writes one more token of each text: the texts, and [B] int32, `end_of_text` where a text had ended."""
-    t, slots_S = texts, jnp.arange(texts.cache.keys_BHKS[0].shape[3])
-    positions_B = t.slot - t.first_B
-    token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice, config.unrolled)
-    token_B = jnp.where(t.done_B, end_of_text, token_B)
-    visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
-    logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
-    return Texts(cache, logits_BV, t.slot + 1, t.first_B, token_B == end_of_text, t.keys_B), token_B

@@ -64,6 +64,8 @@ def test_the_step_of_other_devices_is_refused_by_the_lines_of_its_loops_and_bran
         ("complex", lambda x: lax.complex(x, x), [array(3)]),
         ("cbrt", lax.cbrt, [array(3)]),
         ("add", lambda x: x + x, [array(3, dtype=jnp.bfloat16)]),
+        ("gather", jax.vmap(lambda x, i: x[i]), [array(2, 3, 4), array(2, dtype=jnp.int32)]),
+        ("scatter", jax.vmap(lambda x, i: x.at[i].add(1)), [array(2, 3), array(2, dtype=jnp.int32)]),
         ("dot_general", linear, [array(1, 2, WIDEST), array(WIDEST, 3)]),
         ("dot_general", lambda x: jnp.einsum("BTD,BTD->B", x, x), [array(2, 3, 4)]),
     ],
