@@ -150,6 +150,22 @@ def _recomputed_backward(attend, c, residuals, d_outputs):
 recomputed_blocks.defvjp(_recomputed_forward, _recomputed_backward)
 
 
+@jax.custom_vjp
+def cut_and_pass(blocks: Any) -> tuple[list[Any], Any]:
+    """The parameters of each block, and all of them stacked, for their next use.
+
+    Backward, the gradient of that next use arrives whole, and those of the blocks are added to it at once.
+    """
+    layers = len(jax.tree.leaves(blocks)[0])
+    return [jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks) for layer in range(layers)], blocks
+
+
+cut_and_pass.defvjp(
+    lambda blocks: (cut_and_pass(blocks), None),
+    lambda _, d: (jax.tree.map(lambda total, *parts: total + jnp.stack(parts), d[1], *d[0]),),
+)
+
+
 class Decoder(nn.Module):
     """The language model. `init` draws float32 parameters; the methods go through `apply`."""
 
@@ -183,8 +199,8 @@ class Decoder(nn.Module):
         if c.remat:
             x_BTD, blocks = recomputed_blocks(blocks, x_BTD, table, attend, c)
         else:
-            for layer in range(c.layers):
-                p = jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks)
+            by_layer, blocks = cut_and_pass(blocks)
+            for p in by_layer:
                 x_BTD = block(p, x_BTD, table, attend, c)
         x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
         return x_BTD, {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}

@@ -128,7 +128,9 @@ def _draw(share_V: jax.Array, key: jax.Array) -> jax.Array:
     share_RC = jnp.pad(share_V, (0, side**2 - share_V.size)).reshape(side, side)
     for_row, for_token = jax.random.split(key)
     row = jax.random.categorical(for_row, jnp.log(jnp.sum(share_RC, axis=-1)))
-    share_C = jnp.sum(jnp.where(jnp.arange(side)[:, None] == row, share_RC, 0), axis=0)  # no gather: of many texts at once
+    share_C = jnp.sum(
+        jnp.where(jnp.arange(side)[:, None] == row, share_RC, 0), axis=0
+    )  # no gather: of many texts at once
     return (row * side + jax.random.categorical(for_token, jnp.log(share_C))).astype(jnp.int32)
 
 
