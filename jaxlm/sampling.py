@@ -16,6 +16,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.model import Cache, empty_cache, extend
 
 WAYS, ROUNDS = 8, 14  # of the search for a threshold, which ends with 2**-42 of the logits' range at the latest
+PARTS = 16  # of the vocabulary, counted in one expression: a CPU would write what a sum over it reads to memory first
 
 
 class Choice(NamedTuple):
@@ -61,20 +62,24 @@ def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, unroll: 
 def _threshold(
     logits_BV: jax.Array, weights_BV: jax.Array | None, wanted: jax.Array, needed: jax.Array, unroll: bool
 ) -> jax.Array:
-    """[B, 1]: the largest number such that the weights of the logits from it on (None: 1 each) add up to `wanted`.
+    """[B, 1]: the largest number such that the weights (None: 1 each) of the logits from it on add up to `wanted`.
 
     In each round the interval in which it lies is cut into WAYS parts, until one logit is left in it (or several that
     hardly differ). Where it is not `needed`, or all weights are too little: the smallest logit.
     """
     cuts_W = jnp.arange(1, WAYS) / WAYS
+    padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -logits_BV.shape[1] % PARTS)), constant_values=-jnp.inf)
+    parts = jnp.split(padded_BV, PARTS, axis=1)
 
     def narrow(carry):
         left, low_B1, high_B1, from_low_B1, from_high_B1 = carry
         cut_BW = low_B1 + (high_B1 - low_B1) * cuts_W
-        above_BWV = logits_BV[:, None] >= cut_BW[..., None]
-        count_BW = jnp.sum(above_BWV, axis=-1, dtype=jnp.int32)
-        sum_BW = count_BW if weights_BV is None else jnp.sum(jnp.where(above_BWV, weights_BV[:, None], 0), axis=-1)
-        enough_BW = sum_BW >= wanted
+        cut_BW1 = cut_BW[..., None]
+        count_BW = jnp.sum(sum((part[:, None] >= cut_BW1).astype(jnp.int32) for part in parts), axis=-1)
+        if weights_BV is None:
+            enough_BW = count_BW >= wanted
+        else:
+            enough_BW = jnp.sum(jnp.where(logits_BV[:, None] >= cut_BW1, weights_BV[:, None], 0), axis=-1) >= wanted
         low_B1, high_B1, from_low_B1, from_high_B1 = (
             jnp.max(jnp.where(enough_BW, cut_BW, low_B1), axis=-1, keepdims=True),
             jnp.min(jnp.where(enough_BW, high_B1, cut_BW), axis=-1, keepdims=True),
@@ -109,29 +114,31 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool
         [B] int32.
     """
 
+    side = 4 * math.ceil(logits_BV.shape[1] ** 0.5 / 4)  # of a square with room for all tokens
+
     def draw_each() -> jax.Array:
-        scaled_BV = logits_BV / choice.temperature
+        blank = ((0, 0), (0, side**2 - logits_BV.shape[1]))
+        scaled_BV = jnp.pad(logits_BV, blank, constant_values=-jnp.inf) / choice.temperature
         share_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
-        return jax.vmap(_draw)(jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), share_BV, 0), keys_B)
+        share_BV = jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), share_BV, 0)
+        return jax.vmap(_draw)(share_BV.reshape(-1, side, side), keys_B)
 
     if unroll:
         return jnp.where(choice.temperature > 0, draw_each(), _first_of_the_largest(logits_BV))
     return jax.lax.cond(choice.temperature > 0, draw_each, lambda: _first_of_the_largest(logits_BV))
 
 
-def _draw(share_V: jax.Array, key: jax.Array) -> jax.Array:
-    """[] int32: a token, with a probability in proportion to its share.
+def _draw(share_RC: jax.Array, key: jax.Array) -> jax.Array:
+    """[] int32: the place of a token, drawn with a probability in proportion to its share.
 
-    First a row of a square of tokens is drawn, then a token of this row: noise for two rows instead of the square.
+    First a row is drawn, then a token in it: that takes noise for two rows, not for the whole vocabulary.
     """
-    side = math.isqrt(share_V.size - 1) + 1
-    share_RC = jnp.pad(share_V, (0, side**2 - share_V.size)).reshape(side, side)
-    for_row, for_token = jax.random.split(key)
-    row = jax.random.categorical(for_row, jnp.log(jnp.sum(share_RC, axis=-1)))
-    share_C = jnp.sum(
-        jnp.where(jnp.arange(side)[:, None] == row, share_RC, 0), axis=0
-    )  # no gather: of many texts at once
-    return (row * side + jax.random.categorical(for_token, jnp.log(share_C))).astype(jnp.int32)
+    for_row, for_column = jax.random.split(key)
+    row = jax.random.categorical(for_row, jnp.log(jnp.sum(share_RC, axis=1)))
+    # the row by a mask: by its index it were a batched gather, where there are several texts
+    share_C = jnp.sum(jnp.where(jnp.arange(len(share_RC))[:, None] == row, share_RC, 0), axis=0)
+    column = jax.random.categorical(for_column, jnp.log(share_C))
+    return (row * share_RC.shape[1] + column).astype(jnp.int32)
 
 
 def _first_of_the_largest(logits_BV: jax.Array) -> jax.Array:
