@@ -12,7 +12,9 @@ from jax import lax
 
 import jaxlm
 from experiments.audit import CONVERTED, WIDEST, audit, lowered, operations, preset, violations
+from experiments.memory import on_apple
 from jaxlm.backend import APPLE
+from jaxlm.checkpoint import checkpoint_bytes
 from jaxlm.layers import linear
 from jaxlm.step import init_state, make_train_step
 
@@ -34,6 +36,11 @@ def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(pl
         assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"
         assert counts.total() > 1000
         assert set(counts) <= set(CONVERTED[platform]["stablehlo"]) - {"while", "case", "if"}
+
+
+def test_a_step_of_the_preset_and_a_checkpoint_on_its_way_take_less_than_4_gigabytes():
+    config = preset(APPLE[0])
+    assert on_apple(config) + checkpoint_bytes(jax.eval_shape(lambda: init_state(config))) / 1e9 < 4
 
 
 @pytest.mark.parametrize("platform", APPLE)
