@@ -3,14 +3,14 @@
     python -m jaxlm.main --config configs/m2_60m.py
 
 59,294,720 parameters; 50,000 steps of 65,536 tokens, 3.28 billion in all. A token costs about 0.38 GFLOP forward and
-backward (0.51 with what is recomputed to save memory). As computed, not promised: at the 2,500 to 3,000 tokens a
-second that this machine is hoped to reach, a step takes 22 to 26 s and the run 13 to 15 days; at 5,000 it takes 8.
-Nobody has run it on a Mac yet.
+backward (0.44 with what an Apple GPU recomputes). As computed, not promised: at the 2,500 to 3,000 tokens a second that
+this machine is hoped to reach, a step takes 22 to 26 s and the run 13 to 15 days; at 5,000 it takes 8. Nobody has run
+it on a Mac yet.
 
-Memory: 1.37 GB by XLA's own analysis of the step on a CPU (`python -m experiments.memory`), of which 0.95 are the
-weights, the moments and the accumulated gradients, 0.24 the gradients of a micro-batch; while a checkpoint is written,
-a copy of 0.71 beside them. Disk: up to 4.3 GB for the five checkpoints and the next, 0.24 for the model, 1.2 for the
-tokens.
+Memory by XLA's own analysis (`python -m experiments.memory`): on an Apple GPU, which reuses no buffer and recomputes no
+block, 2.98 GB; on a CPU 1.37, of which 0.95 are the weights, the moments and the accumulated gradients, 0.24 the
+gradients of a micro-batch. While a checkpoint is written, a copy of 0.71 lies beside them. Disk: up to 4.3 GB for the
+five checkpoints and the next, 0.24 for the model, 1.2 for the tokens.
 """
 
 import ml_collections

@@ -6,10 +6,14 @@ Nothing is allocated. The total counts the arguments (weights, moments, accumula
 results that do not lie in the arguments' place, and the temporaries. No setting can go below the arguments and one set
 of gradients: the clipping of their norm needs them whole before the first weight may change. Plain JAX has the same
 model, parameters and optax chain: whole logits, whole attention scores, `optax.MultiSteps` as it comes.
+
+On an Apple GPU a step is several programs and none of them reuses a buffer. Its row is of the worst moment of the step,
+as compiled for the CPU, and counts what lies beside the program that runs then.
 """
 
 import argparse
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,6 +23,7 @@ import optax
 
 from configs import m2_60m
 from jaxlm import backend, layers
+from jaxlm.checkpoint import checkpoint_bytes
 from jaxlm.config import Config, from_config_dict
 from jaxlm.model import Decoder, init_params, parameter_count
 from jaxlm.optimizer import make_inner
@@ -31,6 +36,31 @@ def ours(config: Config) -> jax.stages.Compiled:
     """The compiled step of jaxlm."""
     state = jax.eval_shape(lambda: init_state(config))
     return make_train_step(config).lower(state, batch(config)).compile()
+
+
+def on_apple(config: Config) -> float:
+    """Prints the row of the worst moment of a step as an Apple GPU takes it, and gives its total in GB."""
+    device: Any = SimpleNamespace(platform=backend.APPLE[0])
+    config = backend.resolve_run(config, device)
+    state = jax.eval_shape(lambda: init_state(config))
+    step: Any = make_train_step(config)
+    total = jax.eval_shape(step.start, state.params)
+    compiled = step.lower(state, batch(config)).compile()
+    moments = {}
+    for name in ("start", "add_slice", "update"):
+        m: Any = getattr(compiled, name).memory_analysis()
+        lie = size((state, batch(config))) + (size(total) if name != "start" else 0)
+        moments[name] = lie + m.output_size_in_bytes - m.alias_size_in_bytes, m.temp_size_in_bytes
+    worst = max(moments, key=lambda name: sum(moments[name]))
+    arguments, temporaries = (part / 1e9 for part in moments[worst])
+    name = f"Apple GPU, slices {config.slices}, remat {config.model.remat}: {worst}"
+    print(f"| {name} | {arguments:.2f} | {temporaries:.2f} | **{arguments + temporaries:.2f}** |", flush=True)
+    return arguments + temporaries
+
+
+def size(tree: Any) -> int:
+    """Bytes of the arrays in a tree of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def plain(config: Config) -> jax.stages.Compiled:
@@ -85,12 +115,15 @@ def main() -> None:
             name = f"slices {slices}, remat {remat}"
             total = row(name, ours(dataclasses.replace(config, slices=slices, model=model)))
             smallest = min(smallest, total)
+    apple = on_apple(from_config_dict(m2_60m.get_config()))
     theirs = row("plain JAX", plain(config))
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     floor = 5 * 4 * parameter_count(params) / 1e9
     print(
         f"\nThe floor (weights, two moments, accumulated and new gradients) is {floor:.2f} GB, the promise {PROMISED}."
     )
+    copy = checkpoint_bytes(jax.eval_shape(lambda: init_state(config))) / 1e9
+    print(f"While a checkpoint is saved its copy of {copy:.2f} lies beside it: {apple + copy:.2f} on an Apple GPU.")
     print(f"Smallest to plain JAX: {smallest / theirs:.3f}")
 
 

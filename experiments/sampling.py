@@ -87,7 +87,7 @@ def main() -> None:
     device = backend.start(args.platform)
     config = backend.resolve(ModelConfig(), device)
     params = init_params(config, jax.random.key(0))
-    names = ("float32", "bfloat16")
+    names = ("float32", "mixed")
     writers = {f"jaxlm {name}": jaxlm_writer(dataclasses.replace(config, dtype=name), params) for name in names}
     with tempfile.TemporaryDirectory() as place:
         with contextlib.suppress(ImportError):

@@ -24,6 +24,7 @@ SLICE_TOKENS = 1024  # computed at one time where memory is shared with all else
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
 _JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
+APPLE = ("mps", "METAL")  # the platforms, by jax's names, that compute on an Apple GPU
 
 
 def start(platform: str, deterministic: bool = False) -> jax.Device:
@@ -73,12 +74,14 @@ def _keep_compilations() -> None:
 
 def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
     """The same model with what is `auto` decided for the device: bfloat16 on an NVIDIA GPU and float32 elsewhere,
-    cuDNN's attention and the fused kernels where they fit and the plain ones elsewhere.
+    cuDNN's attention and the fused kernels where they fit and the plain ones elsewhere, no compiled loops on an Apple
+    GPU.
 
     Raises:
         RequestError: cuDNN or the fused kernels are asked for where they do not fit.
     """
     on_cuda = device.platform == "gpu"
+    loops = ("unrolled" if device.platform in APPLE else "compiled") if model.loops == "auto" else model.loops
     dtype = ("bfloat16" if on_cuda else "float32") if model.dtype == "auto" else model.dtype
     fits = on_cuda and dtype == "bfloat16" and model.width // model.heads % 8 == 0
     if model.attention == "cudnn" and not fits:
@@ -87,33 +90,49 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         )
     attention = ("cudnn" if fits else "plain") if model.attention == "auto" else model.attention
     hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
-    fits = hopper and dtype == "bfloat16" and model.width % kernels.DEPTH == 0 and model.hidden % kernels.GROUP == 0
+    whole_tiles = model.width % kernels.DEPTH == 0 and model.hidden % kernels.GROUP == 0
+    fits = hopper and dtype == "bfloat16" and loops == "compiled" and whole_tiles
     if model.kernels == "fused" and not fits:
         raise RequestError(
-            "model.kernels fused needs a Hopper GPU (H100, H200), jax 0.11, bfloat16 and a width and a hidden width"
-            f" that are multiples of {kernels.DEPTH}: set it to auto"
+            "model.kernels fused needs a Hopper GPU (H100, H200), jax 0.11, bfloat16, compiled loops and a width and a"
+            f" hidden width that are multiples of {kernels.DEPTH}: set it to auto"
         )
     fused = ("fused" if fits else "plain") if model.kernels == "auto" else model.kernels
-    return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused)
+    return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused, loops=loops)
 
 
 def resolve_run(config: Config, device: jax.Device) -> Config:
     """The same run with what is automatic decided for the device.
 
-    Without `slices` an NVIDIA GPU takes a micro-batch at once and recomputes nothing, for speed. Elsewhere a slice is a
-    sequence, or several short ones: more at a time take more memory and no less time.
+    Without `slices` an NVIDIA GPU takes a micro-batch at once. Elsewhere a slice is a sequence, or several short ones:
+    more at a time take more memory and no less time. Either GPU then recomputes nothing, for speed.
 
     Raises:
         RequestError: as `resolve`.
     """
     model, slices = resolve(config.model, device), config.slices
+    if slices == 0 and device.platform in ("gpu", *APPLE):
+        model = dataclasses.replace(model, remat=False)
     if slices == 0 and device.platform == "gpu":
-        model, slices = dataclasses.replace(model, remat=False), 1
+        slices = 1
     elif slices == 0:
         divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         fit = [n for n in divisors if config.batch_size // n * model.context <= SLICE_TOKENS]
         slices = min(fit, default=config.batch_size)
     return dataclasses.replace(config, slices=slices, model=model)
+
+
+def available_memory(device: jax.Device) -> int:
+    """Bytes that one process may have on a device.
+
+    On an NVIDIA GPU what jax's allocator may take, on a CPU the machine's memory. On an Apple GPU two thirds of it:
+    Metal's recommendedMaxWorkingSetSize, as reported 10.67 of 16 GB (exo-explore/exo#1672) and 11.84 of 16
+    (AlexsJones/llmfit#754), three quarters on larger machines (gpustack/gpustack#1375).
+    """
+    if device.platform == "gpu":
+        return device.memory_stats()["bytes_limit"]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory * 2 // 3 if device.platform in APPLE else memory
 
 
 def describe(device: jax.Device) -> str:

@@ -77,6 +77,7 @@ class ModelConfig:
     dtype: str = "auto"  # float32, bfloat16 or mixed (bfloat16 products of float32); weights are always float32
     attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
     kernels: str = "auto"  # fused (bfloat16 on a Hopper GPU, 1.2 times as fast) or plain; auto: fused where it fits
+    loops: str = "auto"  # compiled into the programs or unrolled; auto: unrolled on an Apple GPU, compiled elsewhere
     remat: bool = True  # recompute each block backward: less memory, a fifth more work. On a GPU only with `slices`
 
     def __post_init__(self):
@@ -97,11 +98,17 @@ class ModelConfig:
         _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "mixed"))
         _one_of("model.attention", self.attention, ("auto", "plain", "cudnn"))
         _one_of("model.kernels", self.kernels, ("auto", "plain", "fused"))
+        _one_of("model.loops", self.loops, ("auto", "compiled", "unrolled"))
 
     @property
     def products(self) -> str:
         """The dtype that matrix products read; they sum in float32."""
         return "bfloat16" if self.dtype in ("bfloat16", "mixed") else "float32"
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether no program may hold a loop or a conditional."""
+        return self.loops == "unrolled"
 
     @property
     def activations(self) -> str:

@@ -50,7 +50,8 @@ def generate(
         weights: its parameters, as `model.unstack` gives them.
         prompts: token ids, each shorter than the context.
         choice: how tokens are drawn.
-        key: random key; each text draws from its own part of it.
+        key: random key, [2] uint32 (typed ones come with a sharding, which a plugin may not know); each text draws
+            from its own part of it.
         tokens: at most so many new ones a text; fewer where the context is full for the longest prompt.
         end_of_text: its id.
         chunk: hand out so many tokens at a time; None: all at once.

@@ -4,6 +4,7 @@ Shape letters, here and in the whole core: B batch, T time (queries), S time (ke
 K head width, F hidden width, V vocabulary, L layers. A name ends in the shape of its array.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,22 @@ import jax.numpy as jnp
 
 QUERIES = 128  # of causal attention, taken at a time
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
+
+
+def scan(body: Callable, carry: Any, xs: Any, *, reverse: bool = False, unroll: bool = False) -> tuple[Any, Any]:
+    """`jax.lax.scan`, or the same written out, with no loop in the program (jax's own `unroll` leaves one on 0.4.34).
+
+    A turn that is written out waits for the one before, as in a loop: a compiler that heeds the barrier lets turns
+    share their memory, and takes nothing that one computes again from another. (XLA's for the CPU does not heed it.)
+    """
+    if not unroll:
+        return jax.lax.scan(body, carry, xs, reverse=reverse)
+    order, outs = range(len(jax.tree.leaves(xs)[0])), []
+    for index in order[::-1] if reverse else order:
+        x = jax.tree.map(lambda stacked, index=index: jax.lax.index_in_dim(stacked, index, keepdims=False), xs)
+        carry, out = body(*jax.lax.optimization_barrier((carry, x)))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *(outs[::-1] if reverse else outs))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -95,15 +112,23 @@ def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS:
     Returns:
         [B, T, H, K] in the dtype of v.
     """
-    return cached_attention(q_BTHK, k_BSHK.transpose(0, 2, 3, 1), v_BSHK.transpose(0, 2, 1, 3), mask_BTS)
+    return cached_attention(q_BTHK, *as_cached(k_BSHK, v_BSHK), mask_BTS)
 
 
-def cached_attention(q_BTHK: jax.Array, k_BHKS: jax.Array, v_BHSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """`attention` to keys and values that lie as its products read them."""
-    scores_BHTS = jnp.einsum("BTHK,BHKS->BHTS", q_BTHK, k_BHKS, preferred_element_type=jnp.float32)
-    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS * q_BTHK.shape[-1] ** -0.5, MASKED)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BHSK.dtype)
-    return jnp.einsum("BHTS,BHSK->BTHK", weights_BHTS, v_BHSK)
+def as_cached(k_BSHK: jax.Array, v_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys [G, K, S] and values [G, S, K], G = B H, as the products of `cached_attention` read them."""
+    k_GSK, v_GSK = (_by_head(array, array.dtype) for array in (k_BSHK, v_BSHK))
+    return k_GSK.swapaxes(1, 2), v_GSK
+
+
+def cached_attention(q_BTHK: jax.Array, k_GKS: jax.Array, v_GSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """`attention` to keys and values as `as_cached` gives them."""
+    B, T, H, K = q_BTHK.shape
+    scores_GTS = _products("GTK,GKS->GTS", _by_head(q_BTHK, q_BTHK.dtype), k_GKS)
+    scores_BHTS = scores_GTS.reshape(B, H, T, -1) * K**-0.5
+    weights_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, MASKED), axis=-1)
+    weights_GTS = weights_BHTS.reshape(scores_GTS.shape).astype(v_GSK.dtype)
+    return jnp.einsum("GTS,GSK->GTK", weights_GTS, v_GSK).reshape(B, H, T, K).swapaxes(1, 2)
 
 
 def causal_attention(
@@ -228,7 +253,11 @@ def linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any = None) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x_ND, w_DF, dtype):
-    return jnp.matmul(x_ND.astype(dtype), w_DF.astype(dtype), preferred_element_type=x_ND.dtype)
+    # a CPU's product of one bfloat16 row would write the matrix anew in float32
+    narrow = jnp.dtype(dtype) == jnp.bfloat16
+    rows = 2 if x_ND.shape[0] == 1 and narrow and jax.default_backend() == "cpu" else x_ND.shape[0]
+    narrow_ND = jnp.broadcast_to(x_ND.astype(dtype), (rows, x_ND.shape[1]))
+    return jnp.matmul(narrow_ND, w_DF.astype(dtype), preferred_element_type=x_ND.dtype)[: x_ND.shape[0]]
 
 
 def _product_backward(dtype, residuals, d_out_NF):

@@ -224,7 +224,7 @@ class Run:
         c, end_of_text = self.config.sample, self.tokenizer.end_of_text
         order = np.random.default_rng([self.config.seed, step]).permutation(len(c.prompts))
         chosen = [int(order[i % len(order)]) for i in range(c.texts)]
-        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        key = jax.random.fold_in(jax.random.PRNGKey(self.config.seed), step)
         choice = Choice(np.float32(c.temperature), np.int32(c.top_k), np.float32(c.top_p))
         ids = [self.prompts[i] for i in chosen]
         weights = unstack(self.config.model, self.state.params)

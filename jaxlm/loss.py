@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.layers import MASKED, embed, product_over_rows
+from jaxlm.layers import MASKED, embed, product_over_rows, scan
 
 TILE = 768
+UNROLLED_TILE = 12_565  # a quarter of GPT-2's vocabulary: few enough tiles to write out, none as wide as 32,767
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def cross_entropy(
-    x_ND: jax.Array, embedding_VD: jax.Array, targets_N: jax.Array, dtype: Any, tile: int = TILE
+    x_ND: jax.Array, embedding_VD: jax.Array, targets_N: jax.Array, dtype: Any, tile: int = TILE, unroll: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of logsumexp(logits) - logits[target] over N tokens, logits = x embedding^T.
 
@@ -28,15 +29,16 @@ def cross_entropy(
         targets_N: ids below V; a target below 0 counts nothing.
         dtype: of what the products read; their sums and all else are float32.
         tile: entries of the vocabulary whose logits exist at one time.
+        unroll: write the tiles out, one after the other, instead of looping.
 
     Returns:
         [] float32, nats; and the embedding, for its next use. Backward, the gradient of that next use arrives whole
         and this one is added to it where it lies.
     """
-    return _forward(x_ND, embedding_VD, targets_N, dtype, tile)[0]
+    return _forward(x_ND, embedding_VD, targets_N, dtype, tile, unroll)[0]
 
 
-def _forward(x_ND, embedding_VD, targets_N, dtype, tile):
+def _forward(x_ND, embedding_VD, targets_N, dtype, tile, unroll):
     narrow_ND = x_ND.astype(dtype)
 
     def add_tile(carry, place):
@@ -47,7 +49,7 @@ def _forward(x_ND, embedding_VD, targets_N, dtype, tile):
         return (larger_N, total_N), None
 
     start = jnp.full(len(x_ND), MASKED), jnp.zeros(len(x_ND))
-    (largest_N, total_N), _ = jax.lax.scan(add_tile, start, _tiles(len(embedding_VD), tile))
+    (largest_N, total_N), _ = scan(add_tile, start, _tiles(len(embedding_VD), tile), unroll=unroll)
     logsumexp_N = largest_N + jnp.log(total_N)
     rows_ND = embed(targets_N, embedding_VD).astype(dtype)
     picked_N = jnp.sum(narrow_ND.astype(jnp.float32) * rows_ND.astype(jnp.float32), axis=1)
@@ -55,7 +57,7 @@ def _forward(x_ND, embedding_VD, targets_N, dtype, tile):
     return (nats, embedding_VD), (x_ND, embedding_VD, targets_N, logsumexp_N)
 
 
-def _backward(dtype, tile, residuals, d_outputs):
+def _backward(dtype, tile, unroll, residuals, d_outputs):
     x_ND, embedding_VD, targets_N, logsumexp_N = residuals
     d_nats, d_embedding_VD = d_outputs
     narrow_ND, d_nats_N1 = x_ND.astype(dtype), jnp.where(targets_N >= 0, d_nats, 0)[:, None]
@@ -70,7 +72,7 @@ def _backward(dtype, tile, residuals, d_outputs):
         return (d_x_ND, _add_rows(d_embedding_VD, d_rows_WD, place[0])), None
 
     start = (jnp.zeros(x_ND.shape, jnp.float32), d_embedding_VD)
-    (d_x_ND, d_embedding_VD), _ = jax.lax.scan(add_tile, start, _tiles(len(embedding_VD), tile))
+    (d_x_ND, d_embedding_VD), _ = scan(add_tile, start, _tiles(len(embedding_VD), tile), unroll=unroll)
     return d_x_ND.astype(x_ND.dtype), d_embedding_VD, None
 
 

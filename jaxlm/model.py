@@ -25,16 +25,19 @@ import jax.numpy as jnp
 
 from jaxlm import kernels, layers
 from jaxlm.config import ModelConfig
-from jaxlm.loss import cross_entropy
+from jaxlm.loss import TILE, UNROLLED_TILE, cross_entropy
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions already read, for one block each."""
+    """Keys and values of the positions already read, for one block each; G counts texts and in each their heads.
 
-    keys_BHKS: tuple[jax.Array, ...]
-    values_BHSK: tuple[jax.Array, ...]
+    Were texts and heads two axes, a CPU would write a cache of one text anew for each token, not in its place.
+    """
+
+    keys_GKS: tuple[jax.Array, ...]
+    values_GSK: tuple[jax.Array, ...]
 
 
 def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
@@ -125,7 +128,7 @@ def _recomputed_forward(blocks, x_BTD, table, attend, c):
         out_BTD, known = block(p, x_BTD, table, attend, c)
         return out_BTD, (x_BTD, known)
 
-    out_BTD, kept = jax.lax.scan(run, x_BTD, blocks)
+    out_BTD, kept = layers.scan(run, x_BTD, blocks, unroll=c.unrolled)
     return (out_BTD, blocks), (blocks, kept, table)
 
 
@@ -147,11 +150,27 @@ def _recomputed_backward(attend, c, residuals, d_outputs):
 
         return (d_x_BTD, jax.tree.map(add, d_blocks, d_p)), None
 
-    (d_x_BTD, d_blocks), _ = jax.lax.scan(add_block, d_outputs, jnp.arange(c.layers), reverse=True)
+    (d_x_BTD, d_blocks), _ = layers.scan(add_block, d_outputs, jnp.arange(c.layers), reverse=True, unroll=c.unrolled)
     return d_blocks, d_x_BTD, None
 
 
 recomputed_blocks.defvjp(_recomputed_forward, _recomputed_backward)
+
+
+@jax.custom_vjp
+def cut_and_pass(blocks: Any) -> tuple[list[Any], Any]:
+    """The parameters of each block, and all of them stacked, for their next use.
+
+    Backward, the gradient of that next use arrives whole, and those of the blocks are added to it at once.
+    """
+    count = len(jax.tree.leaves(blocks)[0])
+    return [jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks) for layer in range(count)], blocks
+
+
+cut_and_pass.defvjp(
+    lambda blocks: (cut_and_pass(blocks), None),
+    lambda _, d: (jax.tree.map(lambda total, *parts: total + jnp.stack(parts), d[1], *d[0]),),
+)
 
 
 class Decoder(nn.Module):
@@ -187,8 +206,8 @@ class Decoder(nn.Module):
         if c.remat:
             x_BTD, blocks = recomputed_blocks(blocks, x_BTD, table, attend, c)
         else:
-            for layer in range(c.layers):
-                p = jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks)
+            by_layer, blocks = cut_and_pass(blocks)
+            for p in by_layer:
                 x_BTD, _ = block(p, x_BTD, table, attend, c)
         x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
         return x_BTD, {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
@@ -208,7 +227,9 @@ class Decoder(nn.Module):
         name, head_VD = ("embedding", params["embedding"]) if self.config.tied else ("head", self.head_VD)
         if self.config.kernels == "fused":
             return kernels.cross_entropy(x_ND, head_VD, targets_N), params | {name: head_VD}
-        nats, params[name] = cross_entropy(x_ND, head_VD, targets_N, self.config.products)
+        c = self.config
+        tile = UNROLLED_TILE if c.unrolled else TILE
+        nats, params[name] = cross_entropy(x_ND, head_VD, targets_N, c.products, tile, c.unrolled)
         return nats, params
 
 
@@ -235,10 +256,10 @@ def unstack(config: ModelConfig, params: Any) -> Any:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
-    B, H, K, S = batch, config.heads, config.width // config.heads, slots
-    keys_BHKS = tuple(jnp.zeros((B, H, K, S), config.activations) for _ in range(config.layers))
-    values_BHSK = tuple(jnp.zeros((B, H, S, K), config.activations) for _ in range(config.layers))
-    return Cache(keys_BHKS, values_BHSK)
+    G, K, S = batch * config.heads, config.width // config.heads, slots
+    keys_GKS = tuple(jnp.zeros((G, K, S), config.activations) for _ in range(config.layers))
+    values_GSK = tuple(jnp.zeros((G, S, K), config.activations) for _ in range(config.layers))
+    return Cache(keys_GKS, values_GSK)
 
 
 def extend(
@@ -270,15 +291,15 @@ def extend(
     for layer, p in enumerate(weights["blocks"]):
 
         def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
-            k_BHKT, v_BHTK = k_BTHK.transpose(0, 2, 3, 1), v_BTHK.transpose(0, 2, 1, 3)
-            keys_BHKS = jax.lax.dynamic_update_slice(cache.keys_BHKS[layer], k_BHKT, (0, 0, 0, start))
-            values_BHSK = jax.lax.dynamic_update_slice(cache.values_BHSK[layer], v_BHTK, (0, 0, start, 0))
-            return layers.cached_attention(q_BTHK, keys_BHKS, values_BHSK, visible_BTS), (keys_BHKS, values_BHSK)
+            k_GKT, v_GTK = layers.as_cached(k_BTHK, v_BTHK)
+            keys_GKS = jax.lax.dynamic_update_slice(cache.keys_GKS[layer], k_GKT, (0, 0, start))
+            values_GSK = jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0))
+            return layers.cached_attention(q_BTHK, keys_GKS, values_GSK, visible_BTS), (keys_GKS, values_GSK)
 
         x_BTD, both = block(p, x_BTD, table, attend, c)
         filled.append(both)
     x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
-    logits_BV = jnp.matmul(x_BD.astype(c.products), weights["head"], preferred_element_type=jnp.float32)
+    logits_BV = layers.linear(x_BD.astype(jnp.float32), weights["head"], c.products)
     return logits_BV, Cache(*zip(*filled, strict=True))
 
 

@@ -42,7 +42,7 @@ def make_optimizer(config: Config) -> Optimizer:
     The gradients of the micro-batches are averaged. A micro-batch whose gradients have no finite norm is skipped:
     nothing advances.
     """
-    return accumulate(make_inner(config), config.grad_accum_steps)
+    return accumulate(make_inner(config), config.grad_accum_steps, conditional=not config.model.unrolled)
 
 
 def make_inner(config: Config) -> optax.GradientTransformation:
@@ -66,12 +66,13 @@ def make_inner(config: Config) -> optax.GradientTransformation:
     return optax.chain(_record_norm(), clip_by_norm(c.clip_norm), update)
 
 
-def accumulate(inner: optax.GradientTransformation, every: int) -> Optimizer:
+def accumulate(inner: optax.GradientTransformation, every: int, conditional: bool = True) -> Optimizer:
     """`optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)`, updating in place.
 
     The same state and, to the bit or nearly, the same numbers. But gradients whose norm overflows are skipped too, the
     update is computed only when it is due, it is applied to the parameters where they lie, without a second set of
-    them, and where every micro-batch is a step nothing is kept to add to.
+    them, and where every micro-batch is a step nothing is kept to add to. Without `conditional` the update is computed
+    each time and chosen where it is due: the program has no branches.
     """
     reference = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)
 
@@ -92,9 +93,12 @@ def accumulate(inner: optax.GradientTransformation, every: int) -> Optimizer:
             updates, inner_state = inner.update(mean, inner_state, params)
             return optax.apply_updates(params, updates), inner_state
 
-        params, inner_state = jax.lax.cond(
-            due, update, lambda params, inner_state, _: (params, inner_state), params, state.inner_opt_state, mean
-        )
+        before = params, state.inner_opt_state
+        if conditional:
+            params, inner_state = jax.lax.cond(due, update, lambda *before_and_mean: before_and_mean[:2], *before, mean)
+        else:
+            after = update(*before, mean)
+            params, inner_state = jax.tree.map(lambda new, old: jnp.where(due, new, old), after, before)
         acc = () if every == 1 else jax.tree.map(lambda mean: jnp.where(due, 0, mean), mean)
         state = optax.MultiStepsState(
             mini_step=jnp.where(skip, state.mini_step, (state.mini_step + 1) % every),

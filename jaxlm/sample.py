@@ -166,7 +166,7 @@ def _generate(
     writer: Writer, ids: Sequence[Sequence[int]], args: Namespace, turn: int, chunk: int | None
 ) -> Iterator[np.ndarray]:
     choice = Choice(np.float32(args.temperature), np.int32(args.top_k), np.float32(args.top_p))
-    key = jax.random.fold_in(jax.random.key(args.seed), turn)
+    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), turn)
     config, weights, tokenizer = writer
     return generate(config, weights, ids, choice, key, args.tokens, tokenizer.end_of_text, chunk)
 

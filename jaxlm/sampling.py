@@ -4,16 +4,19 @@ Prompts of different lengths stand at the right end of one array, so that every 
 slot of the cache; the padding on the left is never attended to, and positions count from each text's first token.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Cache, empty_cache, extend
 
 WAYS, ROUNDS = 8, 14  # of the search for a threshold, which ends with 2**-42 of the logits' range at the latest
+PARTS = 16  # of the vocabulary, counted in one expression: a CPU would write what a sum over it reads to memory first
 
 
 class Choice(NamedTuple):
@@ -35,7 +38,7 @@ class Texts(NamedTuple):
     keys_B: jax.Array  # one random key a text
 
 
-def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, unroll: bool = False) -> jax.Array:
     """Which tokens may be drawn: the top_k largest logits, and of these the nucleus (Holtzman et al. 2020).
 
     The nucleus is the smallest set of likeliest tokens whose probability, renormalised over the top_k, reaches
@@ -45,31 +48,38 @@ def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.A
         logits_BV: float32; -inf is never drawn.
         top_k: [] integer, 0 keeps all.
         top_p: [] float in (0, 1], 1 keeps all.
+        unroll: write the rounds of the search out.
 
     Returns:
         [B, V] bool; tokens that tie with the last one kept are kept.
     """
-    ones_BV = jnp.ones_like(logits_BV)
-    in_top_k = logits_BV >= _threshold(logits_BV, ones_BV, top_k, top_k > 0)
+    in_top_k = logits_BV >= _threshold(logits_BV, None, top_k, top_k > 0, unroll)
     share_BV = jnp.where(in_top_k, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
     wanted_B1 = top_p * jnp.sum(share_BV, axis=-1, keepdims=True)
-    return in_top_k & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, top_p < 1))
+    return in_top_k & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, top_p < 1, unroll))
 
 
-def _threshold(logits_BV: jax.Array, weights_BV: jax.Array, wanted_B1: jax.Array, needed: jax.Array) -> jax.Array:
-    """[B, 1]: the largest number such that the weights of the logits from it on add up to `wanted`.
+def _threshold(
+    logits_BV: jax.Array, weights_BV: jax.Array | None, wanted: jax.Array, needed: jax.Array, unroll: bool
+) -> jax.Array:
+    """[B, 1]: the largest number such that the weights (None: 1 each) of the logits from it on add up to `wanted`.
 
     In each round the interval in which it lies is cut into WAYS parts, until one logit is left in it (or several that
     hardly differ). Where it is not `needed`, or all weights are too little: the smallest logit.
     """
     cuts_W = jnp.arange(1, WAYS) / WAYS
+    padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -logits_BV.shape[1] % PARTS)), constant_values=-jnp.inf)
+    parts = jnp.split(padded_BV, PARTS, axis=1)
 
     def narrow(carry):
         left, low_B1, high_B1, from_low_B1, from_high_B1 = carry
         cut_BW = low_B1 + (high_B1 - low_B1) * cuts_W
-        above_BWV = logits_BV[:, None] >= cut_BW[..., None]
-        enough_BW = jnp.sum(jnp.where(above_BWV, weights_BV[:, None], 0), axis=-1) >= wanted_B1
-        count_BW = jnp.sum(jnp.where(above_BWV, 1.0, 0), axis=-1)
+        cut_BW1 = cut_BW[..., None]
+        count_BW = jnp.sum(sum((part[:, None] >= cut_BW1).astype(jnp.int32) for part in parts), axis=-1)
+        if weights_BV is None:
+            enough_BW = count_BW >= wanted
+        else:
+            enough_BW = jnp.sum(jnp.where(logits_BV[:, None] >= cut_BW1, weights_BV[:, None], 0), axis=-1) >= wanted
         low_B1, high_B1, from_low_B1, from_high_B1 = (
             jnp.max(jnp.where(enough_BW, cut_BW, low_B1), axis=-1, keepdims=True),
             jnp.min(jnp.where(enough_BW, high_B1, cut_BW), axis=-1, keepdims=True),
@@ -80,32 +90,62 @@ def _threshold(logits_BV: jax.Array, weights_BV: jax.Array, wanted_B1: jax.Array
 
     high_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     low_B1 = jnp.min(jnp.where(logits_BV > -jnp.inf, logits_BV, high_B1), axis=-1, keepdims=True)
-    counts_B1 = jnp.full_like(low_B1, logits_BV.shape[1]), jnp.zeros_like(low_B1)
+    counts_B1 = (jnp.full(low_B1.shape, count, jnp.int32) for count in (logits_BV.shape[1], 0))
     start = (jnp.where(needed, ROUNDS, 0), low_B1, high_B1, *counts_B1)
+    if unroll:  # rounds beyond the last one needed choose the same logits
+        carry = start
+        for _ in range(ROUNDS):
+            carry = narrow(carry)
+        return jnp.where(needed, carry[1], low_B1)
     return jax.lax.while_loop(lambda c: (c[0] > 0) & jnp.any(c[3] - c[4] > 1), narrow, start)[1]
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice) -> jax.Array:
-    """Draws a token for each text: argmax of logits / temperature plus Gumbel noise, over the likeliest.
+def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool = False) -> jax.Array:
+    """A token for each text: at temperature 0 the likeliest, else one drawn from softmax(logits / temperature) over
+    the likeliest.
 
     Args:
         logits_BV: float32.
         keys_B: one random key a text.
         choice: temperature, top_k, top_p.
+        unroll: neither loop nor branch.
 
     Returns:
         [B] int32.
     """
-    temperature = jnp.asarray(choice.temperature, jnp.float32)
-    top_k = jnp.where(temperature > 0, choice.top_k, 0)
-    top_p = jnp.where(temperature > 0, choice.top_p, 1)
-    kept_BV = likeliest(logits_BV / jnp.maximum(temperature, 1e-6), top_k, top_p)
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-    scores_BV = jnp.where(kept_BV, logits_BV + temperature * noise_BV, -jnp.inf)
-    # argmax in two plain reductions, for as one it takes ten times as long on a CPU
-    best_BV = scores_BV == jnp.max(scores_BV, axis=-1, keepdims=True)
-    ids_V = jnp.arange(logits_BV.shape[1])
-    return jnp.min(jnp.where(best_BV, ids_V, logits_BV.shape[1] - 1), axis=-1).astype(jnp.int32)
+
+    side = 4 * math.ceil(logits_BV.shape[1] ** 0.5 / 4)  # of a square with room for all tokens
+
+    def draw_each() -> jax.Array:
+        blank = ((0, 0), (0, side**2 - logits_BV.shape[1]))
+        scaled_BV = jnp.pad(logits_BV, blank, constant_values=-jnp.inf) / choice.temperature
+        share_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
+        share_BV = jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), share_BV, 0)
+        return jax.vmap(_draw)(share_BV.reshape(-1, side, side), keys_B)
+
+    if unroll:
+        return jnp.where(choice.temperature > 0, draw_each(), _first_of_the_largest(logits_BV))
+    return jax.lax.cond(choice.temperature > 0, draw_each, lambda: _first_of_the_largest(logits_BV))
+
+
+def _draw(share_RC: jax.Array, key: jax.Array) -> jax.Array:
+    """[] int32: the place of a token, drawn with a probability in proportion to its share.
+
+    First a row is drawn, then a token in it: that takes noise for two rows, not for the whole vocabulary.
+    """
+    for_row, for_column = jax.random.split(key)
+    row = jax.random.categorical(for_row, jnp.log(jnp.sum(share_RC, axis=1)))
+    # the row by a mask: by its index it were a batched gather, where there are several texts
+    share_C = jnp.sum(jnp.where(jnp.arange(len(share_RC))[:, None] == row, share_RC, 0), axis=0)
+    column = jax.random.categorical(for_column, jnp.log(share_C))
+    return (row * share_RC.shape[1] + column).astype(jnp.int32)
+
+
+def _first_of_the_largest(logits_BV: jax.Array) -> jax.Array:
+    """argmax, in two plain reductions: as one it takes ten times as long on a CPU."""
+    best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    ids_V, last = jnp.arange(logits_BV.shape[1]), logits_BV.shape[1] - 1
+    return jnp.min(jnp.where(best_BV, ids_V, last), axis=-1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("config", "new_slots"))
@@ -136,30 +176,51 @@ def read(
     return Texts(cache, logits_BV, jnp.int32(P), first_B, jnp.zeros(B, bool), keys_B)
 
 
-@partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("texts",))
-def write(
-    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: jax.Array, count: int
+@partial(jax.jit, static_argnames="config")
+def write_one(
+    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any
 ) -> tuple[Texts, jax.Array]:
-    """Writes up to `count` more tokens of each text, on the device, and stops early when all texts have ended.
+    """Writes one more token of each text.
+
+    Returns:
+        The texts, and [B] int32: the tokens, `end_of_text` for a text that has ended.
+    """
+    t, slots_S = texts, jnp.arange(texts.cache.keys_GKS[0].shape[2])
+    positions_B = t.slot - t.first_B
+    token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice, config.unrolled)
+    token_B = jnp.where(t.done_B, end_of_text, token_B)
+    visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
+    logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
+    return Texts(cache, logits_BV, t.slot + 1, t.first_B, token_B == end_of_text, t.keys_B), token_B
+
+
+def write(
+    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any, count: int
+) -> tuple[Texts, jax.Array | np.ndarray]:
+    """Writes up to `count` more tokens of each text, and stops early when all texts have ended.
 
     A text's tokens depend on its prompt, its key and the choice alone: not on the texts beside it, nor on how the
-    writing is cut into calls.
+    writing is cut into calls. One program writes them all, or, where loops are unrolled, the host calls one a token.
 
     Returns:
         The texts (the argument is donated), and [B, count] int32: the tokens, `end_of_text` from each text's end on.
     """
-    slots_S = jnp.arange(texts.cache.keys_BHKS[0].shape[3])
+    if not config.unrolled:
+        return _write_on_device(config, weights, texts, choice, end_of_text, count)
+    tokens_BN = np.full((len(texts.done_B), count), end_of_text, np.int32)
+    for i in range(count):
+        if np.all(texts.done_B):
+            break
+        texts, tokens_BN[:, i] = write_one(config, weights, texts, choice, end_of_text)
+    return texts, tokens_BN
 
+
+@partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("texts",))
+def _write_on_device(config, weights, texts, choice, end_of_text, count):
     def body(carry):
-        i, t, tokens_BN = carry
-        positions_B = t.slot - t.first_B
-        token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice)
-        token_B = jnp.where(t.done_B, end_of_text, token_B)
-        visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
-        logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
-        done_B = token_B == end_of_text
-        tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
-        return i + 1, Texts(cache, logits_BV, t.slot + 1, t.first_B, done_B, t.keys_B), tokens_BN
+        i, texts, tokens_BN = carry
+        texts, token_B = write_one(config, weights, texts, choice, end_of_text)
+        return i + 1, texts, jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
 
     tokens_BN = jnp.full((texts.done_B.shape[0], count), end_of_text, jnp.int32)
     start = (jnp.int32(0), texts, tokens_BN)

@@ -1,5 +1,6 @@
 """The training state and the jitted steps that take it forward and measure it."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,39 +48,77 @@ def init_state(config: Config) -> TrainState:
     return TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
 
-def make_train_step(config: Config) -> jax.stages.Wrapped:
+class Total(NamedTuple):
+    """What the slices of a micro-batch have added up."""
+
+    slices: jax.Array  # [] int32: how many
+    loss: jax.Array  # [] float32: their part of the mean loss
+    grads: Any  # and of its gradient
+
+
+@dataclass(frozen=True)
+class HostStep:
+    """A micro-step of several programs, which the host calls: none of them loops over the slices.
+
+    The host waits for each slice: where no buffer is reused, the next one would take its memory before this one has
+    given back its own.
+    """
+
+    slices: int
+    start: Any  # params -> an empty Total
+    add_slice: Any  # params, Total, ids [B, T + 1] -> Total
+    update: Any  # TrainState, Total -> TrainState, Metrics
+
+    def __call__(self, state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
+        total = self.start(state.params)
+        for _ in range(self.slices):
+            total = jax.block_until_ready(self.add_slice(state.params, total, ids_BT))
+        return self.update(state, total)
+
+    def lower(self, state: Any, ids_BT: Any) -> "HostStep":
+        """Lowers the programs for these arrays or shapes, as `jax.jit` does one."""
+        total = jax.eval_shape(self.start, state.params)
+        return HostStep(
+            self.slices,
+            self.start.lower(state.params),
+            self.add_slice.lower(state.params, total, ids_BT),
+            self.update.lower(state, total),
+        )
+
+    def compile(self) -> "HostStep":
+        """Compiles what `lower` gave."""
+        return HostStep(self.slices, self.start.compile(), self.add_slice.compile(), self.update.compile())
+
+
+def make_train_step(config: Config) -> HostStep | jax.stages.Wrapped:
     """Builds the jitted micro-step.
 
     Returns:
-        (state, ids [B, T + 1] int32) -> (state, metrics). The state is donated: its buffers are reused. Every
-        `grad_accum_steps` micro-batches with finite gradients make one optimizer step.
+        (state, ids [B, T + 1] int32) -> (state, metrics). The state is donated: its buffers are reused, but not where
+        loops are unrolled. Every `grad_accum_steps` micro-batches with finite gradients make one optimizer step.
     """
     model = Decoder(config.model)
     optimizer = make_optimizer(config)
     schedule = make_schedule(config.optimizer, config.max_steps)
+    slices = config.batch_size // config.slice_size
 
-    def loss_and_grads(params: Any, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+    def start(params: Any) -> Total:
+        return Total(jnp.int32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+
+    def add_slice(params: Any, total: Total, ids_BT: jax.Array) -> Total:
         tokens = ids_BT.size - len(ids_BT)
+        slice_BT = jax.lax.dynamic_slice_in_dim(ids_BT, total.slices * config.slice_size, config.slice_size)
+        run: Any = partial(model.apply, method="loss_and_pass")
+        (nats, _), pull = jax.vjp(lambda p: run({"params": p}, slice_BT[:, :-1], slice_BT[:, 1:]), params)
+        (grads,) = pull((1 / jnp.float32(tokens), total.grads))
+        return Total(total.slices + 1, total.loss + nats / tokens, grads)
 
-        def add_slice(total, slice_BT):
-            loss, grads = total
-            run: Any = partial(model.apply, method="loss_and_pass")
-            (nats, _), pull = jax.vjp(lambda p: run({"params": p}, slice_BT[:, :-1], slice_BT[:, 1:]), params)
-            (grads,) = pull((1 / jnp.float32(tokens), grads))
-            return (loss + nats / tokens, grads), None
-
-        total = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-        if config.slice_size == config.batch_size:
-            return add_slice(total, ids_BT)[0]
-        return jax.lax.scan(add_slice, total, ids_BT.reshape(-1, config.slice_size, ids_BT.shape[1]))[0]
-
-    def train_step(state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, grads = loss_and_grads(state.params, ids_BT)
-        params, opt_state = optimizer.step(grads, state.opt_state, state.params)
+    def update(state: TrainState, total: Total) -> tuple[TrainState, Metrics]:
+        params, opt_state = optimizer.step(total.grads, state.opt_state, state.params)
         skipped_now = opt_state.skip_state["should_skip"]
         updated = opt_state.gradient_step > state.step
         batches = state.batches + 1
-        loss_sum = state.loss_sum + jnp.where(skipped_now, 0, loss)
+        loss_sum = state.loss_sum + jnp.where(skipped_now, 0, total.loss)
         in_a_row = jnp.where(skipped_now, state.skipped_in_a_row + 1, 0)
         used = opt_state.gradient_step * config.grad_accum_steps + opt_state.mini_step
         metrics = Metrics(
@@ -93,6 +132,16 @@ def make_train_step(config: Config) -> jax.stages.Wrapped:
         )
         return TrainState(params, opt_state, batches, in_a_row, jnp.where(updated, 0, loss_sum)), metrics
 
+    def train_step(state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
+        total = start(state.params)
+        if slices == 1:
+            total = add_slice(state.params, total, ids_BT)
+        else:
+            total, _ = jax.lax.scan(lambda t, _: (add_slice(state.params, t, ids_BT), None), total, length=slices)
+        return update(state, total)
+
+    if config.model.unrolled:
+        return HostStep(slices, jax.jit(start), jax.jit(add_slice), jax.jit(update))
     return jax.jit(train_step, donate_argnums=0)
 
 

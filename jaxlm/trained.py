@@ -80,4 +80,6 @@ def load(folder: Path, platform: str) -> Writer:
 
 
 def _as_fits(model: ModelConfig, device: jax.Device) -> ModelConfig:
-    return backend.resolve(dataclasses.replace(model, dtype="auto", attention="auto", kernels="auto"), device)
+    return backend.resolve(
+        dataclasses.replace(model, dtype="auto", attention="auto", kernels="auto", loops="auto"), device
+    )

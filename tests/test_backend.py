@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.backend import SLICE_TOKENS, resolve_run
+from jaxlm.backend import APPLE, SLICE_TOKENS, available_memory, resolve_run
 from jaxlm.config import Config, ModelConfig
 
 PROGRAM = """
@@ -87,6 +87,17 @@ def test_without_slices_as_few_are_taken_as_fit(batch, context):
     assert (found.model.dtype, found.model.remat) == ("float32", True)
 
 
+@pytest.mark.parametrize("platform", APPLE)
+def test_an_apple_gpu_takes_a_sequence_at_a_time_recomputes_nothing_and_gets_no_loops(platform):
+    device = SimpleNamespace(platform=platform)
+    found = resolve_run(Config(), device)
+    assert (found.slice_size, found.model.remat, found.model.loops) == (1, False, "unrolled")
+    assert (found.model.dtype, found.model.attention, found.model.kernels) == ("float32", "plain", "plain")
+    told = resolve_run(Config(slices=8, model=ModelConfig(loops="compiled")), device)
+    assert (told.slices, told.model.remat, told.model.loops) == (8, True, "compiled")
+    assert resolve_run(Config(), jax.devices("cpu")[0]).model.loops == "compiled"
+
+
 @pytest.mark.parametrize("remat", [True, False])
 def test_a_gpu_takes_a_micro_batch_at_once_unless_told_otherwise(remat):
     gpu = SimpleNamespace(platform="gpu", compute_capability="8.0")
@@ -95,3 +106,13 @@ def test_a_gpu_takes_a_micro_batch_at_once_unless_told_otherwise(remat):
     assert (found.slices, found.model.remat, found.model.dtype) == (1, False, "bfloat16")
     told = resolve_run(replace(config, slices=8), gpu)
     assert (told.slices, told.model.remat) == (8, remat)
+
+
+def test_a_process_may_have_a_part_of_the_memory_that_an_apple_gpu_shares():
+    with open("/proc/meminfo") as file:
+        memory = int(file.readline().split()[1]) * 1024
+    assert available_memory(jax.devices("cpu")[0]) == pytest.approx(memory, rel=0.01)
+    for platform in APPLE:
+        share = available_memory(SimpleNamespace(platform=platform)) / memory
+        assert share == pytest.approx(2 / 3, rel=0.01)
+    assert available_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 7})) == 7

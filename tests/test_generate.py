@@ -1,6 +1,7 @@
 """Prompts to texts: what is refused, and how the pieces add up to one text."""
 
 import os
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -78,6 +79,19 @@ def test_chunks_stop_coming_once_all_texts_have_ended(small_model):
     assert len(chunks) == end // 3 + 1 < 4
     for text in np.concatenate(chunks, axis=1):
         np.testing.assert_array_equal(up_to_end(text, end_of_text), free[0, :end])
+
+
+@pytest.mark.parametrize("choice", [CHOICE, GREEDY, Choice(1.5, 40, 0.9)])
+def test_the_host_writes_token_by_token_what_the_device_writes_at_once(small_model, choice):
+    config, params = small_model
+    by_host = replace(config, loops="unrolled"), params
+    [written] = pieces(small_model, [SHORT, LONG], choice=choice)
+    np.testing.assert_array_equal(np.concatenate(pieces(by_host, [SHORT, LONG], choice=choice, chunk=4), 1), written)
+    end_of_text = int(written[0, 3])
+    ended, [expected] = (
+        pieces(model, [SHORT, SHORT], choice=choice, end_of_text=end_of_text) for model in (by_host, small_model)
+    )
+    np.testing.assert_array_equal(ended[0], expected)
 
 
 def test_chunks_keep_coming_while_one_text_goes_on(small_model, both):

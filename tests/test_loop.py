@@ -107,6 +107,15 @@ def test_the_model_learns(console):
     assert losses[-1] < losses[0] - 0.3
 
 
+def test_a_run_of_programs_without_loops_leaves_the_same_losses_and_texts(console):
+    train("written-out", "--config.model.loops=unrolled", "--config.slices=2")
+    for found, expected in zip(
+        rows("written-out/metrics.jsonl"), without_clock(rows("whole/metrics.jsonl")), strict=True
+    ):
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert rows("written-out/samples.jsonl") == rows("whole/samples.jsonl")
+
+
 def test_console_lines_come_early_and_at_the_intervals(console):
     assert list(console_lines(console)) == [1, 2, 4, 8, 12]
     assert console_lines(console)[12][5] == "0s"

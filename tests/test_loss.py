@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 IGNORED = -1
 
 
-def nats(x, embedding, targets, dtype="float32", tile=TILE):
-    return cross_entropy(x, embedding, targets, dtype, tile)[0]
+def nats(x, embedding, targets, dtype="float32", tile=TILE, unroll=False):
+    return cross_entropy(x, embedding, targets, dtype, tile, unroll)[0]
 
 
 def cross_entropy_64(x, embedding, targets):
@@ -63,10 +63,11 @@ def arrays_of(program):
     return found
 
 
+@pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("tile", [1, 3, 10, 11, 20])
-def test_values_and_gradients_scaled_by_the_cotangent(tile):
+def test_values_and_gradients_scaled_by_the_cotangent(tile, unroll):
     x, embedding, targets = draw(7, 3, 11)
-    run = jax.jit(jax.value_and_grad(lambda *a: -2.5 * nats(*a, targets, tile=tile), (0, 1)))
+    run = jax.jit(jax.value_and_grad(lambda *a: -2.5 * nats(*a, targets, tile=tile, unroll=unroll), (0, 1)))
     value, gradients = run(x, embedding)
     x, embedding = np.float64(x), np.float64(embedding)
     np.testing.assert_allclose(value, -2.5 * cross_entropy_64(x, embedding, targets), rtol=1e-5)

@@ -151,6 +151,15 @@ def test_remat_keeps_less_and_changes_no_number(small_model, loss_and_gradients)
     assert kept(saving) < kept(plain) / 4
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_what_is_written_out_computes_what_loops_do(small_model, loss_and_gradients, remat):
+    config = replace(small_model[0], remat=remat)
+    written_out = loss_and_gradients(replace(config, loops="unrolled"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), written_out, loss_and_gradients(config)
+    )
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_narrower_products_compute_the_same_to_their_rounding(small_model, loss_and_gradients, dtype, remat):

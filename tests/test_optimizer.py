@@ -186,19 +186,21 @@ def test_under_muon_embedding_and_norm_scales_go_by_adam():
         assert same == (name in ("['embedding']", "['norm']", "['blocks']['attention_norm']")), name
 
 
+@pytest.mark.parametrize("conditional", [True, False])
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_accumulation_is_that_of_optax_multi_steps(every, optimizer):
+def test_accumulation_is_that_of_optax_multi_steps(every, optimizer, conditional):
     """Over good gradients and bad ones, in the same state after each as optax's own MultiSteps."""
     config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name=optimizer, clip_norm=3.0))
     inner = make_inner(config)
-    ours = accumulate(inner, every)
+    ours = accumulate(inner, every, conditional)
     optax_own = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)
     params = jax.tree.map(np.float32, draw(0))
     gradients = [jax.tree.map(np.float32, draw(seed, scale=seed % 3)) for seed in range(1, 9)]
     gradients[1]["norm"][2], gradients[4]["embedding"][0, 0] = np.nan, np.inf
     found, expected = (params, ours.init(params)), (params, optax_own.init(params))
     step, update = jax.jit(ours.step), jax.jit(optax_own.update)
+    assert ("stablehlo.case" in step.lower(gradients[0], *found[::-1]).as_text()) == conditional
     for gradient in gradients:
         found = step(gradient, found[1], found[0])
         updates, state = update(gradient, expected[1], expected[0])

@@ -16,7 +16,7 @@ LENGTHS = np.array([1, 5, 12, 8])
 NEW = 10
 NEVER = np.int32(-1)  # no token is the end of a text
 
-quick_likeliest, quick_choose = jax.jit(likeliest), jax.jit(choose)
+quick_likeliest, quick_choose = jax.jit(likeliest, static_argnames="unroll"), jax.jit(choose)
 
 
 def kept_by_sorting(logits, top_k, top_p):
@@ -74,14 +74,16 @@ def whole_texts(prompts, tokens):
 
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("vocabulary", [1, 50])
-def test_likeliest_equals_sorting(vocabulary, ties):
+@pytest.mark.parametrize("unroll", [False, True])
+def test_likeliest_equals_sorting(vocabulary, ties, unroll):
     rng = np.random.default_rng(vocabulary)
     logits = np.float32(rng.normal(size=(100, vocabulary)) * rng.choice([0.1, 1, 10, 1000], (100, 1)))
     logits = np.round(logits) if ties else logits
     for top_k in (0, 1, 2, 7, 49, 50, 51, 1000):
         for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999, 1.0):
             expected = [kept_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
-            np.testing.assert_array_equal(quick_likeliest(logits, top_k, top_p), expected, err_msg=f"{top_k}, {top_p}")
+            found = quick_likeliest(logits, top_k, top_p, unroll=unroll)
+            np.testing.assert_array_equal(found, expected, err_msg=f"{top_k}, {top_p}")
 
 
 def test_minus_infinity_is_never_kept_by_a_cut_nor_drawn():

@@ -4,6 +4,7 @@ import ast
 import functools
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -156,6 +157,18 @@ def test_the_state_is_donated_buffer_by_buffer(start):
     taken, _ = train_step(CONFIG)(given, micro_batches(1)[0])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given.params, given.opt_state.inner_opt_state)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(taken))
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_a_step_that_the_host_takes_is_the_one_that_the_device_takes(start, accumulated, slices):
+    by_host = replace(CONFIG, slices=slices, model=replace(CONFIG.model, loops="unrolled"))
+    state, reports = run(train_step(by_host), start, micro_batches(8))
+
+    def assert_close(a, b, atol=0.0):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol or 1e-5 * np.abs(b).max())
+
+    jax.tree.map(assert_close, (state.opt_state, reports), (accumulated[0].opt_state, accumulated[1]))
+    jax.tree.map(partial(assert_close, atol=1e-3 * LEARNING_RATE), state.params, accumulated[0].params)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

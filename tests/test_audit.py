@@ -1,0 +1,102 @@
+"""The programs that an Apple GPU would be given are fit for it, and the audit that says so finds what is not."""
+
+import linecache
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxlm
+from experiments.audit import CONVERTED, WIDEST, audit, lowered, operations, preset, violations
+from experiments.memory import on_apple
+from jaxlm.backend import APPLE
+from jaxlm.checkpoint import checkpoint_bytes
+from jaxlm.layers import linear
+from jaxlm.step import init_state, make_train_step
+
+
+def found(function, *arguments, platform="METAL"):
+    module = lowered(jax.jit(function), arguments, platform)
+    return [violation for op in operations(module.operation) for violation in violations(op, platform)]
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize("platform", APPLE)
+def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform):
+    seen = list(audit(preset(platform), platform))
+    assert [name for name, _, _ in seen] == ["training step", "evaluation step", "sampling", "saving"]
+    for name, counts, wrong in seen:
+        assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"
+        assert counts.total() > 1000
+        assert set(counts) <= set(CONVERTED[platform]["stablehlo"]) - {"while", "case", "if"}
+
+
+def test_a_step_of_the_preset_and_a_checkpoint_on_its_way_take_less_than_4_gigabytes():
+    config = preset(APPLE[0])
+    assert on_apple(config) + checkpoint_bytes(jax.eval_shape(lambda: init_state(config))) / 1e9 < 4
+
+
+@pytest.mark.parametrize("platform", APPLE)
+def test_the_step_of_other_devices_is_refused_by_the_lines_of_its_loops_and_branches(platform):
+    config = preset(platform)
+    config = replace(config, model=replace(config.model, loops="compiled", remat=True))
+    state = jax.eval_shape(lambda: init_state(config))
+    ids = array(config.batch_size, config.model.context + 1, dtype=np.int32)
+    wrong = found(make_train_step(config), state, ids, platform=platform)
+    assert {violation.operation for violation in wrong} == {"case"} | ({"while"} if platform == "METAL" else set())
+    lines = {
+        "case": {"cond("},
+        "while": {"scan(", "recomputed_blocks(", "cross_entropy("},
+    }  # or of what has a backward pass
+    for violation in wrong:
+        name, line = violation.line.split(":")
+        source = linecache.getline(str(Path(jaxlm.__file__).parent.parent / name), int(line))
+        assert any(call in source for call in lines[violation.operation]), violation
+
+
+@pytest.mark.parametrize(
+    ("operation", "function", "arguments"),
+    [
+        ("while", lambda x: lax.fori_loop(0, 9, lambda _, y: y * y, x), [array(3)]),
+        ("case", lambda p, x: lax.cond(p, lambda x: x, lambda x: -x, x), [array(dtype=bool), array(3)]),
+        ("reduce_precision", lambda x: lax.reduce_precision(x, 8, 7), [array(3)]),
+        ("reduce_window", lambda x: lax.reduce_window(x, 0.0, lax.add, (3,), (1,), "SAME"), [array(9)]),
+        ("complex", lambda x: lax.complex(x, x), [array(3)]),
+        ("cbrt", lax.cbrt, [array(3)]),
+        ("add", lambda x: x + x, [array(3, dtype=jnp.bfloat16)]),
+        ("dot_general", linear, [array(1, 2, WIDEST), array(WIDEST, 3)]),
+        ("dot_general", lambda x: jnp.einsum("BTD,BTD->B", x, x), [array(2, 3, 4)]),
+    ],
+)
+def test_what_metal_cannot_do_is_found(operation, function, arguments):
+    assert operation in {violation.operation for violation in found(function, *arguments)}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="this jax writes them as plain ones")
+def test_batched_gathers_and_scatters_are_found():
+    index = array(2, dtype=jnp.int32)
+    assert found(jax.vmap(lambda x, i: x[i]), array(2, 3, 4), index)
+    assert found(jax.vmap(lambda x, i: x.at[i].add(1)), array(2, 3), index)
+
+
+def test_what_both_can_do_is_let_through():
+    assert not found(linear, array(1, 2, WIDEST - 1), array(WIDEST - 1, 3))
+    assert not found(lambda x: jnp.einsum("BTD,BSD->BTS", x, x), array(2, 3, 4))
+    assert not found(lambda x: lax.fori_loop(0, 9, lambda _, y: y * y, x), array(3), platform="mps")
+    assert not found(lambda x: x + x, array(3, dtype=jnp.bfloat16), platform="mps")
+
+
+@pytest.mark.parametrize("platform", APPLE)
+def test_numbers_of_64_bits_are_found(platform):
+    jax.config.update("jax_enable_x64", True)
+    try:
+        assert found(lambda x: x + x, array(3, dtype=jnp.float64), platform=platform)
+    finally:
+        jax.config.update("jax_enable_x64", False)
