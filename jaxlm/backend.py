@@ -41,7 +41,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
         RequestError: a platform named outright does not start.
     """
     _keep_compilations()
-    _keep_freed_memory()
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # for keep_freed_memory
     flags = [_CUBLAS] * (platform in ("auto", "cuda")) + [_DETERMINISTIC] * deterministic
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
     if platform != "auto":
@@ -75,16 +75,18 @@ def _keep_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
-def _keep_freed_memory() -> None:
-    """Has the C library keep what one step on a CPU frees for the next one, where that is glibc's.
+def keep_freed_memory() -> None:
+    """Has the C library keep what a step on a CPU frees for the next one, where that is glibc's.
 
-    As it comes, it gives large pieces back to the system, and to have them again costs about a microsecond a page: a
-    tenth of a step. It can only keep them for the main thread, so that is the one that runs what a CPU computes; the
-    others go on meanwhile.
+    For after compilation, what is left of which is given back first.
+
+    As it comes, glibc gives large pieces back to the system, and to have them again costs about a microsecond a page: a
+    tenth of a step. It can only keep them for the main thread, which therefore is the one that runs what a CPU computes
+    (`start` sees to it); the others go on meanwhile.
     """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
+        libc.malloc_trim(0)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 

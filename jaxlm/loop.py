@@ -114,6 +114,7 @@ class Run:
             )
             shape = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
             train_step = make_train_step(config).lower(self.state, shape).compile()
+            backend.keep_freed_memory()
         self._eval_step = make_eval_step(config)
         in_flight: Metrics | None = None
         while self.step < config.max_steps:
