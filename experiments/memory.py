@@ -78,8 +78,8 @@ def plain(config: Config) -> jax.stages.Compiled:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, dtype: Any) -> jax.Array:
-        return layers.attention(q_BTHK, k_BTHK, v_BTHK, jnp.tri(q_BTHK.shape[1], dtype=bool)[None])
+    def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, dtype: Any) -> tuple[jax.Array, None]:
+        return layers.attention(q_BTHK, k_BTHK, v_BTHK, jnp.tri(q_BTHK.shape[1], dtype=bool)[None]), None
 
     layers.causal_attention = attend
     state = jax.eval_shape(optimizer.init, params)

@@ -131,8 +131,9 @@ def cached_attention(q_BTHK: jax.Array, k_GKS: jax.Array, v_GSK: jax.Array, mask
     return jnp.einsum("GTS,GSK->GTK", weights_GTS, v_GSK).reshape(B, H, T, K).swapaxes(1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def causal_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, dtype: Any) -> jax.Array:
+def causal_attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, dtype: Any, known: Any = None
+) -> tuple[jax.Array, Any]:
     """`attention` in which position t sees positions 0 to t, in blocks of queries.
 
     A block's scores over the positions it may see exist only while it is computed, forward and, a second time,
@@ -142,14 +143,22 @@ def causal_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, dt
     Args:
         q_BTHK, k_BTHK, v_BTHK: queries, keys and values of the same positions.
         dtype: of what the products read; their sums and the softmax are float32.
+        known: what an earlier call with the same arrays gave to know; then only the gradient is computed.
 
     Returns:
-        [B, T, H, K] in the dtype of v.
+        [B, T, H, K] in the dtype of v; and what to know of it, which has no gradient of its own.
     """
-    return _causal_forward(q_BTHK, k_BTHK, v_BTHK, dtype)[0]
+    known = _causal(q_BTHK, k_BTHK, v_BTHK, known, dtype)
+    return known[0], known
 
 
-def _causal_forward(q_BTHK, k_BTHK, v_BTHK, dtype):
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _causal(q_BTHK, k_BTHK, v_BTHK, known, dtype):
+    return known or _by_query_blocks(q_BTHK, k_BTHK, v_BTHK, dtype)
+
+
+def _by_query_blocks(q_BTHK, k_BTHK, v_BTHK, dtype):
+    """[B, T, H, K], and the logarithms [G, T] of what the weights of each query are divided by."""
     q, k, v = (_by_head(x, dtype) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
     out, logsumexp = [], []
     for block in _query_blocks(q.shape[1]):
@@ -160,11 +169,16 @@ def _causal_forward(q_BTHK, k_BTHK, v_BTHK, dtype):
         total_GT1 = jnp.sum(weights_GTS, axis=-1, keepdims=True)
         out.append(_products("GTS,GSK->GTK", weights_GTS.astype(dtype), v[:, seen]) / total_GT1)
         logsumexp.append((largest_GT1 + jnp.log(total_GT1))[..., 0])
-    out_BTHK = _from_heads(jnp.concatenate(out, axis=1), v_BTHK)
-    return out_BTHK, (q_BTHK, k_BTHK, v_BTHK, out_BTHK, jnp.concatenate(logsumexp, axis=1))
+    return _from_heads(jnp.concatenate(out, axis=1), v_BTHK), jnp.concatenate(logsumexp, axis=1)
 
 
-def _causal_backward(dtype, residuals, d_out_BTHK):
+def _causal_forward(q_BTHK, k_BTHK, v_BTHK, known, dtype):
+    known = _causal(q_BTHK, k_BTHK, v_BTHK, known, dtype)
+    return known, (q_BTHK, k_BTHK, v_BTHK, *known)
+
+
+def _causal_backward(dtype, residuals, d_known):
+    d_out_BTHK, _ = d_known
     q_BTHK, k_BTHK, v_BTHK, out_BTHK, logsumexp_GT = residuals
     scale = q_BTHK.shape[-1] ** -0.5
     q, k, v, d_out = (_by_head(x, dtype) for x in (q_BTHK * scale, k_BTHK, v_BTHK, d_out_BTHK))
@@ -182,7 +196,7 @@ def _causal_backward(dtype, residuals, d_out_BTHK):
         d_k = _add_to_start(d_k, _products("GST,GTK->GSK", d_scores_GST, q[:, block]))
         d_q.append(_products("GKS,GST->GKT", k_GKT[:, :, seen], d_scores_GST))
     d_q_GTK = (jnp.concatenate(d_q, axis=2) * scale).swapaxes(1, 2)
-    return tuple(_from_heads(d, x) for d, x in ((d_q_GTK, q_BTHK), (d_k, k_BTHK), (d_v, v_BTHK)))
+    return *(_from_heads(d, x) for d, x in ((d_q_GTK, q_BTHK), (d_k, k_BTHK), (d_v, v_BTHK))), None
 
 
 def _add_to_start(total_GSK: jax.Array, part_GSK: jax.Array) -> jax.Array:
@@ -211,12 +225,14 @@ def _from_heads(x_GTK: jax.Array, like_BTHK: jax.Array) -> jax.Array:
 
 
 _products = partial(jnp.einsum, preferred_element_type=jnp.float32)
-causal_attention.defvjp(_causal_forward, _causal_backward)
+_causal.defvjp(_causal_forward, _causal_backward)
 
 
-def cudnn_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+def cudnn_attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, known: None = None
+) -> tuple[jax.Array, None]:
     """As `causal_attention`, by cuDNN's fused kernel: bfloat16 on an NVIDIA GPU, K a multiple of 8."""
-    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"), known
 
 
 def linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any = None) -> jax.Array:

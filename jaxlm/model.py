@@ -27,7 +27,7 @@ from jaxlm import kernels, layers
 from jaxlm.config import ModelConfig
 from jaxlm.loss import TILE, UNROLLED_TILE, cross_entropy
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attend = Callable[..., tuple[jax.Array, Any]]
 
 
 class Cache(NamedTuple):
@@ -68,18 +68,18 @@ def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
 
 def block(
     p: Mapping[str, jax.Array], x_BTD: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend, c: ModelConfig
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     """One block: attention, then the gated MLP, each added to the residual stream.
 
     Args:
         p: one block's parameters (without the L axis).
         x_BTD: the residual stream.
         table: RoPE's cosines and sines for the positions of x.
-        attend: takes q, k, v [B, T, H, K] of these positions, gives [B, T, H, K].
+        attend: takes q, k, v [B, T, H, K] of these positions, gives [B, T, H, K] and what else it has to hand on.
         c: the sizes.
 
     Returns:
-        [B, T, D].
+        [B, T, D]; and what attention hands on.
     """
     B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
@@ -94,19 +94,23 @@ def block(
     q, k = layers.rope(q, table), layers.rope(k, table)
     if c.kv_heads:
         k, v = (jnp.repeat(shared, c.heads // c.kv_heads, axis=2) for shared in (k, v))
-    out_BTHK = attend(q, k, v)
+    out_BTHK, handed_on = attend(q, k, v)
     x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"], c.products)
     h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
     if fused:
-        return x_BTD + kernels.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
-    return x_BTD + layers.swiglu(h_BTD, p["gate"], p["up"], p["down"], c.products)
+        gated_BTD = kernels.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
+    else:
+        gated_BTD = layers.swiglu(h_BTD, p["gate"], p["up"], p["down"], c.products)
+    return x_BTD + gated_BTD, handed_on
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def recomputed_blocks(
     blocks: Any, x_BTD: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend, c: ModelConfig
 ) -> tuple[jax.Array, Any]:
-    """All blocks, one after the other; of each, only its input is kept for the backward pass, which runs it again.
+    """All blocks, one after the other; of each, its input is kept for the backward pass, which runs it again.
+
+    What attention gave to know is kept too, so that it is not computed again.
 
     Args:
         blocks: the stacked parameters.
@@ -120,21 +124,24 @@ def recomputed_blocks(
 
 
 def _recomputed_forward(blocks, x_BTD, table, attend, c):
-    out_BTD, inputs_LBTD = layers.scan(
-        lambda x_BTD, p: (block(p, x_BTD, table, attend, c), x_BTD), x_BTD, blocks, unroll=c.unrolled
-    )
-    return (out_BTD, blocks), (blocks, inputs_LBTD, table)
+    def run(x_BTD, p):
+        out_BTD, known = block(p, x_BTD, table, attend, c)
+        return out_BTD, (x_BTD, known)
+
+    out_BTD, kept = layers.scan(run, x_BTD, blocks, unroll=c.unrolled)
+    return (out_BTD, blocks), (blocks, kept, table)
 
 
 def _recomputed_backward(attend, c, residuals, d_outputs):
-    blocks, inputs_LBTD, table = residuals
+    blocks, kept, table = residuals
 
     def add_block(carry, layer):
         d_x_BTD, d_blocks = carry
-        p, x_BTD = jax.tree.map(
-            lambda stacked: jax.lax.dynamic_index_in_dim(stacked, layer, 0, False), (blocks, inputs_LBTD)
+        p, (x_BTD, known) = jax.tree.map(
+            lambda stacked: jax.lax.dynamic_index_in_dim(stacked, layer, 0, False), (blocks, kept)
         )
-        _, pull = jax.vjp(lambda p, x_BTD: block(p, x_BTD, table, attend, c), p, x_BTD)
+        again = partial(attend, known=known)
+        _, pull, _ = jax.vjp(lambda p, x_BTD: block(p, x_BTD, table, again, c), p, x_BTD, has_aux=True)
         d_p, d_x_BTD = pull(d_x_BTD)
 
         def add(total, part):
@@ -156,8 +163,8 @@ def cut_and_pass(blocks: Any) -> tuple[list[Any], Any]:
 
     Backward, the gradient of that next use arrives whole, and those of the blocks are added to it at once.
     """
-    layers = len(jax.tree.leaves(blocks)[0])
-    return [jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks) for layer in range(layers)], blocks
+    count = len(jax.tree.leaves(blocks)[0])
+    return [jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks) for layer in range(count)], blocks
 
 
 cut_and_pass.defvjp(
@@ -201,7 +208,7 @@ class Decoder(nn.Module):
         else:
             by_layer, blocks = cut_and_pass(blocks)
             for p in by_layer:
-                x_BTD = block(p, x_BTD, table, attend, c)
+                x_BTD, _ = block(p, x_BTD, table, attend, c)
         x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
         return x_BTD, {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
 
@@ -280,19 +287,20 @@ def extend(
     """
     table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
     x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activations)
-    keys, values = [], []
+    filled = []
     for layer, p in enumerate(weights["blocks"]):
 
         def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
             k_GKT, v_GTK = layers.as_cached(k_BTHK, v_BTHK)
-            keys.append(jax.lax.dynamic_update_slice(cache.keys_GKS[layer], k_GKT, (0, 0, start)))
-            values.append(jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0)))
-            return layers.cached_attention(q_BTHK, keys[-1], values[-1], visible_BTS)
+            keys_GKS = jax.lax.dynamic_update_slice(cache.keys_GKS[layer], k_GKT, (0, 0, start))
+            values_GSK = jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0))
+            return layers.cached_attention(q_BTHK, keys_GKS, values_GSK, visible_BTS), (keys_GKS, values_GSK)
 
-        x_BTD = block(p, x_BTD, table, attend, c)
+        x_BTD, both = block(p, x_BTD, table, attend, c)
+        filled.append(both)
     x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
     logits_BV = layers.linear(x_BD.astype(jnp.float32), weights["head"], c.products)
-    return logits_BV, Cache(tuple(keys), tuple(values))
+    return logits_BV, Cache(*zip(*filled, strict=True))
 
 
 def parameter_count(params: Any) -> int:

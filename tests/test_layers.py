@@ -129,14 +129,17 @@ def test_attention_under_any_mask(batch, queries, keys, heads, head_width):
     )
 
 
+def causal_attention(q, k, v, dtype="float32"):
+    return layers.causal_attention(q, k, v, dtype)[0]
+
+
 @pytest.mark.parametrize("queries", [2, 5, 128])
 @pytest.mark.parametrize(("batch", "time", "heads", "head_width"), [(2, 5, 3, 2), (1, 1, 1, 2)])
 def test_causal_attention(monkeypatch, queries, batch, time, heads, head_width):
     monkeypatch.setattr(layers, "QUERIES", queries)
     mask = np.array([[[s <= t for s in range(time)] for t in range(time)]])
     arrays = [draw(batch, time, heads, head_width, seed=seed) for seed in (1, 2, 3)]
-    causal = partial(layers.causal_attention, dtype="float32")
-    assert_matches(causal, lambda q, k, v: attention_64(q, k, v, mask), *arrays)
+    assert_matches(causal_attention, lambda q, k, v: attention_64(q, k, v, mask), *arrays)
 
 
 @pytest.mark.parametrize("time", [1, 100, 128, 300])
@@ -153,8 +156,23 @@ def test_causal_attention_in_blocks_is_masked_attention(time, narrow):
         out, pull = jax.jit(lambda *qkv: jax.vjp(attend, *qkv))(q, k, v)
         return out, *pull(d_out)
 
-    for found, expected in zip(pulled(partial(layers.causal_attention, dtype=dtype)), pulled(whole), strict=True):
+    for found, expected in zip(pulled(partial(causal_attention, dtype=dtype)), pulled(whole), strict=True):
         assert np.linalg.norm(found - expected) < (2**-7 if narrow else 1e-5) * max(np.linalg.norm(expected), 1)
+
+
+def test_causal_attention_that_is_known_computes_its_gradient_alone():
+    q, k, v, d_out = (jnp.float32(draw(2, 300, 3, 16, seed=seed)) for seed in range(4))
+    out, known = layers.causal_attention(q, k, v, "float32")
+    _, expected = jax.vjp(causal_attention, q, k, v)
+
+    def again(q, k, v):
+        return layers.causal_attention(q, k, v, "float32", known=known)[0]
+
+    found_out, found = jax.vjp(again, q, k, v)
+    np.testing.assert_array_equal(found_out, out)
+    for got, wanted in zip(found(d_out), expected(d_out), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    assert "exp" not in str(jax.make_jaxpr(again)(q, k, v))
 
 
 def test_attention_with_nothing_to_see_is_finite():
