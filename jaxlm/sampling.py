@@ -120,9 +120,9 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool
 
     def draw_each() -> jax.Array:
         blank = ((0, 0), (0, side**2 - logits_BV.shape[1]))
-        scaled_BV = jnp.pad(logits_BV, blank, constant_values=-jnp.inf) / choice.temperature
-        share_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
-        share_BV = jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), share_BV, 0)
+        square_BV = jnp.pad(logits_BV, blank, constant_values=-jnp.inf)
+        scaled_BV = (square_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / choice.temperature
+        share_BV = jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), jnp.exp(scaled_BV), 0)
         with counts_of_32_bits():
             return jax.vmap(_draw)(share_BV.reshape(-1, side, side), keys_B)
 
