@@ -2,7 +2,8 @@
 
     python -m experiments.throughput --device cuda
     python -m experiments.throughput --device cuda --slices 8
-    python -m experiments.throughput --device cpu --dtype float32
+    python -m experiments.throughput --device cpu
+    python -m experiments.throughput --device cpu --dtype bfloat16 --no-remat
 
 Both train the same model on random tokens, each run in a process of its own, `--rounds` times one after the other.
 A row has the median of the rounds. bfloat16 means what is usual on the device: PyTorch's autocast, and of jaxlm on a
@@ -43,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config = from_config_dict(m2_60m.get_config())
     on_cpu = args.device == "cpu"
     dtype = "mixed" if on_cpu and args.dtype == "bfloat16" else args.dtype
-    model = replace(config.model, dtype=dtype, remat=args.remat or on_cpu)
+    model = replace(config.model, dtype=dtype, remat=args.remat)
     config = replace(config, batch_size=args.batch, grad_accum_steps=args.accum, slices=args.slices, model=model)
     config = backend.resolve_run(config, device)
     model = config.model
@@ -118,13 +119,15 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=0, help="of jaxlm: parts of a micro-step; 0: as fits")
     parser.add_argument(
         "--remat",
-        action="store_true",
-        help="of jaxlm: recompute each block, as always on a CPU; on a GPU with --slices",
+        action=argparse.BooleanOptionalAction,
+        help="of jaxlm: recompute each block (on a GPU only with --slices); default: on a CPU",
     )
     parser.add_argument("--steps", type=int, help="optimizer steps of a timing; default: 20 on cuda, 3 on cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-ours", action="store_true", help="one run of jaxlm, in this process")
     args = parser.parse_args()
+    if args.remat is None:
+        args.remat = args.device == "cpu"
     defaults = {"cuda": ("bfloat16", 32, 2, 20), "cpu": ("float32", 2, 1, 3)}[args.device]
     for name, default in zip(("dtype", "batch", "accum", "steps"), defaults, strict=True):
         setattr(args, name, getattr(args, name) or default)
@@ -133,7 +136,7 @@ def main() -> None:
         return
 
     shared = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "batch", "accum", "steps")]
-    own = ["--only-ours", f"--slices={args.slices}", *["--remat"] * args.remat]
+    own = ["--only-ours", f"--slices={args.slices}", "--remat" if args.remat else "--no-remat"]
     ours, peers = [], []
     for _ in range(args.rounds):
         ours.append(run("throughput", shared + own))
