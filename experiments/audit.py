@@ -2,11 +2,10 @@
 
     python -m experiments.audit
 
-The real programs of the 60M preset (a training step, an evaluation step, the token
-that is sampled next, the checksums of a checkpoint) are lowered for each platform
-and every operation is looked at; nothing is compiled or computed. `apple_operations.json` lists what each plugin
-converts. CHLO is first taken apart into StableHLO, by jaxlib's own pass. A violation names the line of jaxlm that it
-comes from; the program ends with 1 if there is one.
+The real programs of the 60M preset (a training step, an evaluation step, the reading of prompts and the writing of a
+token, the checksums of a checkpoint) are lowered for each platform and every operation is looked at; nothing is
+compiled or computed. `apple_operations.json` lists what each plugin converts. CHLO is first taken apart into StableHLO,
+by jaxlib's own pass. A violation names the line of jaxlm that it comes from; the program ends with 1 if there is one.
 
 jax-mps registers lowerings of its own in Python, which run on Linux too:
 
@@ -16,6 +15,7 @@ jax-mps registers lowerings of its own in Python, which run on Linux too:
 
 import argparse
 import json
+import math
 import re
 import sys
 import warnings
@@ -38,19 +38,19 @@ from jaxlm.checksum import checksums
 from jaxlm.config import Config, from_config_dict
 from jaxlm.generate import PROMPT_BUCKET
 from jaxlm.model import unstack
-from jaxlm.sampling import Choice, read, write_one
+from jaxlm.sampling import Choice, read, text_keys, write_one
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
 WIDEST = 32_767  # from so many contracted numbers on, MPSGraph's products on M1 and M2 read past their operands
-REASONS = {
-    "case": "a conditional (those that hand operands through are not converted, jax-ml/jax#21601)",
-    "if": "a conditional (those that hand operands through are not converted, jax-ml/jax#21601)",
-    "reduce_precision": "has no converter on METAL",
-    "reduce_window": "a window, as cumsum makes: not to be relied on",
+NUMBERS = {"METAL": {"f32", "i32", "ui32", "i1"}, "mps": {"f32", "f16", "bf16", "i32", "ui32", "i1"}}
+CONDITIONAL = "a conditional: those that hand operands through are not converted (jax-ml/jax#21601)"
+AVOIDED = {
+    "METAL": {"case": CONDITIONAL, "if": CONDITIONAL, "while": "a loop: scan crashes (jax-ml/jax#20750)"},
+    "mps": {"case": CONDITIONAL, "if": CONDITIONAL},
 }
-LOOPS = "a loop (scan crashes, jax-ml/jax#20750)"
-WRONG_TYPES = {"METAL": r"f64|complex|bf16", "mps": r"f64|complex<f64>"}
+for names in AVOIDED.values():
+    names |= {"reduce_window": "a window, as cumsum makes", "reduce_precision": "no converter on METAL"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
         ],
         "evaluation step": [(make_eval_step(config), (state.params, some, some))],
         "sampling": [
+            (text_keys, (jax.ShapeDtypeStruct((2,), np.uint32), B)),
             (unstack, (model, state.params)),
             (read, (model, weights, *prompts, new)),
             (write_one, (model, weights, texts, choice, np.int32(0))),
@@ -133,44 +134,29 @@ def violations(operation: Any, platform: str) -> Iterator[Violation]:
     reasons = []
     if dialect != "stablehlo" or name not in CONVERTED[platform]["stablehlo"]:
         reasons.append("no converter")
-    if name in REASONS:
-        reasons.append(REASONS[name])
-    if name == "while" and platform == "METAL":
-        reasons.append(LOOPS)
+    elif name in AVOIDED[platform]:
+        reasons.append(AVOIDED[platform][name])
+    kinds = {str(value.type.element_type) for value in (*operation.operands, *operation.results)}
+    reasons += [f"{kind}, which it does not compute with" for kind in sorted(kinds - NUMBERS[platform])]
     if name == "custom_call":
         target = operation.attributes["call_target_name"].value
         if target not in CONVERTED[platform]["custom_calls"]:
             reasons.append(f"calls {target}, which is not there")
-    numbers = {"gather": "dimension_numbers", "scatter": "scatter_dimension_numbers"}.get(name)
-    if numbers and "batching_dims" in str(operation.attributes[numbers]):
-        reasons.append("batched, which StableHLO did not know when jax-metal was made")
-    if name == "dot_general":
-        reasons += _product(operation)
-    types = {str(value.type) for value in (*operation.operands, *operation.results)}
-    if wrong := [
-        kind for kind in types if re.search(rf"\b(?:{WRONG_TYPES[platform]})\b|x(?:{WRONG_TYPES[platform]})>", kind)
-    ]:
-        reasons.append(f"numbers that it cannot compute with, {', '.join(wrong)}")
+    elif name == "gather":
+        numbers = stablehlo.GatherDimensionNumbers(operation.attributes["dimension_numbers"])
+        reasons += ["batched, which jax-metal's StableHLO does not know"] * bool(numbers.operand_batching_dims)
+    elif name == "scatter":
+        numbers = stablehlo.ScatterDimensionNumbers(operation.attributes["scatter_dimension_numbers"])
+        reasons += ["batched, which jax-metal's StableHLO does not know"] * bool(numbers.input_batching_dims)
+    elif name == "dot_general":
+        numbers = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
+        sizes = [operation.operands[0].type.shape[axis] for axis in numbers.lhs_contracting_dimensions]
+        if math.prod(sizes) >= WIDEST:
+            reasons.append(f"contracts {math.prod(sizes):,} numbers, {WIDEST:,} or more (pytorch/pytorch#195163)")
+        if len(sizes) > 1 and numbers.lhs_batching_dimensions:
+            reasons.append("a batched product with two contracted axes (jax-ml/jax#20114)")
     for reason in reasons:
         yield Violation(name, reason, line_of(operation))
-
-
-def _product(operation: Any) -> list[str]:
-    numbers = str(operation.attributes["dot_dimension_numbers"])
-    batch, contracted = (
-        [
-            int(axis)
-            for axis in re.findall(r"\d+", (re.findall(rf"lhs_{kind}_dimensions = \[(.*?)\]", numbers) or [""])[0])
-        ]
-        for kind in ("batching", "contracting")
-    )
-    shape = operation.operands[0].type.shape
-    reasons = []
-    if (size := int(np.prod([shape[axis] for axis in contracted]))) >= WIDEST:
-        reasons.append(f"contracts {size:,} numbers, and {WIDEST:,} or more come out wrong (pytorch/pytorch#195163)")
-    if batch and len(contracted) > 1:
-        reasons.append("a batched product with two contracted axes (jax-ml/jax#20114)")
-    return reasons
 
 
 def line_of(operation: Any) -> str:

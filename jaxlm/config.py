@@ -20,6 +20,7 @@ from jaxlm.errors import RequestError
 FIXED = {"fixed": True}
 
 PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
+DTYPES = ("auto", "float32", "bfloat16", "mixed")
 
 PROMPTS = (
     "Once upon a time",
@@ -95,7 +96,7 @@ class ModelConfig:
         _require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}: it must be above 0")
         _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
         _one_of("model.output_init", self.output_init, ("scaled", "zero"))
-        _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "mixed"))
+        _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.attention", self.attention, ("auto", "plain", "cudnn"))
         _one_of("model.kernels", self.kernels, ("auto", "plain", "fused"))
         _one_of("model.loops", self.loops, ("auto", "compiled", "unrolled"))

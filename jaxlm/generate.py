@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
-from jaxlm.sampling import Choice, read, write
+from jaxlm.sampling import Choice, read, text_keys, write
 from jaxlm.tokenizer import Codec
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
@@ -50,8 +50,7 @@ def generate(
         weights: its parameters, as `model.unstack` gives them.
         prompts: token ids, each shorter than the context.
         choice: how tokens are drawn.
-        key: random key, [2] uint32 (typed ones come with a sharding, which a plugin may not know); each text draws
-            from its own part of it.
+        key: random key, [2] uint32; each text draws from its own part of it.
         tokens: at most so many new ones a text; fewer where the context is full for the longest prompt.
         end_of_text: its id.
         chunk: hand out so many tokens at a time; None: all at once.
@@ -67,7 +66,7 @@ def generate(
     ids_BP = np.zeros((len(prompts), width), np.int32)
     for row, ids in zip(ids_BP, prompts, strict=True):
         row[width - len(ids) :] = ids
-    keys_B = jax.random.split(key, len(prompts))
+    keys_B = text_keys(key, len(prompts))
     texts = read(config, weights, ids_BP, lengths, keys_B, chunks * chunk)
     for index in range(chunks):
         texts, tokens_BN = write(config, weights, texts, choice, np.int32(end_of_text), chunk)

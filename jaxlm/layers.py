@@ -189,9 +189,9 @@ def _causal_backward(dtype, residuals, d_known):
     for block in _query_blocks(q.shape[1]):
         seen = slice(block.stop)
         scores_GST = _products("GSK,GTK->GST", k[:, seen], q[:, block])
-        weights_GST = jnp.where(_visible(block).T, jnp.exp(scores_GST - logsumexp_GT[:, None, block]), 0)
+        weights_GST = jnp.where(_visible(block).T, jnp.exp(scores_GST - logsumexp_GT[:, block][:, None]), 0)
         d_weights_GST = _products("GSK,GTK->GST", v[:, seen], d_out[:, block])
-        d_scores_GST = (weights_GST * (d_weights_GST - mean_GT[:, None, block])).astype(dtype)
+        d_scores_GST = (weights_GST * (d_weights_GST - mean_GT[:, block][:, None])).astype(dtype)
         d_v = _add_to_start(d_v, _products("GST,GTK->GSK", weights_GST.astype(dtype), d_out[:, block]))
         d_k = _add_to_start(d_k, _products("GST,GTK->GSK", d_scores_GST, q[:, block]))
         d_q.append(_products("GKS,GST->GKT", k_GKT[:, :, seen], d_scores_GST))

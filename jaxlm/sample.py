@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxlm.command import ArgumentParser, run
-from jaxlm.config import PLATFORMS, SampleConfig
+from jaxlm.config import DTYPES, PLATFORMS, SampleConfig
 from jaxlm.errors import RequestError
 from jaxlm.generate import encode_prompts, generate, up_to_end
 from jaxlm.model import unstack
@@ -37,10 +37,10 @@ def main(argv: list[str]) -> None:
     if args.step is not None and args.model:
         raise RequestError("--step is of a run's checkpoints: leave it out with --model")
     if args.model:
-        writer = load(args.model, args.platform)
+        writer = load(args.model, args.platform, args.dtype)
         print(f"Model in {args.model}", file=sys.stderr)
     else:
-        found = restore(args.workdir, args.step, args.platform)
+        found = restore(args.workdir, args.step, args.platform, args.dtype)
         weights = unstack(found.model, found.params)
         writer = Writer(found.model, weights, load_tokenizer(found.model.vocab_size))
         print(f"Checkpoint of step {found.step:,}", file=sys.stderr)
@@ -68,6 +68,7 @@ def _parser() -> ArgumentParser:
     prompts.add_argument("--stdin", action="store_true", help="each line of stdin is how a text begins")
     parser.add_argument("--json", action="store_true", help="a JSON object for each text, with its prompt, on a line")
     parser.add_argument("--platform", default="auto", choices=PLATFORMS, help="what computes (%(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="as model.dtype of a run (%(default)s)")
     return parser
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.model import Cache, empty_cache, extend
 
+counts_of_32_bits = partial(jax.threefry_partitionable, False)  # the other way to draw needs 64, which Metal lacks
+
 WAYS, ROUNDS = 8, 14  # of the search for a threshold, which ends with 2**-42 of the logits' range at the latest
 PARTS = 16  # of the vocabulary, counted in one expression: a CPU would write what a sum over it reads to memory first
 
@@ -118,10 +120,11 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool
 
     def draw_each() -> jax.Array:
         blank = ((0, 0), (0, side**2 - logits_BV.shape[1]))
-        scaled_BV = jnp.pad(logits_BV, blank, constant_values=-jnp.inf) / choice.temperature
-        share_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
-        share_BV = jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), share_BV, 0)
-        return jax.vmap(_draw)(share_BV.reshape(-1, side, side), keys_B)
+        square_BV = jnp.pad(logits_BV, blank, constant_values=-jnp.inf)
+        scaled_BV = (square_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / choice.temperature
+        share_BV = jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), jnp.exp(scaled_BV), 0)
+        with counts_of_32_bits():
+            return jax.vmap(_draw)(share_BV.reshape(-1, side, side), keys_B)
 
     if unroll:
         return jnp.where(choice.temperature > 0, draw_each(), _first_of_the_largest(logits_BV))
@@ -146,6 +149,13 @@ def _first_of_the_largest(logits_BV: jax.Array) -> jax.Array:
     best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
     ids_V, last = jnp.arange(logits_BV.shape[1]), logits_BV.shape[1] - 1
     return jnp.min(jnp.where(best_BV, ids_V, last), axis=-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames="count")
+def text_keys(key: jax.Array, count: int) -> jax.Array:
+    """A random key for each text, [count, 2] uint32, from a raw one (a typed key comes with a sharding, which a plugin
+    may not know)."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
 @partial(jax.jit, static_argnames=("config", "new_slots"))

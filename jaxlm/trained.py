@@ -35,8 +35,8 @@ class Writer(NamedTuple):
     tokenizer: Codec
 
 
-def restore(workdir: Path, step: int | None, platform: str) -> Checkpoint:
-    """A checkpoint of the run in `workdir`, the newest without `step`.
+def restore(workdir: Path, step: int | None, platform: str, dtype: str = "auto") -> Checkpoint:
+    """A checkpoint of the run in `workdir`, the newest without `step`; `dtype` is of the computation, not the run's.
 
     Raises:
         RequestError: there is none, or not this one.
@@ -54,7 +54,7 @@ def restore(workdir: Path, step: int | None, platform: str) -> Checkpoint:
     def load(step: int) -> Checkpoint:
         meta = checkpoints.meta(step)
         config = from_config_dict(meta["config"])
-        model = _as_fits(config.model, device)
+        model = _as_fits(config.model, device, dtype)
         like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         params = checkpoints.params(step, like, SingleDeviceSharding(device))
         return Checkpoint(step, config, meta["tokens"], model, params)
@@ -65,8 +65,8 @@ def restore(workdir: Path, step: int | None, platform: str) -> Checkpoint:
     return restored
 
 
-def load(folder: Path, platform: str) -> Writer:
-    """The Llama in a Hugging Face folder.
+def load(folder: Path, platform: str, dtype: str = "auto") -> Writer:
+    """The Llama in a Hugging Face folder; `dtype` is of the computation, not the folder's.
 
     Raises:
         RequestError: there is none, or one that this model cannot be.
@@ -75,11 +75,10 @@ def load(folder: Path, platform: str) -> Writer:
     tokenizer = read_tokenizer(folder, config.vocab_size)
     params = read_params(folder, config)
     device = backend.start(platform)
-    model = _as_fits(config, device)
+    model = _as_fits(config, device, dtype)
     return Writer(model, unstack(model, jax.device_put(params, device)), tokenizer)
 
 
-def _as_fits(model: ModelConfig, device: jax.Device) -> ModelConfig:
-    return backend.resolve(
-        dataclasses.replace(model, dtype="auto", attention="auto", kernels="auto", loops="auto"), device
-    )
+def _as_fits(model: ModelConfig, device: jax.Device, dtype: str) -> ModelConfig:
+    unresolved = dataclasses.replace(model, dtype=dtype, attention="auto", kernels="auto", loops="auto")
+    return backend.resolve(unresolved, device)

@@ -19,6 +19,7 @@ from tiny_run import is_one_line
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
+from jaxlm.model import unstack
 from jaxlm.sample import CHANGEABLE, TOGETHER, _session, main
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.trained import Writer
@@ -121,6 +122,21 @@ def test_top_k_1_and_a_tiny_top_p_are_the_likeliest_text(sample):
     assert sample(*flags, "--top_p", "1e-6", "--seed", "5") == greedy
 
 
+def test_a_dtype_is_of_the_weights_that_write(sample, monkeypatch):
+    dtypes = []
+
+    def note(config, params):
+        weights = unstack(config, params)
+        dtypes.append(str(weights["head"].dtype))
+        return weights
+
+    monkeypatch.setattr("jaxlm.sample.unstack", note)
+    for dtype in ("float32", "mixed", "bfloat16"):
+        text = sample("--prompt", "日", "--tokens", "9", "--temperature", "0", "--dtype", dtype)
+        assert re.fullmatch("日[日本語]{3}\n", text)
+    assert dtypes == ["float32", "bfloat16", "bfloat16"]
+
+
 def test_tokens_bounds_the_text(sample):
     assert re.fullmatch("日[日本語]{3}\n", sample("--prompt", "日", "--tokens", "9", "--temperature", "0"))
 
@@ -166,6 +182,7 @@ def test_a_terminal_gets_the_same_text_as_it_comes(sample, flags):
         (["--promt", "Once"], "--promt"),
         (["stray"], "stray"),
         (["--platform", "tpux"], "tpux"),
+        (["--dtype", "float8"], "float8"),
         (["--seed", str(2**70)], "seed"),
         (["--top_k", str(2**31)], "top_k"),
         (["--prompt", "\n\n" + "x" * 70], "64"),

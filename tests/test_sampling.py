@@ -1,12 +1,14 @@
 """Sampling against sorting, exact probabilities, and the forward pass without a cache."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.model import Decoder, unstack
-from jaxlm.sampling import Choice, choose, likeliest, read, write
+from jaxlm.sampling import Choice, choose, likeliest, read, write, write_one
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -66,8 +68,8 @@ def continued(small_model, prompts, choice, end_of_text=NEVER, lengths=LENGTHS):
 
 def whole_texts(prompts, tokens):
     """Prompts and tokens from the left end of each row on, zeros behind."""
-    rows = np.zeros((len(LENGTHS), prompts[0].shape[1] + tokens.shape[1]), np.int32)
-    for row, ids, length, new in zip(rows, prompts[0], LENGTHS, tokens, strict=True):
+    rows = np.zeros((len(tokens), prompts[0].shape[1] + tokens.shape[1]), np.int32)
+    for row, ids, length, new in zip(rows, prompts[0], LENGTHS, tokens, strict=False):
         row[: length + len(new)] = np.concatenate([ids[len(ids) - length :], new])
     return rows
 
@@ -98,7 +100,9 @@ def test_minus_infinity_is_never_kept_by_a_cut_nor_drawn():
         assert (logits[range(60), tokens] > -np.inf).all()
 
 
-@pytest.mark.parametrize("choice", [GREEDY, Choice(0.0, 3, 0.5), Choice(2.0, 1, 1.0), Choice(2.0, 0, 1e-6)])
+@pytest.mark.parametrize(
+    "choice", [GREEDY, Choice(0.0, 3, 0.5), Choice(1e-38, 0, 1.0), Choice(2.0, 1, 1.0), Choice(2.0, 0, 1e-6)]
+)
 def test_no_temperature_or_one_token_or_a_tiny_nucleus_is_the_likeliest_token(choice):
     logits = np.random.default_rng(0).normal(size=(200, 31)).astype(np.float32)
     tokens = quick_choose(logits, jax.random.split(jax.random.key(0), 200), choice)
@@ -151,6 +155,31 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(small_model, pro
     for i, found in enumerate(logits):
         np.testing.assert_allclose(found, expected[range(4), LENGTHS - 1 + i], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(continued(small_model, prompts, VARIED)[1], tokens)
+
+
+def test_weights_of_16_bits_give_the_logits_to_their_rounding_for_one_text_and_for_several(
+    small_model, prompts, forward
+):
+    config, params = dataclasses.replace(small_model[0], dtype="mixed"), small_model[1]
+    weights = unstack(config, params)
+    assert weights["head"].dtype == weights["blocks"][0]["down"].dtype == jnp.bfloat16
+    for count in (4, 1):
+        ids, keys, lengths = prompts[0][:count], prompts[1][:count], LENGTHS[:count]
+        texts, tokens = write(config, weights, read(config, weights, ids, lengths, keys, NEW), VARIED, NEVER, NEW)
+        expected = forward(whole_texts(prompts, np.asarray(tokens)))[range(count), lengths + NEW - 1]
+        error = np.linalg.norm(texts.logits_BV - expected) / np.linalg.norm(expected)
+        assert 1e-5 < error < 0.03
+
+
+def test_a_token_at_a_time_is_the_same_text(small_model, prompts):
+    config, params = small_model
+    weights = unstack(config, params)
+    one_more = jax.jit(write_one, static_argnums=0)
+    texts, tokens = read(config, weights, prompts[0], LENGTHS, prompts[1], NEW), []
+    for _ in range(NEW):
+        texts, token_B = one_more(config, weights, texts, VARIED, NEVER)
+        tokens.append(np.asarray(token_B))
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), continued(small_model, prompts, VARIED)[1])
 
 
 def test_greedy_texts_equal_those_of_reading_everything_anew_for_each_token(small_model, prompts, forward):
