@@ -3,12 +3,10 @@
 import ctypes
 import dataclasses
 import os
-import sys
-from pathlib import Path
 
 import jax
 
-from jaxlm import kernels
+from jaxlm import cache, kernels
 from jaxlm.config import Config, ModelConfig
 from jaxlm.errors import RequestError
 
@@ -64,13 +62,7 @@ def _keep_compilations() -> None:
     """
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(usual), "jaxlm")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if os.access(directory, os.W_OK | os.X_OK):
+    if directory := cache.directory():
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
