@@ -28,8 +28,9 @@ def recall(kind: str, key: Any) -> Any:
         found = json.loads(file.read_text()) if file else None
     except (OSError, ValueError, RecursionError):
         return None
-    same = isinstance(found, dict) and found.get("key") == json.loads(json.dumps(key))
-    return found.get("value") if same else None
+    if not isinstance(found, dict) or found.get("key") != json.loads(json.dumps(key)):
+        return None
+    return found.get("value")
 
 
 def remember(kind: str, key: Any, value: Any) -> None:
