@@ -71,15 +71,19 @@ def _nearest_file(file: Path) -> str:
     return f": there is {', '.join(known)}" if known else ": name one with --config"
 
 
+def data_directory(config: Config) -> Path:
+    """Where the token files of the config are, or will be."""
+    name = re.sub(r"\W+", "-", config.data.corpus).strip("-")[:60]
+    return Path(config.data.dir or Path("data", f"{name}-{config.model.vocab_size}"))
+
+
 def open_data(config: Config) -> TokenFiles:
     """The token files of the config: those in `data.dir` as they are, else the corpus's, prepared if missing.
 
     Raises:
         RequestError: they do not fit, or the corpus cannot be had.
     """
-    c, vocab_size = config.data, config.model.vocab_size
-    name = re.sub(r"\W+", "-", c.corpus).strip("-")[:60]
-    directory = Path(c.dir or Path("data", f"{name}-{vocab_size}"))
+    c, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
     if c.corpus and not (c.dir and os.path.isfile(directory / TRAIN)):
         prepare(c.corpus, directory, vocab_size, c.validation)
     return open_tokens(directory, vocab_size, config.model.context)
