@@ -115,7 +115,8 @@ class _MeasuredRun(loop.Run):
         )
         super()._record(row)
         self.say(int(row["step"]), self.last)
-        if row["step"] >= self.last and self.saving is None:
+        if row["step"] == self.last:
+            self._announce_saved(wait=True)
             raise _Enough
 
 
@@ -264,7 +265,7 @@ def _measure(
     warm = [row for row in run.rows if row[0] > 1]
     quiet = sorted(seconds for _, seconds, saving in warm if not saving) or [warm[-1][1]]
     usual = mean(quiet[: max(-(-len(quiet) * 19 // 20), 1)])  # without what is not the run's own doing
-    slowed = sum(max(seconds - usual, 0.0) for step, seconds, saving in warm if saving and step > interval)
+    slowed = sum(max(seconds - usual, 0.0) for step, seconds, saving in warm if saving and step < run.last)
     return Measured(
         config.batch_size,
         config.grad_accum_steps,

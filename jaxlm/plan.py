@@ -22,7 +22,7 @@ from rich.table import Table
 
 from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config
-from jaxlm.errors import RunError
+from jaxlm.errors import RequestError, RunError
 from jaxlm.main import data_directory, read_config
 from jaxlm.monitor import duration
 from jaxlm.tokens import TOKEN_DTYPE, TRAIN, VAL
@@ -172,6 +172,54 @@ def better_setting(
         if needed <= room:
             return {"slices": slices, "remat": remat, "arrays_bytes": needed, "fits": True}
     return {"fits": False}
+
+
+def check_memory(config: Config, device: Any, compiled: Any = None) -> None:
+    """Raises RequestError if a resolved config takes more memory than the device has for it.
+
+    Goes by the analysis of the compiled step; before that by what is remembered, or by what no setting avoids.
+    """
+    from jaxlm import backend
+
+    memory, available = _memory_at_hand(config, device, compiled), backend.available_memory(device)
+    if memory.total > available:
+        raise RequestError(
+            f"this run takes {gb(memory.total)} of memory and {gb(available)} is what there is: python -m jaxlm.plan"
+            " names the slices and remat that fit, --force begins all the same"
+        )
+
+
+def in_short(config: Config, device: Any, workdir: Path, compiled: Any, step: int) -> str:
+    """The plan in three lines, for the start of a run that has done `step` steps; of what is remembered or known
+    without a measurement."""
+    from jaxlm import backend, cache, measure
+    from jaxlm.estimate import seconds_at
+
+    memory = _memory_at_hand(config, device, compiled)
+    known = cache.recall("measured", measure.key(config, device))
+    found = measure.Measured(**known) if known else None
+    disk = _disk(config, workdir, found, memory.weights // 4, memory.checkpoint_copy, 0)
+    lines = [
+        f"Memory: {gb(memory.step)} for a step and {gb(memory.checkpoint_copy)} while a checkpoint is saved,"
+        f" of {gb(backend.available_memory(device))}",
+        f"Disk: at most {gb(disk['most_bytes'])}, of {gb(disk['free_bytes'])} free",
+        "Time: not measured here; python -m jaxlm.plan with the same flags does",
+    ]
+    if found:
+        s = measure.seconds(config, found, 0)
+        left = seconds_at(config, s, config.max_steps) - seconds_at(config, s, step) + s.start
+        until = (datetime.now() + timedelta(seconds=left)).strftime("%Y-%m-%d %H:%M")
+        lines[-1] = f"Time: {seconds_text(s.step)} a step, {duration(left)} to go, until {until}"
+    return "\n".join(lines)
+
+
+def _memory_at_hand(config: Config, device: Any, compiled: Any) -> Any:
+    from jaxlm import cache, estimate, measure
+
+    found = estimate.memory(config, compiled) if compiled is not None else None
+    if found is None and (known := cache.recall("memory", measure.key(config, device))):
+        found = estimate.Memory(**known)
+    return found or estimate.least_memory(config)
 
 
 def _speed(config: Config, m: Any, flops: int, s: Any) -> dict[str, Any]:

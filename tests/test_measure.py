@@ -30,7 +30,7 @@ def measured(**changes):
     times = dict.fromkeys(("start", "first", "update", "evaluation", "samples", "save", "saving", "end"), 0.0)
     sizes = dict.fromkeys(("peak_bytes", "checkpoint_bytes", "model_bytes"), 1)
     step = {"step": 1.0, "step_fast": 1.0, "step_slow": 1.0, "flops_per_second": 1e9}
-    return Measured(batch_size=2, grad_accum_steps=2, slices=2, **times, **sizes, **step | changes)
+    return Measured(batch_size=2, grad_accum_steps=2, slices=2, **times | sizes | step | changes)
 
 
 def test_the_short_run_measures_the_real_loop_and_leaves_nothing(config):
