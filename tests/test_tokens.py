@@ -52,7 +52,7 @@ def test_starting_late_is_skipping():
 
 def test_a_seed_gives_the_same_batches_on_every_version_of_grain():
     stream = train_batch_stream(np.arange(2001, dtype=np.uint16), 20, 6, seed=7)
-    batches = b"".join(next(stream).tobytes() for _ in range(31))  # of two epochs
+    batches = b"".join(next(stream).tobytes() for _ in range(31))  # into the second epoch
     assert hashlib.sha256(batches).hexdigest() == "88b32089cd5bf96a6d120c00e3705cc2be909308448ec70349113383b9c061bf"
 
 
