@@ -1,21 +1,18 @@
 """Which of the plugins that bring jax a GPU is fit to compute here. A plugin that is not chosen is never loaded."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import pkgutil
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from types import ModuleType
 from typing import NamedTuple
 
 from jaxlm import cache
 from jaxlm.errors import RequestError
+from jaxlm.trial import attempt
 
 LIMIT = 120.0  # seconds for a plugin to start, compile and compute a small model; the first time takes longest
 
@@ -76,9 +73,9 @@ def choose(platform: str) -> str:
     for plugin in found:
         if plugin.platform and platform in ("auto", plugin.platform):
             try:
-                name = _tried(plugin)
+                name = try_out(plugin)
             except Unfit as error:
-                reasons.append(f"{plugin} (with jax {_version('jax')}, jaxlib {_version('jaxlib')}) {error}")
+                reasons.append(f"{plugin} (with jax {version_of('jax')}, jaxlib {version_of('jaxlib')}) {error}")
             else:
                 _tell(reasons)
                 leave_out(other for other in found if other != plugin)
@@ -104,12 +101,16 @@ def leave_out(plugins: Iterable[Plugin]) -> None:
         sys.modules[plugin.module] = empty
 
 
-def _tried(plugin: Plugin) -> str:
-    """jax's name for the plugin's platform, remembered or found out. Raises Unfit, which is not remembered."""
+def try_out(plugin: Plugin, anew: bool = False) -> str:
+    """jax's name for a plugin's platform; what was found fit once is remembered, unless it is to be tried `anew`.
+
+    Raises:
+        Unfit: it must not compute here.
+    """
     check_versions(plugin)
-    versions = {name: _version(name) for name in ("jax", "jaxlib", "jaxlm")}
+    versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
     key = [plugin, versions, sys.version, os.uname()]
-    name = cache.recall("plugin", key)
+    name = None if anew else cache.recall("plugin", key)
     if not isinstance(name, str):
         name = probe(plugin)
         cache.remember("plugin", key, name)
@@ -121,14 +122,15 @@ def check_versions(plugin: Plugin) -> None:
     if plugin.distribution != "jax-metal":
         return
     for name in ("jax", "jaxlib"):
-        numbers = tuple(int(part) for part in _version(name).split(".")[:3] if part.isdigit())
+        numbers = tuple(int(part) for part in version_of(name).split(".")[:3] if part.isdigit())
         if not _METAL_OLDEST <= numbers <= _METAL_NEWEST:
             raise Unfit(
                 f"works with jax 0.4.34 to 0.5.0: pip install {_METAL_PIN} (as '.[metal]' does), or take jax-mps"
             )
 
 
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """What is installed of it; empty for nothing."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -144,30 +146,13 @@ def probe(plugin: Plugin) -> str:
     Raises:
         Unfit: it raises, hangs, crashes, finds no device or computes something else than NumPy.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, "-m", "jaxlm.probe", plugin.module]
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-        try:
-            status = child.wait(LIMIT)
-        except subprocess.TimeoutExpired as error:
-            raise Unfit(f"hangs: a small model is not computed after {LIMIT:.0f} s") from error
-        finally:
-            child.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the system may be stuck in the driver
-                child.wait(1)
-        output.seek(0)
-        lines = output.read().decode(errors="replace").splitlines()
+    lines, failure = attempt(["-m", "jaxlm.probe", plugin.module], LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
     try:
         answer = json.loads(lines[-1])
-        name, failure = answer["name"], answer["failure"]
+        name, wrong = answer["name"], answer["failure"]
     except (IndexError, ValueError, KeyError, TypeError) as error:
-        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
         last = next((f" after {line.strip()!r:.200}" for line in reversed(lines) if line.strip()), "")
-        raise Unfit(f"crashes: its process ended {how}{last}") from error
-    if failure:
-        raise Unfit(failure)
+        raise Unfit(f"{failure or 'crashes: no answer'}{last}") from error
+    if wrong:
+        raise Unfit(wrong)
     return name
