@@ -55,8 +55,8 @@ class Measured:
     start: float  # from the command to the first step, compilation included
     first: float  # what the first evaluation, texts and save took longer than the next ones
     step: float
-    step_fast: float  # a tenth of the steps took less
-    step_slow: float  # and a tenth more
+    step_fast: float  # a quarter of the steps took less
+    step_slow: float  # and a quarter more
     update: float  # of the optimizer, by itself; 0 where whole steps were measured
     evaluation: float  # a batch of it
     samples: float
@@ -232,13 +232,13 @@ def _measure(
     if sliced:
         expected /= config.slices * config.grad_accum_steps
         config = dataclasses.replace(config, batch_size=config.slice_size, grad_accum_steps=1, slices=1)
-    interval = min(max(round(CYCLE_SECONDS / expected), 3), 100) if cycles > 1 else 2
+    interval = min(max(round(CYCLE_SECONDS / expected), 8), 100) if cycles > 1 else 2
     batches = 2 if sliced else max(-(-config.data.eval_windows // config.slice_size), 2)
     config = dataclasses.replace(
         config,
         eval_interval=interval,
-        generation_interval=interval + 2,  # apart, as in most runs: it takes more memory than together
-        save_interval=interval + 4,
+        generation_interval=interval,
+        save_interval=interval,
         init_from="",
         max_checkpoints=1,
         data=dataclasses.replace(config.data, eval_windows=batches * config.slice_size),
@@ -268,8 +268,9 @@ def _measure(
     first = sum(pauses[kind][0] - later[kind] for kind in ("evaluation", "samples", "checkpoint"))
     warm = [row for row in run.rows if row[0] > 1]
     quiet = sorted(seconds for _, seconds, saving in warm if not saving) or [warm[-1][1]]
-    usual = mean(quiet[: max(-(-len(quiet) * 19 // 20), 1)])  # without what is not the run's own doing
-    slowed = sum(max(seconds - usual, 0.0) for step, seconds, saving in warm if saving and step < run.last)
+    usual = median(quiet)  # the report of a micro-batch comes with the next one: some steps look long, others short
+    busy = [seconds for step, seconds, saving in warm if saving and step < run.last]
+    slowed = max(sum(busy) - usual * (len(busy) + (cycles - 1) / config.grad_accum_steps), 0.0)
     return Measured(
         config.batch_size,
         config.grad_accum_steps,
@@ -277,8 +278,8 @@ def _measure(
         start=made + pauses["compilation"][0] + max(run.rows[0][1] - usual, 0.0),
         first=max(first, 0.0),
         step=usual,
-        step_fast=quiet[len(quiet) // 10],
-        step_slow=quiet[-1 - len(quiet) // 10],
+        step_fast=quiet[len(quiet) // 4],
+        step_slow=quiet[-1 - len(quiet) // 4],
         update=_update_seconds(config, run.state) if sliced else 0.0,
         evaluation=later["evaluation"] / batches,
         samples=later["samples"],
