@@ -8,10 +8,10 @@ entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and
 | random bits | threefry, as a text's draws take it | the CPU's, bit by bit |
 | sort; top-k and top-p | `jnp.sort`; `likeliest` | NumPy's sort |
 | tokens drawn | `choose` | the CPU's tokens |
-| sampling | prompts read, then greedy tokens, with the run's cache | one pass of the CPU over prompts and tokens, no cache |
-| losses | of the training and of the evaluation step | the CPU's, float32 |
-| gradient of each parameter | accumulated by the training step from one micro-batch | the CPU's, float32 |
-| update of each parameter, its moments | by the training step from the second micro-batch | the optimizer on the CPU, from the device's gradients |
+| sampling | prompts, then greedy tokens, with a cache | the CPU's logits in one pass over both, without one |
+| losses | of a training and of an evaluation step | the CPU's |
+| gradients | that the training step accumulated | the CPU's |
+| updates, with moments | by the training step that ends a step | the CPU's, from the device's gradients |
 
 The device runs the programs of the run itself: its forms, its slices (two of them at most), its texts. The CPU is
 slow, so a micro-batch holds two different sequences, again and again in a random order: their mean loss and its
@@ -20,7 +20,6 @@ gradient are those of the two alone, and these are all that the CPU computes, in
 
 import dataclasses
 import hashlib
-import math
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -153,7 +152,7 @@ def difference(a: np.ndarray, b: np.ndarray, before: np.ndarray | float = 0.0) -
         The largest |a - b| / |b - before| (Euclidean norms) of all rows, and of all columns where there are as many
         rows as in a matrix of weights (stacked vectors have none).
     """
-    a, b = np.float32(np.atleast_1d(a)), np.float32(np.atleast_1d(b))
+    a, b = (np.atleast_1d(np.asarray(array, np.float32)) for array in (a, b))
     error, change = np.maximum(np.abs(a - b) - 2 * np.spacing(np.abs(b)), 0), b - before
     axes = (-1, -2) if b.ndim == 3 or (b.ndim == 2 and len(b) > b.shape[1]) else (-1,)
     largest = []
@@ -169,8 +168,10 @@ def _cpu() -> jax.Device:
 
 def _plain(config: Config) -> Config:
     """The same run in float32 and plain forms, as the CPU computes it best."""
-    forms = {"dtype": "float32", "attention": "plain", "kernels": "plain", "loops": "compiled", "remat": True}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **forms))
+    model = dataclasses.replace(
+        config.model, dtype="float32", attention="plain", kernels="plain", loops="compiled", remat=True
+    )
+    return dataclasses.replace(config, model=model)
 
 
 def _trained(config: Config) -> TrainState:
