@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
 
     import jax  # only now: what came before answers in a moment, and needs no device
 
-    from jaxlm import backend
+    from jaxlm import backend, soundness
     from jaxlm.generate import encode_prompts
     from jaxlm.loop import Run
     from jaxlm.resume import check_room
@@ -121,6 +121,8 @@ def main(argv: list[str]) -> None:
     resolved = backend.resolve_run(config, device)
     check_room(workdir, resolved)
     try:
+        if device.platform != "cpu":
+            soundness.require(resolved, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir):
             training = Run(resolved, workdir, tokens, device)
