@@ -4,8 +4,8 @@
 
 Runs the real loop (jaxlm.loop.Run) over three periods of 300 steps, in each of which the preset samples 6 times,
 evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; before each such run, the
-bare jitted step as often, on one batch. What the loop took longer is in pauses, which its clock tells apart, or between
-the steps.
+bare jitted step as often, on batches that lie ready. What the loop took longer is in pauses, which its clock tells
+apart, or between the steps.
 
 On a CPU 300 steps take a day. There each interval is a fiftieth of the preset's, a step reads one sequence and an
 evaluation four windows; the preset's step is then reckoned to take 64 times as long and its evaluation 16 times.
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import tempfile
 import time
@@ -24,18 +25,18 @@ from pathlib import Path
 from statistics import median
 
 import jax
-import numpy as np
 
 from jaxlm import backend, loop
 from jaxlm.config import Config
 from jaxlm.main import open_data, read_config
 from jaxlm.monitor import Clock
 from jaxlm.step import init_state, make_train_step
-from jaxlm.tokens import TokenFiles
+from jaxlm.tokens import TokenFiles, train_batch_stream
 
 PERIOD = 300  # optimizer steps
 PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # in a period
 CPU_PERIOD, CPU_WINDOWS = 6, 4
+BATCHES = 32  # that the bare step reads, in turns: text, as the speed of a GPU depends on what it computes
 ROUNDING = 0.001  # seconds, of the times in a row of metrics
 
 
@@ -90,18 +91,17 @@ def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
     return config, tokens, device
 
 
-def bare_step(config: Config, device: jax.Device, steps: int) -> float:
+def bare_step(config: Config, tokens: TokenFiles, device: jax.Device, steps: int) -> float:
     """Seconds of an optimizer step that nothing stands beside."""
     state = jax.device_put(init_state(config), device)
-    shape = (config.batch_size, config.model.context + 1)
-    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    ids = jax.device_put(ids, device)
-    step = make_train_step(config).lower(state, ids).compile()
+    stream = train_batch_stream(tokens.train, config.model.context, config.batch_size, config.seed)
+    batches = [jax.device_put(ids, device) for ids in itertools.islice(stream, BATCHES)]
+    step = make_train_step(config).lower(state, batches[0]).compile()
     for count in (1, steps):
         jax.block_until_ready(state)
         start = time.perf_counter()
-        for _ in range(count * config.grad_accum_steps):
-            state, _ = step(state, ids)
+        for index in range(count * config.grad_accum_steps):
+            state, _ = step(state, batches[index % BATCHES])
         jax.block_until_ready(state)
     return (time.perf_counter() - start) / steps
 
@@ -130,7 +130,7 @@ def main() -> None:
     steps, whole = config.save_interval, Config()
     bare, looped, pauses = [], [], []
     for _ in range(args.rounds):
-        bare.append(bare_step(config, device, steps))
+        bare.append(bare_step(config, tokens, device, steps))
         step, by_kind = looped_step(config, tokens, device)
         looped.append(step)
         pauses.append(by_kind)

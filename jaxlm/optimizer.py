@@ -89,22 +89,21 @@ def accumulate(inner: optax.GradientTransformation, every: int, conditional: boo
             share = 1 / (state.mini_step + 1)
             mean = jax.tree.map(lambda a, b: jnp.where(skip, a, a + (b - a) * share), state.acc_grads, grads)
 
-        def update(params: Any, inner_state: Any, mean: Any) -> tuple[Any, Any]:
+        def update(params: Any, inner_state: Any, mean: Any) -> tuple[Any, Any, Any]:
             updates, inner_state = inner.update(mean, inner_state, params)
-            return optax.apply_updates(params, updates), inner_state
+            return optax.apply_updates(params, updates), inner_state, jax.tree.map(jnp.zeros_like, mean)
 
-        before = params, state.inner_opt_state
+        before = params, state.inner_opt_state, mean
         if conditional:
-            params, inner_state = jax.lax.cond(due, update, lambda *before_and_mean: before_and_mean[:2], *before, mean)
+            after = jax.lax.cond(due, update, lambda *before: before, *before)
         else:
-            after = update(*before, mean)
-            params, inner_state = jax.tree.map(lambda new, old: jnp.where(due, new, old), after, before)
-        acc = () if every == 1 else jax.tree.map(lambda mean: jnp.where(due, 0, mean), mean)
+            after = jax.tree.map(lambda new, old: jnp.where(due, new, old), update(*before), before)
+        params, inner_state, acc = after
         state = optax.MultiStepsState(
             mini_step=jnp.where(skip, state.mini_step, (state.mini_step + 1) % every),
             gradient_step=state.gradient_step + due,
             inner_opt_state=inner_state,
-            acc_grads=acc,
+            acc_grads=() if every == 1 else acc,
             skip_state={"should_skip": skip},
         )
         return params, state
