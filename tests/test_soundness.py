@@ -43,14 +43,11 @@ def forms(**model):
 @pytest.mark.parametrize(
     "config",
     [
-        CONFIG,
-        UNROLLED,
-        forms(dtype="mixed"),
         forms(dtype="bfloat16"),
-        replace(CONFIG, slices=1, batch_size=3, grad_accum_steps=1),
+        replace(UNROLLED, slices=1, grad_accum_steps=1),
         replace(forms(output_init="zero", tied=False, kv_heads=1), optimizer=OptimizerConfig("muon", warmup_steps=0)),
     ],
-    ids=["loops", "unrolled", "mixed", "bfloat16", "no accumulation", "muon"],
+    ids=["bfloat16", "unrolled", "muon"],
 )
 def test_a_sound_device_passes_with_every_parameter_compared(config):
     parts = check(config, CPU)
