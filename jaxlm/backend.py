@@ -6,7 +6,7 @@ import os
 
 import jax
 
-from jaxlm import cache, kernels
+from jaxlm import cache, kernels, plugins
 from jaxlm.config import Config, ModelConfig
 from jaxlm.errors import RequestError
 
@@ -23,35 +23,33 @@ SLICE_TOKENS = 1024  # computed at one time where memory is shared with all else
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
-_JAX_NAMES = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "metal": "METAL"}
 APPLE = ("mps", "METAL")  # the platforms, by jax's names, that compute on an Apple GPU
 
 
 def start(platform: str, deterministic: bool = False) -> jax.Device:
-    """Starts jax on a platform: auto (the best that is there), cpu, cuda, mps or metal.
+    """Starts jax on a platform: auto (the best that is there and fit), cpu, cuda, mps or metal.
 
-    `deterministic` has an NVIDIA GPU give the same bits in every session; the other platforms do so anyway.
+    `deterministic` has an NVIDIA GPU give the same bits in every session; the other platforms do so anyway. Whoever
+    sets JAX_PLATFORMS has chosen: auto then leaves it to jax.
 
     Returns:
         The device that will compute.
 
     Raises:
-        RequestError: a platform named outright does not start.
+        RequestError: a platform named outright is not there, or unfit, or does not start.
     """
     _keep_compilations()
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # for keep_freed_memory
     flags = [_CUBLAS] * (platform in ("auto", "cuda")) + [_DETERMINISTIC] * deterministic
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
-    if platform != "auto":
-        jax.config.update("jax_platforms", f"{_JAX_NAMES[platform]},cpu")  # the CPU draws the first parameters
+    if platform != "auto" or not jax.config.jax_platforms:  # type: ignore[attr-defined]
+        name = plugins.choose(platform)
+        jax.config.update("jax_platforms", name if name == "cpu" else f"{name},cpu")  # the CPU draws the parameters
     try:
-        device = jax.devices()[0]
+        return jax.devices()[0]
     except RuntimeError as error:
         reason = str(error).split(". ")[0].splitlines()[0]
-        raise RequestError(f"platform {platform} does not start ({reason}): try --config.platform=auto") from error
-    if platform not in ("auto", "cpu") and device.platform == "cpu":
-        raise RequestError(f"platform {platform} is not here: install its plugin, or try --config.platform=auto")
-    return device
+        raise RequestError(f"platform {platform} does not start ({reason}): try --config.platform=cpu") from error
 
 
 def _keep_compilations() -> None:

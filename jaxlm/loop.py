@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,7 +39,14 @@ class Run:
     for the last report before it acts, so that it acts on the very state after that step.
     """
 
-    def __init__(self, config: Config, workdir: Path, tokens: TokenFiles, device: jax.Device):
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        tokens: TokenFiles,
+        device: jax.Device,
+        ready: Callable[[Any, int], str] | None = None,
+    ):
         """Restores the newest checkpoint of `workdir`, or starts anew.
 
         Args:
@@ -47,12 +54,14 @@ class Run:
             workdir: exists.
             tokens: what to train on.
             device: what trains.
+            ready: hears the compiled step, and how many are done, before it runs; gives lines to print, or raises.
 
         Raises:
             RequestError: the checkpoint does not fit the settings or the tokens, or none is whole; a prompt does not
                 fit the context.
         """
         self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
+        self.ready = ready
         self.tokenizer = load_tokenizer(config.model.vocab_size)
         self.prompts = encode_prompts(self.tokenizer, config.sample.prompts, config.model.context)
         self.checkpoints = Checkpoints(workdir, config.max_checkpoints)
@@ -115,6 +124,8 @@ class Run:
             shape = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
             train_step = make_train_step(config).lower(self.state, shape).compile()
             backend.keep_freed_memory()
+        if self.ready:
+            self.monitor.say(self.ready(train_step, self.step))
         self._eval_step = make_eval_step(config)
         in_flight: Metrics | None = None
         while self.step < config.max_steps:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -27,7 +28,12 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.py"
 
 
 def read_config(argv: list[str]) -> tuple[Config, Path]:
-    """The settings that the flags ask for, and the work directory.
+    """The settings that the flags ask for, and the work directory. Raises RequestError as `read_flags`."""
+    return read_flags(argv)[:2]
+
+
+def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
+    """The settings that the flags ask for, the work directory, and whether to begin a run that does not fit.
 
     Raises:
         RequestError: an unknown flag, a config file that is missing or fails, a setting that is wrong.
@@ -50,7 +56,7 @@ def read_config(argv: list[str]) -> tuple[Config, Path]:
         raise RequestError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
     if rest[1:]:
         raise RequestError(f"unexpected argument {rest[1]!r}: flags begin with --")
-    return from_config_dict(settings), Path(values.workdir or Path("runs", known.config.stem))
+    return from_config_dict(settings), Path(values.workdir or Path("runs", known.config.stem)), values.force
 
 
 def define_flags(words: list[str]) -> flags.FlagValues:
@@ -60,6 +66,7 @@ def define_flags(words: list[str]) -> flags.FlagValues:
         "config", str(QUICKSTART), "config file; --config.NAME=VALUE changes a setting", values, sys_argv=words
     )
     flags.DEFINE_string("workdir", "", "work directory; empty: runs/NAME-OF-THE-CONFIG", flag_values=values)
+    flags.DEFINE_bool("force", False, "begin a run though the machine has not the memory for it", flag_values=values)
     return values
 
 
@@ -71,15 +78,19 @@ def _nearest_file(file: Path) -> str:
     return f": there is {', '.join(known)}" if known else ": name one with --config"
 
 
+def data_directory(config: Config) -> Path:
+    """Where the token files of the config are, or will be."""
+    name = re.sub(r"\W+", "-", config.data.corpus).strip("-")[:60]
+    return Path(config.data.dir or Path("data", f"{name}-{config.model.vocab_size}"))
+
+
 def open_data(config: Config) -> TokenFiles:
     """The token files of the config: those in `data.dir` as they are, else the corpus's, prepared if missing.
 
     Raises:
         RequestError: they do not fit, or the corpus cannot be had.
     """
-    c, vocab_size = config.data, config.model.vocab_size
-    name = re.sub(r"\W+", "-", c.corpus).strip("-")[:60]
-    directory = Path(c.dir or Path("data", f"{name}-{vocab_size}"))
+    c, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
     if c.corpus and not (c.dir and os.path.isfile(directory / TRAIN)):
         prepare(c.corpus, directory, vocab_size, c.validation)
     return open_tokens(directory, vocab_size, config.model.context)
@@ -103,14 +114,14 @@ def main(argv: list[str]) -> None:
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}{define_flags([]).get_help()}\nThe settings are those of jaxlm/config.py.")
         return
-    config, workdir = read_config(argv)
+    config, workdir, force = read_flags(argv)
     if config.init_from and not os.path.lexists(workdir / "config.json"):  # once begun, a run has what it needs
         check_init(config)
     tokens = open_data(config)
 
     import jax  # only now: what came before answers in a moment, and needs no device
 
-    from jaxlm import backend, soundness
+    from jaxlm import backend, plan, soundness
     from jaxlm.generate import encode_prompts
     from jaxlm.loop import Run
     from jaxlm.resume import check_room
@@ -120,12 +131,20 @@ def main(argv: list[str]) -> None:
     device = backend.start(config.platform, config.deterministic)
     resolved = backend.resolve_run(config, device)
     check_room(workdir, resolved)
+    if not force:
+        plan.check_memory(resolved, device)
+
+    def ready(compiled: Any, step: int) -> str:
+        if not force:
+            plan.check_memory(resolved, device, compiled)
+        return plan.in_short(resolved, device, workdir, compiled, step)
+
     try:
         if device.platform != "cpu":
             soundness.require(resolved, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir):
-            training = Run(resolved, workdir, tokens, device)
+            training = Run(resolved, workdir, tokens, device, ready)
             durable.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
             training.train()
     except OSError as error:

@@ -21,7 +21,7 @@ gradient are those of the two alone, and these are all that the CPU computes, in
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,16 +81,20 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
     if cache.recall("sound", key):
         return
     say(f"Checking once that {describe(device)} computes what the CPU does")
-    parts = check(config, device)
+    refuse_wrong(check(config, device), device)
+    cache.remember("sound", key, True)
+
+
+def refuse_wrong(parts: Sequence[Part], device: jax.Device) -> None:
+    """Raises RunError, with the name of the part that is furthest off, if a part differs by more than is allowed."""
     if wrong := [part for part in parts if not part.ok]:
         worst = max(wrong, key=lambda part: np.nan_to_num(part.difference, nan=np.inf) / max(part.allowed, 1e-9))
         others = f" (and {len(wrong) - 1} other parts)" if wrong[1:] else ""
         raise RunError(
             f"{describe(device)} computes wrong numbers: {worst.name} differs by {worst.difference:.2g} from the CPU's,"
             f" {worst.allowed:.2g} is allowed{others}: update the system, the driver and jax, or train with"
-            " --config.platform=cpu"
+            " --config.platform=cpu (python -m jaxlm.plan --check shows all parts)"
         )
-    cache.remember("sound", key, True)
 
 
 def _key(config: Config, device: jax.Device) -> Any:
@@ -102,7 +106,7 @@ def _key(config: Config, device: jax.Device) -> Any:
     return [device.device_kind, *versions, hashlib.sha256(source).hexdigest(), c.deterministic, *shapes]
 
 
-def table(parts: tuple[Part, ...]) -> str:
+def table(parts: Sequence[Part]) -> str:
     """A line for each part, 80 columns at most."""
     lines = [f"{'':44}{'differs by':>12}{'allowed':>12}"]
     lines += [f"{p.name:44}{p.difference:12.1e}{p.allowed:12.1e}  {'ok' if p.ok else 'WRONG'}" for p in parts]

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import tiny_run
 from tiny_run import CONFIG, disk_room, is_one_line, listing, rows, train
 
+from jaxlm import backend, soundness
 from jaxlm.checkpoint import checkpoint_bytes
 from jaxlm.errors import RequestError, RunError
 from jaxlm.lock import only_writer
@@ -191,6 +193,18 @@ def test_a_disk_without_room_for_the_run_is_refused_before_it_begins(monkeypatch
         assert f"{needed / 1e9:.2f} GB" in message
         monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed))
         check_room(Path("no/room"), read_config(["--config", "tiny.py", *flags])[0])
+
+
+def test_an_accelerator_that_computes_wrong_is_refused_before_anything_is_written(monkeypatch):
+    device = SimpleNamespace(platform="mps")
+
+    def refuse(config, device_given, say):
+        assert (config.model.loops, device_given) == ("unrolled", device)
+        raise RunError("sort differs")
+
+    monkeypatch.setattr(backend, "start", lambda *_: device)
+    monkeypatch.setattr(soundness, "require", refuse)
+    assert refused(TINY, RunError) == "sort differs"
 
 
 def test_a_second_run_in_the_same_place_is_refused_with_the_pid_and_host_of_the_first():

@@ -5,19 +5,20 @@ result of one of them is damaged. What the check gives to the CPU runs as usual.
 """
 
 import contextlib
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.random import threefry2x32_p
 
-from jaxlm import cache, soundness
+from jaxlm import soundness
 from jaxlm.config import Config, ModelConfig, OptimizerConfig, SampleConfig
 from jaxlm.errors import RunError
-from jaxlm.soundness import Part, check, difference, require
+from jaxlm.soundness import Part, check, difference, refuse_wrong, require
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -76,8 +77,13 @@ def broken(primitive, damage):
         primitive.def_impl(sound)
 
 
-def failing(monkeypatch, config, primitive, damage):
-    """The names of the parts that differ where the stand-in computes."""
+@pytest.fixture(scope="module")
+def trained():
+    return functools.cache(soundness._trained)
+
+
+def failing(monkeypatch, trained, config, kind, primitive, damage):
+    """The names of the parts that differ where the stand-in computes: of the random, sampling or training ones."""
     sound = soundness.compute
 
     def compute(function, device, *arguments):
@@ -86,6 +92,9 @@ def failing(monkeypatch, config, primitive, damage):
         with jax.disable_jit(), broken(primitive, damage):
             return sound(function, CPU, *arguments)
 
+    monkeypatch.setattr(soundness, "_trained", trained)
+    for other in {"random", "sampling", "training"} - {kind}:
+        monkeypatch.setattr(soundness, f"_{other}", lambda *_: ())
     monkeypatch.setattr(soundness, "compute", compute)
     return {part.name for part in check(config, STAND_IN) if not part.ok}
 
@@ -136,31 +145,67 @@ def row_of_the_embedding(result, operands, parameters):
     return result.at[0].multiply(1.5) if operands[0].ndim == 2 else result
 
 
-GRADIENTS = ("gradient of",)
-
-
-@pytest.mark.parametrize("config", [CONFIG, UNROLLED], ids=["loops", "unrolled"])
 @pytest.mark.parametrize(
-    ("primitive", "damage", "named", "only"),
+    ("config", "kind", "primitive", "damage", "named", "only"),
     [
-        (lax.dot_general_p, unharmed, set(), ()),
-        (lax.dot_general_p, product_over_many, {"gradient of embedding", "gradient of blocks/down"}, GRADIENTS),
-        (lax.dot_general_p, one_row_of_a_product, {"gradient of blocks/gate", "gradient of blocks/up"}, GRADIENTS),
-        (lax.reduce_sum_p, sum_of_many, {"training loss", "evaluation loss"}, ("training", "evaluation", "gradient")),
-        (jax.extend.random.threefry2x32_p, random_stream, {"random bits"}, ("random",)),
-        (lax.sort_p, order, {"sort"}, ("sort",)),
+        (CONFIG, "training", lax.dot_general_p, unharmed, set(), "nothing"),
+        (UNROLLED, "training", lax.dot_general_p, product_over_many, {"gradient of blocks/down"}, "gradient"),
+        (CONFIG, "training", lax.dot_general_p, product_over_many, {"gradient of embedding"}, "gradient"),
+        (CONFIG, "training", lax.dot_general_p, one_row_of_a_product, {"gradient of blocks/gate"}, "gradient"),
+        (CONFIG, "training", lax.reduce_sum_p, sum_of_many, {"training loss", "evaluation loss"}, ""),
+        (CONFIG, "training", lax.scatter_add_p, row_of_the_embedding, {"gradient of embedding"}, "gradient of emb"),
+        (CONFIG, "training", lax.sqrt_p, root_of_a_moment, {"update of embedding"}, "update of embedding"),
+        (CONFIG, "random", threefry2x32_p, random_stream, {"random bits"}, "random bits"),
+        (CONFIG, "random", lax.sort_p, order, {"sort"}, "sort"),
         (
+            CONFIG,
+            "sampling",
             lax.dynamic_update_slice_p,
             place_in_the_cache,
             {f"sampling: logits after {CONFIG.sample.tokens} more tokens"},
-            ("sampling",),
+            "sampling",
         ),
-        (lax.sqrt_p, root_of_a_moment, {"update of embedding"}, ("update of embedding",)),
-        (lax.scatter_add_p, row_of_the_embedding, {"gradient of embedding"}, ("gradient of embedding",)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_planted_fault_is_caught_and_named(monkeypatch, config, primitive, damage, named, only):
-    found = failing(monkeypatch, config, primitive, damage)
+def test_a_planted_fault_is_caught_and_named(monkeypatch, trained, config, kind, primitive, damage, named, only):
+    found = failing(monkeypatch, trained, config, kind, primitive, damage)
     assert found >= named
     assert [name for name in found if not name.startswith(only)] == []
+
+
+def test_one_row_or_column_that_is_wrong_shows_in_full():
+    right = np.random.default_rng(0).normal(size=(3, 40, 1000)).astype(np.float32)
+    for place in ((1, 7), (2, slice(None), 9)):
+        wrong = right.copy()
+        wrong[place] *= -1
+        assert difference(wrong, right) == pytest.approx(2)
+    assert difference(right, right) == 0
+    assert difference(np.nextafter(right, 9, dtype=np.float32), right) == 0
+    assert np.isnan(difference(np.full(3, np.nan), np.ones(3)))
+    assert difference(np.ones(3), np.zeros(3)) == np.inf
+    assert difference(np.float32([4.0]), np.float32([2.0]), np.float32([1.0])) == 2
+
+
+WRONG = (Part("sort", 0.0, 0.0), Part("gradient of norm", 0.5, 0.25), Part("update of norm", 0.4, 0.001))
+
+
+def test_a_device_that_passes_is_checked_once_for_its_shapes_and_versions(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    checked = []
+    monkeypatch.setattr(soundness, "check", lambda config, device: checked.append(config) or WRONG)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"update of norm differs by 0.4 .* \(and 1 other") as caught:
+            require(CONFIG, STAND_IN)
+        assert len(str(caught.value).splitlines()) == 1
+    monkeypatch.setattr(soundness, "check", lambda config, device: checked.append(config) or WRONG[:1])
+    newer = SimpleNamespace(**vars(STAND_IN) | {"client": SimpleNamespace(platform_version="2")})
+    for config in (CONFIG, UNROLLED, replace(CONFIG, max_steps=70)):
+        require(config, STAND_IN)
+    require(CONFIG, newer)
+    assert checked == [CONFIG, CONFIG, CONFIG, UNROLLED, CONFIG]
+
+
+def test_not_a_number_is_the_furthest_off():
+    with pytest.raises(RunError, match="embedding differs by nan"):
+        refuse_wrong([*WRONG, Part("embedding", float("nan"), 0.25)], STAND_IN)

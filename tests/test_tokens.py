@@ -50,6 +50,12 @@ def test_starting_late_is_skipping():
     assert rows != take_rows(train_batch_stream(ids, 10, 7, seed=2), 30)
 
 
+def test_a_seed_gives_the_same_batches_on_every_version_of_grain():
+    stream = train_batch_stream(np.arange(2001, dtype=np.uint16), 20, 6, seed=7)
+    batches = b"".join(next(stream).tobytes() for _ in range(31))  # into the second epoch
+    assert hashlib.sha256(batches).hexdigest() == "88b32089cd5bf96a6d120c00e3705cc2be909308448ec70349113383b9c061bf"
+
+
 def test_another_process_gets_the_same_batches():
     program = """
 import hashlib, numpy as np

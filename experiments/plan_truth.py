@@ -1,0 +1,123 @@
+"""What `python -m jaxlm.plan` says of a run of 200 steps, beside that run:
+
+    python -m experiments.plan_truth [--platform auto] [--tokens DIR]
+
+The run evaluates five times, samples four times, saves five times and deletes two checkpoints. On an NVIDIA GPU it is
+the 60M preset, elsewhere the quickstart, whose 200 steps take a minute on two CPU cores. Both programs are started as
+a person would, one after the other, the plan with nothing remembered; the compilation cache is empty before it. The
+tokens are random, unless `--tokens` names a directory of train.bin and val.bin.
+
+Memory is the peak of the resident set, on an NVIDIA GPU the allocator's; time is from the start of the process to its
+end; disk is what the files in the work directory add up to. `--repeat` takes both in turns so many times.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STEPS = 200
+INTERVALS = {"eval_interval": 40, "generation_interval": 50, "save_interval": 40, "max_checkpoints": 3}
+BOUNDS = {"peak memory": 0.10, "time": 0.10, "disk": 0.02}
+TRAIN_TOKENS, VAL_TOKENS = 2_000_000, 200_000
+
+
+def child(argv: list[str]) -> None:
+    """The training command, and what it took, as the last line."""
+    import jax
+
+    from jaxlm.main import main
+
+    main(argv)
+    ended = time.monotonic()
+    device = jax.devices()[0]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.platform == "gpu":
+        peak = device.memory_stats()["peak_bytes_in_use"]
+    print(json.dumps({"ended": ended, "peak": peak}), flush=True)
+    os._exit(0)
+
+
+def run(words: list[str], cache: Path) -> str:
+    """Runs Python with this cache; gives what it printed."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{words[:2]} failed:\n{done.stdout}")
+    return done.stdout
+
+
+def random_tokens(directory: Path, vocab_size: int) -> Path:
+    """Writes token files of uniformly random ids."""
+    directory.mkdir()
+    draw = np.random.default_rng(0)
+    for name, count in (("train.bin", TRAIN_TOKENS), ("val.bin", VAL_TOKENS)):
+        draw.integers(vocab_size - 1, size=count, dtype=np.uint16).tofile(directory / name)
+    return directory
+
+
+def compare(words: list[str], workdir: Path, cache: Path) -> tuple[dict[str, tuple[float, float]], dict[str, Any]]:
+    """Plans and runs; gives (predicted, real) of memory in MB, time in seconds and disk in MB, and the plan."""
+    words = [*words, "--workdir", str(workdir)]
+    plan = json.loads(run(["-m", "jaxlm.plan", "--json", *words], cache))
+    if plan["not_measured_because"]:
+        sys.exit(f"the plan measured nothing: {plan['not_measured_because']}")
+    began = time.monotonic()
+    real = json.loads(run(["-m", "experiments.plan_truth", "--child", *words], cache).splitlines()[-1])
+    disk = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
+    return {
+        "peak memory": (plan["memory"]["total_bytes"] / 1e6, real["peak"] / 1e6),
+        "time": (plan["schedule"]["total_seconds"], real["ended"] - began),
+        "disk": (plan["disk"]["left_bytes"] / 1e6, disk / 1e6),
+    }, plan
+
+
+def has_nvidia(platform: str) -> bool:
+    """Whether the run will be on an NVIDIA GPU; asks a process of its own, so that this one keeps off the device."""
+    if platform != "auto":
+        return platform == "cuda"
+    told = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"], stdout=subprocess.PIPE, text=True
+    )
+    return told.stdout.split()[-1:] == ["gpu"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--platform", default="auto")
+    parser.add_argument("--tokens", type=Path, help="directory of train.bin and val.bin")
+    parser.add_argument("--repeat", type=int, default=1)
+    args = parser.parse_args()
+    name, vocab_size = ("m2_60m", 50257) if has_nvidia(args.platform) else ("quickstart", 4096)
+    place = Path(tempfile.mkdtemp(prefix="plan-truth-"))
+    tokens = args.tokens or random_tokens(place / "tokens", vocab_size)
+    settings = INTERVALS | {"max_steps": STEPS, "platform": args.platform, "data.dir": tokens, "data.corpus": ""}
+    words = ["--config", f"configs/{name}.py", *(f"--config.{key}={value}" for key, value in settings.items())]
+    for turn in range(args.repeat):
+        found, plan = compare(words, place / f"run-{turn}", place / f"cache-{turn}")
+        machine = plan["machine"]
+        print(f"configs/{name}.py, {STEPS} steps, {machine['dtype']} on {machine['device']}, jax {machine['jax']}")
+        print("| | predicted | real | predicted too much by | bound |\n|---|---|---|---|---|")
+        for what, (predicted, real) in found.items():
+            unit = "s" if what == "time" else "MB"
+            wrong = f"{predicted / real - 1:+.1%}"
+            print(
+                f"| {what} | {predicted:,.1f} {unit} | {real:,.1f} {unit} | {wrong} | {BOUNDS[what]:.0%} |", flush=True
+            )
+        print(json.dumps(plan["speed"] | plan["memory"]), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,158 @@
+"""Which of the plugins that bring jax a GPU is fit to compute here. A plugin that is not chosen is never loaded."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+from typing import NamedTuple
+
+from jaxlm import cache
+from jaxlm.errors import RequestError
+from jaxlm.trial import attempt
+
+LIMIT = 120.0  # seconds for a plugin to start, compile and compute a small model; the first time takes longest
+
+_GROUP = "jax_plugins"  # what jax itself looks under
+_NAMES = {"cuda": ("cuda",), "mps": ("mps",), "metal": ("metal", "mtl")}  # a platform's, in the names of its plugins
+_METAL_PIN = "jax==0.4.34 jaxlib==0.4.34"
+_METAL_OLDEST, _METAL_NEWEST = (0, 4, 34), (0, 5, 0)
+
+
+class Unfit(Exception):
+    """A plugin cannot be used; the message says why."""
+
+
+class Plugin(NamedTuple):
+    """A plugin that is installed."""
+
+    module: str
+    platform: str  # as `config.platform` has it; empty for one that jaxlm does not know
+    distribution: str  # empty when it was not installed by pip
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}" if self.distribution else f"the plugin {self.module}"
+
+
+def installed() -> list[Plugin]:
+    """The plugins that jax would load, those of NVIDIA GPUs first; none is loaded."""
+    found = {}
+    package = importlib.util.find_spec(_GROUP)
+    places = package.submodule_search_locations if package else None
+    for _, module, _ in pkgutil.iter_modules(places or [], f"{_GROUP}."):
+        found[module] = Plugin(module, _platform_of(module), "", "")
+    for entry in importlib.metadata.entry_points(group=_GROUP):
+        by = entry.dist
+        found[entry.value] = Plugin(
+            entry.value, _platform_of(f"{entry.name} {entry.value}"), by.name if by else "", by.version if by else ""
+        )
+    order = list(_NAMES)
+    return sorted(found.values(), key=lambda plugin: (order.index(plugin.platform) if plugin.platform else 9, plugin))
+
+
+def _platform_of(name: str) -> str:
+    fitting = [platform for platform, words in _NAMES.items() if any(word in name.lower() for word in words)]
+    return fitting[0] if fitting else ""
+
+
+def choose(platform: str) -> str:
+    """The platform to compute on, by jax's name for it, and the CPU's where no plugin is fit, after a line on stderr.
+
+    Args:
+        platform: auto, cpu, or the platform whose plugin is the only one that will do.
+
+    Raises:
+        RequestError: the platform that is named has no plugin here, or an unfit one.
+    """
+    found = installed()
+    reasons = []
+    for plugin in found:
+        if plugin.platform and platform in ("auto", plugin.platform):
+            try:
+                name = try_out(plugin)
+            except Unfit as error:
+                reasons.append(f"{plugin} (with jax {version_of('jax')}, jaxlib {version_of('jaxlib')}) {error}")
+            else:
+                _tell(reasons)
+                leave_out(other for other in found if other != plugin)
+                return name
+    if platform not in ("auto", "cpu"):
+        reason = "; ".join(reasons) or f"platform {platform} is not here: install its plugin"
+        raise RequestError(f"{reason}, or try --config.platform=auto")
+    _tell(reasons)
+    leave_out(found)
+    return "cpu"
+
+
+def _tell(reasons: list[str]) -> None:
+    for reason in reasons:
+        print(f"Computing without {reason}", file=sys.stderr)
+
+
+def leave_out(plugins: Iterable[Plugin]) -> None:
+    """Has jax, which loads all plugins that it finds, find empty modules in these plugins' places."""
+    for plugin in plugins:
+        empty = ModuleType(plugin.module)
+        empty.initialize = lambda: None  # type: ignore[attr-defined]
+        sys.modules[plugin.module] = empty
+
+
+def try_out(plugin: Plugin, anew: bool = False) -> str:
+    """jax's name for a plugin's platform; what was found fit once is remembered, unless it is to be tried `anew`.
+
+    Raises:
+        Unfit: it must not compute here.
+    """
+    check_versions(plugin)
+    versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
+    key = [plugin, versions, sys.version, os.uname()]
+    name = None if anew else cache.recall("plugin", key)
+    if not isinstance(name, str):
+        name = probe(plugin)
+        cache.remember("plugin", key, name)
+    return name
+
+
+def check_versions(plugin: Plugin) -> None:
+    """Raises Unfit if the plugin is Apple's and jax is none that it works with, which its metadata does not say."""
+    if plugin.distribution != "jax-metal":
+        return
+    for name in ("jax", "jaxlib"):
+        numbers = tuple(int(part) for part in version_of(name).split(".")[:3] if part.isdigit())
+        if not _METAL_OLDEST <= numbers <= _METAL_NEWEST:
+            raise Unfit(
+                f"works with jax 0.4.34 to 0.5.0: pip install {_METAL_PIN} (as '.[metal]' does), or take jax-mps"
+            )
+
+
+def version_of(distribution: str) -> str:
+    """What is installed of it; empty for nothing."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def probe(plugin: Plugin) -> str:
+    """Has a process of its own load this plugin alone and compute with it (`jaxlm.probe`).
+
+    Returns:
+        jax's name for its platform.
+
+    Raises:
+        Unfit: it raises, hangs, crashes, finds no device or computes something else than NumPy.
+    """
+    lines, failure = attempt(["-m", "jaxlm.probe", plugin.module], LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    try:
+        answer = json.loads(lines[-1])
+        name, wrong = answer["name"], answer["failure"]
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        last = next((f" after {line.strip()!r:.200}" for line in reversed(lines) if line.strip()), "")
+        raise Unfit(f"{failure or 'crashes: no answer'}{last}") from error
+    if wrong:
+        raise Unfit(wrong)
+    return name

@@ -1,0 +1,41 @@
+"""A process of its own for what may hang or crash."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+
+
+def attempt(arguments: Sequence[str], limit: float, changes: Mapping[str, str] | None = None) -> tuple[list[str], str]:
+    """Runs this Python with `arguments`, such as -m MODULE, for `limit` seconds at most, and with no choice of platform
+    in its environment but for what `changes` adds to that.
+
+    Returns:
+        The lines that it printed, on stdout and stderr, and how it failed, in words; empty for status 0.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **(changes or {})}
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            status = child.wait(limit)
+            ended = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+            failure = f"crashes: its process ended {ended}" if status else ""
+        except subprocess.TimeoutExpired:
+            failure = f"hangs: no end after {limit:g} s"
+        finally:
+            child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the system may be stuck in the driver
+                child.wait(1)
+        output.seek(0)
+        return output.read().decode(errors="replace").splitlines(), failure

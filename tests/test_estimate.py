@@ -1,0 +1,162 @@
+"""What a run costs, by hand, by counting, and by going through the run step by step."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from configs import m2_60m
+from jaxlm import estimate
+from jaxlm.backend import APPLE, resolve_run
+from jaxlm.config import Config, ModelConfig, from_config_dict
+from jaxlm.estimate import Seconds
+from jaxlm.step import init_state
+
+PRESET = from_config_dict(m2_60m.get_config())
+SMALL = dataclasses.replace(
+    Config(),
+    batch_size=4,
+    slices=2,
+    model=ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32"),
+)
+
+
+def test_the_presets_parameters_and_flops_are_those_computed_by_hand():
+    by_part = estimate.parameters_by_part(PRESET.model)
+    assert by_part == {"embedding": 25_731_584, "attention": 8_388_608, "feed-forward": 25_165_824, "norms": 8_704}
+    assert sum(by_part.values()) == 59_294_720
+    # 59,286,016 in matrices, of which attention's products of 8 layers, 1024 positions, width 512 are apart
+    assert estimate.flops_per_token(PRESET.model) == 6 * 59_286_016 + 25_165_824
+
+
+def test_an_untied_head_is_a_part_and_its_embedding_multiplies_nothing():
+    tied = SMALL.model
+    untied = dataclasses.replace(tied, tied=False)
+    assert estimate.parameters_by_part(untied) == estimate.parameters_by_part(tied) | {"head": 4800}
+    assert estimate.flops_per_token(untied) == estimate.flops_per_token(tied)
+
+
+def test_the_presets_least_memory_is_that_computed_by_hand():
+    least = estimate.least_memory(PRESET)
+    weights = 4 * 59_294_720
+    assert (least.weights, least.accumulated, least.gradients) == (weights,) * 3
+    assert least.moments == pytest.approx(2 * weights, abs=100)  # and a counter here and there
+    assert least.checkpoint_copy == pytest.approx(3 * weights, abs=100)
+    assert least.temporaries == 0
+
+
+@pytest.mark.parametrize("loops", ["compiled", "unrolled"])
+def test_the_memory_of_a_step_is_that_of_all_it_holds(loops):
+    config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, loops=loops, remat=False))
+    memory = estimate.memory(config, estimate.compile_step(config))
+    state = jax.eval_shape(lambda: init_state(config))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    residual_stream = 2 * config.slice_size * 16 * 16 * 4  # of two layers
+    assert memory.step > held + gradients + residual_stream
+    assert memory.total == memory.step + memory.checkpoint_copy
+    assert memory.total == sum(dataclasses.asdict(memory).values())
+
+
+def test_fewer_slices_take_more_memory():
+    config = dataclasses.replace(SMALL, batch_size=64)
+    sizes = [
+        estimate.memory(other, estimate.compile_step(other)).temporaries
+        for other in (dataclasses.replace(config, slices=slices) for slices in (64, 8, 1))
+    ]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_where_no_buffer_is_reused_a_step_takes_its_results_besides():
+    device = SimpleNamespace(platform=APPLE[0])
+    config = resolve_run(SMALL, device)
+    reusing = resolve_run(
+        dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat=False)), jax.devices()[0]
+    )
+    apple, here = (estimate.memory(c, estimate.compile_step(c)) for c in (config, reusing))
+    assert apple.step > here.step + here.weights
+
+
+def test_a_platform_without_an_analysis_gives_none():
+    assert estimate.memory(SMALL, SimpleNamespace()) is None
+    assert estimate.memory(SMALL, SimpleNamespace(memory_analysis=lambda: None)) is None
+
+
+SECONDS = Seconds(5.0, 0.75, 0.5, 4.0, 0.25, 0.125, 2.0, 1.5)
+SCHEDULES = [(50, 100, 300, 1000, 5), (7, 5, 3, 40, 2), (10, 10, 10, 60, 3), (4, 6, 9, 9, 1), (50, 60, 70, 20, 5)]
+
+
+def scheduled(generation, evaluation, save, last, keep):
+    return dataclasses.replace(
+        SMALL,
+        generation_interval=generation,
+        eval_interval=evaluation,
+        save_interval=save,
+        max_steps=last,
+        max_checkpoints=keep,
+        optimizer=dataclasses.replace(SMALL.optimizer, warmup_steps=0),
+    )
+
+
+def simulate(config, s):
+    """Goes through the run: for each step the time, the checkpoints that are there, and which one is deleted."""
+    now, there, days, deleted = s.start, [], [(s.start, [])], []
+    for step in range(1, config.max_steps + 1):
+        last = step == config.max_steps
+        now += s.step
+        if last:
+            now += s.last_evaluation
+        elif step % config.eval_interval == 0:
+            now += s.evaluation
+        if last or step % config.generation_interval == 0:
+            now += s.samples
+        if last or step % config.save_interval == 0:
+            now += s.save
+            there.append(step)
+            if len(there) > config.max_checkpoints:
+                deleted.append((there.pop(0), step))
+        if last:
+            now += s.end
+        days.append((now, list(there)))
+    return days, deleted
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedule_is_what_going_through_the_run_gives(schedule):
+    config = scheduled(*schedule)
+    days, deleted = simulate(config, SECONDS)
+    assert list(estimate.deletions(config)) == deleted
+    for step, (seconds, there) in enumerate(days):
+        assert estimate.seconds_at(config, SECONDS, step) == pytest.approx(seconds)
+        assert estimate.kept(config, step) == there
+    for seconds in (0.0, 5.0, 6.0, 17.3, days[-1][0] - 0.1, days[-1][0] + 1e-6, 1e9):
+        done = [step for step, (at, _) in enumerate(days) if at <= seconds]
+        assert estimate.step_at(config, SECONDS, seconds) == max(done, default=0)
+
+
+def test_a_save_that_is_not_whole_when_the_next_is_due_is_waited_for():
+    config = scheduled(1000, 1000, 2, 1000, 5)
+    slow = dataclasses.replace(SECONDS, saving=10.0)
+    more = estimate.seconds_at(config, slow, 100) - estimate.seconds_at(config, SECONDS, 100)
+    assert more == pytest.approx(50 * (10.0 - 2 * 0.75) - 50 * (2.0 - 2 * 0.75))
+
+
+@pytest.mark.parametrize(
+    ("step", "unit", "rows"), [(0.05, "second", 8), (1.0, "minute", 9), (30.0, "hour", 9), (3000.0, "day", 12)]
+)
+def test_the_timeline_has_few_rows_and_ends_with_the_last_step(step, unit, rows):
+    config = scheduled(50, 100, 300, 1000, 5)
+    found, passed = estimate.timeline(config, dataclasses.replace(SECONDS, step=step))
+    assert found == unit
+    assert rows <= len(passed) <= estimate.MOST_ROWS + 1
+    assert passed[-1][1] == 1000
+    assert [step for _, step in passed] == sorted(step for _, step in passed)
+
+
+def test_the_users_own_table_follows_from_26_seconds_a_step():
+    """Step 29,700 on day 9, and 15 days in all: not 8 to 9."""
+    bare = Seconds(0.0, 26.18, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert estimate.step_at(PRESET, bare, 9 * 86400) == pytest.approx(29_700, abs=5)
+    unit, passed = estimate.timeline(PRESET, bare)
+    assert (unit, len(passed)) == ("day", 16)

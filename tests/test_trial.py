@@ -1,0 +1,26 @@
+import pytest
+
+from jaxlm.trial import attempt
+
+
+@pytest.mark.parametrize(
+    ("program", "limit", "lines", "failure"),
+    [
+        ("import sys; print('a', flush=True); print('b\\n', file=sys.stderr)", 60, ["a", "b", ""], ""),
+        ("import sys; sys.stdout.buffer.write(b'\\xff')", 60, ["\ufffd"], ""),
+        ("import sys; sys.exit(5)", 60, [], "crashes: its process ended with status 5"),
+        ("import os; print('a', flush=True); os.abort()", 60, ["a"], "crashes: its process ended by SIGABRT"),
+        ("import time; time.sleep(600)", 0.5, [], "hangs: no end after 0.5 s"),
+        ("import sys; print(sys.stdin.read())", 60, [""], ""),
+    ],
+)
+def test_what_a_process_printed_and_how_it_failed(program, limit, lines, failure):
+    assert attempt(["-c", program], limit) == (lines, failure)
+
+
+def test_no_platform_is_chosen_for_it_and_it_finds_the_same_modules(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "only_here.py").touch()
+    program = "import os, only_here; print(os.environ.get('JAX_PLATFORMS'), os.environ['X'])"
+    assert attempt(["-c", program], 60, {"X": "y"}) == (["None y"], "")
