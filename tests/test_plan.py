@@ -224,7 +224,7 @@ def test_check_shows_each_part_and_ends_well_only_if_all_are_right(monkeypatch, 
     monkeypatch.setattr(soundness, "check", lambda config, device: parts[: config.grad_accum_steps])
     plan.main([*TINY, "--check", "--config.grad_accum_steps=1"])
     assert re.search(r"sort +0.0e\+00 +0.0e\+00  ok", capsys.readouterr().out)
-    with pytest.raises(RunError, match="gradient of norm differs by 0.5"):
+    with pytest.raises(RunError, match=r"gradient of norm differs by 0\.5"):
         plan.main([*TINY, "--check", "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert [(part["name"], part["allowed"], part["ok"]) for part in shown] == [(*p[::2], p.ok) for p in parts]
