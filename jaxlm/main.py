@@ -121,9 +121,11 @@ def main(argv: list[str]) -> None:
 
     import jax  # only now: what came before answers in a moment, and needs no device
 
-    from jaxlm import backend, plan, soundness
+    from jaxlm import backend, soundness
+    from jaxlm.fit import check_memory
     from jaxlm.generate import encode_prompts
     from jaxlm.loop import Run
+    from jaxlm.planning import in_short
     from jaxlm.resume import check_room
 
     encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
@@ -132,12 +134,12 @@ def main(argv: list[str]) -> None:
     resolved = backend.resolve_run(config, device)
     check_room(workdir, resolved)
     if not force:
-        plan.check_memory(resolved, device)
+        check_memory(resolved, device)
 
     def ready(compiled: Any, step: int) -> str:
         if not force:
-            plan.check_memory(resolved, device, compiled)
-        return plan.in_short(resolved, device, workdir, compiled, step)
+            check_memory(resolved, device, compiled)
+        return in_short(resolved, device, workdir, compiled, step)
 
     try:
         if device.platform != "cpu":

@@ -1,6 +1,7 @@
 """The training command at its edge: what a person may get wrong, and the real process."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import tiny_run
 from tiny_run import CONFIG, disk_room, is_one_line, listing, rows, train
 
-from jaxlm import backend, soundness
+from jaxlm import backend, estimate, soundness
 from jaxlm.checkpoint import checkpoint_bytes
 from jaxlm.errors import RequestError, RunError
 from jaxlm.lock import only_writer
@@ -205,6 +206,32 @@ def test_an_accelerator_that_computes_wrong_is_refused_before_anything_is_writte
     monkeypatch.setattr(backend, "start", lambda *_: device)
     monkeypatch.setattr(soundness, "require", refuse)
     assert refused(TINY, RunError) == "sort differs"
+
+
+def test_the_start_says_the_plan_in_three_lines():
+    console = train("planned", *SHORT)
+    memory, disk, time = re.search(r"(?m)^(Memory: .*)\n(Disk: .*)\n(Time: .*)$", console).groups()
+    assert f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.2f} GB" in memory
+    assert "free" in disk
+    assert "python -m jaxlm.plan" in time
+
+
+def test_a_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
+    config = tiny_run.resolved(read_config(TINY[:2])[0])
+    step = estimate.memory(config, estimate.compile_step(config))
+    least = estimate.least_memory(config).total
+    assert least < step.total - 1
+    message = "python -m jaxlm.plan"
+    monkeypatch.setattr(backend, "available_memory", lambda device: least - 1)
+    assert message in refused([*TINY, *SHORT])
+    monkeypatch.setattr(backend, "available_memory", lambda device: step.total - 1)
+    with pytest.raises(RequestError, match=message) as caught:
+        train("tight", *SHORT)
+    assert is_one_line(caught.value)
+    assert rows("tight/metrics.jsonl") == []
+    assert "Done: 3 steps" in train("tight", *SHORT, "--force")
+    monkeypatch.setattr(backend, "available_memory", lambda device: step.total)
+    assert "Done: 3 steps" in train("fits", *SHORT)
 
 
 def test_a_second_run_in_the_same_place_is_refused_with_the_pid_and_host_of_the_first():

@@ -13,7 +13,7 @@ import tiny_run
 from tiny_run import is_one_line
 
 from configs import m2_60m
-from jaxlm import backend, measure, plan, soundness
+from jaxlm import backend, fit, measure, plan, plan_tables, planning, soundness
 from jaxlm.config import from_config_dict
 from jaxlm.errors import RequestError, RunError
 from jaxlm.estimate import Memory
@@ -88,7 +88,7 @@ def test_every_number_has_its_unit_in_its_key(capsys, found):
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 assert re.search(
                     r"_bytes|_seconds|tokens|parameters|flops|steps?\b|epochs|utilisation|slices|second\b"
-                    r"|embedding|attention|feed-forward|norms|samples|evaluation|checkpoint",
+                    r"|embedding|share|attention|feed-forward|norms|samples|evaluation|checkpoint",
                     name,
                 ), name
 
@@ -141,8 +141,9 @@ def test_what_does_not_fit_is_not_run_and_the_setting_that_fits_is_named(capsys,
     def take(config, device, show):
         return Memory(10, 10, 10, 10, 400 * config.slice_size * (1 if config.model.remat else 2), 10)
 
-    monkeypatch.setattr(plan, "known_memory", take)
-    monkeypatch.setattr(plan, "process_bytes", lambda *arguments: 0)
+    monkeypatch.setattr(fit, "known_memory", take)
+    monkeypatch.setattr(planning, "known_memory", take)
+    monkeypatch.setattr(planning, "process_bytes", lambda *arguments: 0)
     flags = ("--config.batch_size=8", "--config.slices=1")
     for room, expected in ((900, (8, False)), (3000, (4, False)), (860, (8, False)), (500, (8, True))):
         monkeypatch.setattr(backend, "available_memory", lambda device, room=room: room)
@@ -160,14 +161,14 @@ def test_what_does_not_fit_is_not_run_and_the_setting_that_fits_is_named(capsys,
 
 def test_on_a_gpu_with_room_to_be_faster_the_setting_is_named(monkeypatch):
     gpu = type("Device", (), {"platform": "gpu"})()
-    monkeypatch.setattr(plan, "known_memory", lambda c, d, s: Memory(0, 0, 0, 0, 100 * c.slice_size + c.model.remat, 0))
+    monkeypatch.setattr(fit, "known_memory", lambda c, d, s: Memory(0, 0, 0, 0, 100 * c.slice_size + c.model.remat, 0))
     config = dataclasses.replace(from_config_dict(m2_60m.get_config()), slices=8)
     recomputing = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=True))
     now = Memory(0, 0, 0, 0, 401, 0)
-    faster = plan.better_setting(recomputing, gpu, 1700, now, lambda *_: None)
+    faster = fit.better_setting(recomputing, gpu, 1700, now, lambda *_: None)
     assert faster == {"slices": 2, "remat": False, "arrays_bytes": 1600, "fits": True}
     fastest = dataclasses.replace(config, slices=1, model=dataclasses.replace(config.model, remat=False))
-    assert plan.better_setting(fastest, gpu, 3300, Memory(0, 0, 0, 0, 3200, 0), lambda *_: None) is None
+    assert fit.better_setting(fastest, gpu, 3300, Memory(0, 0, 0, 0, 3200, 0), lambda *_: None) is None
 
 
 @pytest.mark.parametrize("step", [0.01, 2.0, 3000.0])
@@ -187,9 +188,10 @@ def test_the_tables_fit_80_columns_and_hold_no_control_characters(capsys, monkey
 def test_the_promises_stand_beside_what_is_here_and_their_contradictions_are_named(monkeypatch, found, tmp_path):
     slow = dataclasses.replace(FOUND, step=26.0, step_fast=25.0, step_slow=27.0)
     monkeypatch.setattr(measure, "measure", lambda *arguments: slow)
-    monkeypatch.setattr(plan, "known_memory", lambda *arguments: Memory(1, 2, 3, 4, 5, 6))
+    for module in (fit, planning):
+        monkeypatch.setattr(module, "known_memory", lambda *arguments: Memory(1, 2, 3, 4, 5, 6))
     config = from_config_dict(m2_60m.get_config())
-    report = plan.make_plan(config, tmp_path, True, lambda *_: None)
+    report = planning.make_plan(config, tmp_path, True, lambda *_: None)
     rows = {row["what"].strip(): (row["promised"], row["here"]) for row in report["promised"] if "what" in row}
     assert rows["a step"] == ("26 s", "26 s")
     assert rows["50,000 steps"] == (
@@ -201,7 +203,7 @@ def test_the_promises_stand_beside_what_is_here_and_their_contradictions_are_nam
     assert "15.0 days, not 8 to 9" in text
     assert "6.6 GB" in text
     assert "22 to 26 s a step" in text
-    lines = [part for part in plan.tables(report, datetime(2026, 1, 1)) if isinstance(part, str)]
+    lines = [part for part in plan_tables.tables(report, datetime(2026, 1, 1)) if isinstance(part, str)]
     assert any("2026-01-16" in line for line in lines)
 
 

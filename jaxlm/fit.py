@@ -1,0 +1,94 @@
+"""Whether a run fits the memory of this machine, and which slices and remat do."""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+
+from jaxlm import backend, cache, estimate, measure
+from jaxlm.config import Config
+from jaxlm.errors import RequestError
+from jaxlm.measure import Measured
+from jaxlm.plan_tables import gb
+
+Show = Callable[[str, float], None]  # hears what is being done and which share of it is
+
+
+def known_memory(config: Config, device: jax.Device, show: Show) -> estimate.Memory:
+    """The memory that a resolved config takes, remembered, or else by compiling. For an Apple GPU the step is
+    compiled for the CPU, as its plugins do not analyse."""
+    key = measure.key(config, device)
+    if known := cache.recall("memory", key):
+        return estimate.Memory(**known)
+    show(f"compiling (slices {config.slices}, remat {config.model.remat})", 0.0)
+    place = jax.default_device(jax.devices("cpu")[0]) if device.platform in backend.APPLE else nullcontext()
+    with place:
+        found = estimate.memory(config, estimate.compile_step(config))
+    if found is None:
+        return estimate.least_memory(config)
+    cache.remember("memory", key, dataclasses.asdict(found))
+    return found
+
+
+def process_bytes(config: Config, device: jax.Device, found: Measured | None, show: Show) -> int:
+    """What a run takes beside its arrays: runtime, compiled code, a save's buffers.
+
+    Measured: the short run's peak, less what the analysis gives for it. Else what this process has on a CPU, which is
+    less, and nothing on a GPU.
+    """
+    if found:
+        return found.peak_bytes - known_memory(measure.reduced(config, found), device, show).total
+    unit = 1 if sys.platform == "darwin" else 1024
+    return 0 if device.platform == "gpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def better_setting(
+    config: Config, device: jax.Device, room: int, memory: estimate.Memory, show: Show
+) -> dict[str, Any] | None:
+    """The fastest slices and remat that fit `room` bytes, if they are not those of `config`; None if they are.
+
+    Without recomputation comes before with it, and fewer slices before more. On anything but an NVIDIA GPU, more at a
+    time is not faster: there it is looked for only when `config` does not fit. "fits" is False when nothing does.
+    """
+    fits = memory.total <= room
+    if fits and device.platform != "gpu":
+        return None
+    divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    for remat, slices in [(remat, slices) for remat in (False, True) for slices in divisors]:
+        if fits and (remat, slices) == (config.model.remat, config.slices):
+            return None
+        other = dataclasses.replace(config, slices=slices, model=dataclasses.replace(config.model, remat=remat))
+        try:
+            needed = known_memory(other, device, show).total
+        except Exception as error:  # a compiler that runs out of memory raises what it likes
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            continue
+        if needed <= room:
+            return {"slices": slices, "remat": remat, "arrays_bytes": needed, "fits": True}
+    return {"fits": False}
+
+
+def check_memory(config: Config, device: jax.Device, compiled: Any = None) -> None:
+    """Raises RequestError if a resolved config takes more memory than the device has for it.
+
+    Goes by the analysis of the compiled step; before that by what is remembered, or by what no setting avoids.
+    """
+    memory, available = memory_at_hand(config, device, compiled), backend.available_memory(device)
+    if memory.total > available:
+        raise RequestError(
+            f"this run takes {gb(memory.total)} of memory and {gb(available)} is what there is: python -m jaxlm.plan"
+            " names the slices and remat that fit, --force begins all the same"
+        )
+
+
+def memory_at_hand(config: Config, device: jax.Device, compiled: Any) -> estimate.Memory:
+    """By the compiled step; else what is remembered; else the least. Compiles nothing."""
+    found = estimate.memory(config, compiled) if compiled is not None else None
+    if found is None and (known := cache.recall("memory", measure.key(config, device))):
+        found = estimate.Memory(**known)
+    return found or estimate.least_memory(config)

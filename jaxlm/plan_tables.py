@@ -1,0 +1,159 @@
+"""The plan of a run for a person: tables and lines of at most 80 columns."""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from rich.table import Table
+
+from jaxlm.monitor import duration
+
+
+def gb(size: float) -> str:
+    """Bytes in the unit that a person reads: GB, or MB below one tenth of it."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds to three digits below a minute, in the largest fitting unit above."""
+    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
+
+
+def tables(report: dict[str, Any], now: datetime) -> Iterator[Table | str]:
+    """The plan for a person: tables and lines of at most 80 columns."""
+    machine, model, memory = report["machine"], report["model"], report["memory"]
+    yield f"{machine['dtype']} on {machine['device']}, jax {machine['jax']}"
+    epochs = (
+        "data not prepared yet" if model["epochs"] is None else f"{model['epochs']:.3g} of {model['data_tokens']:,}"
+    )
+    yield _table(
+        "Model",
+        [(name, f"{count:,}") for name, count in model["parameters_by_part"].items()]
+        + [
+            ("parameters", f"{model['parameters']:,}"),
+            ("FLOPs a token, 6 P + 6 L T D", f"{model['flops_per_token']:,}"),
+            ("tokens a step", f"{model['tokens_per_step']:,}"),
+            ("tokens in all", f"{model['tokens']:,}"),
+            ("tokens a parameter", f"{model['tokens_per_parameter']:.3g}"),
+            ("epochs of the tokens there are", epochs),
+        ],
+    )
+    parts = {
+        "weights": "weights",
+        "moments": "optimizer state",
+        "accumulated": "accumulated gradients",
+        "gradients": "gradients",
+        "temporaries": "activations, temporaries",
+        "checkpoint_copy": "a checkpoint's copy, while it is saved",
+    }
+    process = "the process itself, a save's buffers" + ("" if memory["process_is_measured"] else " (at least)")
+    yield _table(
+        "Memory",
+        [(text, gb(memory[f"{name}_bytes"])) for name, text in parts.items()]
+        + [
+            (process, gb(memory["process_bytes"])),
+            ("at the worst moment", gb(memory["total_bytes"])),
+            ("there is", gb(memory["available_bytes"])),
+            ("fits", "yes" if memory["fits"] else "NO"),
+        ],
+    )
+    yield _advice(report)
+    yield from _speed_lines(report)
+    disk = report["disk"]
+    yield _table(
+        "Disk",
+        [
+            ("tokens", gb(disk["tokens_bytes"]) if disk["tokens_bytes"] else "not prepared yet"),
+            ("a checkpoint", gb(disk["checkpoint_bytes"])),
+            ("checkpoints kept", gb(disk["kept_checkpoints_bytes"])),
+            ("final model", gb(disk["final_model_bytes"])),
+            ("metrics, samples, events, at most", gb(disk["records_bytes"])),
+            ("work directory at the end", gb(disk["left_bytes"])),
+            ("at most, one more checkpoint", gb(disk["most_bytes"])),
+            ("free", gb(disk["free_bytes"])),
+            ("fits", "yes" if disk["fits"] else "NO"),
+        ],
+    )
+    yield from _schedule_lines(report["schedule"], now)
+    if "promised" in report:
+        rows = [
+            (row["what"], row["promised"], row["here"] or "not measured") for row in report["promised"] if "what" in row
+        ]
+        yield _table("Promised", rows, ("", "promised", "here"))
+        yield "\n".join(row["contradiction"] for row in report["promised"] if "contradiction" in row)
+
+
+def _advice(report: dict[str, Any]) -> str:
+    setting, fits = report["setting"], report["memory"]["fits"]
+    if setting is None:
+        return "Slices and remat are as they should be."
+    if not setting["fits"]:
+        return "It fits with no slices and no remat: choose a smaller model, context or batch_size."
+    flags = f"--config.slices={setting['slices']} --config.model.remat={str(setting['remat']).lower()}"
+    return f"{'There is room to be faster' if fits else 'To fit'}: {flags} ({gb(setting['arrays_bytes'])} of arrays)."
+
+
+def _speed_lines(report: dict[str, Any]) -> Iterator[Table | str]:
+    speed = report["speed"]
+    if not speed:
+        why = report["not_measured_because"]
+        yield f"Speed: not measured ({why})" if why else "Speed: not measured; without --no-measure it is"
+        return
+    yield _table(
+        "Speed",
+        [
+            ("tokens a second", f"{speed['tokens_per_second']:,.0f}"),
+            ("a step", seconds_text(speed["step_seconds"])),
+            (
+                "  most steps",
+                f"{seconds_text(speed['step_fast_seconds'])} to {seconds_text(speed['step_slow_seconds'])}",
+            ),
+            ("  measured at a time", f"{speed['measured_tokens_per_step']:,} tokens"),
+            ("a matrix product's speed", f"{speed['product_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
+            ("  of it, in a step", f"{speed['utilisation']:.0%}"),
+            ("to the first step", seconds_text(speed["start_seconds"])),
+            ("an evaluation", seconds_text(speed["evaluation_seconds"])),
+            ("samples", seconds_text(speed["samples_seconds"])),
+            ("a save holds up for", seconds_text(speed["save_seconds"])),
+            ("  and is whole after", seconds_text(speed["saving_seconds"])),
+        ],
+    )
+
+
+def _schedule_lines(schedule: dict[str, Any], now: datetime) -> Iterator[Table | str]:
+    after = schedule.get("first_after_seconds", {})
+    rows = [
+        (name, f"{step:,}", duration(after[name]) if after else "", f"{schedule['every_steps'][name]:,}")
+        for name, step in schedule["first_step_of"].items()
+    ]
+    yield _table("Schedule", rows, ("first", "step", "after", "then every"))
+    lines = [f"Checkpoint {old:,} is deleted when {new:,} is whole." for old, new in schedule["deleted_after_steps"]]
+    lines += ["At the end there are " + ", ".join(f"{step:,}" for step in schedule["kept_at_the_end_steps"]) + "."]
+    yield "\n".join(lines)
+    if not after:
+        return
+    unit = schedule["timeline_unit"]
+    total, fast, slow = (schedule[f"total_{which}seconds"] for which in ("", "fast_", "slow_"))
+    rows = []
+    for row in schedule["timeline"]:
+        kept = row["kept_checkpoints_steps"]
+        span = f"{kept[0]:,} to {kept[-1]:,}" if kept else "none yet"
+        rows += [(f"{row[unit]:,}", f"{row['step']:,}", f"{row['tokens'] / 1e6:,.1f}", span)]
+    yield _table("Timeline", rows, (unit, "step", "million tokens", "checkpoints"))
+    when = [(now + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M") for seconds in (total, fast, slow)]
+    yield f"{schedule['steps']:,} steps take {duration(total)}: begun now, until {when[0]}."
+    yield (
+        f"As steps varied, and with {schedule['others_share']:.0%} for heat and other programs:\n"
+        f"{duration(fast)} to {duration(slow)}, {when[1]} to {when[2]}."
+    )
+
+
+def _table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ("", "")) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=any(header), pad_edge=False
+    )
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
