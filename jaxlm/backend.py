@@ -41,7 +41,9 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     _keep_compilations()
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # for keep_freed_memory
     flags = [_CUBLAS] * (platform in ("auto", "cuda")) + [_DETERMINISTIC] * deterministic
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+    given = os.environ.get("XLA_FLAGS", "").split()
+    # each once, though a process that did this has started this one: what is compiled is kept under these words
+    os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in given), *given])
     if platform != "auto" or not jax.config.jax_platforms:  # type: ignore[attr-defined]
         name = plugins.choose(platform)
         jax.config.update("jax_platforms", name if name == "cpu" else f"{name},cpu")  # the CPU draws the parameters

@@ -253,11 +253,12 @@ def linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any = None) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x_ND, w_DF, dtype):
-    # a CPU's product of one bfloat16 row would write the matrix anew in float32
-    narrow = jnp.dtype(dtype) == jnp.bfloat16
-    rows = 2 if x_ND.shape[0] == 1 and narrow and jax.default_backend() == "cpu" else x_ND.shape[0]
-    narrow_ND = jnp.broadcast_to(x_ND.astype(dtype), (rows, x_ND.shape[1]))
-    return jnp.matmul(narrow_ND, w_DF.astype(dtype), preferred_element_type=x_ND.dtype)[: x_ND.shape[0]]
+    if x_ND.shape[0] == 1 and jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # a CPU's product of one bfloat16 row would write the matrix anew in float32, and so would a loop, once before
+        # its first turn, were the matrix not bound to the row
+        w_FD, x_1D = jax.lax.optimization_barrier((w_DF.astype(dtype).T, x_ND.astype(dtype)))
+        return jnp.sum(w_FD.astype(jnp.float32) * x_1D.astype(jnp.float32), axis=1)[None].astype(x_ND.dtype)
+    return jnp.matmul(x_ND.astype(dtype), w_DF.astype(dtype), preferred_element_type=x_ND.dtype)
 
 
 def _product_backward(dtype, residuals, d_out_NF):

@@ -131,6 +131,12 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool
     return jax.lax.cond(choice.temperature > 0, draw_each, lambda: _first_of_the_largest(logits_BV))
 
 
+def searches_unrolled(config: ModelConfig) -> bool:
+    """Whether `choose` writes its searches out: where no program may loop, and on an NVIDIA GPU, which would wait for
+    the host after each round to hear whether it was the last."""
+    return config.unrolled or jax.default_backend() == "gpu"
+
+
 def _draw(share_RC: jax.Array, key: jax.Array) -> jax.Array:
     """[] int32: the place of a token, drawn with a probability in proportion to its share.
 
@@ -197,7 +203,8 @@ def write_one(
     """
     t, slots_S = texts, jnp.arange(texts.cache.keys_GKS[0].shape[2])
     positions_B = t.slot - t.first_B
-    token_B = choose(t.logits_BV, jax.vmap(jax.random.fold_in)(t.keys_B, positions_B), choice, config.unrolled)
+    keys_B = jax.vmap(jax.random.fold_in)(t.keys_B, positions_B)
+    token_B = choose(t.logits_BV, keys_B, choice, searches_unrolled(config))
     token_B = jnp.where(t.done_B, end_of_text, token_B)
     visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
     logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm import backend
 from jaxlm.backend import APPLE, SLICE_TOKENS, available_memory, resolve_run
 from jaxlm.config import Config, ModelConfig
 
@@ -116,3 +117,12 @@ def test_a_process_may_have_a_part_of_the_memory_that_an_apple_gpu_shares():
         share = available_memory(SimpleNamespace(platform=platform)) / memory
         assert share == pytest.approx(2 / 3, rel=0.01)
     assert available_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 7})) == 7
+
+
+def test_a_process_started_by_another_compiles_under_the_same_words(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
+    backend.start("cpu", deterministic=True)
+    once = os.environ["XLA_FLAGS"]
+    backend.start("cpu", deterministic=True)
+    assert os.environ["XLA_FLAGS"] == once
+    assert once.split()[-1] == "--xla_cpu_multi_thread_eigen=true"

@@ -205,7 +205,7 @@ def test_an_accelerator_that_computes_wrong_is_refused_before_anything_is_writte
 
     monkeypatch.setattr(backend, "start", lambda *_: device)
     monkeypatch.setattr(soundness, "require", refuse)
-    assert refused(TINY, RunError) == "sort differs"
+    assert refused([*TINY, "--force"], RunError) == "sort differs"
 
 
 def test_the_start_says_the_plan_in_three_lines():
