@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
 
     import jax  # only now: what came before answers in a moment, and needs no device
 
-    from jaxlm import backend
+    from jaxlm import backend, soundness
     from jaxlm.fit import check_memory
     from jaxlm.generate import encode_prompts
     from jaxlm.loop import Run
@@ -142,6 +142,8 @@ def main(argv: list[str]) -> None:
         return in_short(resolved, device, workdir, compiled, step)
 
     try:
+        if device.platform != "cpu":
+            soundness.require(resolved, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir):
             training = Run(resolved, workdir, tokens, device, ready)

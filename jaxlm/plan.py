@@ -2,7 +2,7 @@
 
 Takes the flags of jaxlm.main. Memory is that of the compiled step, for which nothing is allocated; times are those of a
 short run, in less than two minutes, unless --no-measure; both are remembered. --json prints the numbers, with their
-units in the keys.
+units in the keys. --check holds what the machine computes against the CPU instead.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxlm.command import ArgumentParser, run
+from jaxlm.config import Config
 from jaxlm.main import read_config
 from jaxlm.plan_tables import tables
 
@@ -32,6 +33,21 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
         yield lambda what, share: bar.update(task, description=what, completed=share)
 
 
+def check(config: Config, as_json: bool) -> None:
+    """Prints how far what this machine computes lies from the CPU's, part by part.
+
+    Raises:
+        RunError: further than is allowed.
+    """
+    from jaxlm import backend, soundness
+
+    device = backend.start(config.platform, config.deterministic)
+    parts = soundness.check(backend.resolve_run(config, device), device)
+    as_dicts = [part._asdict() | {"ok": part.ok} for part in parts]
+    print(json.dumps(as_dicts, indent=2) if as_json else soundness.table(parts))
+    soundness.refuse_wrong(parts, device)
+
+
 def main(argv: list[str]) -> None:
     """Runs the command with `argv`, the words after its name. Raises RequestError and RunError."""
     parser = ArgumentParser(
@@ -43,8 +59,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--measure", action=argparse.BooleanOptionalAction, default=True, help="run some steps to know the speed"
     )
+    parser.add_argument("--check", action="store_true", help="see whether this machine computes right, instead")
     args, rest = parser.parse_known_args(argv)
     config, workdir = read_config(rest)
+    if args.check:
+        check(config, args.json)
+        return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the short run's process needs the memory
 
     from jaxlm.planning import make_plan  # only now, as in jaxlm.main

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import tiny_run
 from tiny_run import CONFIG, disk_room, is_one_line, listing, rows, train
 
-from jaxlm import backend, estimate
+from jaxlm import backend, estimate, soundness
 from jaxlm.checkpoint import checkpoint_bytes
 from jaxlm.errors import RequestError, RunError
 from jaxlm.lock import only_writer
@@ -193,6 +194,18 @@ def test_a_disk_without_room_for_the_run_is_refused_before_it_begins(monkeypatch
         assert f"{needed / 1e9:.2f} GB" in message
         monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed))
         check_room(Path("no/room"), read_config(["--config", "tiny.py", *flags])[0])
+
+
+def test_an_accelerator_that_computes_wrong_is_refused_before_anything_is_written(monkeypatch):
+    device = SimpleNamespace(platform="mps")
+
+    def refuse(config, device_given, say):
+        assert (config.model.loops, device_given) == ("unrolled", device)
+        raise RunError("sort differs")
+
+    monkeypatch.setattr(backend, "start", lambda *_: device)
+    monkeypatch.setattr(soundness, "require", refuse)
+    assert refused([*TINY, "--force"], RunError) == "sort differs"
 
 
 def test_the_start_says_the_plan_in_three_lines():

@@ -13,11 +13,12 @@ import tiny_run
 from tiny_run import is_one_line
 
 from configs import m2_60m
-from jaxlm import backend, fit, measure, plan, plan_tables, planning
+from jaxlm import backend, fit, measure, plan, plan_tables, planning, soundness
 from jaxlm.config import from_config_dict
 from jaxlm.errors import RequestError, RunError
 from jaxlm.estimate import Memory
 from jaxlm.measure import Measured
+from jaxlm.soundness import Part
 
 TINY = ["--config", "tiny.py"]
 FOUND = Measured(
@@ -218,3 +219,14 @@ def test_nothing_is_written_but_what_is_remembered(capsys, tmp_path, found):
     planned(capsys, "--workdir", "not/there")
     assert tiny_run.listing(Path()) == before
     assert os.listdir(tmp_path) == ["jaxlm"]
+
+
+def test_check_shows_each_part_and_ends_well_only_if_all_are_right(monkeypatch, capsys):
+    parts = (Part("sort", 0.0, 0.0), Part("gradient of norm", 0.5, 0.25))
+    monkeypatch.setattr(soundness, "check", lambda config, device: parts[: config.grad_accum_steps])
+    plan.main([*TINY, "--check", "--config.grad_accum_steps=1"])
+    assert re.search(r"sort +0.0e\+00 +0.0e\+00  ok", capsys.readouterr().out)
+    with pytest.raises(RunError, match=r"gradient of norm differs by 0\.5"):
+        plan.main([*TINY, "--check", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert [(part["name"], part["allowed"], part["ok"]) for part in shown] == [(*p[::2], p.ok) for p in parts]

@@ -1,0 +1,337 @@
+"""Whether a device computes what a CPU does, at the very shapes of a run, before days are spent on it.
+
+Accelerators have silently computed wrong numbers at such sizes: MPS logits of more than 8 x 1024 tokens at 50,304
+entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and M2 (pytorch/pytorch#195163).
+
+| part | on the device | held against |
+|---|---|---|
+| random bits | threefry, as a text's draws take it | the CPU's, bit by bit |
+| sort; top-k and top-p | `jnp.sort`; `likeliest` | NumPy's sort |
+| tokens drawn | `choose` | the CPU's tokens |
+| sampling | prompts, then greedy tokens, with a cache | the CPU's logits in one pass over both, without one |
+| losses | of a training and of an evaluation step | the CPU's |
+| gradients | that the training step accumulated | the CPU's |
+| updates, with moments | by the training step that ends a step | the CPU's, from the device's gradients |
+
+The device runs the programs of the run itself: its forms, its slices (two of them at most), its texts. The CPU is
+slow, so a micro-batch holds two different sequences, again and again in a random order: their mean loss and its
+gradient are those of the two alone, and these are all that the CPU computes, in float32 and in plain forms.
+"""
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from jaxlm import cache
+from jaxlm.backend import describe
+from jaxlm.config import Config
+from jaxlm.errors import RunError
+from jaxlm.generate import PROMPT_BUCKET
+from jaxlm.model import Decoder, unstack
+from jaxlm.optimizer import make_optimizer
+from jaxlm.sampling import Choice, choose, counts_of_32_bits, likeliest, read, text_keys, write
+from jaxlm.step import TrainState, init_state, make_eval_step, make_train_step
+
+# How much the worst row or column of a gradient may differ, of its own size, by what the products read. Rounded to
+# bfloat16 (2**-9), those of the 60M preset differ by up to 0.11 on a CPU; TF32, which an NVIDIA GPU makes of float32,
+# rounds four times as finely. In float32 it is the order of the sums and the exponentials. What is wrong differs by 1.
+ALLOWED = {"bfloat16": 0.25, "tf32": 0.0625, "float32": 0.001}
+LOSS_SHARE = 0.01  # of that, for a loss: the roundings of thousands of tokens cancel
+GREEDY_SHARE = 4  # of that, in deviations of the logits: how much less likely than the best a greedy token may be
+DRAWS = 16  # texts
+NEAR_TIE = 1 / DRAWS  # one draw may fall on the other side of a rounding
+TOP_K, TOP_P = 50, 0.9
+SPREAD = 2  # times the initial weights: as trained ones, they make attention choose and logits differ
+
+
+class Part(NamedTuple):
+    """One thing compared."""
+
+    name: str
+    difference: float  # relative, 0 for none; NaN and infinite where the device's numbers are
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the device computes this part right."""
+        return self.difference <= self.allowed
+
+
+def require(config: Config, device: jax.Device, say: Callable[[str], None] = lambda line: None) -> None:
+    """Checks a device once for each run's shapes and each version of what computes; then remembers that it passed.
+
+    Args:
+        config: the settings, as `backend.resolve_run` gives them.
+        device: what is to train.
+        say: told a line before the check begins.
+
+    Raises:
+        RunError: a part differs by more than is allowed.
+    """
+    key = _key(config, device)
+    if cache.recall("sound", key):
+        return
+    say(f"Checking once that {describe(device)} computes what the CPU does")
+    refuse_wrong(check(config, device), device)
+    cache.remember("sound", key, True)
+
+
+def refuse_wrong(parts: Sequence[Part], device: jax.Device) -> None:
+    """Raises RunError, with the name of the part that is furthest off, if a part differs by more than is allowed."""
+    if wrong := [part for part in parts if not part.ok]:
+        worst = max(wrong, key=lambda part: np.nan_to_num(part.difference, nan=np.inf) / max(part.allowed, 1e-9))
+        others = f" (and {len(wrong) - 1} other parts)" if wrong[1:] else ""
+        raise RunError(
+            f"{describe(device)} computes wrong numbers: {worst.name} differs by {worst.difference:.2g} from the CPU's,"
+            f" {worst.allowed:.2g} is allowed{others}: update the system, the driver and jax, or train with"
+            " --config.platform=cpu (python -m jaxlm.plan --check shows all parts)"
+        )
+
+
+def _key(config: Config, device: jax.Device) -> Any:
+    """All that the outcome hangs on: device, versions, our own source, shapes and forms."""
+    source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    versions = [platform.platform(), device.client.platform_version, jax.__version__, jaxlib.__version__]
+    c, text = config, config.sample
+    shapes = [dataclasses.asdict(c.model), c.slice_size, c.slices > 1, c.optimizer.name, text.texts, text.tokens]
+    return [device.device_kind, *versions, hashlib.sha256(source).hexdigest(), c.deterministic, *shapes]
+
+
+def table(parts: Sequence[Part]) -> str:
+    """A line for each part, 80 columns at most."""
+    lines = [f"{'':44}{'differs by':>12}{'allowed':>12}"]
+    lines += [f"{p.name:44}{p.difference:12.1e}{p.allowed:12.1e}  {'ok' if p.ok else 'WRONG'}" for p in parts]
+    return "\n".join(lines)
+
+
+def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
+    """Compares all parts.
+
+    Args:
+        config: the settings, as `backend.resolve_run` gives them.
+        device: what is to train; the CPU too.
+
+    Returns:
+        The parts in the order of the table above; nothing is raised for those that differ.
+    """
+    slices = min(config.slices, 2)
+    config = dataclasses.replace(
+        config,
+        batch_size=config.slice_size * slices,
+        slices=slices,
+        grad_accum_steps=max(config.grad_accum_steps, 2),  # so that the gradients are there to be seen
+    )
+    state = _trained(config)
+    return (*_random(config, device), *_sampling(config, device, state), *_training(config, device, state))
+
+
+def compute(function: Callable[..., Any], device: jax.Device, *arguments: Any) -> Any:
+    """What a function makes of arrays of the host on a device, back on the host."""
+    return jax.device_get(function(*jax.device_put(arguments, device)))
+
+
+def allowed(config: Config, device: jax.Device, dtype: str) -> float:
+    """How much a row or column of what came from products of `dtype` may differ."""
+    return ALLOWED["tf32" if dtype == "float32" and device.platform == "gpu" else dtype]
+
+
+def difference(a: np.ndarray, b: np.ndarray, before: np.ndarray | float = 0.0) -> float:
+    """The largest relative error of a row or a column, so that one that is wrong shows in a matrix of any size.
+
+    Args:
+        a: [..., R, C], what is in question.
+        b: the same as it should be. What is within two units of its last place counts as equal.
+        before: what b was changed from; the error is relative to the change.
+
+    Returns:
+        The largest |a - b| / |b - before| (Euclidean norms) of all rows, and of all columns where there are as many
+        rows as in a matrix of weights (stacked vectors have none).
+    """
+    a, b = (np.atleast_1d(np.asarray(array, np.float32)) for array in (a, b))
+    error, change = np.maximum(np.abs(a - b) - 2 * np.spacing(np.abs(b)), 0), b - before
+    axes = (-1, -2) if b.ndim == 3 or (b.ndim == 2 and len(b) > b.shape[1]) else (-1,)
+    largest = []
+    for axis in axes:
+        wrong, size = np.linalg.norm(error, axis=axis), np.linalg.norm(change, axis=axis)
+        largest.append(np.max(np.divide(wrong, size, out=np.where(wrong == 0, 0, np.inf), where=size > 0)))
+    return float(np.max(largest))
+
+
+def _cpu() -> jax.Device:
+    return jax.devices("cpu")[0]
+
+
+def _plain(config: Config) -> Config:
+    """The same run in float32 and plain forms, as the CPU computes it best."""
+    model = dataclasses.replace(
+        config.model, dtype="float32", attention="plain", kernels="plain", loops="compiled", remat=True
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def _trained(config: Config) -> TrainState:
+    """A state as training leaves it: no gradient is small and no moment zero. Drawn by NumPy, on the host."""
+    rng = np.random.default_rng(0)
+    plain = _plain(config)
+    shapes = jax.eval_shape(lambda: init_state(plain))
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        normal = rng.standard_normal(leaf.shape, np.float32)
+        return 1 + 0.1 * normal if path[-1].key.endswith("norm") else 0.02 * SPREAD * normal
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes.params)
+    drawn = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes.params)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    last = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
+    params, opt_state = compute(jax.jit(make_optimizer(plain).step), _cpu(), drawn, last, params)
+    warm = jax.tree.map(
+        lambda leaf: np.full_like(leaf, config.optimizer.warmup_steps) if leaf.dtype == np.int32 else leaf,
+        opt_state.inner_opt_state,
+    )
+    return state._replace(params=params, opt_state=opt_state._replace(inner_opt_state=warm))
+
+
+def _random(config: Config, device: jax.Device) -> Iterator[Part]:
+    """Random bits, sort, top-k and top-p, draws."""
+
+    def bits(key: jax.Array) -> Any:
+        with counts_of_32_bits():
+            return text_keys(key, DRAWS), jax.random.bits(key, (2**16 + 1,))
+
+    key = np.array([3, 5], np.uint32)
+    ours, theirs = compute(bits, device, key), compute(bits, _cpu(), key)
+    yield Part("random bits", _share(np.concatenate([(a != b).ravel() for a, b in zip(ours, theirs, strict=True)])), 0)
+
+    logits_BV = 3 * np.random.default_rng(1).standard_normal((DRAWS, config.model.vocab_size), np.float32)
+    sorted_BV = np.sort(logits_BV, axis=-1)
+    yield Part("sort", _share(compute(jnp.sort, device, logits_BV) != sorted_BV), 0)
+
+    unroll = config.model.unrolled
+    kept_BV = compute(jax.jit(partial(likeliest, unroll=unroll)), device, logits_BV, np.int32(TOP_K), np.float32(TOP_P))
+    best_BK = sorted_BV[:, : -TOP_K - 1 : -1].astype(np.float64)
+    share_BK = np.exp(best_BK - best_BK[:, :1])
+    before_BK = np.cumsum(share_BK, axis=-1) - share_BK
+    needed_B = np.sum(before_BK < TOP_P * share_BK.sum(axis=-1, keepdims=True), axis=-1)
+    smallest_B1 = np.take_along_axis(best_BK, needed_B[:, None] - 1, axis=-1)
+    yield Part("top-k and top-p", _share(kept_BV != (logits_BV >= smallest_B1)), 0)
+
+    choice = Choice(np.float32(0.8), np.int32(TOP_K), np.float32(TOP_P))
+    drawn, expected = (
+        compute(jax.jit(partial(choose, unroll=loops)), where, logits_BV, theirs[0], choice)
+        for where, loops in ((device, unroll), (_cpu(), False))
+    )
+    yield Part("tokens drawn", _share(drawn != expected), NEAR_TIE)
+
+
+def _share(different: np.ndarray) -> float:
+    return float(np.mean(different))
+
+
+def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
+    """The run's texts, written greedily with a cache, against one pass over what was written."""
+    model, B, V = config.model, config.sample.texts, config.model.vocab_size
+    rng = np.random.default_rng(2)
+    longest = min(PROMPT_BUCKET, model.context // 2)
+    N = min(config.sample.tokens, model.context - longest)
+    prompts = [rng.integers(0, V, 1 + i % longest) for i in range(B)]
+    lengths_B = np.array([len(ids) for ids in prompts], np.int32)
+    ids_BP = np.zeros((B, PROMPT_BUCKET), np.int32)
+    for row, ids in zip(ids_BP, prompts, strict=True):
+        row[PROMPT_BUCKET - len(ids) :] = ids
+
+    def write_greedily(params: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
+        weights = unstack(model, params)
+        texts = read(model, weights, ids_BP, lengths_B, keys_B, N)
+        first_BV = np.asarray(texts.logits_BV)
+        greedy = Choice(np.float32(0), np.int32(0), np.float32(1))
+        texts, tokens_BN = write(model, weights, texts, greedy, np.int32(-1), N)
+        return first_BV, tokens_BN, texts.logits_BV
+
+    keys_B = np.zeros((B, 2), np.uint32)
+    first_BV, tokens_BN, last_BV = compute(write_greedily, device, state.params, ids_BP, lengths_B, keys_B)
+
+    plain = Decoder(_plain(config).model)
+    whole_BT = np.zeros((B, longest + N), np.int32)
+    for row, ids, tokens_N in zip(whole_BT, prompts, tokens_BN, strict=True):
+        row[: len(ids) + N] = [*ids, *tokens_N]
+    forward = jax.jit(lambda params, ids_BT: plain.apply({"params": params}, ids_BT))
+    logits_BTV = compute(forward, _cpu(), state.params, whole_BT)
+    after = lengths_B[:, None] - 1 + np.arange(N + 1)
+    expected_BNV = np.take_along_axis(logits_BTV, after[:, :, None], axis=1)
+
+    limit = allowed(config, device, model.products)
+    yield Part("sampling: logits after the prompts", difference(first_BV, expected_BNV[:, 0]), limit)
+    yield Part(f"sampling: logits after {N} more tokens", difference(last_BV, expected_BNV[:, N]), limit)
+    chosen_BN1 = np.take_along_axis(expected_BNV[:, :N], np.clip(tokens_BN, 0, V - 1)[..., None], axis=-1)
+    behind_BN = (expected_BNV[:, :N].max(axis=-1) - chosen_BN1[..., 0]) / expected_BNV[:, :N].std(axis=-1)
+    yield Part("sampling: greedy tokens", float(behind_BN.max()), GREEDY_SHARE * limit)
+
+
+def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
+    """The losses, the gradients and the update."""
+    different = 2 - config.batch_size % 2
+    rng = np.random.default_rng(3)
+    some_BT = config.model.vocab_size * rng.random((different, config.model.context + 1)) ** 3  # as in text, few often
+    ids_BT = some_BT.astype(np.int32)
+    order_B = rng.permutation(np.arange(config.batch_size) % different)
+    loss, grads, after, eval_loss = compute(partial(_two_micro_batches, config), device, state, ids_BT[order_B])
+
+    plain = dataclasses.replace(_plain(config), batch_size=different, slices=different)
+    expected_loss, expected_grads = compute(partial(_micro_batch, plain), _cpu(), state, ids_BT)
+    limit = allowed(config, device, config.model.products)
+    for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
+        yield Part(name, abs(float(value) / float(expected_loss) - 1), LOSS_SHARE * limit)
+    for name, ours, theirs in _by_parameter(grads, expected_grads):
+        yield Part(f"gradient of {name}", difference(ours, theirs), limit)
+
+    last = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1), acc_grads=grads)
+    params, opt_state = compute(jax.jit(make_optimizer(plain).step), _cpu(), grads, last, state.params)
+    updates: dict[str, list[float]] = {}
+    for name, ours, theirs, before in _by_parameter(after.params, params, state.params):
+        updates[name] = [difference(ours, theirs, before)]
+    for name, ours, theirs in _by_parameter(after.opt_state.inner_opt_state, opt_state.inner_opt_state):
+        updates.setdefault(name, []).append(difference(ours, theirs))
+    for name, differences in updates.items():
+        what = f"update of {name}" if name else "counters of the optimizer"
+        yield Part(what, float(np.max(differences)), allowed(config, device, "float32"))
+
+
+def _micro_batch(config: Config, state: TrainState, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+    """The mean loss of the first micro-batch of a step, and its gradient."""
+    state, _ = make_train_step(config)(state, ids_BT)
+    return state.loss_sum, state.opt_state.acc_grads
+
+
+def _two_micro_batches(config: Config, state: TrainState, ids_BT: jax.Array) -> tuple[Any, Any, TrainState, Any]:
+    """The first micro-batch of a step and, the same ids again, its last.
+
+    Returns:
+        The mean loss of the first and its gradient, the state after the last, and the loss by the evaluation step.
+    """
+    S, evaluate, step = config.slice_size, make_eval_step(config), make_train_step(config)
+    parts = [ids_BT[start : start + S] for start in range(0, config.batch_size, S)]
+    nats = sum(evaluate(state.params, part_ST[:, :-1], part_ST[:, 1:]) for part_ST in parts)
+    eval_loss = nats / (config.batch_size * config.model.context)
+    state, _ = step(state, ids_BT)
+    loss, grads = jax.device_get((state.loss_sum, state.opt_state.acc_grads))
+    to_the_last = state.opt_state.mini_step + (config.grad_accum_steps - 2)
+    state, _ = step(state._replace(opt_state=state.opt_state._replace(mini_step=to_the_last)), ids_BT)
+    return loss, grads, state, eval_loss
+
+
+def _by_parameter(*trees: Any) -> Iterator[tuple[Any, ...]]:
+    """The name of each leaf's parameter (none: "") and the leaf of every tree."""
+    flat = [jax.tree_util.tree_leaves_with_path(tree) for tree in trees]
+    for leaves in zip(*flat, strict=True):
+        keys = [entry.key for entry in leaves[0][0] if isinstance(entry, jax.tree_util.DictKey)]
+        name = "/".join(key for key in keys if key not in ("adam", "muon"))
+        yield name, *(leaf for _, leaf in leaves)
