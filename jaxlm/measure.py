@@ -169,13 +169,9 @@ def measure(config: Config, place: Path, show: Callable[[float], None]) -> Measu
     Raises:
         RunError: the run fails, as for lack of memory.
     """
-    first: dict[str, Any] = {}
     if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
-        first = _child(config, place, 1, lambda share: show(share / 4))
-    found = _child(config, place, CYCLES, lambda share: show(0.25 + 0.75 * share))
-    if first and jax.default_backend() != "gpu":  # how the C library's heap lies differs by a step's temporaries
-        found["peak_bytes"] = max(found["peak_bytes"], first["peak_bytes"])
-    return Measured(**found)
+        _child(config, place, 1, lambda share: show(share / 4))
+    return Measured(**_child(config, place, CYCLES, lambda share: show(0.25 + 0.75 * share)))
 
 
 def _child(config: Config, place: Path, cycles: int, show: Callable[[float], None]) -> dict[str, Any]:
