@@ -130,6 +130,7 @@ def check_versions(plugin: Plugin) -> None:
 
 
 def version_of(distribution: str) -> str:
+    """Which version of a distribution is installed; empty for none."""
     """What is installed of it; empty for nothing."""
     try:
         return importlib.metadata.version(distribution)
