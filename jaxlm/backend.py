@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import os
+import sys
 
 import jax
 
@@ -24,6 +25,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
 APPLE = ("mps", "METAL")  # the platforms, by jax's names, that compute on an Apple GPU
+_ALSO_APPLE = ("metal", "mtl", "iree_metal")  # those of other plugins
 
 
 def start(platform: str, deterministic: bool = False) -> jax.Device:
@@ -44,14 +46,25 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     given = os.environ.get("XLA_FLAGS", "").split()
     # each once, though a process that did this has started this one: what is compiled is kept under these words
     os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in given), *given])
-    if platform != "auto" or not jax.config.jax_platforms:  # type: ignore[attr-defined]
-        name = plugins.choose(platform)
-        jax.config.update("jax_platforms", name if name == "cpu" else f"{name},cpu")  # the CPU draws the parameters
+    by_environment = jax.config.jax_platforms if platform == "auto" else None  # type: ignore[attr-defined]
+    names = by_environment or plugins.choose(platform)
+    if "cpu" not in names.split(","):
+        names += ",cpu"  # which draws the parameters
+    jax.config.update("jax_platforms", names)
     try:
-        return jax.devices()[0]
+        device = jax.devices()[0]
     except RuntimeError as error:
         reason = str(error).split(". ")[0].splitlines()[0]
-        raise RequestError(f"platform {platform} does not start ({reason}): try --config.platform=cpu") from error
+        if by_environment or platform != "auto":
+            raise RequestError(
+                f"platform {by_environment or platform} does not start ({reason}): try --config.platform=cpu"
+            ) from error
+        print(f"Computing without {names.split(',')[0]}, which does not start any more ({reason})", file=sys.stderr)
+        jax.config.update("jax_platforms", "cpu")
+        device = jax.devices()[0]
+    if platform not in ("auto", "cpu") and device in jax.devices("cpu"):
+        raise RequestError(f"platform {platform} finds no device here: try --config.platform=auto")
+    return device
 
 
 def _keep_compilations() -> None:
@@ -83,6 +96,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def on_apple(device: jax.Device) -> bool:
+    """Whether a device is an Apple GPU."""
+    return device.platform in (*APPLE, *_ALSO_APPLE)
+
+
 def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
     """The same model with what is `auto` decided for the device: bfloat16 on an NVIDIA GPU and float32 elsewhere,
     cuDNN's attention and the fused kernels where they fit and the plain ones elsewhere, no compiled loops on an Apple
@@ -92,7 +110,7 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         RequestError: cuDNN or the fused kernels are asked for where they do not fit.
     """
     on_cuda = device.platform == "gpu"
-    loops = ("unrolled" if device.platform in APPLE else "compiled") if model.loops == "auto" else model.loops
+    loops = ("unrolled" if on_apple(device) else "compiled") if model.loops == "auto" else model.loops
     dtype = ("bfloat16" if on_cuda else "float32") if model.dtype == "auto" else model.dtype
     fits = on_cuda and dtype == "bfloat16" and model.width // model.heads % 8 == 0
     if model.attention == "cudnn" and not fits:
@@ -122,7 +140,7 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
         RequestError: as `resolve`.
     """
     model, slices = resolve(config.model, device), config.slices
-    if slices == 0 and device.platform in ("gpu", *APPLE):
+    if slices == 0 and (device.platform == "gpu" or on_apple(device)):
         model = dataclasses.replace(model, remat=False)
     if slices == 0 and device.platform == "gpu":
         slices = 1
@@ -143,7 +161,7 @@ def available_memory(device: jax.Device) -> int:
     if device.platform == "gpu":
         return device.memory_stats()["bytes_limit"]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory * 2 // 3 if device.platform in APPLE else memory
+    return memory * 2 // 3 if on_apple(device) else memory
 
 
 def describe(device: jax.Device) -> str:

@@ -25,7 +25,7 @@ def known_memory(config: Config, device: jax.Device, show: Show) -> estimate.Mem
     if known := cache.recall("memory", key):
         return estimate.Memory(**known)
     show(f"compiling (slices {config.slices}, remat {config.model.remat})", 0.0)
-    place = jax.default_device(jax.devices("cpu")[0]) if device.platform in backend.APPLE else nullcontext()
+    place = jax.default_device(jax.devices("cpu")[0]) if backend.on_apple(device) else nullcontext()
     with place:
         found = estimate.memory(config, estimate.compile_step(config))
     if found is None:
@@ -41,7 +41,7 @@ def process_bytes(config: Config, device: jax.Device, found: Measured | None, sh
     less, and nothing on a GPU.
     """
     if found:
-        return found.peak_bytes - known_memory(measure.reduced(config, found), device, show).total
+        return max(found.peak_bytes - known_memory(measure.reduced(config, found), device, show).total, 0)
     unit = 1 if sys.platform == "darwin" else 1024
     return 0 if device.platform == "gpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -169,39 +169,48 @@ def measure(config: Config, place: Path, show: Callable[[float], None]) -> Measu
     Raises:
         RunError: the run fails, as for lack of memory.
     """
-    if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
-        _child(config, place, 1, lambda share: show(share / 4))
-    return Measured(**_child(config, place, CYCLES, lambda share: show(0.25 + 0.75 * share)))
+    with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:
+        if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+            _child(config, Path(name, "brief"), 1, lambda share: show(share / 4))
+        return Measured(**_child(config, Path(name, "short"), CYCLES, lambda share: show(0.25 + 0.75 * share)))
 
 
-def _child(config: Config, place: Path, cycles: int, show: Callable[[float], None]) -> dict[str, Any]:
+def _child(config: Config, workdir: Path, cycles: int, show: Callable[[float], None]) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    words = [str(place), str(cycles), str(time.monotonic()), json.dumps(to_dict(config))]
+    words = [str(workdir), str(cycles), str(time.monotonic()), json.dumps(to_dict(config))]
     command = [sys.executable, "-m", "jaxlm.measure", *words]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as child:
-        said: dict[str, Any] = {}
+    said: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child,
+    ):
         try:
             for line in child.stdout or ():
+                if not line.startswith("{"):  # a plugin may print as well
+                    continue
                 said = json.loads(line)
                 if "share" in said:
                     show(said["share"])
         except BaseException:
             child.kill()
             raise
+        child.wait()
+        errors.seek(0)
+        last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "")
     if child.returncode or "error" in said or "share" in said:
-        raise RunError(f"the short run failed ({said.get('error', f'status {child.returncode}')})")
+        reason = said.get("error") or f"status {child.returncode}, {last[:200]!r}"
+        raise RunError(f"the short run failed ({reason})")
     return said
 
 
 def main(argv: list[str]) -> None:
     """The process that measures. Its last line on stdout is a JSON object of all that it found, or of its failure.
 
-    `argv` is where to write, how many cycles, when it was called by the monotonic clock, and the config as JSON.
+    `argv` is the directory to make and write in, how many cycles, when it was called by the monotonic clock, and the
+    config as JSON.
     """
-    place, cycles, called, settings = Path(argv[0]), int(argv[1]), float(argv[2]), json.loads(argv[3])
+    workdir, cycles, called, settings = Path(argv[0]), int(argv[1]), float(argv[2]), json.loads(argv[3])
     console, sys.stdout = sys.stdout, io.TextIOWrapper(open(os.devnull, "wb"))  # noqa: SIM115
 
     def say(said: dict[str, Any]) -> None:
@@ -210,7 +219,7 @@ def main(argv: list[str]) -> None:
     try:
         config = from_config_dict(settings)
         device = backend.start(config.platform, config.deterministic)
-        found = _measure(config, device, place, cycles, called, lambda share: say({"share": share}))
+        found = _measure(config, device, workdir, cycles, called, lambda share: say({"share": share}))
         say(dataclasses.asdict(found))
     except (RequestError, RunError, jax.errors.JaxRuntimeError) as error:
         say({"error": str(error).splitlines()[0][:200]})
@@ -219,7 +228,7 @@ def main(argv: list[str]) -> None:
 
 
 def _measure(
-    config: Config, device: jax.Device, place: Path, cycles: int, called: float, show: Callable[[float], None]
+    config: Config, device: jax.Device, workdir: Path, cycles: int, called: float, show: Callable[[float], None]
 ) -> Measured:
     entered = time.monotonic()
     product = _product_speed(config.model.products, device)
@@ -235,6 +244,7 @@ def _measure(
         eval_interval=interval,
         generation_interval=interval,
         save_interval=interval,
+        max_steps=max(config.max_steps, cycles * interval + 2),
         init_from="",
         max_checkpoints=1,
         data=dataclasses.replace(config.data, eval_windows=batches * config.slice_size),
@@ -243,21 +253,18 @@ def _measure(
     train = draw.integers(vocab, size=max(TOKENS, 2 * config.model.context), dtype=np.uint16)
     val = draw.integers(vocab, size=windows * config.model.context + 1, dtype=np.uint16)
     aside = time.monotonic() - entered  # what no run does
-    with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:
-        workdir = Path(name)
-        tokens = TokenFiles(workdir, train, val, 1, ("", ""), None)
-        run = _MeasuredRun(
-            config, workdir, tokens, device, cycles=cycles, say=lambda step, of: show(min(step / of, 1.0))
-        )
-        made = time.monotonic() - called - aside
-        with contextlib.suppress(_Enough):
-            run.train()
-        began = time.monotonic()
-        card = model_card(workdir, config, run.step, {}, 0)
-        folder = write_model(workdir / "final_model", config, run.state.params, card)
-        end = time.monotonic() - began
-        sizes = [_size(path) for path in (workdir / "checkpoints").iterdir()]
-        model_bytes = _size(folder)
+    workdir.mkdir()
+    tokens = TokenFiles(workdir, train, val, 1, ("", ""), None)
+    run = _MeasuredRun(config, workdir, tokens, device, cycles=cycles, say=lambda step, of: show(min(step / of, 1.0)))
+    made = time.monotonic() - called - aside
+    with contextlib.suppress(_Enough):
+        run.train()
+    began = time.monotonic()
+    card = model_card(workdir, config, run.step, {}, 0)
+    folder = write_model(workdir / "final_model", config, run.state.params, card)
+    end = time.monotonic() - began
+    sizes = [_size(path) for path in (workdir / "checkpoints").iterdir()]
+    model_bytes = _size(folder)
     peak = _peak(device)
     pauses = run.clock.pauses
     later = {kind: mean(seconds[1:] or seconds) for kind, seconds in pauses.items()}
@@ -303,7 +310,7 @@ def _peak(device: jax.Device) -> int:
 def _product_speed(dtype: str, device: jax.Device) -> float:
     """Floating-point operations a second of a product of two square matrices."""
     size = 2048 if device.platform == "cpu" else 8192 if device.platform == "gpu" else 4096
-    a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    a = jax.device_put(np.random.default_rng(0).standard_normal((size, size), np.float32), device).astype(dtype)
     sums = "float32" if device.platform == "cpu" else dtype  # the fast form on each
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=sums))
     return 2 * size**3 / _seconds(lambda: product(a, a))

@@ -7,6 +7,7 @@ units in the keys. --check holds what the machine computes against the CPU inste
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxlm.command import ArgumentParser, run
 from jaxlm.config import Config
+from jaxlm.errors import RunError
 from jaxlm.main import read_config
 from jaxlm.plan_tables import tables
 
@@ -42,10 +44,15 @@ def check(config: Config, as_json: bool) -> None:
     from jaxlm import backend, soundness
 
     device = backend.start(config.platform, config.deterministic)
-    parts = soundness.check(backend.resolve_run(config, device), device)
-    as_dicts = [part._asdict() | {"ok": part.ok} for part in parts]
+    config = backend.resolve_run(config, device)
+    parts = soundness.check(config, device)
+    as_dicts = [
+        part._asdict() | {"difference": part.difference if math.isfinite(part.difference) else None, "ok": part.ok}
+        for part in parts
+    ]
     print(json.dumps(as_dicts, indent=2) if as_json else soundness.table(parts))
     soundness.refuse_wrong(parts, device)
+    soundness.remember(config, device)
 
 
 def main(argv: list[str]) -> None:
@@ -67,10 +74,15 @@ def main(argv: list[str]) -> None:
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the short run's process needs the memory
 
+    import jax
+
     from jaxlm.planning import make_plan  # only now, as in jaxlm.main
 
-    with _progress() as show:
-        report = make_plan(config, workdir, args.measure, show)
+    try:
+        with _progress() as show:
+            report = make_plan(config, workdir, args.measure, show)
+    except jax.errors.JaxRuntimeError as error:
+        raise RunError(f"the device failed ({str(error).splitlines()[0]}): set model.remat and slices") from error
     if args.json:
         print(json.dumps(report, indent=2))
         return

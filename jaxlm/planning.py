@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import backend, cache, estimate, measure
+from jaxlm import backend, cache, estimate, measure, soundness
 from jaxlm.config import Config
 from jaxlm.errors import RunError
 from jaxlm.estimate import Seconds
@@ -40,6 +40,7 @@ def make_plan(config: Config, workdir: Path, measured: bool, show: Show) -> dict
 
     Raises:
         RequestError: the device does not start, or does not take the settings.
+        RunError: the device computes wrong, or runs out of memory compiling.
     """
     device = backend.start(config.platform, config.deterministic)
     config = backend.resolve_run(config, device)
@@ -52,6 +53,8 @@ def make_plan(config: Config, workdir: Path, measured: bool, show: Show) -> dict
     elif measured and memory.total > available:
         problem = "it does not fit"
     elif measured:
+        if device.platform != "cpu":
+            soundness.require(config, device)  # as a run would, whose time this is not
         try:
             found = measure.measure(config, _existing(workdir), lambda share: show("measuring a short run", share))
             cache.remember("measured", key, dataclasses.asdict(found))
@@ -145,6 +148,7 @@ def _disk(
     count, records = len(estimate.saves(config)), RECORD_BYTES * config.max_steps
     kept, most = (checkpoint * min(count, config.max_checkpoints + more) for more in (0, 1))
     free = shutil.disk_usage(_existing(workdir)).free
+    there = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())  # which counts as part of it
     return {
         "tokens_bytes": tokens * TOKEN_DTYPE.itemsize or None,
         "checkpoint_bytes": checkpoint,
@@ -154,7 +158,7 @@ def _disk(
         "left_bytes": kept + model + records,
         "most_bytes": most + model + records,
         "free_bytes": free,
-        "fits": most + model + records <= free,
+        "fits": most + model + records <= free + there,
     }
 
 

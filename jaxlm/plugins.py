@@ -3,8 +3,8 @@
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pkgutil
+import platform as machine
 import sys
 from collections.abc import Iterable
 from types import ModuleType
@@ -75,7 +75,7 @@ def choose(platform: str) -> str:
             try:
                 name = try_out(plugin)
             except Unfit as error:
-                reasons.append(f"{plugin} (with jax {version_of('jax')}, jaxlib {version_of('jaxlib')}) {error}")
+                reasons.append(f"{plugin} (with jax {version_of('jax')}, jaxlib {version_of('jaxlib')}), which {error}")
             else:
                 _tell(reasons)
                 leave_out(other for other in found if other != plugin)
@@ -109,8 +109,10 @@ def try_out(plugin: Plugin, anew: bool = False) -> str:
     """
     check_versions(plugin)
     versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
-    key = [plugin, versions, sys.version, os.uname()]
+    key = [plugin, versions, sys.version, machine.platform()]
     name = None if anew else cache.recall("plugin", key)
+    if anew:
+        cache.remember("plugin", key, None)
     if not isinstance(name, str):
         name = probe(plugin)
         cache.remember("plugin", key, name)
@@ -125,7 +127,7 @@ def check_versions(plugin: Plugin) -> None:
         numbers = tuple(int(part) for part in version_of(name).split(".")[:3] if part.isdigit())
         if not _METAL_OLDEST <= numbers <= _METAL_NEWEST:
             raise Unfit(
-                f"works with jax 0.4.34 to 0.5.0: pip install {_METAL_PIN} (as '.[metal]' does), or take jax-mps"
+                f"works with jax 0.4.34 to 0.5.0: have {_METAL_PIN} by pip install -e '.[metal]', or take jax-mps"
             )
 
 

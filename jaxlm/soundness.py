@@ -77,12 +77,16 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
     Raises:
         RunError: a part differs by more than is allowed.
     """
-    key = _key(config, device)
-    if cache.recall("sound", key):
+    if cache.recall("sound", _key(config, device)):
         return
     say(f"Checking once that {describe(device)} computes what the CPU does")
     refuse_wrong(check(config, device), device)
-    cache.remember("sound", key, True)
+    remember(config, device)
+
+
+def remember(config: Config, device: jax.Device) -> None:
+    """Has `require` know that a device passed the check of a run."""
+    cache.remember("sound", _key(config, device), True)
 
 
 def refuse_wrong(parts: Sequence[Part], device: jax.Device) -> None:

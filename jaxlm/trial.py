@@ -34,7 +34,8 @@ def attempt(arguments: Sequence[str], limit: float, changes: Mapping[str, str] |
         except subprocess.TimeoutExpired:
             failure = f"hangs: no end after {limit:g} s"
         finally:
-            child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # and what it started
             with contextlib.suppress(subprocess.TimeoutExpired):  # the system may be stuck in the driver
                 child.wait(1)
         output.seek(0)

@@ -55,8 +55,6 @@ def test_the_memory_of_a_step_is_that_of_all_it_holds(loops):
     gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     residual_stream = 2 * config.slice_size * 16 * 16 * 4  # of two layers
     assert memory.step > held + gradients + residual_stream
-    assert memory.total == memory.step + memory.checkpoint_copy
-    assert memory.total == sum(dataclasses.asdict(memory).values())
 
 
 def test_fewer_slices_take_more_memory():
