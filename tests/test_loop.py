@@ -421,7 +421,7 @@ def test_a_disk_that_does_not_answer_costs_a_save_and_nothing_else(monkeypatch):
 
     def answer(path):
         asked.append(path)
-        if len(asked) == 2:  # the first question comes before the run, the second with its first save
+        if len(asked) == 3:  # the first two questions come before its first step, the third with its first save
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return usage(path)
 
