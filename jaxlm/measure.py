@@ -242,9 +242,9 @@ def _measure(
     config = dataclasses.replace(
         config,
         eval_interval=interval,
-        generation_interval=interval,
-        save_interval=interval,
-        max_steps=max(config.max_steps, cycles * interval + 2),
+        generation_interval=interval + 2,  # apart, as in most runs: what one frees the next cannot always use
+        save_interval=interval + 4,
+        max_steps=max(config.max_steps, cycles * (interval + 4) + 2),
         init_from="",
         max_checkpoints=1,
         data=dataclasses.replace(config.data, eval_windows=batches * config.slice_size),
