@@ -282,8 +282,9 @@ def test_a_session_continues_what_is_typed_until_the_input_ends():
     wrong = ["/temperature -1", "/temperature", "/heat 3", "/tokens x", "日" * 30]
     changes = ["/temperature 0", "/tokens 9"]
     written, said = in_session("日", "日", *wrong, *changes, "日", "日", "", flags=["--tokens", "45"])
+    # the last text has no beginning: it may start and end inside a character
     first, again, likeliest, same = re.fullmatch(
-        "(日[日本語]{15}\n)(日[日本語]{15}\n)(日[日本語]{3}\n)(日[日本語]{3}\n)[日本語\n]+", written
+        "(日[日本語]{15}\n)(日[日本語]{15}\n)(日[日本語]{3}\n)(日[日本語]{3}\n)[日本語\ufffd\n]+", written
     ).groups()
     assert first != again
     assert likeliest == same
