@@ -25,17 +25,12 @@ from configs import m2_60m
 from jaxlm import backend, layers
 from jaxlm.checkpoint import checkpoint_bytes
 from jaxlm.config import Config, from_config_dict
+from jaxlm.estimate import compile_step
 from jaxlm.model import Decoder, init_params, parameter_count
 from jaxlm.optimizer import make_inner
 from jaxlm.step import init_state, make_train_step
 
 PROMISED = 1.4  # GB, in the plan of the preset's user
-
-
-def ours(config: Config) -> jax.stages.Compiled:
-    """The compiled step of jaxlm."""
-    state = jax.eval_shape(lambda: init_state(config))
-    return make_train_step(config).lower(state, batch(config)).compile()
 
 
 def on_apple(config: Config) -> float:
@@ -45,7 +40,7 @@ def on_apple(config: Config) -> float:
     state = jax.eval_shape(lambda: init_state(config))
     step: Any = make_train_step(config)
     total = jax.eval_shape(step.start, state.params)
-    compiled = step.lower(state, batch(config)).compile()
+    compiled = compile_step(config)
     moments = {}
     for name in ("start", "add_slice", "update"):
         m: Any = getattr(compiled, name).memory_analysis()
@@ -113,7 +108,7 @@ def main() -> None:
         for remat in (True, False):
             model = dataclasses.replace(config.model, remat=remat)
             name = f"slices {slices}, remat {remat}"
-            total = row(name, ours(dataclasses.replace(config, slices=slices, model=model)))
+            total = row(name, compile_step(dataclasses.replace(config, slices=slices, model=model)))
             smallest = min(smallest, total)
     apple = on_apple(from_config_dict(m2_60m.get_config()))
     theirs = row("plain JAX", plain(config))

@@ -14,7 +14,6 @@ end; disk is what the files in the work directory add up to. `--repeat` takes bo
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -38,10 +37,9 @@ def child(argv: list[str]) -> None:
 
     main(argv)
     ended = time.monotonic()
-    device = jax.devices()[0]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if device.platform == "gpu":
-        peak = device.memory_stats()["peak_bytes_in_use"]
+    from jaxlm.measure import peak_bytes
+
+    peak = peak_bytes(jax.devices()[0])
     print(json.dumps({"ended": ended, "peak": peak}), flush=True)
     os._exit(0)
 

@@ -2,10 +2,14 @@
 
 import ctypes
 import dataclasses
+import hashlib
 import os
+import platform as machine
 import sys
+from pathlib import Path
 
 import jax
+import jaxlib
 
 from jaxlm import cache, kernels, plugins
 from jaxlm.config import Config, ModelConfig
@@ -162,6 +166,13 @@ def available_memory(device: jax.Device) -> int:
         return device.memory_stats()["bytes_limit"]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory * 2 // 3 if on_apple(device) else memory
+
+
+def identity(device: jax.Device) -> list[str]:
+    """What decides what a device computes, and how fast: its kind, the system, the versions, our own source."""
+    source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    versions = [machine.platform(), device.client.platform_version, jax.__version__, jaxlib.__version__]
+    return [device.device_kind, *versions, hashlib.sha256(source).hexdigest()]
 
 
 def describe(device: jax.Device) -> str:

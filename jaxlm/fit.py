@@ -1,8 +1,6 @@
 """Whether a run fits the memory of this machine, and which slices and remat do."""
 
 import dataclasses
-import resource
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -42,8 +40,7 @@ def process_bytes(config: Config, device: jax.Device, found: Measured | None, sh
     """
     if found:
         return max(found.peak_bytes - known_memory(measure.reduced(config, found), device, show).total, 0)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return 0 if device.platform == "gpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0 if device.platform == "gpu" else measure.peak_bytes(device)
 
 
 def better_setting(

@@ -7,11 +7,9 @@ slice of it, and the optimizer's update by itself.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -25,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from jaxlm import backend, loop
@@ -151,15 +148,12 @@ def reduced(config: Config, m: Measured) -> Config:
 
 
 def key(config: Config, device: jax.Device) -> list[Any]:
-    """All that the cost of a step or a pause hangs on: machine, versions, our own source, settings."""
-    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    versions = [platform.platform(), device.client.platform_version, jax.__version__, jaxlib.__version__]
+    """All that the cost of a step or a pause hangs on: what computes, the machine around it, settings."""
     settings = to_dict(dataclasses.replace(config, max_checkpoints=1, seed=0, init_from="", platform="auto"))
     settings["data"] = config.data.eval_windows
     for name in ("eval_interval", "save_interval", "generation_interval", "max_skipped"):
         del settings[name]
-    machine = [device.device_kind, os.cpu_count(), backend.available_memory(device)]
-    return [*machine, *versions, hashlib.sha256(source).hexdigest(), settings]
+    return [*backend.identity(device), os.cpu_count(), backend.available_memory(device), settings]
 
 
 def measure(config: Config, place: Path, show: Callable[[float], None]) -> Measured:
@@ -265,7 +259,7 @@ def _measure(
     end = time.monotonic() - began
     sizes = [_size(path) for path in (workdir / "checkpoints").iterdir()]
     model_bytes = _size(folder)
-    peak = _peak(device)
+    peak = peak_bytes(device)
     pauses = run.clock.pauses
     later = {kind: mean(seconds[1:] or seconds) for kind, seconds in pauses.items()}
     first = sum(pauses[kind][0] - later[kind] for kind in ("evaluation", "samples", "checkpoint"))
@@ -300,8 +294,8 @@ def _size(place: Path) -> int:
     return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
 
 
-def _peak(device: jax.Device) -> int:
-    """Bytes: of the allocator on an NVIDIA GPU, of the resident set elsewhere."""
+def peak_bytes(device: jax.Device) -> int:
+    """The most that this process has had: of the allocator on an NVIDIA GPU, of the resident set elsewhere."""
     if device.platform == "gpu":
         return device.memory_stats()["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -163,7 +163,6 @@ def _disk(
 
 
 def _schedule(config: Config, speed: dict[str, Any] | None) -> dict[str, Any]:
-
     deleted = estimate.deletions(config)
     steps = {
         "samples": config.generation_interval,

@@ -110,9 +110,9 @@ def try_out(plugin: Plugin, anew: bool = False) -> str:
     check_versions(plugin)
     versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
     key = [plugin, versions, sys.version, machine.platform()]
-    name = None if anew else cache.recall("plugin", key)
     if anew:
         cache.remember("plugin", key, None)
+    name = cache.recall("plugin", key)
     if not isinstance(name, str):
         name = probe(plugin)
         cache.remember("plugin", key, name)
@@ -133,7 +133,6 @@ def check_versions(plugin: Plugin) -> None:
 
 def version_of(distribution: str) -> str:
     """Which version of a distribution is installed; empty for none."""
-    """What is installed of it; empty for nothing."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -193,7 +193,7 @@ def test_the_first_fit_plugin_is_taken_and_unfit_ones_are_tried_anew(monkeypatch
 def test_jax_metal_may_try_what_it_works_with(install, version):
     install("jax", version)
     install("jaxlib", version)
-    check_versions(Plugin("jax_plugins.metal_plugin", "metal", "jax-metal", "0.1.1"))
+    assert check_versions(Plugin("jax_plugins.metal_plugin", "metal", "jax-metal", "0.1.1")) is None
 
 
 OTHERS = ["0.4.33", "0.5.1", "0.10.2", "1.0"]
