@@ -34,7 +34,7 @@ from jaxlm.errors import RunError
 from jaxlm.generate import PROMPT_BUCKET
 from jaxlm.model import Decoder, unstack
 from jaxlm.optimizer import make_optimizer
-from jaxlm.sampling import Choice, choose, counts_of_32_bits, likeliest, read, text_keys, write
+from jaxlm.sampling import Choice, choose, counts_of_32_bits, likeliest, read, searches_unrolled, text_keys, write
 from jaxlm.step import TrainState, init_state, make_eval_step, make_train_step
 
 # How much the worst row or column of a gradient may differ, of its own size, by what the products read. Rounded to
@@ -213,7 +213,7 @@ def _random(config: Config, device: jax.Device) -> Iterator[Part]:
     sorted_BV = np.sort(logits_BV, axis=-1)
     yield Part("sort", _share(compute(jnp.sort, device, logits_BV) != sorted_BV), 0)
 
-    unroll = config.model.unrolled
+    unroll = searches_unrolled(config.model)
     kept_BV = compute(jax.jit(partial(likeliest, unroll=unroll)), device, logits_BV, np.int32(TOP_K), np.float32(TOP_P))
     best_BK = sorted_BV[:, : -TOP_K - 1 : -1].astype(np.float64)
     share_BK = np.exp(best_BK - best_BK[:, :1])
