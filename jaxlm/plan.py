@@ -1,7 +1,7 @@
 """The command that says what a run will cost, before its first step: python -m jaxlm.plan --config configs/m2_60m.py
 
 Takes the flags of jaxlm.main. Memory is that of the compiled step, for which nothing is allocated; times are those of a
-short run, in less than two minutes, unless --no-measure; both are remembered. --json prints the numbers, with their
+short run, unless --no-measure; both are remembered. --json prints the numbers, with their
 units in the keys. --check holds what the machine computes against the CPU instead.
 """
 
