@@ -38,7 +38,7 @@ from jaxlm.checksum import checksums
 from jaxlm.config import Config, from_config_dict
 from jaxlm.generate import PROMPT_BUCKET
 from jaxlm.model import unstack
-from jaxlm.sampling import Choice, read, text_keys, write_one
+from jaxlm.sampling import as_choice, read, text_keys, write_one
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
@@ -85,9 +85,7 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
         for shape, kind in (((B, PROMPT_BUCKET), np.int32), ((B,), np.int32), ((B, 2), np.uint32))
     ]
     texts = jax.eval_shape(lambda *a: read(model, *a, new), weights, *prompts)
-    choice = Choice(
-        np.float32(config.sample.temperature), np.int32(config.sample.top_k), np.float32(config.sample.top_p)
-    )
+    choice = as_choice(config.sample)
     return {
         "training step": [
             (step.start, (state.params,)),

@@ -82,7 +82,7 @@ def gradients(subject: Subject, ids: np.ndarray) -> dict[str, np.ndarray]:
 def greedy(subject: Subject, prompt: np.ndarray) -> list[int]:
     """jaxlm's continuation, beyond the context if need be."""
     config = replace(subject.config, context=max(subject.config.context, len(prompt) + GREEDY_TOKENS))
-    choice = Choice(np.float32(0), np.int32(0), np.float32(1))
+    choice = Choice(np.float32(0))
     weights = unstack(config, subject.params)
     (tokens_BN,) = generate(config, weights, [prompt.tolist()], choice, jax.random.key(0), GREEDY_TOKENS, NEVER)
     return tokens_BN[0].tolist()

@@ -3,9 +3,9 @@
     python -m experiments.overhead [--rounds 2] [--platform auto]
 
 Runs the real loop (jaxlm.loop.Run) over three periods of 300 steps, in each of which the preset samples 6 times,
-evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; before each such run, the
-bare jitted step as often, on batches that lie ready. What the loop took longer is in pauses, which its clock tells
-apart, or between the steps.
+evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; then the bare jitted step
+as often, on batches that lie ready. (Not before: a GPU at its power limit gets slower as it warms up.) What the loop
+took longer is in pauses, which its clock tells apart, or between the steps.
 
 On a CPU 300 steps take a day. There each interval is a fiftieth of the preset's, a step reads one sequence and an
 evaluation four windows; the preset's step is then reckoned to take 64 times as long and its evaluation 16 times.
@@ -130,10 +130,10 @@ def main() -> None:
     steps, whole = config.save_interval, Config()
     bare, looped, pauses = [], [], []
     for _ in range(args.rounds):
-        bare.append(bare_step(config, tokens, device, steps))
         step, by_kind = looped_step(config, tokens, device)
         looped.append(step)
         pauses.append(by_kind)
+        bare.append(bare_step(config, tokens, device, steps))
 
     larger = whole.tokens_per_step / config.tokens_per_step
     step, between = larger * median(bare), median(a - b for a, b in zip(looped, bare, strict=True))

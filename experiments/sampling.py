@@ -28,7 +28,7 @@ from jaxlm.model import init_params, unstack
 from jaxlm.sampling import Choice
 
 PROMPT = [464, 3616, 286, 1204]
-CASES = {"1 text": (1, 128, Choice(0.0, 0, 1.0)), "10 texts": (10, 100, Choice(1.0, 50, 1.0))}
+CASES = {"1 text": (1, 128, Choice(0.0)), "10 texts": (10, 100, Choice(1.0, 50))}
 Writer = Callable[[int, int, Choice], Any]  # texts, tokens of each, how they are chosen
 
 
@@ -36,7 +36,7 @@ def jaxlm_writer(config: ModelConfig, params: Any) -> Writer:
     weights = unstack(config, params)
 
     def write(texts: int, tokens: int, choice: Choice) -> None:
-        choice = Choice(np.float32(choice.temperature), np.int32(choice.top_k), np.float32(choice.top_p))
+        choice = jax.tree.map(np.asarray, choice)
         (written,) = generate(config, weights, [PROMPT] * texts, choice, jax.random.key(0), tokens, -1)
         assert written.shape == (texts, tokens)
 

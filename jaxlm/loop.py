@@ -22,7 +22,7 @@ from jaxlm.huggingface import write_model
 from jaxlm.model import parameter_count, unstack
 from jaxlm.monitor import Clock, Monitor, metrics_line
 from jaxlm.resume import describe_run, restore_or_init
-from jaxlm.sampling import Choice
+from jaxlm.sampling import as_choice
 from jaxlm.step import Metrics, make_eval_step, make_train_step
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokens import TokenFiles, train_batch_stream, val_batches
@@ -237,7 +237,7 @@ class Run:
         order = np.random.default_rng([self.config.seed, step]).permutation(len(c.prompts))
         chosen = [int(order[i % len(order)]) for i in range(c.texts)]
         key = jax.random.fold_in(jax.random.PRNGKey(self.config.seed), step)
-        choice = Choice(np.float32(c.temperature), np.int32(c.top_k), np.float32(c.top_p))
+        choice = as_choice(c)
         ids = [self.prompts[i] for i in chosen]
         weights = unstack(self.config.model, self.state.params)
         (tokens_BN,) = generate(self.config.model, weights, ids, choice, key, c.tokens, end_of_text)

@@ -20,7 +20,7 @@ from jaxlm.config import DTYPES, PLATFORMS, SampleConfig
 from jaxlm.errors import RequestError
 from jaxlm.generate import encode_prompts, generate, up_to_end
 from jaxlm.model import unstack
-from jaxlm.sampling import Choice
+from jaxlm.sampling import as_choice
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.trained import Writer, load, restore
 
@@ -166,7 +166,7 @@ def _stream_until_interrupted(writer: Writer, prompt: str, args: Namespace, turn
 def _generate(
     writer: Writer, ids: Sequence[Sequence[int]], args: Namespace, turn: int, chunk: int | None
 ) -> Iterator[np.ndarray]:
-    choice = Choice(np.float32(args.temperature), np.int32(args.top_k), np.float32(args.top_p))
+    choice = as_choice(args)
     key = jax.random.fold_in(jax.random.PRNGKey(args.seed), turn)
     config, weights, tokenizer = writer
     return generate(config, weights, ids, choice, key, args.tokens, tokenizer.end_of_text, chunk)

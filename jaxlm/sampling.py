@@ -25,8 +25,16 @@ class Choice(NamedTuple):
     """How a token is chosen. Arrays or numbers: changing them compiles nothing anew."""
 
     temperature: Any  # 0: the likeliest token
-    top_k: Any  # keep the k likeliest tokens; 0: all
-    top_p: Any  # of these, keep the fewest that hold this share of the probability
+    top_k: Any = None  # keep the k likeliest tokens; None: all, and the program has no search for them
+    top_p: Any = None  # of these, keep the fewest that hold this share of the probability; None: all, likewise
+
+
+def as_choice(settings: Any) -> Choice:
+    """The temperature, top_k (0: all) and top_p (1: all) of what a person set, as arrays."""
+    top_k, top_p = settings.top_k, settings.top_p
+    return Choice(
+        np.float32(settings.temperature), np.int32(top_k) if top_k else None, np.float32(top_p) if top_p < 1 else None
+    )
 
 
 class Texts(NamedTuple):
@@ -40,7 +48,9 @@ class Texts(NamedTuple):
     keys_B: jax.Array  # one random key a text
 
 
-def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, unroll: bool = False) -> jax.Array:
+def likeliest(
+    logits_BV: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None, unroll: bool = False
+) -> jax.Array:
     """Which tokens may be drawn: the top_k largest logits, and of these the nucleus (Holtzman et al. 2020).
 
     The nucleus is the smallest set of likeliest tokens whose probability, renormalised over the top_k, reaches
@@ -48,30 +58,32 @@ def likeliest(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, unroll: 
 
     Args:
         logits_BV: float32; -inf is never drawn.
-        top_k: [] integer, 0 keeps all.
-        top_p: [] float in (0, 1], 1 keeps all.
+        top_k: [] integer, at least 1; None keeps all.
+        top_p: [] float in (0, 1]; None keeps all.
         unroll: write the rounds of the search out.
 
     Returns:
         [B, V] bool; tokens that tie with the last one kept are kept.
     """
-    in_top_k = logits_BV >= _threshold(logits_BV, None, top_k, top_k > 0, unroll)
-    share_BV = jnp.where(in_top_k, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
+    kept = logits_BV > -jnp.inf
+    if top_k is not None:
+        kept &= logits_BV >= _threshold(logits_BV, None, top_k, unroll)
+    if top_p is None:
+        return kept
+    share_BV = jnp.where(kept, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
     wanted_B1 = top_p * jnp.sum(share_BV, axis=-1, keepdims=True)
-    return in_top_k & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, top_p < 1, unroll))
+    return kept & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, unroll))
 
 
-def _threshold(
-    logits_BV: jax.Array, weights_BV: jax.Array | None, wanted: jax.Array, needed: jax.Array, unroll: bool
-) -> jax.Array:
+def _threshold(logits_BV: jax.Array, weights_BV: jax.Array | None, wanted: jax.Array, unroll: bool) -> jax.Array:
     """[B, 1]: the largest number such that the weights (None: 1 each) of the logits from it on add up to `wanted`.
 
     In each round the interval in which it lies is cut into WAYS parts, until one logit is left in it (or several that
-    hardly differ). Where it is not `needed`, or all weights are too little: the smallest logit.
+    hardly differ). Where all weights are too little: the smallest logit.
     """
     cuts_W = jnp.arange(1, WAYS) / WAYS
     padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -logits_BV.shape[1] % PARTS)), constant_values=-jnp.inf)
-    parts = jnp.split(padded_BV, PARTS, axis=1)
+    parts = [logits_BV] if unroll else jnp.split(padded_BV, PARTS, axis=1)
 
     def narrow(carry):
         left, low_B1, high_B1, from_low_B1, from_high_B1 = carry
@@ -93,12 +105,12 @@ def _threshold(
     high_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     low_B1 = jnp.min(jnp.where(logits_BV > -jnp.inf, logits_BV, high_B1), axis=-1, keepdims=True)
     counts_B1 = (jnp.full(low_B1.shape, count, jnp.int32) for count in (logits_BV.shape[1], 0))
-    start = (jnp.where(needed, ROUNDS, 0), low_B1, high_B1, *counts_B1)
+    start = (jnp.int32(ROUNDS), low_B1, high_B1, *counts_B1)
     if unroll:  # rounds beyond the last one needed choose the same logits
         carry = start
         for _ in range(ROUNDS):
             carry = narrow(carry)
-        return jnp.where(needed, carry[1], low_B1)
+        return carry[1]
     return jax.lax.while_loop(lambda c: (c[0] > 0) & jnp.any(c[3] - c[4] > 1), narrow, start)[1]
 
 

@@ -250,7 +250,7 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
         weights = unstack(model, params)
         texts = read(model, weights, ids_BP, lengths_B, keys_B, N)
         first_BV = np.asarray(texts.logits_BV)
-        greedy = Choice(np.float32(0), np.int32(0), np.float32(1))
+        greedy = Choice(np.float32(0))
         texts, tokens_BN = write(model, weights, texts, greedy, np.int32(-1), N)
         return first_BV, tokens_BN, texts.logits_BV
 

@@ -15,8 +15,8 @@ from jaxlm.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CHOICE = Choice(1.2, 0, 1.0)
-GREEDY = Choice(0.0, 0, 1.0)
+CHOICE = Choice(1.2)
+GREEDY = Choice(0.0)
 SHORT, LONG = [7, 8, 9], list(range(30, 42))
 NEVER = -1  # no token is the end of a text
 

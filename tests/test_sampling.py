@@ -12,7 +12,7 @@ from jaxlm.sampling import Choice, choose, likeliest, read, write, write_one
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-GREEDY = Choice(0.0, 0, 1.0)
+GREEDY = Choice(0.0)
 VARIED = Choice(1.5, 40, 0.95)
 LENGTHS = np.array([1, 5, 12, 8])
 NEW = 10
@@ -26,7 +26,7 @@ def kept_by_sorting(logits, top_k, top_p):
     ordered = np.sort(logits)[::-1]
     ordered = ordered[ordered >= ordered[min(top_k or len(logits), len(logits)) - 1]]
     share = np.cumsum(np.exp(ordered - ordered[0]) / np.exp(ordered - ordered[0]).sum())
-    last = len(ordered) - 1 if top_p == 1 else np.argmax(share >= top_p)
+    last = len(ordered) - 1 if top_p is None else np.argmax(share >= top_p)
     return logits >= ordered[last]
 
 
@@ -81,8 +81,8 @@ def test_likeliest_equals_sorting(vocabulary, ties, unroll):
     rng = np.random.default_rng(vocabulary)
     logits = np.float32(rng.normal(size=(100, vocabulary)) * rng.choice([0.1, 1, 10, 1000], (100, 1)))
     logits = np.round(logits) if ties else logits
-    for top_k in (0, 1, 2, 7, 49, 50, 51, 1000):
-        for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999, 1.0):
+    for top_k in (None, 1, 2, 7, 49, 50, 51, 1000):
+        for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999, None):
             expected = [kept_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
             found = quick_likeliest(logits, top_k, top_p, unroll=unroll)
             np.testing.assert_array_equal(found, expected, err_msg=f"{top_k}, {top_p}")
@@ -91,17 +91,17 @@ def test_likeliest_equals_sorting(vocabulary, ties, unroll):
 def test_minus_infinity_is_never_kept_by_a_cut_nor_drawn():
     logits = np.float32(np.random.default_rng(3).normal(size=(60, 31)))
     logits[np.random.default_rng(4).random(logits.shape) < 0.5] = -np.inf
-    for top_k, top_p in ((3, 1.0), (0, 0.7), (20, 0.9)):
+    for top_k, top_p in ((3, None), (None, 0.7), (20, 0.9)):
         expected = [kept_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
         kept = np.asarray(quick_likeliest(logits, top_k, top_p))
         np.testing.assert_array_equal(kept & (logits > -np.inf), expected & (logits > -np.inf))
-    for choice in (GREEDY, VARIED, Choice(1.0, 0, 1.0)):
+    for choice in (GREEDY, VARIED, Choice(1.0)):
         tokens = quick_choose(logits, jax.random.split(jax.random.key(0), 60), choice)
         assert (logits[range(60), tokens] > -np.inf).all()
 
 
 @pytest.mark.parametrize(
-    "choice", [GREEDY, Choice(0.0, 3, 0.5), Choice(1e-38, 0, 1.0), Choice(2.0, 1, 1.0), Choice(2.0, 0, 1e-6)]
+    "choice", [GREEDY, Choice(0.0, 3, 0.5), Choice(1e-38), Choice(2.0, 1), Choice(2.0, None, 1e-6)]
 )
 def test_no_temperature_or_one_token_or_a_tiny_nucleus_is_the_likeliest_token(choice):
     logits = np.random.default_rng(0).normal(size=(200, 31)).astype(np.float32)
@@ -113,11 +113,11 @@ def test_no_temperature_or_one_token_or_a_tiny_nucleus_is_the_likeliest_token(ch
 @pytest.mark.parametrize(
     ("choice", "wrong"),
     [
-        (Choice(1.0, 0, 1.0), [Choice(0.9, 0, 1.0), Choice(1.1, 0, 1.0), Choice(1.0, 7, 1.0)]),
-        (Choice(0.7, 0, 1.0), [Choice(0.77, 0, 1.0), Choice(1 / 0.7, 0, 1.0)]),
-        (Choice(1.5, 5, 1.0), [Choice(1.5, 4, 1.0), Choice(1.5, 6, 1.0), Choice(1.35, 5, 1.0)]),
-        (Choice(1.0, 0, 0.8), [Choice(1.0, 0, 0.7), Choice(1.0, 0, 0.9), Choice(1.0, 0, 1.0)]),
-        (Choice(2.0, 6, 0.8), [Choice(2.0, 0, 0.8), Choice(2.0, 6, 0.65), Choice(1.0, 6, 0.8), Choice(2.0, 6, 1.0)]),
+        (Choice(1.0), [Choice(0.9), Choice(1.1), Choice(1.0, 7)]),
+        (Choice(0.7), [Choice(0.77), Choice(1 / 0.7)]),
+        (Choice(1.5, 5), [Choice(1.5, 4), Choice(1.5, 6), Choice(1.35, 5)]),
+        (Choice(1.0, None, 0.8), [Choice(1.0, None, 0.7), Choice(1.0, None, 0.9), Choice(1.0)]),
+        (Choice(2.0, 6, 0.8), [Choice(2.0, None, 0.8), Choice(2.0, 6, 0.65), Choice(1.0, 6, 0.8), Choice(2.0, 6)]),
     ],
 )
 def test_draws_follow_the_exact_distribution_and_no_other(choice, wrong):
@@ -135,7 +135,7 @@ def test_successive_tokens_are_drawn_afresh(small_model, prompts):
     config, params = small_model
     blank = config, params | {"norm": jnp.zeros_like(params["norm"])}
     keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(50)]
-    tokens_KBN = np.array([continued(blank, (prompts[0], k), Choice(1.0, 0, 1.0))[1] for k in keys])
+    tokens_KBN = np.array([continued(blank, (prompts[0], k), Choice(1.0))[1] for k in keys])
     assert chi_square(tokens_KBN.ravel(), np.full(257, 1 / 257)) < 256 + 5 * (2 * 256) ** 0.5
     for axis in range(3):
         assert np.mean(np.diff(tokens_KBN, axis=axis) == 0) < 3 / 257
