@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,8 +36,10 @@ from jaxlm.monitor import Clock
 from jaxlm.optimizer import make_optimizer
 from jaxlm.tokens import TokenFiles
 
-CYCLES = 3  # the first one's pauses hold what happens only once
+CYCLES, SLICE_CYCLES = 3, 2  # the first one's pauses hold what happens only once
 CYCLE_SECONDS = 8.0  # of steps, longer than a save
+LEAST_STEPS = 10  # of a cycle
+SLICE_BATCHES = 4  # of an evaluation
 WHOLE_STEP_SECONDS = 4.0  # a step that is expected to take longer is measured by a slice
 EXPECTED_SHARE = 0.4  # of the speed of a matrix product, before anything is measured
 TOKENS = 2**20
@@ -156,28 +159,31 @@ def key(config: Config, device: jax.Device) -> list[Any]:
     return [*backend.identity(device), os.cpu_count(), backend.available_memory(device), settings]
 
 
-def measure(config: Config, place: Path, show: Callable[[float], None]) -> Measured:
+def measure(config: Config, device: jax.Device, place: Path, show: Callable[[float], None]) -> Measured:
     """Measures what a resolved config takes, in processes of its own that write below the directory `place` and leave
     nothing there; `show` hears which share is done.
 
     Raises:
         RunError: the run fails, as for lack of memory.
     """
+    product = _product_speed(config.model.products, device)  # here: a run has no such arrays
     with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:
         if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
-            _child(config, Path(name, "brief"), 1, lambda share: show(share / 4))
-        return Measured(**_child(config, Path(name, "short"), CYCLES, lambda share: show(0.25 + 0.75 * share)))
+            _child(config, product, Path(name, "brief"), True, lambda share: show(share / 4))
+        return Measured(**_child(config, product, Path(name, "short"), False, lambda share: show(0.25 + 0.75 * share)))
 
 
-def _child(config: Config, workdir: Path, cycles: int, show: Callable[[float], None]) -> dict[str, Any]:
+def _child(config: Config, product: float, workdir: Path, brief: bool, show: Callable[[float], None]) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    words = [str(workdir), str(cycles), str(time.monotonic()), json.dumps(to_dict(config))]
+    words = [str(workdir), str(int(brief)), str(product), str(time.monotonic()), json.dumps(to_dict(config))]
     command = [sys.executable, "-m", "jaxlm.measure", *words]
     said: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as child,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as child,
     ):
         try:
             for line in child.stdout or ():
@@ -201,19 +207,21 @@ def _child(config: Config, workdir: Path, cycles: int, show: Callable[[float], N
 def main(argv: list[str]) -> None:
     """The process that measures. Its last line on stdout is a JSON object of all that it found, or of its failure.
 
-    `argv` is the directory to make and write in, how many cycles, when it was called by the monotonic clock, and the
-    config as JSON.
+    `argv` is the directory to make and write in, whether it is for what is compiled alone (0 or 1), the speed of a
+    matrix product, when it was called by the monotonic clock, and the config as JSON. It ends with the process that
+    holds the other end of its stdin.
     """
-    workdir, cycles, called, settings = Path(argv[0]), int(argv[1]), float(argv[2]), json.loads(argv[3])
+    workdir, brief, product, called = Path(argv[0]), argv[1] == "1", float(argv[2]), float(argv[3])
     console, sys.stdout = sys.stdout, io.TextIOWrapper(open(os.devnull, "wb"))  # noqa: SIM115
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
 
     def say(said: dict[str, Any]) -> None:
         print(json.dumps(said), file=console, flush=True)
 
     try:
-        config = from_config_dict(settings)
+        config = from_config_dict(json.loads(argv[4]))
         device = backend.start(config.platform, config.deterministic)
-        found = _measure(config, device, workdir, cycles, called, lambda share: say({"share": share}))
+        found = _measure(config, device, workdir, brief, product, called, lambda share: say({"share": share}))
         say(dataclasses.asdict(found))
     except (RequestError, RunError, jax.errors.JaxRuntimeError) as error:
         say({"error": str(error).splitlines()[0][:200]})
@@ -221,23 +229,35 @@ def main(argv: list[str]) -> None:
     os._exit(0)
 
 
+def _end_with_stdin() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
 def _measure(
-    config: Config, device: jax.Device, workdir: Path, cycles: int, called: float, show: Callable[[float], None]
+    config: Config,
+    device: jax.Device,
+    workdir: Path,
+    brief: bool,
+    product: float,
+    called: float,
+    show: Callable[[float], None],
 ) -> Measured:
     entered = time.monotonic()
-    product = _product_speed(config.model.products, device)
     expected = config.tokens_per_step * flops_per_token(config.model) / (EXPECTED_SHARE * product)
     sliced = expected > WHOLE_STEP_SECONDS
     if sliced:
         expected /= config.slices * config.grad_accum_steps
         config = dataclasses.replace(config, batch_size=config.slice_size, grad_accum_steps=1, slices=1)
-    interval = min(max(round(CYCLE_SECONDS / expected), 8), 100) if cycles > 1 else 2
-    batches = 2 if sliced else max(-(-config.data.eval_windows // config.slice_size), 2)
+    cycles = 1 if brief else SLICE_CYCLES if sliced else CYCLES
+    interval = 2 if brief else min(max(round(CYCLE_SECONDS / expected), LEAST_STEPS), 100)
+    intervals = [interval + apart for apart in (0, 2, 4)]  # what one pause frees the next cannot always use
+    batches = SLICE_BATCHES if sliced else max(-(-config.data.eval_windows // config.slice_size), 2)
     config = dataclasses.replace(
         config,
-        eval_interval=interval,
-        generation_interval=interval + 2,  # apart, as in most runs: what one frees the next cannot always use
-        save_interval=interval + 4,
+        eval_interval=intervals[0],
+        generation_interval=intervals[1],
+        save_interval=intervals[2],
         max_steps=max(config.max_steps, cycles * (interval + 4) + 2),
         init_from="",
         max_checkpoints=1,
@@ -264,8 +284,10 @@ def _measure(
     later = {kind: mean(seconds[1:] or seconds) for kind, seconds in pauses.items()}
     first = sum(pauses[kind][0] - later[kind] for kind in ("evaluation", "samples", "checkpoint"))
     warm = [row for row in run.rows if row[0] > 1]
-    quiet = sorted(seconds for _, seconds, saving in warm if not saving) or [warm[-1][1]]
-    usual = median(quiet)  # the report of a micro-batch comes with the next one: some steps look long, others short
+    # a micro-batch is reported with the next one, but at an interval at once: the step looks short, the next one long
+    around = {step for every in intervals for due in range(every, run.last, every) for step in (due, due + 1)}
+    quiet = sorted(seconds for step, seconds, saving in warm if not saving and step not in around) or [warm[-1][1]]
+    usual = median(quiet)
     busy = [seconds for step, seconds, saving in warm if saving and step < run.last]
     slowed = max(sum(busy) - usual * (len(busy) + (cycles - 1) / config.grad_accum_steps), 0.0)
     return Measured(

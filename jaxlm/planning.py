@@ -56,7 +56,9 @@ def make_plan(config: Config, workdir: Path, measured: bool, show: Show) -> dict
         if device.platform != "cpu":
             soundness.require(config, device)  # as a run would, whose time this is not
         try:
-            found = measure.measure(config, _existing(workdir), lambda share: show("measuring a short run", share))
+            found = measure.measure(
+                config, device, _existing(workdir), lambda share: show("measuring a short run", share)
+            )
             cache.remember("measured", key, dataclasses.asdict(found))
         except RunError as error:
             problem = str(error)

@@ -35,8 +35,9 @@ def measured(**changes):
 
 def test_the_short_run_measures_the_real_loop_and_leaves_nothing(config, monkeypatch):
     monkeypatch.setattr(measure, "CYCLES", 1)
+    device = jax.devices()[0]
     before, shares = listing(Path()), []
-    found = measure.measure(config, Path(), shares.append)
+    found = measure.measure(config, device, Path(), shares.append)
     assert listing(Path()) == before
     assert shares == sorted(shares)
     assert 0 < shares[0] < shares[-1] == 1.0
@@ -53,7 +54,7 @@ def test_the_short_run_measures_the_real_loop_and_leaves_nothing(config, monkeyp
 def test_a_run_that_fails_is_said_in_one_line(config):
     longer = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=("word " * 40,)))
     with pytest.raises(RunError, match="context") as caught:
-        measure.measure(longer, Path(), lambda share: None)
+        measure.measure(longer, jax.devices()[0], Path(), lambda share: None)
     assert tiny_run.is_one_line(caught.value)
 
 
