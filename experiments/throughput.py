@@ -53,8 +53,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     batches = [batches[i] for i in range(4)]
     shapes = jax.eval_shape(lambda: init_state(config)), batches[0]
     step = make_train_step(config).lower(*shapes).compile()
-    backend.keep_freed_memory()
     state = init_state(config)
+    backend.keep_freed_memory()
 
     def train(state, steps):
         for micro_step in range(steps * args.accum):
