@@ -6,12 +6,13 @@ K head width, F hidden width, V vocabulary, L layers. A name ends in the shape o
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 QUERIES = 128  # of causal attention, taken at a time
+LANES = 8  # of a CPU's vectors of float32
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
 
@@ -235,29 +236,47 @@ def cudnn_attention(
     return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"), known
 
 
-def linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any = None) -> jax.Array:
+class Turned(NamedTuple):
+    """A matrix [D, F] that lies turned, as rows of D numbers each."""
+
+    w_FD: jax.Array
+
+
+def linear(x_BTD: jax.Array, w_DF: jax.Array | Turned, dtype: Any = None) -> jax.Array:
     """x w over the last axis, in the dtype of x.
 
     Args:
         x_BTD: [B, T, D].
-        w_DF: [D, F].
+        w_DF: [D, F]; one that lies turned gives no gradient.
         dtype: of what the products read, forward and backward; None: that of x. Sums are float32.
 
     Returns:
         [B, T, F]. The product is taken as [B T, D] by [D, F]: its gradients have one contracted axis, the only
         form that every backend takes.
     """
-    out_NF = _product(x_BTD.reshape(-1, x_BTD.shape[-1]), w_DF, dtype or x_BTD.dtype)
-    return out_NF.reshape(*x_BTD.shape[:-1], w_DF.shape[-1])
+    x_ND, dtype = x_BTD.reshape(-1, x_BTD.shape[-1]), dtype or x_BTD.dtype
+    out_NF = _product_of_turned(x_ND, w_DF.w_FD, dtype) if isinstance(w_DF, Turned) else _product(x_ND, w_DF, dtype)
+    return out_NF.reshape(*x_BTD.shape[:-1], -1)
+
+
+def _product_of_turned(x_ND, w_FD, dtype):
+    """x w^T as a CPU computes it fastest: it reads each row of w once, as it lies, and copies none."""
+    N, narrow_ND, w_FD = x_ND.shape[0], x_ND.astype(dtype), w_FD.astype(dtype)
+    if N == 1 and jnp.dtype(dtype) == jnp.bfloat16:
+        # a product would write the matrix anew in float32, and so would a loop, once before its first turn, were the
+        # matrix not bound to the row
+        w_FD, x_1D = jax.lax.optimization_barrier((w_FD, narrow_ND))
+        return jnp.sum(w_FD.astype(jnp.float32) * x_1D.astype(jnp.float32), axis=1)[None].astype(x_ND.dtype)
+    if N == 1:
+        return jnp.matmul(narrow_ND, w_FD.T, preferred_element_type=x_ND.dtype)
+    # w first, and columns that fill its vectors; without the barrier XLA would turn the product back
+    x_DN = jnp.pad(narrow_ND, ((0, -N % LANES), (0, 0))).T
+    out_FN = jax.lax.optimization_barrier(jnp.matmul(w_FD, x_DN, preferred_element_type=x_ND.dtype))
+    return out_FN[:, :N].T
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x_ND, w_DF, dtype):
-    if x_ND.shape[0] == 1 and jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # a CPU's product of one bfloat16 row would write the matrix anew in float32, and so would a loop, once before
-        # its first turn, were the matrix not bound to the row
-        w_FD, x_1D = jax.lax.optimization_barrier((w_DF.astype(dtype).T, x_ND.astype(dtype)))
-        return jnp.sum(w_FD.astype(jnp.float32) * x_1D.astype(jnp.float32), axis=1)[None].astype(x_ND.dtype)
     return jnp.matmul(x_ND.astype(dtype), w_DF.astype(dtype), preferred_element_type=x_ND.dtype)
 
 

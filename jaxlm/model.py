@@ -92,8 +92,8 @@ def block(
     fused = c.kernels == "fused" and kernels.fits(B * T)
     if fused or "query_key_value" in p:
         joined_DF = p["query_key_value"] if "query_key_value" in p else joined(p)
-        ends = [D, D + (joined_DF.shape[1] - D) // 2]
-        qkv = jnp.split(layers.linear(h_BTD, joined_DF, c.products), ends, axis=-1)
+        qkv_BTF = layers.linear(h_BTD, joined_DF, c.products)
+        qkv = jnp.split(qkv_BTF, [D, (D + qkv_BTF.shape[-1]) // 2], axis=-1)
     else:
         qkv = [layers.linear(h_BTD, p[name], c.products) for name in ATTENTION]
     q, k, v = (array.reshape(B, T, -1, D // c.heads) for array in qkv)
@@ -296,6 +296,7 @@ def extend(
     """
     table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
     x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activations)
+    lying = layers.Turned if jax.default_backend() == "cpu" and not c.unrolled else jnp.transpose
     filled = []
     for layer, p in enumerate(weights["blocks"]):
 
@@ -305,11 +306,11 @@ def extend(
             values_GSK = jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0))
             return layers.cached_attention(q_BTHK, keys_GKS, values_GSK, visible_BTS), (keys_GKS, values_GSK)
 
-        turned = {name: leaf.T for name, leaf in p.items()}
-        x_BTD, both = block(turned, x_BTD, table, attend, c)
+        p = {name: lying(leaf) if leaf.ndim == 2 else leaf for name, leaf in p.items()}
+        x_BTD, both = block(p, x_BTD, table, attend, c)
         filled.append(both)
     x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
-    logits_BV = layers.linear(x_BD.astype(jnp.float32), weights["head"].T, c.products)
+    logits_BV = layers.linear(x_BD.astype(jnp.float32), lying(weights["head"]), c.products)
     return logits_BV, Cache(*zip(*filled, strict=True))
 
 

@@ -221,6 +221,15 @@ def test_linear_with_bfloat16_products_of_float32(rows, width, out):
     np.testing.assert_allclose(d_w, flat.T @ d_out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 8, 13])
+def test_linear_with_a_matrix_that_lies_turned(rows, dtype):
+    x, w = (np.float32(jnp.bfloat16(draw(*shape))) for shape in ((rows, 1, 5), (5, 7)))
+    found = jax.jit(partial(layers.linear, dtype=dtype))(x, layers.Turned(jnp.asarray(w.T, dtype)))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.float64(x) @ w, rtol=1e-5, atol=1e-5)
+
+
 def test_a_gradient_for_the_next_use_of_the_embedding_is_added_to():
     ids, table, later = np.array([[3, 0, 3], [6, 3, 1]]), draw(7, 3), draw(7, 3, seed=1)
     (rows, passed), pull = jax.vjp(lambda table: layers.embed_and_pass(jnp.asarray(ids), table), jnp.float32(table))
