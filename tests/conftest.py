@@ -1,10 +1,15 @@
 """Runs everything on the CPU; holds what the tests of the core share."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlm-")  # not the user's
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile much and compute little
+# what one test or its process has compiled, the next one reads (not under a jax that cannot, see jaxlm.backend)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlm-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +20,15 @@ import jaxlm.backend  # noqa: F401  (its import settles how jax draws random bit
 from jaxlm.config import ModelConfig
 from jaxlm.model import init_params
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """Halves the time of tests that compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized_compilation():
+    """Compiles as a run does."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import assert_same_bits, disk_room, is_one_line, share_compilations
+from tiny_run import assert_same_bits, disk_room, is_one_line
 
 from jaxlm import checkpoint, durable
 from jaxlm.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
@@ -23,8 +23,6 @@ MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, hid
 CONFIG = Config(batch_size=2, grad_accum_steps=2, max_steps=100, model=MODEL, optimizer=OptimizerConfig(warmup_steps=1))
 META = {"config": {"é": [1, None, 2.5]}, "tokens": {}, "seconds": 0.1}
 CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def like(config=CONFIG):
@@ -57,8 +55,7 @@ def advance(train_step, state, source, micro_batches):
 
 
 @pytest.fixture(scope="module")
-def train_step(tmp_path_factory, quick_compilation):
-    share_compilations(tmp_path_factory.getbasetemp() / "compiled")
+def train_step():
     return make_train_step(CONFIG)
 
 

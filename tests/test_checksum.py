@@ -12,6 +12,8 @@ import pytest
 
 from jaxlm.checksum import checksums
 
+pytestmark = pytest.mark.usefixtures("optimized_compilation")
+
 
 def by_numpy(array):
     """The sum over all words of MurmurHash3's finalizer of word xor index / golden ratio, in Python's big integers."""

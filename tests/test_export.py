@@ -15,11 +15,9 @@ from jaxlm.export import main
 from jaxlm.huggingface import read_params
 from jaxlm.sample import main as sample
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory, quick_compilation):
+def place(tmp_path_factory):
     with tiny_run.workplace(tmp_path_factory) as place:
         tiny_run.train("run")
         yield place

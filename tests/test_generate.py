@@ -13,8 +13,6 @@ from jaxlm.model import Decoder, unstack
 from jaxlm.sampling import Choice
 from jaxlm.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CHOICE = Choice(1.2)
 GREEDY = Choice(0.0)
 SHORT, LONG = [7, 8, 9], list(range(30, 42))

@@ -27,14 +27,14 @@ from jaxlm.sample import main as sample
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.trained import load, restore
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("optimized_compilation")]
 
 STEPS = 60
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.py"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, optimized_compilation):
     """A short run of the quickstart: its place, checkpoint and tokens."""
     place, before = tmp_path_factory.mktemp("quickstart"), Path.cwd()
     os.chdir(place)
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["quickstart", "preset", "shared"])
-def subject(request, tmp_path_factory):
+def subject(request, tmp_path_factory, optimized_compilation):
     """A model as others see it, and ids for it to read."""
     place = tmp_path_factory.mktemp("subject")
     if request.param == "quickstart":

@@ -14,6 +14,8 @@ from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
 from jaxlm.model import Decoder
 
+pytestmark = pytest.mark.usefixtures("optimized_compilation")
+
 ROUNDING = 2**-8  # of bfloat16; what one result of one product may be off by
 
 

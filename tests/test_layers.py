@@ -9,8 +9,6 @@ import pytest
 
 from jaxlm import layers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def rms_norm_64(x, scale, eps):
     return (

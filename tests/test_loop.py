@@ -32,11 +32,9 @@ KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "secon
 VAL_KEYS = ["val_loss", "val_bits_per_byte"]
 NEVER_SAID = 298  # a token that no text here has; the tests make losses of it nan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory, quick_compilation):
+def place(tmp_path_factory):
     with tiny_run.workplace(tmp_path_factory) as place:
         yield place
 
@@ -416,7 +414,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_while_and_nothi
     assert sorted(path.name for path in Path("filled/checkpoints").iterdir()) == ["12", "3"]
 
 
-def test_a_disk_that_does_not_answer_costs_a_save_and_nothing_else(monkeypatch):
+def test_a_disk_that_does_not_answer_costs_a_save_and_nothing_else(monkeypatch, console):
     usage, asked = shutil.disk_usage, []
 
     def answer(path):

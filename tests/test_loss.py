@@ -10,8 +10,6 @@ from jaxlm.config import ModelConfig
 from jaxlm.loss import TILE, cross_entropy
 from jaxlm.model import Decoder, init_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IGNORED = -1
 
 

@@ -12,8 +12,6 @@ import pytest
 from jaxlm.config import ModelConfig
 from jaxlm.model import Decoder, init_params, parameter_count
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IDS = np.random.default_rng(1).integers(0, 257, (2, 7))
 
 

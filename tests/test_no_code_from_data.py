@@ -38,7 +38,7 @@ def watched(module, *argv):
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
     )
     assert "Traceback" not in done.stderr
     return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("evaluated:")]

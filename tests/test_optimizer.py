@@ -12,8 +12,6 @@ import pytest
 from jaxlm.config import Config, OptimizerConfig
 from jaxlm.optimizer import accumulate, clip_by_norm, make_inner, make_optimizer, make_schedule, orthogonalize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {
     "embedding": (7, 6),
     "blocks": {"attention_norm": (2, 6), "query": (2, 6, 6), "up": (2, 6, 24), "down": (2, 24, 6)},

@@ -39,8 +39,6 @@ FLAGS = [
     '--config.sample.prompts=("日",)',
 ]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Terminal(io.StringIO):
     """Remembers what was shown at each flush."""
@@ -58,7 +56,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory, quick_compilation):
+def place(tmp_path_factory):
     with tiny_run.workplace(tmp_path_factory) as place:
         text = "".join(np.random.default_rng(0).choice(list("日本語"), 4000))
         (place / "text.txt").write_text(text, encoding="utf-8")
@@ -263,7 +261,7 @@ def in_session(*lines, flags):
     modes[3] &= ~termios.ECHO
     termios.tcsetattr(inside, termios.TCSANOW, modes)
     os.write(terminal, "".join(f"{line}\n" for line in lines).encode() + b"\x04")
-    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {"PYTHONPATH": str(Path(__file__).parent.parent)}
     ended = subprocess.run(
         [sys.executable, "-m", "jaxlm.sample", "--workdir", "run", *flags],
         **dict(stdin=inside, stdout=inside, stderr=subprocess.PIPE, env=os.environ | environment, timeout=120),

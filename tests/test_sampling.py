@@ -10,8 +10,6 @@ import pytest
 from jaxlm.model import Decoder, unstack
 from jaxlm.sampling import Choice, choose, likeliest, read, write, write_one
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GREEDY = Choice(0.0)
 VARIED = Choice(1.5, 40, 0.95)
 LENGTHS = np.array([1, 5, 12, 8])

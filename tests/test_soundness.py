@@ -20,8 +20,6 @@ from jaxlm.config import Config, ModelConfig, OptimizerConfig, SampleConfig
 from jaxlm.errors import RunError
 from jaxlm.soundness import Part, check, difference, refuse_wrong, require
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = Config(
     batch_size=4,
     slices=2,

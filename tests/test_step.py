@@ -19,8 +19,6 @@ from jaxlm.model import Decoder
 from jaxlm.optimizer import make_optimizer
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LEARNING_RATE = 0.01
 CONFIG = Config(
     batch_size=8,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm import backend
 from jaxlm.checkpoint import Checkpoints
@@ -51,20 +50,9 @@ def write_text(path: Path, words: str = "the king dog cat sun old man saw went h
     path.write_text(".\n".join(" ".join(line) for line in choice), encoding="utf-8")
 
 
-def share_compilations(directory: Path) -> None:
-    """What one run has compiled, the next one reads."""
-    if jax.__version_info__ < (0, 5):  # there, what is read back for the CPU corrupts memory
-        return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()
-
-
 @contextlib.contextmanager
 def workplace(tmp_path_factory) -> Iterator[Path]:
     """Makes a directory with a text and `tiny.py`, and works in it."""
-    share_compilations(tmp_path_factory.getbasetemp() / "compiled")
     place, before = tmp_path_factory.mktemp("place"), Path.cwd()
     (place / "tiny.py").write_text(CONFIG)
     write_text(place / "text.txt")
