@@ -1,14 +1,15 @@
 """Nothing that a person is handed is unpickled or evaluated: not text, tokens, checkpoints, nor what a run recorded."""
 
-import os
+import contextlib
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_run
+
+from jaxlm import command, main, sample
 
 CODE = "__import__('os').mkdir('ran')"
 
@@ -20,28 +21,36 @@ class Payload:
         return eval, (CODE,)
 
 
-WATCH = f"""
-import sys
-CODE = {CODE!r}
+evaluated, watching = [], False
+
+
 def watch(event, arguments):
-    if event == "pickle.find_class" or (event == "compile" and CODE in str(arguments[0])):
-        print("evaluated:", event, arguments, file=sys.stderr)
-sys.addaudithook(watch)
-"""
+    if watching and (event == "pickle.find_class" or (event == "compile" and CODE in str(arguments[0]))):
+        evaluated.append(event)
 
 
-def watched(module, *argv):
-    """What a command printed on stderr about code that it ran from data; and it ended in order."""
-    program = f"{WATCH}\nimport runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *argv],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("evaluated:")]
+sys.addaudithook(watch)  # for good: there is no way to take it away
+
+
+@contextlib.contextmanager
+def watched():
+    """Gives the list that code run from data comes to stand in."""
+    global watching
+    evaluated.clear()
+    watching = True
+    try:
+        yield evaluated
+    finally:
+        watching = False
+
+
+def ended(module, *argv):
+    """The exit status of a command that ran nothing from data."""
+    with watched() as ran:
+        status = command.status(module.main, list(argv))
+    assert ran == []
+    assert not Path("ran").exists()
+    return status
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,14 +62,9 @@ def place(tmp_path_factory):
 
 
 def test_the_watch_sees_what_it_should():
-    Path("handed").write_bytes(pickle.dumps(Payload()))
-    done = subprocess.run(
-        [sys.executable, "-c", f"{WATCH}\nimport pickle\npickle.load(open('handed', 'rb'))"],
-        capture_output=True,
-        text=True,
-    )
-    assert "pickle.find_class" in done.stderr
-    assert "compile" in done.stderr
+    with watched() as ran:
+        pickle.loads(pickle.dumps(Payload()))
+    assert ran == ["pickle.find_class", "compile"]
     Path("ran").rmdir()
 
 
@@ -69,20 +73,15 @@ def test_text_and_records_are_no_code():
         with Path("run", name).open("ab") as file:
             file.write(pickle.dumps(Payload()) + b"\n" + CODE.encode() + b"\n")
     code = ["--config", "tiny.py", "--workdir", "run", f'--config.sample.prompts=("{CODE[:9]}",)']
-    assert watched("jaxlm.main", *code, "--config.max_steps=8") == (0, [])
-    assert watched("jaxlm.sample", "--workdir", "run", "--prompt", CODE[:9], "--tokens", "5") == (0, [])
-    assert not Path("ran").exists()
+    assert ended(main, *code, "--config.max_steps=8") == 0
+    assert ended(sample, "--workdir", "run", "--prompt", CODE[:9], "--tokens", "5") == 0
 
 
 @pytest.mark.parametrize("name", ["train.bin", "meta.json"])
 def test_token_files_are_no_code(name):
     shutil.copytree("tokens", f"handed-{name}")
     Path(f"handed-{name}", name).write_bytes(pickle.dumps(Payload()))
-    status, evaluated = watched(
-        "jaxlm.main", "--config", "tiny.py", f"--config.data.dir=handed-{name}", "--workdir", "new"
-    )
-    assert (status, evaluated) == (2, [])
-    assert not Path("ran").exists()
+    assert ended(main, "--config", "tiny.py", f"--config.data.dir=handed-{name}", "--workdir", "new") == 2
 
 
 def test_checkpoints_are_no_code():
@@ -92,8 +91,7 @@ def test_checkpoints_are_no_code():
         for path in Path("hostile/checkpoints/3").rglob("*"):
             if path.is_file():
                 path.write_bytes(held)
-        assert watched("jaxlm.sample", "--workdir", "hostile", "--step", "3") == (2, [])
-        assert not Path("ran").exists()
+        assert ended(sample, "--workdir", "hostile", "--step", "3") == 2
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -101,5 +99,4 @@ def test_models_are_no_code(name):
     for held in (pickle.dumps(Payload()), CODE.encode()):
         shutil.copytree("run/final_model", "handed-model", dirs_exist_ok=True)
         Path("handed-model", name).write_bytes(held)
-        assert watched("jaxlm.sample", "--model", "handed-model", "--tokens", "5") == (2, [])
-        assert not Path("ran").exists()
+        assert ended(sample, "--model", "handed-model", "--tokens", "5") == 2
