@@ -38,6 +38,7 @@ def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(pl
         assert set(counts) <= set(CONVERTED[platform]["stablehlo"]) - {"while", "case", "if"}
 
 
+@pytest.mark.slow
 def test_a_step_of_the_preset_and_a_checkpoint_on_its_way_take_less_than_4_gigabytes():
     config = preset(APPLE[0])
     assert on_apple(config) + checkpoint_bytes(jax.eval_shape(lambda: init_state(config))) / 1e9 < 4

@@ -61,9 +61,9 @@ def test_fewer_slices_take_more_memory():
     config = dataclasses.replace(SMALL, batch_size=64)
     sizes = [
         estimate.memory(other, estimate.compile_step(other)).temporaries
-        for other in (dataclasses.replace(config, slices=slices) for slices in (64, 8, 1))
+        for other in (dataclasses.replace(config, slices=slices) for slices in (64, 1))
     ]
-    assert sizes[0] < sizes[1] < sizes[2]
+    assert sizes[0] < sizes[1] / 8
 
 
 def test_where_no_buffer_is_reused_the_state_is_there_twice_while_it_is_updated():

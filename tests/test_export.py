@@ -147,6 +147,7 @@ def test_without_the_package_gguf_is_refused_at_once(tmp_path, monkeypatch):
         export("--format", "gguf", "--out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_run_with_shared_keys_and_a_head_of_its_own_trains_and_travels(tmp_path, capsys):
     shape = ("--config.model.kv_heads=1", "--config.model.tied=False")
     tiny_run.train("other", *shape, "--config.optimizer.name=muon", "--config.max_steps=3")

@@ -105,6 +105,7 @@ def test_the_model_learns(console):
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.slow
 def test_a_run_of_programs_without_loops_leaves_the_same_losses_and_texts(console):
     train("written-out", "--config.model.loops=unrolled", "--config.slices=2")
     for found, expected in zip(

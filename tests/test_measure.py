@@ -33,6 +33,7 @@ def measured(**changes):
     return Measured(batch_size=2, grad_accum_steps=2, slices=2, **times | sizes | step | changes)
 
 
+@pytest.mark.slow
 def test_the_short_run_measures_the_real_loop_and_leaves_nothing(config, monkeypatch):
     monkeypatch.setattr(measure, "CYCLES", 1)
     device = jax.devices()[0]

@@ -91,7 +91,7 @@ print(device.client is not jax.devices("cpu")[0].client, jax.numpy.arange(3).sum
 """
 
 
-def start(platform: str, tmp_path: Path, limit: float = 100) -> tuple[str, str]:
+def start(platform: str, tmp_path: Path, limit: float = 600) -> tuple[str, str]:
     """What a command prints that starts on a platform, beside what is installed: on stdout and on stderr."""
     usual = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     environment = usual | {"PYTHONPATH": f"{tmp_path / 'site'}:{REPOSITORY}"}

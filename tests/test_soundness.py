@@ -42,15 +42,18 @@ def forms(**model):
 @pytest.mark.parametrize(
     "config",
     [
-        forms(dtype="bfloat16"),
-        replace(
-            forms(loops="unrolled", remat=False, output_init="zero", tied=False, kv_heads=1),
-            slices=1,
-            grad_accum_steps=1,
-            optimizer=OptimizerConfig("muon", warmup_steps=0),
+        pytest.param(forms(dtype="bfloat16"), id="bfloat16"),
+        pytest.param(
+            replace(
+                forms(loops="unrolled", remat=False, output_init="zero", tied=False, kv_heads=1),
+                slices=1,
+                grad_accum_steps=1,
+                optimizer=OptimizerConfig("muon", warmup_steps=0),
+            ),
+            id="unrolled, muon",
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["bfloat16", "unrolled, muon"],
 )
 def test_a_sound_device_passes_with_every_parameter_compared(config):
     parts = check(config, CPU)
@@ -147,6 +150,7 @@ def row_of_the_embedding(result, operands, parameters):
     return result.at[0].multiply(1.5) if operands[0].ndim == 2 else result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "kind", "primitive", "damage", "named", "only"),
     [

@@ -73,6 +73,7 @@ def test_ids_are_those_of_tiktoken(openai, text):
     assert load_tokenizer().encode(text).tolist() == openai.encode_ordinary(text)
 
 
+@pytest.mark.slow
 def test_every_character_is_in_the_words_that_tiktoken_puts_it_in(openai):
     characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i <= 0xDFFF]
     for first in range(0, len(characters), 1 << 16):
