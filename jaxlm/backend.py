@@ -26,7 +26,7 @@ _WORTH_KEEPING = 0.1  # seconds of compilation
 SLICE_TOKENS = 1024  # computed at one time where memory is shared with all else
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-_SPARE = 2**26  # bytes: less than a step's temporaries, more than what lasts
+_SPARE = {2**26: 1, 2**20: 64}  # pieces by their bytes: for a copy of a small model's state, for what is small
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
 APPLE = ("mps", "METAL")  # the platforms, by jax's names, that compute on an Apple GPU
@@ -92,9 +92,9 @@ def keep_freed_memory() -> None:
 
     As it comes, glibc gives large pieces back to the system, and to have them again costs about a microsecond a page: a
     tenth of a step. It can only keep them for the main thread, which therefore is the one that runs what a CPU computes
-    (`start` sees to it); the others go on meanwhile. Of what is free it takes the smallest piece that is large enough,
-    so a spare one, which is no memory until something lies there, keeps small things out of the place that a step's
-    temporaries leave: the next step would need another.
+    (`start` sees to it); the others go on meanwhile. Of what is free it takes the smallest piece that is large enough.
+    Spare ones, which are no memory until something lies there, keep what stays for a while out of the place that a
+    step's temporaries leave: the next step would need another.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -102,8 +102,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.malloc.restype = ctypes.c_void_p
-        spare, _behind = (libc.malloc(ctypes.c_size_t(_SPARE)) for _ in range(2))  # one stays, or both would go
-        libc.free(ctypes.c_void_p(spare))
+        for size, count in _SPARE.items():
+            pieces = [libc.malloc(ctypes.c_size_t(size)) for _ in range(2 * count)]
+            for piece in pieces[::2]:  # with one that stays between two: they would become one
+                libc.free(ctypes.c_void_p(piece))
 
 
 def on_apple(device: jax.Device) -> bool:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -10,6 +13,7 @@ import tiny_run
 from tiny_run import listing
 
 from jaxlm import estimate, measure
+from jaxlm.config import to_dict
 from jaxlm.errors import RunError
 from jaxlm.main import read_config
 from jaxlm.measure import Measured
@@ -57,6 +61,14 @@ def test_a_run_that_fails_is_said_in_one_line(config):
     with pytest.raises(RunError, match="context") as caught:
         measure.measure(longer, jax.devices()[0], Path(), lambda share: None)
     assert tiny_run.is_one_line(caught.value)
+
+
+def test_the_short_run_ends_with_the_process_that_asked_for_it(config, tmp_path):
+    words = [str(tmp_path / "short"), "0", "1e9", str(time.monotonic()), json.dumps(to_dict(config))]
+    command = [sys.executable, "-m", "jaxlm.measure", *words]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "checkpoint_bytes" not in done.stdout
 
 
 def test_whole_steps_are_taken_as_they_were_measured(config):
