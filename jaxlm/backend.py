@@ -26,7 +26,8 @@ _WORTH_KEEPING = 0.1  # seconds of compilation
 SLICE_TOKENS = 1024  # computed at one time where memory is shared with all else
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-_SPARE = {2**26: 1, 2**20: 64}  # pieces by their bytes: for a copy of a small model's state, for what is small
+_SPARE = (2**26, *[2**20] * 64)  # bytes of each piece: for a small model's copy or samples, and for what is small
+_SLACK = 2**21  # bytes, more than the smaller pieces: what remains is not taken before them
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
 APPLE = ("mps", "METAL")  # the platforms, by jax's names, that compute on an Apple GPU
@@ -85,16 +86,18 @@ def _keep_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(temporaries: int) -> None:
     """Has the C library keep what a step on a CPU frees for the next one, where that is glibc's.
 
     For after compilation, what is left of which is given back first.
 
     As it comes, glibc gives large pieces back to the system, and to have them again costs about a microsecond a page: a
     tenth of a step. It can only keep them for the main thread, which therefore is the one that runs what a CPU computes
-    (`start` sees to it); the others go on meanwhile. Of what is free it takes the smallest piece that is large enough.
-    Spare ones, which are no memory until something lies there, keep what stays for a while out of the place that a
-    step's temporaries leave: the next step would need another.
+    (`start` sees to it); the others go on meanwhile.
+
+    Of what is free it takes the smallest piece that is large enough. A place for the bytes of a step's `temporaries`,
+    and spare ones, so that nothing which stays breaks that one and the next step needs another, are made here; they are
+    no memory until something lies there.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -102,10 +105,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.malloc.restype = ctypes.c_void_p
-        for size, count in _SPARE.items():
-            pieces = [libc.malloc(ctypes.c_size_t(size)) for _ in range(2 * count)]
-            for piece in pieces[::2]:  # with one that stays between two: they would become one
-                libc.free(ctypes.c_void_p(piece))
+        pieces = [libc.malloc(ctypes.c_size_t(size)) for size in (temporaries + _SLACK, *_SPARE) for _ in range(2)]
+        for piece in pieces[::2]:  # with one that stays between two: they would become one
+            libc.free(ctypes.c_void_p(piece))
 
 
 def on_apple(device: jax.Device) -> bool:

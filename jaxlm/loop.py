@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import backend
+from jaxlm import backend, estimate
 from jaxlm.card import model_card
 from jaxlm.checkpoint import DIRECTORY, Checkpoints
 from jaxlm.config import Config
@@ -123,7 +123,8 @@ class Run:
             )
             shape = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
             train_step = make_train_step(config).lower(self.state, shape).compile()
-            backend.keep_freed_memory()
+            memory = estimate.memory(config, train_step)
+            backend.keep_freed_memory(memory.gradients + memory.temporaries if memory else 0)
         if self.ready:
             self.monitor.say(self.ready(train_step, self.step))
         self._eval_step = make_eval_step(config)

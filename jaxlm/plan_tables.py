@@ -23,9 +23,9 @@ def tables(report: dict[str, Any], now: datetime) -> Iterator[Table | str]:
     """The plan for a person: tables and lines of at most 80 columns."""
     machine, model, memory = report["machine"], report["model"], report["memory"]
     yield f"{machine['dtype']} on {machine['device']}, jax {machine['jax']}"
-    epochs = (
-        "data not prepared yet" if model["epochs"] is None else f"{model['epochs']:.3g} of {model['data_tokens']:,}"
-    )
+    epochs = "data not prepared yet"
+    if model["epochs"] is not None:
+        epochs = f"{model['epochs']:,.{0 if model['epochs'] >= 100 else 2}f} of {model['data_tokens']:,}"
     yield _table(
         "Model",
         [(name, f"{count:,}") for name, count in model["parameters_by_part"].items()]
