@@ -41,11 +41,28 @@ class Cache(NamedTuple):
     values_GSK: tuple[jax.Array, ...]
 
 
+def near_normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
+    """Draws numbers of mean 0 and this standard deviation, float32: the same bits from a key wherever it is done.
+
+    Each is the sum of eight random bytes, whole numbers up to the one product at the end. (The logarithm that a normal
+    number takes differs in its last bit between versions of XLA.) Their excess kurtosis is -0.15; none is beyond 4.9
+    standard deviations. One index of the first axis after the other is drawn, which takes no memory to speak of.
+    """
+    scale = std / math.sqrt(8 * (256**2 - 1) / 12)
+
+    def draw(key: jax.Array) -> jax.Array:
+        words = jax.random.bits(key, (2, *shape[1:]), jnp.uint32)
+        total = jax.lax.bitcast_convert_type(words, jnp.uint8).sum(axis=(0, -1), dtype=jnp.int32)
+        return (total - 4 * 255).astype(jnp.float32) * scale
+
+    return jax.lax.map(draw, jax.random.split(key, shape[0]))
+
+
 def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
     """Draws the stacked parameters of all blocks.
 
-    Matrices are normal(0, 0.02); the two output projections, which write to the residual stream, are smaller by
-    sqrt(2 L) (GPT-2) or zero, as `config.output_init` says. Norm scales are 1.
+    Matrices have a standard deviation of 0.02; the two output projections, which write to the residual stream, are
+    smaller by sqrt(2 L) (GPT-2) or zero, as `config.output_init` says. Norm scales are 1.
     """
     L, D, F = config.layers, config.width, config.hidden
     KV = D // config.heads * (config.kv_heads or config.heads)
@@ -61,7 +78,7 @@ def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
     }
     keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
     blocks = {
-        name: (output_std if name in ("output", "down") else 0.02) * jax.random.normal(keys[name], (L, *shape))
+        name: near_normal(keys[name], (L, *shape), output_std if name in ("output", "down") else 0.02)
         for name, shape in shapes.items()
     }
     return blocks | {"attention_norm": jnp.ones((L, D)), "mlp_norm": jnp.ones((L, D))}
@@ -186,11 +203,11 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        normal, shape = nn.initializers.normal(0.02), (c.vocab_size, c.width)
-        self.embedding = self.param("embedding", normal, shape)
+        shape = c.vocab_size, c.width
+        self.embedding = self.param("embedding", near_normal, shape, 0.02)
         self.blocks = self.param("blocks", init_blocks, c)
         self.norm = self.param("norm", nn.initializers.ones, (c.width,))
-        self.head_VD = self.embedding if c.tied else self.param("head", normal, shape)
+        self.head_VD = self.embedding if c.tied else self.param("head", near_normal, shape, 0.02)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits [B, T, V] float32 for the token that follows each position of ids [B, T]."""
