@@ -5,6 +5,7 @@ followed there. `python tests/test_elsewhere.py` writes that of the version it r
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=2, width=8, hidd
 OPTIMIZER = OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
 CONFIG = Config(batch_size=8, grad_accum_steps=2, slices=1, max_steps=20, model=MODEL, optimizer=OPTIMIZER)
 SAVED_AT, LAST = 4, 8  # steps
+train_step = functools.cache(make_train_step)
 ONE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 
@@ -35,9 +37,9 @@ def batch(number):
 
 def losses_from(state, config, until=LAST, place=lambda ids: ids):
     """The state and the losses of the steps from `state` until step `until`."""
-    train_step, losses = make_train_step(config), []
+    step, losses = train_step(config), []
     for number in range(int(state.batches), until * config.grad_accum_steps):
-        state, metrics = train_step(state, place(batch(number)))
+        state, metrics = step(state, place(batch(number)))
         losses += [float(metrics.loss)] * bool(metrics.updated)
     return state, losses
 

@@ -39,21 +39,19 @@ def forms(**model):
     return replace(CONFIG, model=replace(CONFIG.model, **model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(forms(dtype="bfloat16"), id="bfloat16"),
-        pytest.param(
-            replace(
-                forms(loops="unrolled", remat=False, output_init="zero", tied=False, kv_heads=1),
-                slices=1,
-                grad_accum_steps=1,
-                optimizer=OptimizerConfig("muon", warmup_steps=0),
-            ),
-            id="unrolled, muon",
-            marks=pytest.mark.slow,
+        forms(dtype="bfloat16"),
+        replace(
+            forms(loops="unrolled", remat=False, output_init="zero", tied=False, kv_heads=1),
+            slices=1,
+            grad_accum_steps=1,
+            optimizer=OptimizerConfig("muon", warmup_steps=0),
         ),
     ],
+    ids=["bfloat16", "unrolled, muon"],
 )
 def test_a_sound_device_passes_with_every_parameter_compared(config):
     parts = check(config, CPU)
