@@ -269,8 +269,10 @@ def _product_of_turned(x_ND, w_FD, dtype):
         return jnp.sum(w_FD.astype(jnp.float32) * x_1D.astype(jnp.float32), axis=1)[None].astype(x_ND.dtype)
     if N == 1:
         return jnp.matmul(narrow_ND, w_FD.T, preferred_element_type=x_ND.dtype)
-    # w first, and columns that fill its vectors; without the barrier XLA would turn the product back
-    x_DN = jnp.pad(narrow_ND, ((0, -N % LANES), (0, 0))).T
+    # w first, and columns that fill its vectors; without the barrier XLA would turn the product back, as jax 0.4.34's
+    # does, into one that it cannot compute, where no column is cut off
+    spare = -N % LANES or LANES * (jax.__version_info__ < (0, 5))
+    x_DN = jnp.pad(narrow_ND, ((0, spare), (0, 0))).T
     out_FN = jax.lax.optimization_barrier(jnp.matmul(w_FD, x_DN, preferred_element_type=x_ND.dtype))
     return out_FN[:, :N].T
 

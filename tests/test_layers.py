@@ -204,6 +204,16 @@ def test_linear():
     assert_matches(layers.linear, lambda x, w: x @ w, draw(2, 3, 5), draw(5, 4))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_of_a_matrix_that_lies_turned(rows, dtype):
+    """Of numbers that bfloat16 holds, as below."""
+    x, w = (np.float32(jnp.bfloat16(draw(*shape))) for shape in ((rows, 32), (32, 300)))
+    found = jax.jit(lambda x, w_FD: layers.linear(x, layers.Turned(w_FD), dtype))(x, w.T)
+    assert (found.shape, found.dtype) == ((rows, 300), jnp.float32)
+    np.testing.assert_allclose(found, x @ w, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("rows", "width", "out"), [(32, 16, 48), (32, 48, 16), (16, 16, 16), (6, 5, 4), (32, 16, 5)])
 def test_linear_with_bfloat16_products_of_float32(rows, width, out):
     """Of numbers that bfloat16 holds, the products are exact: so are the sums, to float32, also by tiles."""
