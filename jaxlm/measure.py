@@ -38,7 +38,7 @@ from jaxlm.tokens import TokenFiles
 
 CYCLES, SLICE_CYCLES = 3, 2  # the first one's pauses hold what happens only once
 CYCLE_SECONDS = 8.0  # of steps, longer than a save
-LEAST_STEPS = 5  # of a cycle
+LEAST_STEPS, MOST_STEPS = 5, 100  # of a cycle
 SLICE_BATCHES = 2  # of an evaluation
 WHOLE_STEP_SECONDS = 4.0  # a step that is expected to take longer is measured by a slice
 EXPECTED_SHARE = 0.4  # of the speed of a matrix product, before anything is measured
@@ -250,7 +250,10 @@ def _measure(
         expected /= config.slices * config.grad_accum_steps
         config = dataclasses.replace(config, batch_size=config.slice_size, grad_accum_steps=1, slices=1)
     cycles = 1 if brief else SLICE_CYCLES if sliced else CYCLES
-    interval = 1 if brief else min(max(round(CYCLE_SECONDS / expected), LEAST_STEPS), 100)
+    # the run's own number, which its step is compiled for, if that is enough
+    max_steps = max(config.max_steps, CYCLES * (LEAST_STEPS + 2) + 2)
+    most = min(MOST_STEPS, (max_steps - 2) // CYCLES - 2)
+    interval = 1 if brief else min(max(round(CYCLE_SECONDS / expected), LEAST_STEPS), most)
     intervals = [interval + apart for apart in range(3)]  # what one pause frees the next cannot always use
     batches = SLICE_BATCHES if sliced else max(-(-config.data.eval_windows // config.slice_size), 2)
     config = dataclasses.replace(
@@ -258,7 +261,7 @@ def _measure(
         eval_interval=intervals[0],
         generation_interval=intervals[1],
         save_interval=intervals[2],
-        max_steps=max(config.max_steps, cycles * intervals[-1] + 2),
+        max_steps=max_steps,
         init_from="",
         max_checkpoints=1,
         data=dataclasses.replace(config.data, eval_windows=batches * config.slice_size),

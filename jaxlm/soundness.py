@@ -46,6 +46,7 @@ GREEDY_SHARE = 4  # of that, in deviations of the logits: how much less likely t
 DRAWS = 16  # texts
 NEAR_TIE = 1 / DRAWS  # one draw may fall on the other side of a rounding
 TOP_K, TOP_P = 50, 0.9
+MICRO_BATCHES = 64  # of a step: an update is one of gradients seen before, as the last micro-batch's weigh little
 SPREAD = 2  # times the initial weights: as trained ones, they make attention choose and logits differ
 
 
@@ -126,7 +127,7 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
         config,
         batch_size=config.slice_size * slices,
         slices=slices,
-        grad_accum_steps=max(config.grad_accum_steps, 2),  # so that the gradients are there to be seen
+        grad_accum_steps=max(config.grad_accum_steps, MICRO_BATCHES),
     )
     state = _trained(config)
     return (*_random(config, device), *_sampling(config, device, state), *_training(config, device, state))
