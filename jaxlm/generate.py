@@ -11,6 +11,7 @@ from jaxlm.errors import RequestError
 from jaxlm.sampling import Choice, read, text_keys, write
 from jaxlm.tokenizer import Codec
 
+GPU_ROWS = 8  # of a product in bfloat16; those that lack are added here, once, not before each product
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
 
 
@@ -63,14 +64,15 @@ def generate(
     chunk = chunk or room
     chunks = -(-room // chunk)
     width = -(-int(lengths.max()) // PROMPT_BUCKET) * PROMPT_BUCKET
-    ids_BP = np.zeros((len(prompts), width), np.int32)
-    for row, ids in zip(ids_BP, prompts, strict=True):
+    rows = len(prompts) + (-len(prompts) % GPU_ROWS if jax.default_backend() == "gpu" else 0)
+    ids_BP = np.zeros((rows, width), np.int32)
+    for row, ids in zip(ids_BP, prompts, strict=False):
         row[width - len(ids) :] = ids
-    keys_B = text_keys(key, len(prompts))
-    texts = read(config, weights, ids_BP, lengths, keys_B, chunks * chunk)
+    lengths_B = np.pad(lengths, (0, rows - len(prompts)))
+    texts = read(config, weights, ids_BP, lengths_B, text_keys(key, rows), chunks * chunk)
     for index in range(chunks):
         texts, tokens_BN = write(config, weights, texts, choice, np.int32(end_of_text), chunk)
-        written = np.asarray(tokens_BN)[:, : room - index * chunk]
+        written = np.asarray(tokens_BN)[: len(prompts), : room - index * chunk]
         yield written
         if (written[:, -1] == end_of_text).all():
             return

@@ -4,7 +4,8 @@ The element-wise work behind the two largest products of a training step (exp be
 gate and up matrices) costs more in memory traffic than in arithmetic. Here it is done on each tile of the product
 while the tile is in registers. One kernel, `_product`, multiplies; what then happens to a tile is its argument.
 
-`swiglu` and `cross_entropy` compute what `layers.swiglu` and `loss.cross_entropy` do, from bfloat16, with float32 sums.
+`cross_entropy` computes what `loss.cross_entropy` does, `swiglu` what `layers.gated` does with its three products; from
+bfloat16, with float32 sums.
 """
 
 import functools

@@ -311,19 +311,9 @@ def _turned(x_ND: jax.Array) -> jax.Array:
     return x_ND.reshape(N // 16, 16, D // 16, 16).transpose(2, 3, 0, 1).reshape(D, N)
 
 
-def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, dtype: Any = None) -> jax.Array:
-    """(silu(x gate) * (x up)) down (Shazeer 2020).
-
-    Args:
-        x_BTD: [B, T, D].
-        gate_DF, up_DF: [D, F].
-        down_FD: [F, D].
-        dtype: as of `linear`.
-
-    Returns:
-        [B, T, D].
-    """
-    return linear(jax.nn.silu(linear(x_BTD, gate_DF, dtype)) * linear(x_BTD, up_DF, dtype), down_FD, dtype)
+def gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """silu(gate) * up, which SwiGLU has between its matrices (Shazeer 2020)."""
+    return jax.nn.silu(gate_BTF) * up_BTF
 
 
 def embed(ids_BT: jax.Array, embedding_VD: jax.Array) -> jax.Array:

@@ -15,8 +15,10 @@ them:
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,7 +30,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.loss import TILE, UNROLLED_TILE, cross_entropy
 
 Attend = Callable[..., tuple[jax.Array, Any]]
-ATTENTION = ("query", "key", "value")  # the matrices that attention's inputs come from
+JOINED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # what reads the same input
 
 
 class Cache(NamedTuple):
@@ -58,24 +60,22 @@ def near_normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array
     return jax.lax.map(draw, jax.random.split(key, shape[0]))
 
 
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of one block by name, and their inputs and outputs."""
+    D, F = config.width, config.hidden
+    KV = D // config.heads * (config.kv_heads or config.heads)
+    attention = {"query": (D, D), "key": (D, KV), "value": (D, KV), "output": (D, D)}
+    return attention | {"gate": (D, F), "up": (D, F), "down": (F, D)}
+
+
 def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
     """Draws the stacked parameters of all blocks.
 
     Matrices have a standard deviation of 0.02; the two output projections, which write to the residual stream, are
     smaller by sqrt(2 L) (GPT-2) or zero, as `config.output_init` says. Norm scales are 1.
     """
-    L, D, F = config.layers, config.width, config.hidden
-    KV = D // config.heads * (config.kv_heads or config.heads)
+    L, D, shapes = config.layers, config.width, matrix_shapes(config)
     output_std = 0.0 if config.output_init == "zero" else 0.02 / math.sqrt(2 * L)
-    shapes = {
-        "query": (D, D),
-        "key": (D, KV),
-        "value": (D, KV),
-        "output": (D, D),
-        "gate": (D, F),
-        "up": (D, F),
-        "down": (F, D),
-    }
     keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
     blocks = {
         name: near_normal(keys[name], (L, *shape), output_std if name in ("output", "down") else 0.02)
@@ -84,9 +84,20 @@ def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
     return blocks | {"attention_norm": jnp.ones((L, D)), "mlp_norm": jnp.ones((L, D))}
 
 
-def joined(p: Mapping[str, jax.Array]) -> jax.Array:
-    """One block's matrices for queries, keys and values side by side, [D, F]."""
-    return jnp.concatenate([p[name] for name in ATTENTION], axis=1)
+def joined(p: Mapping[str, jax.Array], name: str) -> jax.Array:
+    """The matrices of JOINED[name] of one block side by side, [D, F]."""
+    return jnp.concatenate([p[part] for part in JOINED[name]], axis=1)
+
+
+def projections(
+    p: Mapping[str, jax.Array], name: str, x_BTD: jax.Array, c: ModelConfig, join: bool = False
+) -> Sequence[jax.Array]:
+    """x times each matrix of JOINED[name]: by one product where they lie side by side in p, or if they shall."""
+    if name not in p and not join:
+        return [layers.linear(x_BTD, p[part], c.products) for part in JOINED[name]]
+    out_BTF = layers.linear(x_BTD, p[name] if name in p else joined(p, name), c.products)
+    widths = [matrix_shapes(c)[part][1] for part in JOINED[name]]
+    return jnp.split(out_BTF, list(accumulate(widths))[:-1], axis=-1)
 
 
 def block(
@@ -107,12 +118,7 @@ def block(
     B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
     fused = c.kernels == "fused" and kernels.fits(B * T)
-    if fused or "query_key_value" in p:
-        joined_DF = p["query_key_value"] if "query_key_value" in p else joined(p)
-        qkv_BTF = layers.linear(h_BTD, joined_DF, c.products)
-        qkv = jnp.split(qkv_BTF, [D, (D + qkv_BTF.shape[-1]) // 2], axis=-1)
-    else:
-        qkv = [layers.linear(h_BTD, p[name], c.products) for name in ATTENTION]
+    qkv = projections(p, "query_key_value", h_BTD, c, join=fused)
     q, k, v = (array.reshape(B, T, -1, D // c.heads) for array in qkv)
     q, k = layers.rope(q, table), layers.rope(k, table)
     if c.kv_heads:
@@ -123,7 +129,8 @@ def block(
     if fused:
         gated_BTD = kernels.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
     else:
-        gated_BTD = layers.swiglu(h_BTD, p["gate"], p["up"], p["down"], c.products)
+        act_BTF = layers.gated(*projections(p, "gate_up", h_BTD, c))
+        gated_BTD = layers.linear(act_BTF, p["down"], c.products)
     return x_BTD + gated_BTD, handed_on
 
 
@@ -267,16 +274,19 @@ def unstack(config: ModelConfig, params: Any) -> Any:
     """The parameters as `extend` reads them, so that no token pays for cutting, casting and turning them.
 
     Returns:
-        As `params`, but `blocks` is a tuple with the parameters of each, of which the three matrices behind attention
-        are one, `query_key_value`; and there is `head` [V, D]. Matrices are in the dtype of the computation and lie
-        turned, [F, D], as a CPU multiplies fastest with: it reads each row once, whole, and copies none.
+        As `params`, but `blocks` is a tuple with the parameters of each, in which the matrices that read the same input
+        are one (JOINED); and there is `head` [V, D], with rows of zeros up to a multiple of LANES. Matrices are in the
+        dtype of the computation and lie turned, [F, D], as a CPU multiplies fastest with: it reads each row once,
+        whole, and copies none.
     """
     blocks = []
     for layer in range(config.layers):
         p = {name: leaf[layer] for name, leaf in params["blocks"].items()}
-        p = {"query_key_value": joined(p)} | {name: leaf for name, leaf in p.items() if name not in ATTENTION}
-        blocks.append({name: leaf.astype(config.products).T if leaf.ndim == 2 else leaf for name, leaf in p.items()})
+        p |= {name: joined(p, name) for name in JOINED}
+        kept = [name for name in p if not any(name in parts for parts in JOINED.values())]
+        blocks.append({name: p[name].astype(config.products).T if p[name].ndim == 2 else p[name] for name in kept})
     head_VD = params.get("head", params["embedding"]).astype(config.products)
+    head_VD = jnp.pad(head_VD, ((0, -config.vocab_size % layers.LANES), (0, 0)))  # a GPU would do so for each token
     return params | {"blocks": tuple(blocks), "head": head_VD}
 
 
@@ -311,6 +321,7 @@ def extend(
     Returns:
         Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
     """
+    c = replace(c, kernels="plain")  # the fused ones read the matrices as training has them
     table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
     x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activations)
     # (0.4.34 turns such a product back, and may then fail to run it)
@@ -330,7 +341,7 @@ def extend(
         filled.append(both)
     x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
     logits_BV = layers.linear(x_BD.astype(jnp.float32), lying(weights["head"]), c.products)
-    return logits_BV, Cache(*zip(*filled, strict=True))
+    return logits_BV[:, : c.vocab_size], Cache(*zip(*filled, strict=True))
 
 
 def parameter_count(params: Any) -> int:

@@ -17,7 +17,7 @@ from jaxlm.model import Cache, empty_cache, extend
 
 counts_of_32_bits = partial(jax.threefry_partitionable, False)  # the other way to draw needs 64, which Metal lacks
 
-WAYS, ROUNDS = 8, 14  # of the search for a threshold, which ends with 2**-42 of the logits' range at the latest
+WAYS, ROUNDS = 8, 10  # of the search for a threshold, which ends with 2**-30 of the logits' range at the latest
 PARTS = 16  # of the vocabulary, counted in one expression: a CPU would write what a sum over it reads to memory first
 
 
@@ -186,7 +186,7 @@ def read(
         config: the model's sizes.
         weights: its parameters, as `model.unstack` gives them.
         ids_BP: prompts, each at the right end of its row; what stands left of them does not matter.
-        lengths_B: tokens in each prompt, 1 to P.
+        lengths_B: tokens in each prompt, 0 to P; with none it is no text, and has ended.
         keys_B: one random key a text.
         new_slots: how many tokens `write` may add in all.
 
@@ -201,7 +201,7 @@ def read(
     visible_BPS = (slots_S[None, None] <= slots_P[None, :, None]) & (slots_S[None, None] >= first_B[:, None, None])
     cache = empty_cache(config, B, P + new_slots)
     logits_BV, cache = extend(config, weights, ids_BP, positions_BP, cache, jnp.int32(0), visible_BPS)
-    return Texts(cache, logits_BV, jnp.int32(P), first_B, jnp.zeros(B, bool), keys_B)
+    return Texts(cache, logits_BV, jnp.int32(P), first_B, lengths_B == 0, keys_B)
 
 
 @partial(jax.jit, static_argnames="config")

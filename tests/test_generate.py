@@ -51,6 +51,14 @@ def test_a_text_is_the_same_alone(small_model, both):
     np.testing.assert_array_equal(alone[0], both[0])
 
 
+def test_rows_added_for_a_gpu_change_no_text_and_delay_no_end(small_model, both, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    [tokens] = pieces(small_model, [SHORT, LONG])
+    np.testing.assert_array_equal(tokens, both)
+    first = int(tokens[0, 0])
+    assert [chunk.shape for chunk in pieces(small_model, [SHORT], end_of_text=first, chunk=3)] == [(1, 3)]
+
+
 def test_keys_and_values_that_heads_share_are_remembered_like_others(small_shared_model):
     config, params = small_shared_model
     [tokens] = pieces(small_shared_model, [LONG, SHORT], choice=GREEDY)

@@ -195,9 +195,13 @@ def test_attention_of_bfloat16_takes_its_softmax_in_float32():
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(4, 7), (1, 1)])
-def test_swiglu(width, hidden):
+def test_gated_between_its_products(width, hidden):
     arrays = draw(2, 3, width), draw(width, hidden, seed=1), draw(width, hidden, seed=2), draw(hidden, width, seed=3)
-    assert_matches(layers.swiglu, swiglu_64, *arrays)
+
+    def swiglu(x, gate, up, down):
+        return layers.linear(layers.gated(layers.linear(x, gate), layers.linear(x, up)), down)
+
+    assert_matches(swiglu, swiglu_64, *arrays)
 
 
 def test_linear():
