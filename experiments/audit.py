@@ -34,6 +34,7 @@ from jaxlib.mlir.dialects import stablehlo
 import jaxlm
 from configs import m2_60m
 from jaxlm import backend
+from jaxlm.backend import WRONG_FROM
 from jaxlm.checksum import checksums
 from jaxlm.config import Config, from_config_dict
 from jaxlm.generate import PROMPT_BUCKET
@@ -42,7 +43,6 @@ from jaxlm.sampling import as_choice, read, text_keys, write_one
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
-WIDEST = 32_767  # from so many contracted numbers on, MPSGraph's products on M1 and M2 read past their operands
 NUMBERS = {"METAL": {"f32", "i32", "ui32", "i1"}, "mps": {"f32", "f16", "bf16", "i32", "ui32", "i1"}}
 CONDITIONAL = "a conditional: those that hand operands through are not converted (jax-ml/jax#21601)"
 AVOIDED = {
@@ -149,8 +149,8 @@ def violations(operation: Any, platform: str) -> Iterator[Violation]:
     elif name == "dot_general":
         numbers = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
         sizes = [operation.operands[0].type.shape[axis] for axis in numbers.lhs_contracting_dimensions]
-        if math.prod(sizes) >= WIDEST:
-            reasons.append(f"contracts {math.prod(sizes):,} numbers, {WIDEST:,} or more (pytorch/pytorch#195163)")
+        if math.prod(sizes) >= WRONG_FROM:
+            reasons.append(f"contracts {math.prod(sizes):,} numbers, {WRONG_FROM:,} or more (pytorch/pytorch#195163)")
         if len(sizes) > 1 and numbers.lhs_batching_dimensions:
             reasons.append("a batched product with two contracted axes (jax-ml/jax#20114)")
     for reason in reasons:

@@ -32,6 +32,11 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
 APPLE = ("mps", "METAL")  # the platforms, by jax's names, that compute on an Apple GPU
 _ALSO_APPLE = ("metal", "mtl", "iree_metal")  # those of other plugins
+_MLX = {  # what jax-mps and the library below it read as they load, unless whoever started us has set it
+    "JAX_MPS_CACHE_LIMIT_BYTES": str(256 * 10**6),  # of freed buffers kept; without it they may fill the shared memory
+    "MLX_ENABLE_TF32": "0",  # soundness allows 0.001 in float32, and TF32's products are rounded to as much
+}
+WRONG_FROM = 32_767  # from so many contracted numbers on, products on M1 and M2 read past their operands
 
 
 def start(platform: str, deterministic: bool = False) -> jax.Device:
@@ -52,8 +57,14 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     given = os.environ.get("XLA_FLAGS", "").split()
     # each once, though a process that did this has started this one: what is compiled is kept under these words
     os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in given), *given])
+    for name, value in _MLX.items():
+        os.environ.setdefault(name, value)
     by_environment = jax.config.jax_platforms if platform == "auto" else None  # type: ignore[attr-defined]
-    names = by_environment or plugins.choose(platform)
+    if by_environment:
+        plugins.refuse_unfit(by_environment)
+        names, plugin = by_environment, ""
+    else:
+        names, plugin = plugins.choose(platform)
     if "cpu" not in names.split(","):
         names += ",cpu"  # which draws the parameters
     jax.config.update("jax_platforms", names)
@@ -61,11 +72,11 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
         device = jax.devices()[0]
     except RuntimeError as error:
         reason = str(error).split(". ")[0].splitlines()[0]
-        if by_environment or platform != "auto":
+        if platform != "auto" or not plugin:
             raise RequestError(
                 f"platform {by_environment or platform} does not start ({reason}): try --config.platform=cpu"
             ) from error
-        print(f"Computing without {names.split(',')[0]}, which does not start any more ({reason})", file=sys.stderr)
+        print(f"Computing without {plugin}, which does not start any more ({reason})", file=sys.stderr)
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
     if platform not in ("auto", "cpu") and device in jax.devices("cpu"):
@@ -121,8 +132,18 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
     GPU.
 
     Raises:
-        RequestError: cuDNN or the fused kernels are asked for where they do not fit.
+        RequestError: cuDNN or the fused kernels are asked for where they do not fit, or an Apple GPU would go wrong.
     """
+    if on_apple(device):
+        for name in ("context", "width", "hidden"):
+            if getattr(model, name) >= WRONG_FROM:
+                raise RequestError(
+                    f"an Apple GPU computes sums over {WRONG_FROM:,} or more products wrong: set model.{name} lower"
+                )
+    if device.platform == "METAL" and model.dtype in ("bfloat16", "mixed"):
+        raise RequestError(
+            f"jax-metal computes nothing in bfloat16, as model.dtype {model.dtype} would: set it to float32"
+        )
     on_cuda = device.platform == "gpu"
     loops = ("unrolled" if on_apple(device) else "compiled") if model.loops == "auto" else model.loops
     dtype = ("bfloat16" if on_cuda else "float32") if model.dtype == "auto" else model.dtype
@@ -162,7 +183,13 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
         divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         fit = [n for n in divisors if config.batch_size // n * model.context <= SLICE_TOKENS]
         slices = min(fit, default=config.batch_size)
-    return dataclasses.replace(config, slices=slices, model=model)
+    config = dataclasses.replace(config, slices=slices, model=model)
+    if on_apple(device) and config.slice_size * model.context >= WRONG_FROM:
+        raise RequestError(
+            f"an Apple GPU computes sums over {WRONG_FROM:,} or more products wrong, and a gradient is one over the"
+            f" {config.slice_size * model.context:,} tokens of a slice: set more slices, or 0"
+        )
+    return config
 
 
 def available_memory(device: jax.Device) -> int:

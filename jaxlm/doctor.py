@@ -25,8 +25,8 @@ from jaxlm.trial import attempt
 
 PRESET = Path(__file__).parent.parent / "configs" / "m2_60m.py"
 LIMIT = 3600.0  # seconds for one part
-LAST_LINES = 30  # of a part that fails
-DISTRIBUTIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-dtypes")
+LAST_LINES = 200  # of a part that fails: the check's whole table too
+DISTRIBUTIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-dtypes")
 
 
 def main(argv: list[str]) -> None:

@@ -95,6 +95,8 @@ def _advice(report: dict[str, Any]) -> str:
 
 def _speed_lines(report: dict[str, Any]) -> Iterator[Table | str]:
     speed = report["speed"]
+    if why := report["not_sound_because"]:
+        yield f"A run would be refused: {why}"
     if not speed:
         why = report["not_measured_because"]
         yield f"Speed: not measured ({why})" if why else "Speed: not measured; without --no-measure it is"

@@ -40,26 +40,30 @@ def make_plan(config: Config, workdir: Path, measured: bool, show: Show) -> dict
 
     Raises:
         RequestError: the device does not start, or does not take the settings.
-        RunError: the device computes wrong, or runs out of memory compiling.
+        RunError: the device runs out of memory compiling.
     """
     device = backend.start(config.platform, config.deterministic)
     config = backend.resolve_run(config, device)
     train, val = (_tokens_in(data_directory(config) / name) for name in (TRAIN, VAL))
     available = backend.available_memory(device)
     memory = known_memory(config, device, show)
-    key, problem, found = measure.key(config, device), "", None
+    key, problem, unsound, found = measure.key(config, device), "", "", None
     if known := cache.recall("measured", key):
         found = Measured(**known)
     elif measured and memory.total > available:
         problem = "it does not fit"
     elif measured:
         if device.platform != "cpu":
-            soundness.require(config, device)  # as a run would, whose time this is not
+            try:
+                soundness.require(config, device)  # as a run would, whose time this is not
+            except RunError as error:
+                unsound = str(error)
         try:
             found = measure.measure(
                 config, device, _existing(workdir), lambda share: show("measuring a short run", share)
             )
-            cache.remember("measured", key, dataclasses.asdict(found))
+            if not unsound:
+                cache.remember("measured", key, dataclasses.asdict(found))
         except RunError as error:
             problem = str(error)
     by_part = estimate.parameters_by_part(config.model)
@@ -89,6 +93,7 @@ def make_plan(config: Config, workdir: Path, measured: bool, show: Show) -> dict
         "setting": better_setting(config, device, available - process, memory, show),
         "speed": None,
         "not_measured_because": problem or None,
+        "not_sound_because": unsound or None,
     }
     if found:
         val_windows = -(-(val - 1) // config.model.context) if val else 0

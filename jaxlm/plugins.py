@@ -18,8 +18,7 @@ LIMIT = 120.0  # seconds for a plugin to start, compile and compute a small mode
 
 _GROUP = "jax_plugins"  # what jax itself looks under
 _NAMES = {"cuda": ("cuda",), "mps": ("mps",), "metal": ("metal", "mtl")}  # a platform's, in the names of its plugins
-_METAL_PIN = "jax==0.4.34 jaxlib==0.4.34"
-_METAL_OLDEST, _METAL_NEWEST = (0, 4, 34), (0, 5, 0)
+_METAL_JAX = "0.4.34"  # beside a newer one, jax-metal asks for ENABLE_PJRT_COMPATIBILITY=1
 
 
 class Unfit(Exception):
@@ -59,11 +58,14 @@ def _platform_of(name: str) -> str:
     return fitting[0] if fitting else ""
 
 
-def choose(platform: str) -> str:
-    """The platform to compute on, by jax's name for it, and the CPU's where no plugin is fit, after a line on stderr.
+def choose(platform: str) -> tuple[str, str]:
+    """The platform to compute on, the CPU's where no plugin is fit, after a line on stderr.
 
     Args:
         platform: auto, cpu, or the platform whose plugin is the only one that will do.
+
+    Returns:
+        jax's name for the platform, and that of its plugin with all versions; empty for the CPU's.
 
     Raises:
         RequestError: the platform that is named has no plugin here, or an unfit one.
@@ -75,17 +77,32 @@ def choose(platform: str) -> str:
             try:
                 name = try_out(plugin)
             except Unfit as error:
-                reasons.append(f"{plugin} (with jax {version_of('jax')}, jaxlib {version_of('jaxlib')}), which {error}")
+                reasons.append(f"{_with_versions(plugin)}, which {error}")
             else:
                 _tell(reasons)
                 leave_out(other for other in found if other != plugin)
-                return name
+                return name, _with_versions(plugin)
     if platform not in ("auto", "cpu"):
         reason = "; ".join(reasons) or f"platform {platform} is not here: install its plugin"
         raise RequestError(f"{reason}, or try --config.platform=auto")
     _tell(reasons)
     leave_out(found)
-    return "cpu"
+    return "cpu", ""
+
+
+def refuse_unfit(names: str) -> None:
+    """Raises RequestError if a plugin of these platforms, jax's names with commas between them, is not made for jax."""
+    platforms = [_platform_of(name) for name in names.split(",")]
+    for plugin in installed():
+        if plugin.platform in platforms:
+            try:
+                check_versions(plugin)
+            except Unfit as error:
+                raise RequestError(f"{_with_versions(plugin)}, which JAX_PLATFORMS names, {error}") from error
+
+
+def _with_versions(plugin: Plugin) -> str:
+    return f"{plugin} (with jax {version_of('jax')}, jaxlib {version_of('jaxlib')})"
 
 
 def _tell(reasons: list[str]) -> None:
@@ -120,14 +137,14 @@ def try_out(plugin: Plugin, anew: bool = False) -> str:
 
 
 def check_versions(plugin: Plugin) -> None:
-    """Raises Unfit if the plugin is Apple's and jax is none that it works with, which its metadata does not say."""
+    """Raises Unfit if the plugin is Apple's and jax is not the one that it is made for, which no pip sees to."""
     if plugin.distribution != "jax-metal":
         return
     for name in ("jax", "jaxlib"):
-        numbers = tuple(int(part) for part in version_of(name).split(".")[:3] if part.isdigit())
-        if not _METAL_OLDEST <= numbers <= _METAL_NEWEST:
+        if version_of(name) != _METAL_JAX:
             raise Unfit(
-                f"works with jax 0.4.34 to 0.5.0: have {_METAL_PIN} by pip install -e '.[metal]', or take jax-mps"
+                f"is made for jax {_METAL_JAX}: have jax=={_METAL_JAX} jaxlib=={_METAL_JAX} by"
+                " pip install -e '.[metal]', or take jax-mps"
             )
 
 

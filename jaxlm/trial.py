@@ -29,12 +29,13 @@ def attempt(arguments: Sequence[str], limit: float, changes: Mapping[str, str] |
         )
         try:
             status = child.wait(limit)
-            ended = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-            failure = f"crashes: its process ended {ended}" if status else ""
+            failure = f"ended with status {status}" if status else ""
+            if status < 0:
+                failure = f"crashes: its process ended by {signal.Signals(-status).name}"
         except subprocess.TimeoutExpired:
             failure = f"hangs: no end after {limit:g} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # none is left; on macOS a group of zombies may not be signalled
                 os.killpg(child.pid, signal.SIGKILL)  # and what it started
             with contextlib.suppress(subprocess.TimeoutExpired):  # the system may be stuck in the driver
                 child.wait(1)

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from tiny_run import is_one_line
 
 from jaxlm import backend
 from jaxlm.backend import APPLE, SLICE_TOKENS, available_memory, resolve_run
 from jaxlm.config import Config, ModelConfig
+from jaxlm.errors import RequestError
 
 PROGRAM = """
 import warnings, jax, jax.numpy as jnp
@@ -97,6 +99,48 @@ def test_an_apple_gpu_takes_a_sequence_at_a_time_recomputes_nothing_and_gets_no_
     told = resolve_run(Config(slices=8, model=ModelConfig(loops="compiled")), device)
     assert (told.slices, told.model.remat, told.model.loops) == (8, True, "compiled")
     assert resolve_run(Config(), jax.devices("cpu")[0]).model.loops == "compiled"
+
+
+@pytest.mark.parametrize("platform", APPLE)
+def test_sums_that_an_apple_gpu_computes_wrong_are_refused_by_the_setting_to_change(platform):
+    device, cpu = SimpleNamespace(platform=platform), jax.devices("cpu")[0]
+
+    def run(**sizes):
+        slices = sizes.pop("slices", 1)
+        return Config(batch_size=7, slices=slices, model=ModelConfig(**{"context": 31, "heads": 1} | sizes))
+
+    for wrong, setting in (
+        (run(context=4681), "slices"),  # 7 x 4681
+        (run(width=32768), "model.width"),
+        (run(hidden=32767), "model.hidden"),
+        (run(context=32767, slices=7), "model.context"),
+    ):
+        with pytest.raises(RequestError, match=rf"32,767 .* set .*{setting}") as caught:
+            resolve_run(wrong, device)
+        assert is_one_line(caught.value)
+        assert resolve_run(wrong, cpu).model.loops == "compiled"
+    for right in (run(context=4680), run(width=32764), run(hidden=32766), run(context=32766, slices=7)):
+        resolve_run(right, device)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+def test_jax_metal_is_asked_for_nothing_in_bfloat16(dtype):
+    config = Config(model=ModelConfig(dtype=dtype))
+    with pytest.raises(RequestError, match="set it to float32") as caught:
+        resolve_run(config, SimpleNamespace(platform="METAL"))
+    assert is_one_line(caught.value)
+    assert resolve_run(config, SimpleNamespace(platform="mps")).model.dtype == dtype
+
+
+@pytest.mark.parametrize("set_before", [None, "1"])
+def test_jax_mps_keeps_few_freed_buffers_and_rounds_no_float32_unless_it_is_told_to(monkeypatch, set_before):
+    for name in ("JAX_MPS_CACHE_LIMIT_BYTES", "MLX_ENABLE_TF32"):
+        monkeypatch.setenv(name, set_before or "")
+        if set_before is None:
+            monkeypatch.delenv(name)
+    backend.start("cpu")
+    assert os.environ["MLX_ENABLE_TF32"] == (set_before or "0")
+    assert os.environ["JAX_MPS_CACHE_LIMIT_BYTES"] == (set_before or "256000000")
 
 
 @pytest.mark.parametrize("remat", [True, False])

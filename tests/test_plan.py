@@ -6,6 +6,7 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +136,23 @@ def test_a_short_run_that_fails_leaves_the_rest_of_the_plan(capsys, monkeypatch)
     assert report["not_measured_because"] == "no room"
     plan.main(TINY)
     assert "not measured (no room)" in capsys.readouterr().out
+
+
+def test_the_speed_of_a_device_that_computes_wrong_is_measured_and_not_remembered(monkeypatch, tmp_path, found):
+    def refuse(*arguments):
+        raise RunError("an M2 computes wrong numbers")
+
+    device = SimpleNamespace(platform="mps", device_kind="an M2", client=SimpleNamespace(platform_version="1"))
+    monkeypatch.setattr(backend, "start", lambda *arguments: device)
+    monkeypatch.setattr(planning, "known_memory", lambda *arguments: Memory(1, 2, 3, 4, 5, 6))
+    monkeypatch.setattr(planning, "better_setting", lambda *arguments: None)
+    monkeypatch.setattr(soundness, "require", refuse)
+    config = from_config_dict(m2_60m.get_config())
+    for _ in range(2):
+        report = planning.make_plan(config, tmp_path, True, lambda *_: None)
+        assert report["speed"]["measured_tokens_per_step"] == 4 * 1024
+        assert "A run would be refused: an M2 computes wrong numbers" in plan_tables.tables(report, datetime.now())
+    assert len(found) == 2
 
 
 def test_what_does_not_fit_is_not_run_and_the_setting_that_fits_is_named(capsys, monkeypatch, found):

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from jaxlm import plugins
+from jaxlm import backend, plugins
 from jaxlm.errors import RequestError
 from jaxlm.plugins import Plugin, Unfit, check_versions, choose, installed
 
@@ -43,7 +44,7 @@ UNFIT = {
     "initialize": (BEFORE_INITIALIZING, BEFORE_INITIALIZING + "    raise OSError('no\\nMetal')\n", "OSError: no Metal"),
     "start": (START, "    raise RuntimeError('no queue')", "RuntimeError: .*no queue"),
     "no device": (BEFORE_INITIALIZING, BEFORE_INITIALIZING + "    return\n", "finds no device"),
-    "exit": (START, "    print('lost\\n\\n', flush=True); os._exit(3)", "crashes: .* with status 3 after 'lost'"),
+    "exit": (START, "    print('lost\\n\\n', flush=True); os._exit(3)", "which ended with status 3 after 'lost'"),
     "exit, 0": (START, "    os._exit(0)", "crashes: no answer"),
     "segmentation fault": (START, "    os.kill(os.getpid(), signal.SIGSEGV)", "crashes: .* by SIGSEGV"),
     "wrong logits": (START, f"    compute_instead(lax.rsqrt_p, lambda x, **_: 1.1 / lax.sqrt(x))\n{START}", "logits"),
@@ -103,7 +104,7 @@ def start(platform: str, tmp_path: Path, limit: float = 600) -> tuple[str, str]:
 def test_nothing_is_run_where_there_is_no_plugin(monkeypatch, capsys):
     monkeypatch.setattr(plugins, "installed", lambda: [])
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert choose("auto") == choose("cpu") == "cpu"
+    assert choose("auto") == choose("cpu") == ("cpu", "")
     assert capsys.readouterr() == ("", "")
     for platform in ("cuda", "mps", "metal"):
         with pytest.raises(RequestError, match=f"{platform} is not here"):
@@ -181,25 +182,24 @@ def test_the_first_fit_plugin_is_taken_and_unfit_ones_are_tried_anew(monkeypatch
     monkeypatch.setattr(plugins, "probe", probe)
     monkeypatch.setattr(plugins, "check_versions", lambda plugin: None)
     for _ in range(2):
-        assert choose("auto") == "MPS"
+        assert choose("auto")[0] == "MPS"
         assert "Computing without jax-cuda 1" in capsys.readouterr().err
-    assert choose("metal") == "METAL"
+    assert choose("metal")[0] == "METAL"
     with pytest.raises(RequestError, match=r"jax-cuda 1 .* finds no device"):
         choose("cuda")
     assert tried == [cuda, mps, cuda, metal, cuda]
 
 
-@pytest.mark.parametrize("version", ["0.4.34", "0.4.38", "0.5.0"])
-def test_jax_metal_may_try_what_it_works_with(install, version):
-    install("jax", version)
-    install("jaxlib", version)
+def test_jax_metal_may_try_what_it_is_made_for(install):
+    install("jax", "0.4.34")
+    install("jaxlib", "0.4.34")
     assert check_versions(Plugin("jax_plugins.metal_plugin", "metal", "jax-metal", "0.1.1")) is None
 
 
-OTHERS = ["0.4.33", "0.5.1", "0.10.2", "1.0"]
+OTHERS = ["0.4.33", "0.4.35", "0.5.0", "0.10.2", "1.0"]
 
 
-@pytest.mark.parametrize(("jax", "jaxlib"), [*zip(OTHERS, OTHERS, strict=True), ("0.4.34", "0.5.1")])
+@pytest.mark.parametrize(("jax", "jaxlib"), [*zip(OTHERS, OTHERS, strict=True), ("0.4.34", "0.4.35")])
 def test_jax_metal_is_refused_beside_any_other_jax(install, monkeypatch, jax, jaxlib):
     install("jax-metal", "0.1.1", "metal_plugin")
     install("jax", jax)
@@ -210,3 +210,30 @@ def test_jax_metal_is_refused_beside_any_other_jax(install, monkeypatch, jax, ja
     ) as caught:
         choose("metal")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_jax_metal_is_refused_where_the_environment_names_its_platform_too(install, monkeypatch):
+    install("jax-metal", "0.1.1", "metal_plugin")
+    install("jax", "0.10.2")
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "METAL")
+    try:
+        with pytest.raises(
+            RequestError, match=r"jax-metal 0\.1\.1 \(with jax 0\.10\.2,.*JAX_PLATFORMS.* jax==0\.4\.34"
+        ):
+            backend.start("auto")
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_a_plugin_that_was_fit_and_does_not_start_is_named_with_the_versions(install, tmp_path):
+    broken = tmp_path / "broken"
+    failing = f"    if os.path.exists({str(broken)!r}):\n        raise RuntimeError('no queue')\n{START}"
+    install("jax-mps", "0.10.11", "mps", SOUND.replace(START, failing))
+    assert start("auto", tmp_path) == ("True 3\n", "")
+    broken.touch()
+    out, err = start("auto", tmp_path)
+    assert out == "False 3\n"
+    version = plugins.version_of("jax")
+    assert f"Computing without jax-mps 0.10.11 (with jax {version}, jaxlib {version}), which does not start" in err
+    assert "no queue" in err
