@@ -3,7 +3,7 @@
     python -m jaxlm.main --config configs/m2_60m.py
 
 59,294,720 parameters; 50,000 steps of 65,536 tokens, 3.28 billion in all. A token costs about 0.38 GFLOP forward and
-backward (0.44 with what an Apple GPU recomputes). As computed, not promised: at the 2,500 to 3,000 tokens a second that
+backward (0.44 where blocks are recomputed). As computed, not promised: at the 2,500 to 3,000 tokens a second that
 this machine is hoped to reach, a step takes 22 to 26 s and the run 13 to 15 days; at 5,000 it takes 8. Nobody has run
 it on a Mac yet.
 

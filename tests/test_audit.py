@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import jaxlm
-from experiments.audit import CONVERTED, audit, lowered, operations, preset, violations
+from experiments.audit import CONVERTED, audit, looked_at, preset
 from experiments.memory import on_apple
 from jaxlm.backend import APPLE, WRONG_FROM
 from jaxlm.checkpoint import checkpoint_bytes
@@ -20,8 +20,7 @@ from jaxlm.step import init_state, make_train_step
 
 
 def found(function, *arguments, platform="METAL"):
-    module = lowered(jax.jit(function), arguments, platform)
-    return [violation for op in operations(module.operation) for violation in violations(op, platform)]
+    return looked_at(jax.jit(function), arguments, platform)[1]
 
 
 def array(*shape, dtype=jnp.float32):
@@ -92,6 +91,13 @@ def test_what_both_can_do_is_let_through():
     assert not found(lambda x: jnp.einsum("BTD,BSD->BTS", x, x), array(2, 3, 4))
     assert not found(lambda x: lax.fori_loop(0, 9, lambda _, y: y * y, x), array(3), platform="mps")
     assert not found(lambda x: x + x, array(3, dtype=jnp.bfloat16), platform="mps")
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="this jax writes it in StableHLO")
+def test_what_reaches_a_plugin_whole_is_found_where_it_has_no_converter():
+    assert {violation.operation for violation in found(lax.acos, array(3), platform="mps")} == {"chlo.acos"}
+    assert not found(lax.acos, array(3), platform="METAL")
+    assert not found(lax.square, array(3), platform="METAL")
 
 
 @pytest.mark.parametrize("platform", APPLE)
