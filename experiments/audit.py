@@ -8,7 +8,8 @@ compiled or computed. `apple_operations.json` lists what each plugin converts. C
 jaxlib's own pass first, as XLA does before it hands a program to any plugin (SerializeUsingVersionedStablehlo in its
 pjrt/mlir_to_hlo.cc), but for the operations that XLA hands on whole, `WHOLE`: those the plugin must list. So
 chlo.square, all the CHLO that there is here (under jax 0.10.2; under 0.4.34 there is none), is a product when it
-reaches METAL, whose list lacks it. A violation names the line of jaxlm that it comes from; the program ends with 1 if there is one.
+reaches METAL, whose list lacks it. A violation names the line of jaxlm that it comes from; the program ends with 1 if
+there is one.
 
 jax-mps registers lowerings of its own in Python, which run on Linux too:
 
@@ -192,12 +193,13 @@ def line_of(operation: Any) -> str:
 def audit(config: Config, platform: str) -> Iterator[tuple[str, Counter[str], list[Violation]]]:
     """Of each program its name, how many there are of each operation, and the violations."""
     for name, parts in programs(config).items():
-        seen = [looked_at(*part, platform) for part in parts]
-        yield (
-            name,
-            sum((counts for counts, _ in seen), Counter()),
-            [violation for _, wrong in seen for violation in wrong],
-        )
+        counts: Counter[str] = Counter()
+        found: list[Violation] = []
+        for part in parts:
+            more, wrong = looked_at(*part, platform)
+            counts += more
+            found += wrong
+        yield name, counts, found
 
 
 def use_lowerings_of_jax_mps() -> None:
