@@ -10,12 +10,15 @@ refuses, or takes what then does not hold (the `_take_` functions). What makes a
 import argparse
 import contextlib
 import io
+import itertools
+import multiprocessing
 import re
 import signal
 import sys
 import tempfile
 import traceback
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -98,10 +101,11 @@ def main(argv: list[str]) -> int:
         print(*(f"{details}{verdict}: {reason}" for verdict, reason, details in tried), sep="\n\n")
         return int("failed" in {verdict for verdict, _, _ in tried})
     cases: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for index in range(args.cases):
-        kind, number = list(KINDS)[index % len(KINDS)], index // len(KINDS)
-        verdict, reason, _ = try_case(args.seed, kind, number)
-        cases[kind, verdict][reason].append(f"{kind}:{number}")
+    names = [(list(KINDS)[index % len(KINDS)], index // len(KINDS)) for index in range(args.cases)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        verdicts = pool.map(try_case, itertools.repeat(args.seed), *zip(*names, strict=True), chunksize=100)
+        for (kind, number), (verdict, reason, _) in zip(names, verdicts, strict=True):
+            cases[kind, verdict][reason].append(f"{kind}:{number}")
     print("kind      |    cases | accepted |  refused |   failed | messages")
     for kind in KINDS:
         counts = [sum(map(len, cases[kind, verdict].values())) for verdict in ("accepted", "refused", "failed")]

@@ -49,12 +49,13 @@ def better_setting(
     """The fastest slices and remat that fit `room` bytes, if they are not those of `config`; None if they are.
 
     Without recomputation comes before with it, and fewer slices before more. On anything but an NVIDIA GPU, more at a
-    time is not faster: there it is looked for only when `config` does not fit. "fits" is False when nothing does.
+    time is not faster: there fewer slices are looked for only when `config` does not fit. "fits" is False when nothing
+    does.
     """
     fits = memory.total <= room
-    if fits and device.platform != "gpu":
-        return None
     divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    if fits and device.platform != "gpu":
+        divisors = [config.slices]
     for remat, slices in [(remat, slices) for remat in (False, True) for slices in divisors]:
         if fits and (remat, slices) == (config.model.remat, config.slices):
             return None

@@ -139,6 +139,7 @@ def main(argv: list[str]) -> None:
     def ready(compiled: Any, step: int) -> str:
         if not force:
             check_memory(resolved, device, compiled)
+        durable.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
         return in_short(resolved, device, workdir, compiled, step)
 
     try:
@@ -147,7 +148,6 @@ def main(argv: list[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir):
             training = Run(resolved, workdir, tokens, device, ready)
-            durable.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
             training.train()
     except OSError as error:
         raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error

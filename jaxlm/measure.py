@@ -130,7 +130,7 @@ def seconds(config: Config, m: Measured, val_windows: int) -> Seconds:
     """
     step = m.step
     if m.update:
-        step = config.grad_accum_steps * (config.slices * (m.step - m.update) + m.update)
+        step = config.grad_accum_steps * (config.slices * max(m.step - m.update, 0.0) + m.update)
     counts = [windows for windows in (config.data.eval_windows, val_windows) if windows] or [1]
     batches, all_batches = (-(-count // config.slice_size) for count in (min(counts), val_windows or min(counts)))
     return Seconds(

@@ -64,14 +64,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument(
-        "--measure", action=argparse.BooleanOptionalAction, default=True, help="run some steps to know the speed"
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="run some steps to know the speed, even if it is remembered; or never (default: if it is not remembered)",
     )
     parser.add_argument("--check", action="store_true", help="see whether this machine computes right, instead")
     args, rest = parser.parse_known_args(argv)
     config, workdir = read_config(rest)
-    if args.check:
-        check(config, args.json)
-        return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the short run's process needs the memory
 
     import jax
@@ -79,8 +78,13 @@ def main(argv: list[str]) -> None:
     from jaxlm.planning import make_plan  # only now, as in jaxlm.main
 
     try:
+        if args.check:
+            check(config, args.json)
+            return
         with _progress() as show:
             report = make_plan(config, workdir, args.measure, show)
+    except OSError as error:
+        raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
     except jax.errors.JaxRuntimeError as error:
         raise RunError(f"the device failed ({str(error).splitlines()[0]}): set model.remat and slices") from error
     if args.json:

@@ -19,6 +19,14 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
 
 
+def date_text(now: datetime, seconds: float) -> str:
+    """When so many seconds will have passed."""
+    try:
+        return (now + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M")
+    except OverflowError:
+        return "a year beyond 9999"
+
+
 def tables(report: dict[str, Any], now: datetime) -> Iterator[Table | str]:
     """The plan for a person: tables and lines of at most 80 columns."""
     machine, model, memory = report["machine"], report["model"], report["memory"]
@@ -88,7 +96,7 @@ def _advice(report: dict[str, Any]) -> str:
     if setting is None:
         return "Slices and remat are as they should be."
     if not setting["fits"]:
-        return "It fits with no slices and no remat: choose a smaller model, context or batch_size."
+        return "No slices and no remat make it fit: choose a smaller model, context or batch_size."
     flags = f"--config.slices={setting['slices']} --config.model.remat={str(setting['remat']).lower()}"
     return f"{'There is room to be faster' if fits else 'To fit'}: {flags} ({gb(setting['arrays_bytes'])} of arrays)."
 
@@ -142,7 +150,7 @@ def _schedule_lines(schedule: dict[str, Any], now: datetime) -> Iterator[Table |
         span = f"{kept[0]:,} to {kept[-1]:,}" if kept else "none yet"
         rows += [(f"{row[unit]:,}", f"{row['step']:,}", f"{row['tokens'] / 1e6:,.1f}", span)]
     yield _table("Timeline", rows, (unit, "step", "million tokens", "checkpoints"))
-    when = [(now + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M") for seconds in (total, fast, slow)]
+    when = [date_text(now, seconds) for seconds in (total, fast, slow)]
     yield f"{schedule['steps']:,} steps take {duration(total)}: begun now, until {when[0]}."
     yield (
         f"As steps varied, and with {schedule['others_share']:.0%} for heat and other programs:\n"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxlm.fit import Show, better_setting, known_memory, memory_at_hand, proces
 from jaxlm.main import data_directory
 from jaxlm.measure import Measured
 from jaxlm.monitor import duration
-from jaxlm.plan_tables import gb, seconds_text
+from jaxlm.plan_tables import date_text, gb, seconds_text
 from jaxlm.resume import RECORD_BYTES
 from jaxlm.tokens import TOKEN_DTYPE, TRAIN, VAL
 
@@ -29,13 +29,13 @@ PROMISED_STEP_SECONDS, PROMISED_DAYS, PROMISED_RATE = 26, (8, 9), (2500, 3000)
 PROMISED_AT_DAY_9 = 29_700
 
 
-def make_plan(config: Config, workdir: Path, measured: bool, show: Show) -> dict[str, Any]:
+def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) -> dict[str, Any]:
     """All that is known of a run before its first step: numbers with their units in the keys, None for what is not.
 
     Args:
         config: as `read_config` gives it.
         workdir: where the run would write; need not exist.
-        measured: do a short run where none is remembered.
+        measured: do a short run; None: where none is remembered.
         show: hears what is being done and which share of it is.
 
     Raises:
@@ -48,11 +48,11 @@ def make_plan(config: Config, workdir: Path, measured: bool, show: Show) -> dict
     available = backend.available_memory(device)
     memory = known_memory(config, device, show)
     key, problem, unsound, found = measure.key(config, device), "", "", None
-    if known := cache.recall("measured", key):
+    if not measured and (known := cache.recall("measured", key)):
         found = Measured(**known)
-    elif measured and memory.total > available:
+    elif measured is not False and memory.total > available:
         problem = "it does not fit"
-    elif measured:
+    elif measured is not False:
         if device.platform != "cpu":
             try:
                 soundness.require(config, device)  # as a run would, whose time this is not
@@ -121,7 +121,7 @@ def in_short(config: Config, device: jax.Device, workdir: Path, compiled: Any, s
     if found:
         s = measure.seconds(config, found, 0)
         left = estimate.seconds_at(config, s, config.max_steps) - estimate.seconds_at(config, s, step) + s.start
-        until = (datetime.now() + timedelta(seconds=left)).strftime("%Y-%m-%d %H:%M")
+        until = date_text(datetime.now(), left)
         lines[-1] = f"Time: {seconds_text(s.step)} a step, {duration(left)} to go, until {until}"
     return "\n".join(lines)
 

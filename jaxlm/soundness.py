@@ -10,12 +10,13 @@ entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and
 | tokens drawn | `choose` | the CPU's tokens |
 | sampling | prompts, then greedy tokens, with a cache | the CPU's logits in one pass over both, without one |
 | losses | of a training and of an evaluation step | the CPU's |
-| gradients | that the training step accumulated | the CPU's |
+| gradients | that the training step accumulated of two micro-batches | the CPU's |
 | updates, with moments | by the training step that ends a step | the CPU's, from the device's gradients |
 
 The device runs the programs of the run itself: its forms, its slices (two of them at most), its texts. The CPU is
-slow, so a micro-batch holds two different sequences, again and again in a random order: their mean loss and its
-gradient are those of the two alone, and these are all that the CPU computes, in float32 and in plain forms.
+slow, so two micro-batches hold two different sequences, one of them in most rows of the first and in few of the second:
+their mean loss and its gradient are those of the two alone, and these are all that the CPU computes, in float32 and in
+plain forms.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ GREEDY_SHARE = 4  # of that, in deviations of the logits: how much less likely t
 DRAWS = 16  # texts
 NEAR_TIE = 1 / DRAWS  # one draw may fall on the other side of a rounding
 TOP_K, TOP_P = 50, 0.9
-MICRO_BATCHES = 64  # of a step: an update is one of gradients seen before, as the last micro-batch's weigh little
+MICRO_BATCHES = 10**6  # of a step: its update is that of gradients seen before, as its last ones weigh nothing
 SPREAD = 2  # times the initial weights: as trained ones, they make attention choose and logits differ
 
 
@@ -127,7 +128,7 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
         config,
         batch_size=config.slice_size * slices,
         slices=slices,
-        grad_accum_steps=max(config.grad_accum_steps, MICRO_BATCHES),
+        grad_accum_steps=MICRO_BATCHES,
     )
     state = _trained(config)
     return (*_random(config, device), *_sampling(config, device, state), *_training(config, device, state))
@@ -277,15 +278,15 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
 
 def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
     """The losses, the gradients and the update."""
-    different = 2 - config.batch_size % 2
-    rng = np.random.default_rng(3)
-    some_BT = config.model.vocab_size * rng.random((different, config.model.context + 1)) ** 3  # as in text, few often
-    ids_BT = some_BT.astype(np.int32)
-    order_B = rng.permutation(np.arange(config.batch_size) % different)
-    loss, grads, after, eval_loss = compute(partial(_two_micro_batches, config), device, state, ids_BT[order_B])
+    rng, B = np.random.default_rng(3), config.batch_size
+    some_2T = config.model.vocab_size * rng.random((2, config.model.context + 1)) ** 3  # as in text, few often
+    ids_2T = some_2T.astype(np.int32)
+    rows_B = rng.permutation(np.arange(B) < B // 4).astype(np.int32)
+    two_CBT = ids_2T[np.stack([rows_B, 1 - rows_B])]
+    loss, grads, after, eval_loss = compute(partial(_three_micro_batches, config), device, state, two_CBT)
 
-    plain = dataclasses.replace(_plain(config), batch_size=different, slices=different)
-    expected_loss, expected_grads = compute(partial(_micro_batch, plain), _cpu(), state, ids_BT)
+    plain = dataclasses.replace(_plain(config), batch_size=2, slices=2)
+    expected_loss, expected_grads = compute(partial(_micro_batch, plain), _cpu(), state, ids_2T)
     limit = allowed(config, device, config.model.products)
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
         yield Part(name, abs(float(value) / float(expected_loss) - 1), LOSS_SHARE * limit)
@@ -310,20 +311,22 @@ def _micro_batch(config: Config, state: TrainState, ids_BT: jax.Array) -> tuple[
     return state.loss_sum, state.opt_state.acc_grads
 
 
-def _two_micro_batches(config: Config, state: TrainState, ids_BT: jax.Array) -> tuple[Any, Any, TrainState, Any]:
-    """The first micro-batch of a step and, the same ids again, its last.
+def _three_micro_batches(config: Config, state: TrainState, two_CBT: jax.Array) -> tuple[Any, Any, TrainState, Any]:
+    """The first two micro-batches of a step and, the first one again, its last.
 
     Returns:
-        The mean loss of the first and its gradient, the state after the last, and the loss by the evaluation step.
+        The mean loss of the first two and their gradient, as accumulated; the state after the last; and the mean loss
+        of the first two by the evaluation step.
     """
     S, evaluate, step = config.slice_size, make_eval_step(config), make_train_step(config)
-    parts = [ids_BT[start : start + S] for start in range(0, config.batch_size, S)]
+    parts = [ids_BT[start : start + S] for ids_BT in two_CBT for start in range(0, config.batch_size, S)]
     nats = sum(evaluate(state.params, part_ST[:, :-1], part_ST[:, 1:]) for part_ST in parts)
-    eval_loss = nats / (config.batch_size * config.model.context)
-    state, _ = step(state, ids_BT)
-    loss, grads = jax.device_get((state.loss_sum, state.opt_state.acc_grads))
-    to_the_last = state.opt_state.mini_step + (config.grad_accum_steps - 2)
-    state, _ = step(state._replace(opt_state=state.opt_state._replace(mini_step=to_the_last)), ids_BT)
+    eval_loss = nats / (2 * config.batch_size * config.model.context)
+    for ids_BT in two_CBT:
+        state, _ = step(state, ids_BT)
+    loss, grads = jax.device_get((state.loss_sum / 2, state.opt_state.acc_grads))
+    to_the_last = state.opt_state.mini_step + (config.grad_accum_steps - 3)
+    state, _ = step(state._replace(opt_state=state.opt_state._replace(mini_step=to_the_last)), two_CBT[0])
     return loss, grads, state, eval_loss
 
 

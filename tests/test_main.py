@@ -227,6 +227,7 @@ def test_a_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch)
         train("tight", *SHORT)
     assert is_one_line(caught.value)
     assert rows("tight/metrics.jsonl") == []
+    assert not Path("tight/config.json").exists()  # which would refuse the settings that fit
     assert "Done: 3 steps" in train("tight", *SHORT, "--force")
     monkeypatch.setattr(backend, "available_memory", lambda device: step.total)
     assert "Done: 3 steps" in train("fits", *SHORT)

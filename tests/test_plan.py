@@ -124,6 +124,8 @@ def test_what_was_found_is_remembered(capsys, found):
     assert len(found) == 1
     planned(capsys, "--config.batch_size=4")
     assert len(found) == 2
+    planned(capsys, "--measure")
+    assert len(found) == 3
 
 
 def test_a_short_run_that_fails_leaves_the_rest_of_the_plan(capsys, monkeypatch):
@@ -172,9 +174,11 @@ def test_what_does_not_fit_is_not_run_and_the_setting_that_fits_is_named(capsys,
     monkeypatch.setattr(backend, "available_memory", lambda device: 400)
     assert planned(capsys, *flags)["setting"] == {"fits": False}
     plan.main([*TINY, *flags])
-    assert "fits with no slices" in capsys.readouterr().out
+    assert "No slices and no remat make it fit" in capsys.readouterr().out
     monkeypatch.setattr(backend, "available_memory", lambda device: 10_000)
-    assert planned(capsys, *flags)["setting"] is None
+    setting = planned(capsys, *flags)["setting"]
+    assert (setting["slices"], setting["remat"]) == (1, False)  # with room for it, nothing is computed twice
+    assert planned(capsys, *flags, "--config.model.remat=false")["setting"] is None
 
 
 def test_on_a_gpu_with_room_to_be_faster_the_setting_is_named(monkeypatch):

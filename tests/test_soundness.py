@@ -151,6 +151,11 @@ def row_of_the_embedding(result, operands, parameters):
     return result.at[0].multiply(1.5) if operands[0].ndim == 2 else result
 
 
+def share_of_the_second(result, operands, parameters):
+    """The second micro-batch's gradient is taken off the mean, not added."""
+    return -result if result.shape == () and operands[1] == 2 else result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "kind", "primitive", "damage", "named", "only"),
@@ -162,6 +167,7 @@ def row_of_the_embedding(result, operands, parameters):
         (CONFIG, "training", lax.reduce_sum_p, sum_of_many, {"training loss", "evaluation loss"}, ""),
         (CONFIG, "training", lax.scatter_add_p, row_of_the_embedding, {"gradient of embedding"}, "gradient of emb"),
         (CONFIG, "training", lax.sqrt_p, root_of_a_moment, {"update of embedding"}, "update of embedding"),
+        (CONFIG, "training", lax.div_p, share_of_the_second, {"gradient of norm", "gradient of embedding"}, ""),
         (CONFIG, "random", threefry2x32_p, random_stream, {"random bits"}, "random bits"),
         (CONFIG, "random", lax.sort_p, order, {"sort"}, "sort"),
         (
