@@ -196,9 +196,8 @@ def available_memory(device: jax.Device) -> int:
     """Bytes that one process may have on a device.
 
     On an NVIDIA GPU what jax's allocator may take, on a CPU the machine's memory, or the container's limit. On an Apple
-    GPU two thirds of it:
-    Metal's recommendedMaxWorkingSetSize, as reported 10.67 of 16 GB (exo-explore/exo#1672) and 11.84 of 16
-    (AlexsJones/llmfit#754), three quarters on larger machines (gpustack/gpustack#1375).
+    GPU two thirds of it: Metal's recommendedMaxWorkingSetSize, as reported 10.67 of 16 GB (exo-explore/exo#1672) and
+    11.84 of 16 (AlexsJones/llmfit#754), three quarters on larger machines (gpustack/gpustack#1375).
     """
     if device.platform == "gpu":
         return device.memory_stats()["bytes_limit"]

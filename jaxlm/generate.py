@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import RequestError
+from jaxlm.layers import GPU_MULTIPLE
 from jaxlm.sampling import Choice, read, text_keys, write
 from jaxlm.tokenizer import Codec
 
-GPU_ROWS = 8  # of a product in bfloat16; those that lack are added here, once, not before each product
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
 
 
@@ -64,7 +64,7 @@ def generate(
     chunk = chunk or room
     chunks = -(-room // chunk)
     width = -(-int(lengths.max()) // PROMPT_BUCKET) * PROMPT_BUCKET
-    rows = len(prompts) + (-len(prompts) % GPU_ROWS if jax.default_backend() == "gpu" else 0)
+    rows = len(prompts) + (-len(prompts) % GPU_MULTIPLE if jax.default_backend() == "gpu" else 0)
     ids_BP = np.zeros((rows, width), np.int32)
     for row, ids in zip(ids_BP, prompts, strict=False):
         row[width - len(ids) :] = ids

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 QUERIES = 128  # of causal attention, taken at a time
 LANES = 8  # of a CPU's vectors of float32
+GPU_MULTIPLE = 8  # of a bfloat16 product's sizes on a GPU, which pads what is none anew for each product
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
 

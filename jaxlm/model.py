@@ -275,9 +275,9 @@ def unstack(config: ModelConfig, params: Any) -> Any:
 
     Returns:
         As `params`, but `blocks` is a tuple with the parameters of each, in which the matrices that read the same input
-        are one (JOINED); and there is `head` [V, D], with rows of zeros up to a multiple of LANES. Matrices are in the
-        dtype of the computation and lie turned, [F, D], as a CPU multiplies fastest with: it reads each row once,
-        whole, and copies none.
+        are one (JOINED); and there is `head` [V, D], with rows of zeros up to a multiple of GPU_MULTIPLE. Matrices are
+        in the dtype of the computation and lie turned, [F, D], as a CPU multiplies fastest with: it reads each row
+        once, whole, and copies none.
     """
     blocks = []
     for layer in range(config.layers):
@@ -286,7 +286,7 @@ def unstack(config: ModelConfig, params: Any) -> Any:
         kept = [name for name in p if not any(name in parts for parts in JOINED.values())]
         blocks.append({name: p[name].astype(config.products).T if p[name].ndim == 2 else p[name] for name in kept})
     head_VD = params.get("head", params["embedding"]).astype(config.products)
-    head_VD = jnp.pad(head_VD, ((0, -config.vocab_size % layers.LANES), (0, 0)))  # a GPU would do so for each token
+    head_VD = jnp.pad(head_VD, ((0, -config.vocab_size % layers.GPU_MULTIPLE), (0, 0)))
     return params | {"blocks": tuple(blocks), "head": head_VD}
 
 
