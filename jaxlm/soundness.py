@@ -10,13 +10,13 @@ entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and
 | tokens drawn | `choose` | the CPU's tokens |
 | sampling | prompts, then greedy tokens, with a cache | the CPU's logits in one pass over both, without one |
 | losses | of a training and of an evaluation step | the CPU's |
-| gradients | that the training step accumulated of two micro-batches | the CPU's |
-| updates, with moments | by the training step that ends a step | the CPU's, from the device's gradients |
+| gradients | the training step's, as accumulated | the CPU's |
+| updates, with moments | by the training step that ends a step | the CPU's, from what was accumulated |
 
 The device runs the programs of the run itself: its forms, its slices (two of them at most), its texts. The CPU is
-slow, so two micro-batches hold two different sequences, one of them in most rows of the first and in few of the second:
-their mean loss and its gradient are those of the two alone, and these are all that the CPU computes, in float32 and in
-plain forms.
+slow, so the micro-batch holds two sequences only, one of them in most rows: the CPU computes these two, in float32 and
+in plain forms. The micro-batch is the second of its step; the first is taken to have left three times the gradient that
+the CPU finds, so that what is accumulated tells how it is averaged.
 """
 
 import dataclasses
@@ -48,6 +48,8 @@ DRAWS = 16  # texts
 NEAR_TIE = 1 / DRAWS  # one draw may fall on the other side of a rounding
 TOP_K, TOP_P = 50, 0.9
 MICRO_BATCHES = 10**6  # of a step: its update is that of gradients seen before, as its last ones weigh nothing
+BEFORE = 3.0  # times the gradient: what was accumulated before the micro-batch
+LAST_PLACES = np.float32(2**-22)  # of a number: two to four units of float32's last place
 SPREAD = 2  # times the initial weights: as trained ones, they make attention choose and logits differ
 
 
@@ -149,7 +151,7 @@ def difference(a: np.ndarray, b: np.ndarray, before: np.ndarray | float = 0.0) -
 
     Args:
         a: [..., R, C], what is in question.
-        b: the same as it should be. What is within two units of its last place counts as equal.
+        b: the same as it should be. What differs in its last places only counts as equal.
         before: what b was changed from; the error is relative to the change.
 
     Returns:
@@ -157,7 +159,7 @@ def difference(a: np.ndarray, b: np.ndarray, before: np.ndarray | float = 0.0) -
         rows as in a matrix of weights (stacked vectors have none).
     """
     a, b = (np.atleast_1d(np.asarray(array, np.float32)) for array in (a, b))
-    error, change = np.maximum(np.abs(a - b) - 2 * np.spacing(np.abs(b)), 0), b - before
+    error, change = np.maximum(np.abs(a - b) - LAST_PLACES * np.abs(b), 0), b - before
     axes = (-1, -2) if b.ndim == 3 or (b.ndim == 2 and len(b) > b.shape[1]) else (-1,)
     largest = []
     for axis in axes:
@@ -184,12 +186,14 @@ def _trained(config: Config) -> TrainState:
     plain = _plain(config)
     shapes = jax.eval_shape(lambda: init_state(plain))
 
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        normal = rng.standard_normal(leaf.shape, np.float32)
-        return 1 + 0.1 * normal if path[-1].key.endswith("norm") else 0.02 * SPREAD * normal
+    def draw(leaf: Any) -> np.ndarray:  # of deviation 1; normal ones take three times as long
+        return 12**0.5 * (rng.random(leaf.shape, np.float32) - 0.5)
 
-    params = jax.tree_util.tree_map_with_path(draw, shapes.params)
-    drawn = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes.params)
+    def param(path: Any, leaf: Any) -> np.ndarray:
+        return 1 + 0.1 * draw(leaf) if path[-1].key.endswith("norm") else 0.02 * SPREAD * draw(leaf)
+
+    params = jax.tree_util.tree_map_with_path(param, shapes.params)
+    drawn = jax.tree.map(draw, shapes.params)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     last = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
     params, opt_state = compute(jax.jit(make_optimizer(plain).step), _cpu(), drawn, last, params)
@@ -280,21 +284,21 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     """The losses, the gradients and the update."""
     rng, B = np.random.default_rng(3), config.batch_size
     some_2T = config.model.vocab_size * rng.random((2, config.model.context + 1)) ** 3  # as in text, few often
-    ids_2T = some_2T.astype(np.int32)
-    rows_B = rng.permutation(np.arange(B) < B // 4).astype(np.int32)
-    two_CBT = ids_2T[np.stack([rows_B, 1 - rows_B])]
-    loss, grads, after, eval_loss = compute(partial(_three_micro_batches, config), device, state, two_CBT)
+    ids_2T, row_B = some_2T.astype(np.int32), rng.permutation(np.arange(B) < B / 4).astype(int)
+    expected_loss, expected_grads = _expected(config, state.params, ids_2T, np.bincount(row_B, minlength=2) / B)
+    acc_grads = jax.tree.map(lambda g: BEFORE * g, expected_grads)
+    second = state._replace(opt_state=state.opt_state._replace(mini_step=np.int32(1), acc_grads=acc_grads))
+    loss, acc_grads, after, eval_loss = compute(partial(_two_micro_batches, config), device, second, ids_2T[row_B])
 
-    plain = dataclasses.replace(_plain(config), batch_size=2, slices=2)
-    expected_loss, expected_grads = compute(partial(_micro_batch, plain), _cpu(), state, ids_2T)
     limit = allowed(config, device, config.model.products)
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
         yield Part(name, abs(float(value) / float(expected_loss) - 1), LOSS_SHARE * limit)
-    for name, ours, theirs in _by_parameter(grads, expected_grads):
-        yield Part(f"gradient of {name}", difference(ours, theirs), limit)
+    for name, ours, theirs in _by_parameter(acc_grads, expected_grads):
+        yield Part(f"gradient of {name}", difference(2 * ours - BEFORE * theirs, theirs), limit)
 
-    last = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1), acc_grads=grads)
-    params, opt_state = compute(jax.jit(make_optimizer(plain).step), _cpu(), grads, last, state.params)
+    last = state.opt_state._replace(mini_step=np.int32(MICRO_BATCHES - 1), acc_grads=acc_grads)
+    step = make_optimizer(_plain(config)).step
+    params, opt_state = compute(jax.jit(step), _cpu(), acc_grads, last, state.params)
     updates: dict[str, list[float]] = {}
     for name, ours, theirs, before in _by_parameter(after.params, params, state.params):
         updates[name] = [difference(ours, theirs, before)]
@@ -305,29 +309,36 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
         yield Part(what, float(np.max(differences)), allowed(config, device, "float32"))
 
 
-def _micro_batch(config: Config, state: TrainState, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
-    """The mean loss of the first micro-batch of a step, and its gradient."""
-    state, _ = make_train_step(config)(state, ids_BT)
-    return state.loss_sum, state.opt_state.acc_grads
+def _expected(config: Config, params: Any, ids_2T: np.ndarray, share_2: np.ndarray) -> tuple[Any, Any]:
+    """The mean loss of a micro-batch that holds each of two sequences in a share of its rows, and its gradient."""
+    decoder = Decoder(_plain(config).model)
+
+    def mean_nats(params: Any, ids_BT: jax.Array) -> jax.Array:
+        nats: Any = decoder.apply({"params": params}, ids_BT[:, :-1], ids_BT[:, 1:], method="loss")
+        return nats / config.model.context
+
+    alone = jax.jit(jax.value_and_grad(mean_nats))
+    each = [compute(alone, _cpu(), params, ids_2T[i : i + 1]) for i in np.flatnonzero(share_2)]
+    shares = share_2[share_2 > 0].astype(np.float32)
+    return jax.tree.map(lambda *leaves: sum(s * leaf for s, leaf in zip(shares, leaves, strict=True)), *each)
 
 
-def _three_micro_batches(config: Config, state: TrainState, two_CBT: jax.Array) -> tuple[Any, Any, TrainState, Any]:
-    """The first two micro-batches of a step and, the first one again, its last.
+def _two_micro_batches(config: Config, state: TrainState, ids_BT: jax.Array) -> tuple[Any, Any, TrainState, Any]:
+    """The second micro-batch of a step and, the same again, its last.
 
     Returns:
-        The mean loss of the first two and their gradient, as accumulated; the state after the last; and the mean loss
-        of the first two by the evaluation step.
+        The second's mean loss, and the mean gradient of the first two; the state after the last; and the second's mean
+        loss by the evaluation step.
     """
     S, evaluate, step = config.slice_size, make_eval_step(config), make_train_step(config)
-    parts = [ids_BT[start : start + S] for ids_BT in two_CBT for start in range(0, config.batch_size, S)]
+    parts = [ids_BT[start : start + S] for start in range(0, config.batch_size, S)]
     nats = sum(evaluate(state.params, part_ST[:, :-1], part_ST[:, 1:]) for part_ST in parts)
-    eval_loss = nats / (2 * config.batch_size * config.model.context)
-    for ids_BT in two_CBT:
-        state, _ = step(state, ids_BT)
-    loss, grads = jax.device_get((state.loss_sum / 2, state.opt_state.acc_grads))
+    eval_loss = nats / (config.batch_size * config.model.context)
+    state, _ = step(state, ids_BT)
+    loss, acc_grads = jax.device_get((state.loss_sum, state.opt_state.acc_grads))
     to_the_last = state.opt_state.mini_step + (config.grad_accum_steps - 3)
-    state, _ = step(state._replace(opt_state=state.opt_state._replace(mini_step=to_the_last)), two_CBT[0])
-    return loss, grads, state, eval_loss
+    state, _ = step(state._replace(opt_state=state.opt_state._replace(mini_step=to_the_last)), ids_BT)
+    return loss, acc_grads, state, eval_loss
 
 
 def _by_parameter(*trees: Any) -> Iterator[tuple[Any, ...]]:
