@@ -1,9 +1,9 @@
 """The command whose report tells how jaxlm does on a machine: python -m jaxlm.doctor [--out jaxlm-doctor.txt]
 
 Made for a first day on a Mac. Writes down the versions, tries each plugin of jax, checks that the one to be used
-computes what the CPU does, and plans the run, which measures its speed for two minutes. Takes the flags of jaxlm.main;
-the settings are those of configs/m2_60m.py unless --config names others. Each part has a process of its own, so that a
-part that fails, hangs or takes the machine down leaves a report of the others.
+computes what the CPU does, and plans the run, which measures its speed: about two minutes in all. Takes the flags of
+jaxlm.main; the settings are those of configs/m2_60m.py unless --config names others. Each part has a process of its
+own, so that a part that fails, hangs or takes the machine down leaves a report of the others.
 """
 
 import os

@@ -262,14 +262,12 @@ def linear(x_BTD: jax.Array, w_DF: jax.Array | Turned, dtype: Any = None) -> jax
 
 def _product_of_turned(x_ND, w_FD, dtype):
     """x w^T as a CPU computes it fastest: it reads each row of w once, as it lies, and copies none."""
-    N, narrow_ND, w_FD = x_ND.shape[0], x_ND.astype(dtype), w_FD.astype(dtype)
-    if N == 1 and jnp.dtype(dtype) == jnp.bfloat16:
-        # a product would write the matrix anew in float32, and so would a loop, once before its first turn, were the
-        # matrix not bound to the row
+    N, narrow_ND, w_FD = len(x_ND), x_ND.astype(dtype), w_FD.astype(dtype)
+    if N == 1:
+        # XLA's products with one row read a small matrix at half the speed of this sum, and write one of bfloat16 anew
+        # in float32; so would a loop, once before its first turn, were the matrix not bound to the row
         w_FD, x_1D = jax.lax.optimization_barrier((w_FD, narrow_ND))
         return jnp.sum(w_FD.astype(jnp.float32) * x_1D.astype(jnp.float32), axis=1)[None].astype(x_ND.dtype)
-    if N == 1:
-        return jnp.matmul(narrow_ND, w_FD.T, preferred_element_type=x_ND.dtype)
     # w first, and columns that fill its vectors; without the barrier XLA would turn the product back, as jax 0.4.34's
     # does, into one that it cannot compute, where no column is cut off
     spare = -N % LANES or LANES * (jax.__version_info__ < (0, 5))

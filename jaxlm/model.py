@@ -226,8 +226,9 @@ class Decoder(nn.Module):
 
     def _hidden(self, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
         c = self.config
-        positions_1T = jnp.arange(ids_BT.shape[1])[None]
-        table = layers.rope_table(positions_1T, c.width // c.heads, c.rope_theta)
+        with jax.ensure_compile_time_eval():  # or XLA computes the sines and cosines for each number that they turn
+            positions_1T = jnp.arange(ids_BT.shape[1])[None]
+            table = layers.rope_table(positions_1T, c.width // c.heads, c.rope_theta)
         attend = (
             layers.cudnn_attention if c.attention == "cudnn" else partial(layers.causal_attention, dtype=c.products)
         )
