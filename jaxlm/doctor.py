@@ -76,7 +76,7 @@ def _parts(config: Config, flags: Sequence[str]) -> Iterator[tuple[str, Callable
     flags = [*flags, f"--config.platform={chosen}"]
     if fit:
         yield f"What {chosen} computes", partial(told, ["-m", "jaxlm.plan", "--check", *flags])
-    yield f"Plan of the run on {chosen}, with its speed", partial(told, ["-m", "jaxlm.plan", *flags])
+    yield f"Plan of the run on {chosen}, with its speed", partial(told, ["-m", "jaxlm.plan", "--measure", *flags])
 
 
 def versions() -> str:

@@ -226,7 +226,9 @@ class Decoder(nn.Module):
 
     def _hidden(self, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
         c = self.config
-        with jax.ensure_compile_time_eval():  # or XLA computes the sines and cosines for each number that they turn
+        # here and now, or XLA computes a sine and a cosine for each number that they turn; and not on the device, which
+        # `soundness` has yet to trust
+        with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
             positions_1T = jnp.arange(ids_BT.shape[1])[None]
             table = layers.rope_table(positions_1T, c.width // c.heads, c.rope_theta)
         attend = (

@@ -46,13 +46,13 @@ def check(config: Config, as_json: bool) -> None:
     device = backend.start(config.platform, config.deterministic)
     config = backend.resolve_run(config, device)
     parts = soundness.check(config, device)
+    soundness.remember(config, device, parts)
     as_dicts = [
         part._asdict() | {"difference": part.difference if math.isfinite(part.difference) else None, "ok": part.ok}
         for part in parts
     ]
     print(json.dumps(as_dicts, indent=2) if as_json else soundness.table(parts))
     soundness.refuse_wrong(parts, device)
-    soundness.remember(config, device)
 
 
 def main(argv: list[str]) -> None:

@@ -13,13 +13,15 @@ entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and
 | gradients | the training step's, as accumulated | the CPU's |
 | updates, with moments | by the training step that ends a step | the CPU's, from what was accumulated |
 
-The device runs the programs of the run itself: its forms, its slices (two at most, one on a CPU), its texts. The CPU is
-slow, so the micro-batch holds two sequences only, one of them in most rows: the CPU computes these two, in float32 and
-in plain forms. The micro-batch is the second of its step; the first is taken to have left three times the gradient that
-the CPU finds, so that what is accumulated tells how it is averaged.
+The device runs the programs of the run itself, but for the number of micro-batches of a step: its forms, its slices
+(two at most, one on a CPU), its texts. The CPU is slow, so the micro-batch holds two sequences only (one, if it has but
+one row), one of them in most rows: the CPU computes these, in float32 and in plain forms. The micro-batch is the second
+of its step; the first is taken to have left three times the gradient that the CPU finds, so that what is accumulated
+tells how it is averaged. A single row that is wrong shows by its share of the mean.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +47,7 @@ ALLOWED = {"bfloat16": 0.25, "tf32": 0.0625, "float32": 0.001}
 LOSS_SHARE = 0.01  # of that, for a loss: the roundings of thousands of tokens cancel
 GREEDY_SHARE = 4  # of that, in deviations of the logits: how much less likely than the best a greedy token may be
 DRAWS = 16  # texts
+LONGEST = 64  # tokens of each text: the CPU's logits of all of them lie whole in memory
 NEAR_TIE = 1 / DRAWS  # one draw may fall on the other side of a rounding
 TOP_K, TOP_P = 50, 0.9
 MICRO_BATCHES = 10**6  # of a step: its update is that of gradients seen before, as its last ones weigh nothing
@@ -59,11 +62,12 @@ class Part(NamedTuple):
     name: str
     difference: float  # relative, 0 for none; NaN and infinite where the device's numbers are
     allowed: float
+    failure: str = ""  # what the device raised instead of computing
 
     @property
     def ok(self) -> bool:
         """Whether the device computes this part right."""
-        return self.difference <= self.allowed
+        return not self.failure and self.difference <= self.allowed
 
 
 def require(config: Config, device: jax.Device, say: Callable[[str], None] = lambda line: None) -> None:
@@ -80,38 +84,48 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
     if cache.recall("sound", _key(config, device)):
         return
     say(f"Checking once that {describe(device)} computes what the CPU does")
-    refuse_wrong(check(config, device), device)
-    remember(config, device)
+    parts = check(config, device)
+    remember(config, device, parts)
+    refuse_wrong(parts, device)
 
 
-def remember(config: Config, device: jax.Device) -> None:
-    """Has `require` know that a device passed the check of a run."""
-    cache.remember("sound", _key(config, device), True)
+def remember(config: Config, device: jax.Device, parts: Sequence[Part]) -> None:
+    """Has `require` know whether a device passed the check of a run."""
+    cache.remember("sound", _key(config, device), all(part.ok for part in parts))
 
 
 def refuse_wrong(parts: Sequence[Part], device: jax.Device) -> None:
-    """Raises RunError, with the name of the part that is furthest off, if a part differs by more than is allowed."""
+    """Raises RunError, with the name of the part that failed or is furthest off, if a part is not as it should be."""
+    what_to_do = (
+        "update the system, the driver and jax, or train with --config.platform=cpu"
+        " (python -m jaxlm.plan --check shows all parts)"
+    )
+    for part in parts:
+        if part.failure:
+            raise RunError(f"{describe(device)} fails in the check of {part.name} ({part.failure}): {what_to_do}")
     if wrong := [part for part in parts if not part.ok]:
         worst = max(wrong, key=lambda part: np.nan_to_num(part.difference, nan=np.inf) / max(part.allowed, 1e-9))
         others = f" (and {len(wrong) - 1} other parts)" if wrong[1:] else ""
         raise RunError(
             f"{describe(device)} computes wrong numbers: {worst.name} differs by {worst.difference:.2g} from the CPU's,"
-            f" {worst.allowed:.2g} is allowed{others}: update the system, the driver and jax, or train with"
-            " --config.platform=cpu (python -m jaxlm.plan --check shows all parts)"
+            f" {worst.allowed:.2g} is allowed{others}: {what_to_do}"
         )
 
 
 def _key(config: Config, device: jax.Device) -> Any:
-    """All that the outcome hangs on: what computes, shapes and forms."""
+    """All that the outcome hangs on: what computes, and how; shapes and forms."""
     c, text = config, config.sample
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "MLX_ENABLE_TF32", "JAX_DEFAULT_MATMUL_PRECISION")]
     shapes = [dataclasses.asdict(c.model), c.slice_size, c.slices > 1, c.optimizer.name, text.texts, text.tokens]
-    return [*identity(device), c.deterministic, *shapes]
+    return [*identity(device), *flags, c.deterministic, *shapes]
 
 
 def table(parts: Sequence[Part]) -> str:
-    """A line for each part, 80 columns at most."""
+    """A line for each part, 80 columns at most, but for what a device raised."""
     lines = [f"{'':44}{'differs by':>12}{'allowed':>12}"]
-    lines += [f"{p.name:44}{p.difference:12.1e}{p.allowed:12.1e}  {'ok' if p.ok else 'WRONG'}" for p in parts]
+    for p in parts:
+        numbers = f"{p.difference:12.1e}{p.allowed:12.1e}  {'ok' if p.ok else 'WRONG'}"
+        lines.append(f"{p.name:44}{f'  FAILED: {p.failure}' if p.failure else numbers}")
     return "\n".join(lines)
 
 
@@ -123,7 +137,8 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
         device: what is to train; the CPU too.
 
     Returns:
-        The parts in the order of the table above; nothing is raised for those that differ.
+        The parts in the order of the table above; nothing is raised for those that differ, nor for what a device
+        raises, which ends its group of parts.
     """
     slices = 1 if device.platform == "cpu" else min(config.slices, 2)
     config = dataclasses.replace(
@@ -133,7 +148,19 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
         grad_accum_steps=MICRO_BATCHES,
     )
     state = _trained(config)
-    return (*_random(config, device), *_sampling(config, device, state), *_training(config, device, state))
+    parts: list[Part] = []
+    groups = {
+        "random numbers and draws": _random(config, device),
+        "sampling": _sampling(config, device, state),
+        "training": _training(config, device, state),
+    }
+    for name, group in groups.items():
+        try:
+            parts += group
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            parts.append(Part(name, np.inf, 0, reason))
+    return tuple(parts)
 
 
 def compute(function: Callable[..., Any], device: jax.Device, *arguments: Any) -> Any:
@@ -141,7 +168,7 @@ def compute(function: Callable[..., Any], device: jax.Device, *arguments: Any) -
     return jax.device_get(function(*jax.device_put(arguments, device)))
 
 
-def allowed(config: Config, device: jax.Device, dtype: str) -> float:
+def allowed(device: jax.Device, dtype: str) -> float:
     """How much a row or column of what came from products of `dtype` may differ."""
     return ALLOWED["tf32" if dtype == "float32" and device.platform == "gpu" else dtype]
 
@@ -247,7 +274,7 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
     model, B, V = config.model, config.sample.texts, config.model.vocab_size
     rng = np.random.default_rng(2)
     longest = min(PROMPT_BUCKET, model.context // 2)
-    N = min(config.sample.tokens, model.context - longest)
+    N = min(config.sample.tokens, LONGEST, model.context - longest)
     prompts = [rng.integers(0, V, 1 + i % longest) for i in range(B)]
     lengths_B = np.array([len(ids) for ids in prompts], np.int32)
     ids_BP = np.zeros((B, PROMPT_BUCKET), np.int32)
@@ -274,7 +301,7 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
     after = lengths_B[:, None] - 1 + np.arange(N + 1)
     expected_BNV = np.take_along_axis(logits_BTV, after[:, :, None], axis=1)
 
-    limit = allowed(config, device, model.products)
+    limit = allowed(device, model.products)
     yield Part("sampling: logits after the prompts", difference(first_BV, expected_BNV[:, 0]), limit)
     yield Part(f"sampling: logits after {N} more tokens", difference(last_BV, expected_BNV[:, N]), limit)
     chosen_BN1 = np.take_along_axis(expected_BNV[:, :N], np.clip(tokens_BN, 0, V - 1)[..., None], axis=-1)
@@ -292,7 +319,7 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     second = state._replace(opt_state=state.opt_state._replace(mini_step=np.int32(1), acc_grads=acc_grads))
     loss, acc_grads, after, eval_loss = compute(partial(_two_micro_batches, config), device, second, ids_2T[row_B])
 
-    limit = allowed(config, device, config.model.products)
+    limit = allowed(device, config.model.products)
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
         yield Part(name, abs(float(value) / float(expected_loss) - 1), LOSS_SHARE * limit)
     for name, ours, theirs in _by_parameter(acc_grads, expected_grads):
@@ -301,14 +328,17 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     last = state.opt_state._replace(mini_step=np.int32(MICRO_BATCHES - 1), acc_grads=acc_grads)
     step = make_optimizer(_plain(config)).step
     params, opt_state = compute(jax.jit(step), _cpu(), acc_grads, last, state.params)
+    has_products = config.optimizer.name == "muon"
+    limit = allowed(device, "float32") if has_products else ALLOWED["float32"]
     updates: dict[str, list[float]] = {}
     for name, ours, theirs, before in _by_parameter(after.params, params, state.params):
         updates[name] = [difference(ours, theirs, before)]
     for name, ours, theirs in _by_parameter(after.opt_state.inner_opt_state, opt_state.inner_opt_state):
-        updates.setdefault(name, []).append(difference(ours, theirs))
+        counts = theirs.dtype == np.int32
+        updates.setdefault(name, []).append(float(ours != theirs) if counts else difference(ours, theirs))
     for name, differences in updates.items():
         what = f"update of {name}" if name else "counters of the optimizer"
-        yield Part(what, float(np.max(differences)), allowed(config, device, "float32"))
+        yield Part(what, float(np.max(differences)), limit)
 
 
 def _expected(config: Config, params: Any, ids_2T: np.ndarray, share_2: np.ndarray) -> tuple[Any, Any]:

@@ -147,6 +147,11 @@ def root_of_a_moment(result, operands, parameters):
     return result.at[7].multiply(1.1) if result.shape == (CONFIG.model.vocab_size, CONFIG.model.width) else result
 
 
+def cosine(result, operands, parameters):
+    """As by a range reduction that goes wrong for large angles."""
+    return jnp.where(operands[0] > 3, 1 - result, result)
+
+
 def row_of_the_embedding(result, operands, parameters):
     return result.at[0].multiply(1.5) if operands[0].ndim == 2 else result
 
@@ -175,6 +180,14 @@ def share_of_the_second(result, operands, parameters):
             "sampling",
             lax.dynamic_update_slice_p,
             place_in_the_cache,
+            {f"sampling: logits after {CONFIG.sample.tokens} more tokens"},
+            "sampling",
+        ),
+        (
+            CONFIG,
+            "sampling",
+            lax.cos_p,
+            cosine,
             {f"sampling: logits after {CONFIG.sample.tokens} more tokens"},
             "sampling",
         ),
@@ -217,6 +230,33 @@ def test_a_device_that_passes_is_checked_once_for_its_shapes_and_versions(monkey
         require(config, STAND_IN)
     require(CONFIG, newer)
     assert checked == [CONFIG, CONFIG, CONFIG, UNROLLED, CONFIG]
+    soundness.remember(CONFIG, STAND_IN, WRONG)  # by a later check
+    require(CONFIG, STAND_IN)
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
+    require(CONFIG, STAND_IN)
+    assert checked[5:] == [CONFIG, CONFIG]
+
+
+def test_a_device_that_raises_is_told_with_the_parts_that_it_computed(monkeypatch, trained):
+    def compute(function, device, *arguments):
+        if device is STAND_IN and function is jnp.sort:
+            raise NotImplementedError("no rule for sort\nand more")
+        return sound(function, CPU, *arguments)
+
+    sound = soundness.compute
+    monkeypatch.setattr(soundness, "compute", compute)
+    monkeypatch.setattr(soundness, "_trained", trained)
+    monkeypatch.setattr(soundness, "_sampling", lambda *_: [Part("sampling", 0.0, 0.0)])
+    monkeypatch.setattr(soundness, "_training", lambda *_: [])
+    parts = check(CONFIG, STAND_IN)
+    assert [(part.name, part.ok) for part in parts] == [
+        ("random bits", True),
+        ("random numbers and draws", False),
+        ("sampling", True),
+    ]
+    assert "FAILED: NotImplementedError: no rule for sort\n" in soundness.table(parts)
+    with pytest.raises(RunError, match=r"fails in the check of random numbers and draws \(NotImpl.*platform=cpu"):
+        refuse_wrong(parts, STAND_IN)
 
 
 def test_not_a_number_is_the_furthest_off():
