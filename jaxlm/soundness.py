@@ -14,10 +14,10 @@ entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and
 | updates, with moments | by the training step that ends a step | the CPU's, from what was accumulated |
 
 The device runs the programs of the run itself, but for the number of micro-batches of a step: its forms, its slices
-(two at most, one on a CPU), its texts. The CPU is slow, so the micro-batch holds two sequences only (one, if it has but
-one row), one of them in most rows: the CPU computes these, in float32 and in plain forms. The micro-batch is the second
-of its step; the first is taken to have left three times the gradient that the CPU finds, so that what is accumulated
-tells how it is averaged. A single row that is wrong shows by its share of the mean.
+(two at most, one on a CPU), its texts. The CPU is slow, so the micro-batch holds two sequences only, each in half of
+its rows (one, if it has but one row): the CPU computes these, in float32 and in plain forms. The micro-batch is the
+second of its step; the first is taken to have left three times the gradient that the CPU finds, so that what is
+accumulated tells how it is averaged. A single row that is wrong shows by its share of the mean.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ from jaxlm.sampling import Choice, choose, counts_of_32_bits, likeliest, read, s
 from jaxlm.step import TrainState, init_state, make_eval_step, make_train_step
 
 # How much the worst row or column of a gradient may differ, of its own size, by what the products read. Rounded to
-# bfloat16 (2**-9), those of the 60M preset differ by up to 0.11 on a CPU; TF32, which an NVIDIA GPU makes of float32,
-# rounds four times as finely. In float32 it is the order of the sums and the exponentials. What is wrong differs by 1.
-ALLOWED = {"bfloat16": 0.25, "tf32": 0.0625, "float32": 0.001}
+# bfloat16 (2**-9), those of the 60M preset differ by up to 0.22 on an H100, as the numbers happen to be drawn; TF32,
+# which an NVIDIA GPU makes of float32, rounds four times as finely. In float32 it is the order of the sums and the
+# exponentials. What is wrong differs by 1. Of a greedy token: how much less likely than the best, in deviations.
+ALLOWED = {"bfloat16": 0.4, "tf32": 0.1, "float32": 0.001}
 LOSS_SHARE = 0.01  # of that, for a loss: the roundings of thousands of tokens cancel
-GREEDY_SHARE = 4  # of that, in deviations of the logits: how much less likely than the best a greedy token may be
 DRAWS = 16  # texts
 LONGEST = 64  # tokens of each text: the CPU's logits of all of them lie whole in memory
 NEAR_TIE = 1 / DRAWS  # one draw may fall on the other side of a rounding
@@ -306,14 +306,14 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
     yield Part(f"sampling: logits after {N} more tokens", difference(last_BV, expected_BNV[:, N]), limit)
     chosen_BN1 = np.take_along_axis(expected_BNV[:, :N], np.clip(tokens_BN, 0, V - 1)[..., None], axis=-1)
     behind_BN = (expected_BNV[:, :N].max(axis=-1) - chosen_BN1[..., 0]) / expected_BNV[:, :N].std(axis=-1)
-    yield Part("sampling: greedy tokens", float(behind_BN.max()), GREEDY_SHARE * limit)
+    yield Part("sampling: greedy tokens", float(behind_BN.max()), limit)
 
 
 def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
     """The losses, the gradients and the update."""
     rng, B = np.random.default_rng(3), config.batch_size
     some_2T = config.model.vocab_size * rng.random((2, config.model.context + 1)) ** 3  # as in text, few often
-    ids_2T, row_B = some_2T.astype(np.int32), rng.permutation(np.arange(B) < B / 4).astype(int)
+    ids_2T, row_B = some_2T.astype(np.int32), rng.permutation(np.arange(B) < B / 2).astype(int)
     expected_loss, expected_grads = _expected(config, state.params, ids_2T, np.bincount(row_B, minlength=2) / B)
     acc_grads = jax.tree.map(lambda g: BEFORE * g, expected_grads)
     second = state._replace(opt_state=state.opt_state._replace(mini_step=np.int32(1), acc_grads=acc_grads))
