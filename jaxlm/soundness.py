@@ -139,6 +139,9 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
     Returns:
         The parts in the order of the table above; nothing is raised for those that differ, nor for what a device
         raises, which ends its group of parts.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the device is out of memory.
     """
     slices = 1 if device.platform == "cpu" else min(config.slices, 2)
     config = dataclasses.replace(
@@ -158,6 +161,8 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
         try:
             parts += group
         except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):  # the callers know what to do
+                raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             parts.append(Part(name, np.inf, 0, reason))
     return tuple(parts)
@@ -325,7 +330,7 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     for name, ours, theirs in _by_parameter(acc_grads, expected_grads):
         yield Part(f"gradient of {name}", difference(2 * ours - BEFORE * theirs, theirs), limit)
 
-    last = state.opt_state._replace(mini_step=np.int32(MICRO_BATCHES - 1), acc_grads=acc_grads)
+    last = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1), acc_grads=acc_grads)
     step = make_optimizer(_plain(config)).step
     params, opt_state = compute(jax.jit(step), _cpu(), acc_grads, last, state.params)
     has_products = config.optimizer.name == "muon"

@@ -259,6 +259,16 @@ def test_a_device_that_raises_is_told_with_the_parts_that_it_computed(monkeypatc
         refuse_wrong(parts, STAND_IN)
 
 
+def test_a_device_out_of_memory_is_left_to_whoever_asked(monkeypatch, trained):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(soundness, "_trained", trained)
+    monkeypatch.setattr(soundness, "compute", exhausted)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        check(CONFIG, STAND_IN)
+
+
 def test_not_a_number_is_the_furthest_off():
     with pytest.raises(RunError, match="embedding differs by nan"):
         refuse_wrong([*WRONG, Part("embedding", float("nan"), 0.25)], STAND_IN)
