@@ -230,7 +230,8 @@ class Decoder(nn.Module):
         # `soundness` has yet to trust
         with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
             positions_1T = jnp.arange(ids_BT.shape[1])[None]
-            table = layers.rope_table(positions_1T, c.width // c.heads, c.rope_theta)
+            rope_table = jax.jit(layers.rope_table, static_argnums=(1, 2))  # one program, not one for each operation
+            table = rope_table(positions_1T, c.width // c.heads, c.rope_theta)
         attend = (
             layers.cudnn_attention if c.attention == "cudnn" else partial(layers.causal_attention, dtype=c.products)
         )
