@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 QUERIES = 128  # of causal attention, taken at a time
-LANES = 8  # of a CPU's vectors of float32
 GPU_MULTIPLE = 8  # of a bfloat16 product's sizes on a GPU, which pads what is none anew for each product
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
@@ -261,18 +260,13 @@ def linear(x_BTD: jax.Array, w_DF: jax.Array | Turned, dtype: Any = None) -> jax
 
 
 def _product_of_turned(x_ND, w_FD, dtype):
-    """x w^T as a CPU computes it fastest: it reads each row of w once, as it lies, and copies none."""
+    """x w^T as a CPU computes it fastest: it reads each row of w once, as it lies."""
     N, narrow_ND, w_FD = len(x_ND), x_ND.astype(dtype), w_FD.astype(dtype)
-    if N == 1:
-        # XLA's products with one row read a small matrix at half the speed of this sum, and write one of bfloat16 anew
-        # in float32; so would a loop, once before its first turn, were the matrix not bound to the row
-        w_FD, x_1D = jax.lax.optimization_barrier((w_FD, narrow_ND))
-        return jnp.sum(w_FD.astype(jnp.float32) * x_1D.astype(jnp.float32), axis=1)[None].astype(x_ND.dtype)
-    # w first, and columns that fill its vectors; without the barrier XLA would turn the product back, as jax 0.4.34's
-    # does, into one that it cannot compute, where no column is cut off
-    spare = -N % LANES or LANES * (jax.__version_info__ < (0, 5))
-    x_DN = jnp.pad(narrow_ND, ((0, spare), (0, 0))).T
-    out_FN = jax.lax.optimization_barrier(jnp.matmul(w_FD, x_DN, preferred_element_type=x_ND.dtype))
+    if w_FD.dtype != jnp.bfloat16:
+        return jnp.einsum("ND,FD->NF", narrow_ND, w_FD, preferred_element_type=x_ND.dtype)
+    # XLA would pack such a matrix on the right (the barrier keeps it on the left), and write it in float32 for one row
+    narrow_ND = jnp.pad(narrow_ND, ((0, N == 1), (0, 0)))
+    out_FN = jax.lax.optimization_barrier(jnp.einsum("FD,ND->FN", w_FD, narrow_ND, preferred_element_type=x_ND.dtype))
     return out_FN[:, :N].T
 
 

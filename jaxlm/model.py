@@ -328,8 +328,7 @@ def extend(
     c = replace(c, kernels="plain")  # the fused ones read the matrices as training has them
     table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
     x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activations)
-    # (0.4.34 turns such a product back, and may then fail to run it)
-    reads_turned = jax.default_backend() == "cpu" and not c.unrolled and jax.__version_info__ >= (0, 5)
+    reads_turned = jax.default_backend() == "cpu" and not c.unrolled
     lying = layers.Turned if reads_turned else jnp.transpose
     filled = []
     for layer, p in enumerate(weights["blocks"]):
