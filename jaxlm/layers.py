@@ -117,15 +117,14 @@ def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS:
 
 
 def as_cached(k_BSHK: jax.Array, v_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys [G, K, S] and values [G, S, K], G = B H, as the products of `cached_attention` read them."""
-    k_GSK, v_GSK = (_by_head(array, array.dtype) for array in (k_BSHK, v_BSHK))
-    return k_GSK.swapaxes(1, 2), v_GSK
+    """Keys and values [G, S, K], G = B H, as the products of `cached_attention` read them."""
+    return _by_head(k_BSHK, k_BSHK.dtype), _by_head(v_BSHK, v_BSHK.dtype)
 
 
-def cached_attention(q_BTHK: jax.Array, k_GKS: jax.Array, v_GSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def cached_attention(q_BTHK: jax.Array, k_GSK: jax.Array, v_GSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """`attention` to keys and values as `as_cached` gives them."""
     B, T, H, K = q_BTHK.shape
-    scores_GTS = _products("GTK,GKS->GTS", _by_head(q_BTHK, q_BTHK.dtype), k_GKS)
+    scores_GTS = _products("GTK,GSK->GTS", _by_head(q_BTHK, q_BTHK.dtype), k_GSK)
     scores_BHTS = scores_GTS.reshape(B, H, T, -1) * K**-0.5
     weights_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, MASKED), axis=-1)
     weights_GTS = weights_BHTS.reshape(scores_GTS.shape).astype(v_GSK.dtype)

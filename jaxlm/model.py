@@ -39,7 +39,7 @@ class Cache(NamedTuple):
     Were texts and heads two axes, a CPU would write a cache of one text anew for each token, not in its place.
     """
 
-    keys_GKS: tuple[jax.Array, ...]
+    keys_GSK: tuple[jax.Array, ...]
     values_GSK: tuple[jax.Array, ...]
 
 
@@ -297,9 +297,9 @@ def unstack(config: ModelConfig, params: Any) -> Any:
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
     G, K, S = batch * config.heads, config.width // config.heads, slots
-    keys_GKS = tuple(jnp.zeros((G, K, S), config.activations) for _ in range(config.layers))
+    keys_GSK = tuple(jnp.zeros((G, S, K), config.activations) for _ in range(config.layers))
     values_GSK = tuple(jnp.zeros((G, S, K), config.activations) for _ in range(config.layers))
-    return Cache(keys_GKS, values_GSK)
+    return Cache(keys_GSK, values_GSK)
 
 
 def extend(
@@ -334,10 +334,10 @@ def extend(
     for layer, p in enumerate(weights["blocks"]):
 
         def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
-            k_GKT, v_GTK = layers.as_cached(k_BTHK, v_BTHK)
-            keys_GKS = jax.lax.dynamic_update_slice(cache.keys_GKS[layer], k_GKT, (0, 0, start))
+            k_GTK, v_GTK = layers.as_cached(k_BTHK, v_BTHK)
+            keys_GSK = jax.lax.dynamic_update_slice(cache.keys_GSK[layer], k_GTK, (0, start, 0))
             values_GSK = jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0))
-            return layers.cached_attention(q_BTHK, keys_GKS, values_GSK, visible_BTS), (keys_GKS, values_GSK)
+            return layers.cached_attention(q_BTHK, keys_GSK, values_GSK, visible_BTS), (keys_GSK, values_GSK)
 
         p = {name: lying(leaf) if leaf.ndim == 2 else leaf for name, leaf in p.items()}
         x_BTD, both = block(p, x_BTD, table, attend, c)

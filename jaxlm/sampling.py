@@ -213,7 +213,7 @@ def write_one(
     Returns:
         The texts, and [B] int32: the tokens, `end_of_text` for a text that has ended.
     """
-    t, slots_S = texts, jnp.arange(texts.cache.keys_GKS[0].shape[2])
+    t, slots_S = texts, jnp.arange(texts.cache.keys_GSK[0].shape[1])
     positions_B = t.slot - t.first_B
     keys_B = jax.vmap(jax.random.fold_in)(t.keys_B, positions_B)
     token_B = choose(t.logits_BV, keys_B, choice, searches_unrolled(config))
