@@ -73,6 +73,7 @@ def llama_cpp_writer(config: ModelConfig, params: Any, dtype: str, place: Path) 
     model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def write(texts: int, tokens: int, choice: Choice) -> None:
+        model.reset()  # or it takes the prompt's keys and values from the last time
         for _, _ in zip(range(tokens), model.generate(PROMPT, temp=0.0, repeat_penalty=1.0), strict=False):
             pass
 
