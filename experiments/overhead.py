@@ -3,9 +3,10 @@
     python -m experiments.overhead [--rounds 2] [--platform auto]
 
 Runs the real loop (jaxlm.loop.Run) over three periods of 300 steps, in each of which the preset samples 6 times,
-evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; then the bare jitted step
-as often, on batches that lie ready. (Not before: a GPU at its power limit gets slower as it warms up.) What the loop
-took longer is in pauses, which its clock tells apart, or between the steps.
+evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; then, from where that
+ended, the bare jitted step as often, on batches that lie ready. (A GPU at its power limit gets slower as it warms up,
+and its speed depends on the numbers.) What the loop took longer is in pauses, which its clock tells apart, or between
+the steps.
 
 On a CPU 300 steps take a day. There each interval is a fiftieth of the preset's, a step reads one sequence and an
 evaluation four windows; the preset's step is then reckoned to take 64 times as long and its evaluation 16 times.
@@ -30,13 +31,13 @@ from jaxlm import backend, loop
 from jaxlm.config import Config
 from jaxlm.main import open_data, read_config
 from jaxlm.monitor import Clock
-from jaxlm.step import init_state, make_train_step
+from jaxlm.step import TrainState, make_train_step
 from jaxlm.tokens import TokenFiles, train_batch_stream
 
 PERIOD = 300  # optimizer steps
 PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # in a period
 CPU_PERIOD, CPU_WINDOWS = 6, 4
-BATCHES = 32  # that the bare step reads, in turns: text, as the speed of a GPU depends on what it computes
+BATCHES = 32  # that the bare step reads, in turns
 ROUNDING = 0.001  # seconds, of the times in a row of metrics
 
 
@@ -91,9 +92,8 @@ def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
     return config, tokens, device
 
 
-def bare_step(config: Config, tokens: TokenFiles, device: jax.Device, steps: int) -> float:
+def bare_step(config: Config, state: TrainState, tokens: TokenFiles, device: jax.Device, steps: int) -> float:
     """Seconds of an optimizer step that nothing stands beside."""
-    state = jax.device_put(init_state(config), device)
     stream = train_batch_stream(tokens.train, config.model.context, config.batch_size, config.seed)
     batches = [jax.device_put(ids, device) for ids in itertools.islice(stream, BATCHES)]
     step = make_train_step(config).lower(state, batches[0]).compile()
@@ -106,8 +106,8 @@ def bare_step(config: Config, tokens: TokenFiles, device: jax.Device, steps: int
     return (time.perf_counter() - start) / steps
 
 
-def looped_step(config: Config, tokens: TokenFiles, device: jax.Device) -> tuple[float, dict[str, float]]:
-    """Seconds of a step in the third period's loop, without its pauses; and the median pause of each kind."""
+def looped_step(config: Config, tokens: TokenFiles, device: jax.Device) -> tuple[float, dict[str, float], TrainState]:
+    """Seconds of a step in the third period's loop, without its pauses; the median pause of each kind; the state."""
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
         run = MeasuredRun(config, Path(workdir), tokens, device)
         run.clock = clock = RecordingClock(0)
@@ -118,7 +118,7 @@ def looped_step(config: Config, tokens: TokenFiles, device: jax.Device) -> tuple
     by_kind = {name: [seconds for kind, seconds in pauses if kind == name] for name in PAUSES}
     assert {name: len(seconds) for name, seconds in by_kind.items()} == PAUSES
     step = (end - start - sum(seconds for _, seconds in pauses)) / config.save_interval
-    return step, {name: median(seconds) for name, seconds in by_kind.items()}
+    return step, {name: median(seconds) for name, seconds in by_kind.items()}, run.state
 
 
 def main() -> None:
@@ -130,10 +130,10 @@ def main() -> None:
     steps, whole = config.save_interval, Config()
     bare, looped, pauses = [], [], []
     for _ in range(args.rounds):
-        step, by_kind = looped_step(config, tokens, device)
+        step, by_kind, state = looped_step(config, tokens, device)
         looped.append(step)
         pauses.append(by_kind)
-        bare.append(bare_step(config, tokens, device, steps))
+        bare.append(bare_step(config, state, tokens, device, steps))
 
     larger = whole.tokens_per_step / config.tokens_per_step
     step, between = larger * median(bare), median(a - b for a, b in zip(looped, bare, strict=True))
