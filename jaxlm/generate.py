@@ -51,7 +51,7 @@ def generate(
         weights: its parameters, as `model.unstack` gives them.
         prompts: token ids, each shorter than the context.
         choice: how tokens are drawn.
-        key: random key, [2] uint32; each text draws from its own part of it.
+        key: random key; each text draws from its own part of it.
         tokens: at most so many new ones a text; fewer where the context is full for the longest prompt.
         end_of_text: its id.
         chunk: hand out so many tokens at a time; None: all at once.
@@ -60,17 +60,19 @@ def generate(
         [texts, chunk] int32, `end_of_text` from each text's end on.
     """
     lengths = np.array([len(ids) for ids in prompts], np.int32)
-    room = min(tokens, config.context - int(lengths.max()))
-    chunk = chunk or room
-    chunks = -(-room // chunk)
-    width = -(-int(lengths.max()) // PROMPT_BUCKET) * PROMPT_BUCKET
+    longest = int(lengths.max())
+    room = min(tokens, config.context - longest)
+    width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+    # what the shortest prompts of this width have: one program for all of them
+    most = min(tokens, config.context - 1 - (width - PROMPT_BUCKET))
+    chunk = chunk or most
     rows = len(prompts) + (-len(prompts) % GPU_MULTIPLE if jax.default_backend() == "gpu" else 0)
     ids_BP = np.zeros((rows, width), np.int32)
     for row, ids in zip(ids_BP, prompts, strict=False):
         row[width - len(ids) :] = ids
     lengths_B = np.pad(lengths, (0, rows - len(prompts)))
-    texts = read(config, weights, ids_BP, lengths_B, text_keys(key, rows), chunks * chunk)
-    for index in range(chunks):
+    texts = read(config, weights, ids_BP, lengths_B, text_keys(key, rows), -(-most // chunk) * chunk)
+    for index in range(-(-room // chunk)):
         texts, tokens_BN = write(config, weights, texts, choice, np.int32(end_of_text), chunk)
         written = np.asarray(tokens_BN)[: len(prompts), : room - index * chunk]
         yield written

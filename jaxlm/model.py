@@ -280,8 +280,7 @@ def unstack(config: ModelConfig, params: Any) -> Any:
     Returns:
         As `params`, but `blocks` is a tuple with the parameters of each, in which the matrices that read the same input
         are one (JOINED); and there is `head` [V, D], with rows of zeros up to a multiple of GPU_MULTIPLE. Matrices are
-        in the dtype of the computation and lie turned, [F, D], as a CPU multiplies fastest with: it reads each row
-        once, whole, and copies none.
+        in the dtype of the computation and lie turned, [F, D], as a CPU multiplies fastest with.
     """
     blocks = []
     for layer in range(config.layers):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm import sampling
 from jaxlm.errors import RequestError
 from jaxlm.generate import encode_prompts, generate, up_to_end
 from jaxlm.model import Decoder, unstack
@@ -75,6 +76,15 @@ def test_texts_end_where_the_context_is_full(small_model):
     assert tokens.shape == (2, 1)
     logits = jax.jit(Decoder(config).apply)({"params": params}, np.array([longest]))
     assert tokens[0, 0] == np.argmax(logits[0, -1])
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_prompts_of_like_lengths_share_one_program_also_where_the_context_ends(small_model, chunk):
+    tokens = 2 * small_model[0].context
+    pieces(small_model, [SHORT], tokens=tokens, chunk=chunk)
+    compiled = sampling.read._cache_size(), sampling._write_on_device._cache_size()
+    pieces(small_model, [LONG], tokens=tokens, chunk=chunk)
+    assert (sampling.read._cache_size(), sampling._write_on_device._cache_size()) == compiled
 
 
 def test_chunks_stop_coming_once_all_texts_have_ended(small_model):
