@@ -295,9 +295,10 @@ def unstack(config: ModelConfig, params: Any) -> Any:
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
-    G, K, S = batch * config.heads, config.width // config.heads, slots
-    keys_GSK = tuple(jnp.zeros((G, S, K), config.activations) for _ in range(config.layers))
-    values_GSK = tuple(jnp.zeros((G, S, K), config.activations) for _ in range(config.layers))
+    shape_GSK = batch * config.heads, slots, config.width // config.heads
+    keys_GSK, values_GSK = (
+        tuple(jnp.zeros(shape_GSK, config.activations) for _ in range(config.layers)) for _ in Cache._fields
+    )
     return Cache(keys_GSK, values_GSK)
 
 
