@@ -19,10 +19,12 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import Config, ModelConfig
@@ -31,7 +33,7 @@ from jaxlm.gguf import write_gguf
 from jaxlm.huggingface import named_tensors, write_model
 from jaxlm.journal import rows_up_to
 from jaxlm.main import open_data
-from jaxlm.model import Decoder, init_params, unstack
+from jaxlm.model import Decoder, init_params, loss_and_gradient, unstack
 from jaxlm.sampling import Choice
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokens import TokenFiles, val_batches
@@ -72,11 +74,10 @@ def logits(subject: Subject, ids: np.ndarray) -> np.ndarray:
 
 def gradients(subject: Subject, ids: np.ndarray) -> dict[str, np.ndarray]:
     """jaxlm's, of the summed loss of ids [T], by Hugging Face's names."""
-
-    def loss(params: Any) -> jax.Array:
-        return Decoder(subject.config).apply({"params": params}, ids[None, :-1], ids[None, 1:], method="loss")
-
-    return named_tensors(jax.jit(jax.grad(loss))(subject.params))
+    run = jax.jit(partial(loss_and_gradient, subject.config))
+    none = jax.tree.map(jnp.zeros_like, subject.params)
+    _, found = run(subject.params, ids[None, :-1], ids[None, 1:], 1.0, none)
+    return named_tensors(found)
 
 
 def greedy(subject: Subject, prompt: np.ndarray) -> list[int]:

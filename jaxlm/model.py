@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from jaxlm import kernels, layers
 from jaxlm.config import ModelConfig
-from jaxlm.loss import TILE, UNROLLED_TILE, cross_entropy
+from jaxlm.loss import KEPT, KEPT_ON_GPU, TILE, UNROLLED_TILE, cross_entropy, cross_entropy_and_gradient
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 JOINED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # what reads the same input
@@ -222,9 +222,14 @@ class Decoder(nn.Module):
 
     def hidden(self, ids_BT: jax.Array) -> jax.Array:
         """The normed residual stream [B, T, D], in the dtype of the computation, that the head reads."""
-        return self._hidden(ids_BT)[0]
+        return self.hidden_and_pass(ids_BT)[0]
 
-    def _hidden(self, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+    def hidden_and_pass(self, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+        """`hidden`, and the parameters for their next use.
+
+        A gradient with respect to these, given to the backward pass, is what the gradient of this use is added to,
+        where it lies: gradients of many slices add up without a second set of them.
+        """
         c = self.config
         # here and now, or XLA computes a sine and a cosine for each number that they turn; and not on the device, which
         # `soundness` has yet to trust
@@ -244,27 +249,51 @@ class Decoder(nn.Module):
             for p in by_layer:
                 x_BTD, _ = block(p, x_BTD, table, attend, c)
         x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
-        return x_BTD, {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
+        passed = {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
+        return x_BTD, passed if c.tied else passed | {"head": self.head_VD}
 
     def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
         """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing."""
-        return self.loss_and_pass(inputs_BT, targets_BT)[0]
+        c, x_BTD = self.config, self.hidden(inputs_BT)
+        x_ND, targets_N = x_BTD.reshape(-1, c.width), targets_BT.reshape(-1)
+        if c.kernels == "fused":
+            return kernels.cross_entropy(x_ND, self.head_VD, targets_N)
+        return cross_entropy(x_ND, self.head_VD, targets_N, c.products, _tile(c), c.unrolled)
 
-    def loss_and_pass(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, Any]:
-        """`loss`, and the parameters for their next use.
 
-        A gradient with respect to these, given to the backward pass, is what the gradient of the loss is added to,
-        where it lies: gradients of many slices add up without a second set of them.
-        """
-        x_BTD, params = self._hidden(inputs_BT)
-        x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
-        name, head_VD = ("embedding", params["embedding"]) if self.config.tied else ("head", self.head_VD)
-        if self.config.kernels == "fused":
-            return kernels.cross_entropy(x_ND, head_VD, targets_N), params | {name: head_VD}
-        c = self.config
-        tile = UNROLLED_TILE if c.unrolled else TILE
-        nats, params[name] = cross_entropy(x_ND, head_VD, targets_N, c.products, tile, c.unrolled)
-        return nats, params
+def _tile(c: ModelConfig) -> int:
+    return UNROLLED_TILE if c.unrolled else TILE
+
+
+def loss_and_gradient(
+    c: ModelConfig, params: Any, inputs_BT: jax.Array, targets_BT: jax.Array, scale: jax.Array | float, total: Any
+) -> tuple[jax.Array, Any]:
+    """`Decoder.loss`, and its gradient by the parameters.
+
+    Args:
+        c: the sizes.
+        params: the parameters.
+        inputs_BT, targets_BT: as of `Decoder.loss`.
+        scale: [], of the gradient.
+        total: like the parameters, float32.
+
+    Returns:
+        [] float32, nats; and `total`, to which the gradient times the scale is added where it lies.
+    """
+    run: Any = partial(Decoder(c).apply, method="hidden_and_pass")
+    (x_BTD, _), pull = jax.vjp(lambda p: run({"params": p}, inputs_BT), params)
+    x_ND, targets_N, name = x_BTD.reshape(-1, c.width), targets_BT.reshape(-1), "embedding" if c.tied else "head"
+    if c.kernels == "fused":
+        nats, pull_loss = jax.vjp(lambda *a: kernels.cross_entropy(*a, targets_N), x_ND, params[name])
+        d_x_ND, d_head_VD = pull_loss(jnp.float32(scale))
+        total_VD = total[name] + d_head_VD
+    else:
+        kept = KEPT_ON_GPU if jax.default_backend() == "gpu" else KEPT
+        nats, d_x_ND, total_VD = cross_entropy_and_gradient(
+            x_ND, params[name], targets_N, scale, total[name], c.products, kept, _tile(c), c.unrolled
+        )
+    (total,) = pull((d_x_ND.reshape(x_BTD.shape), {**total, name: total_VD}))
+    return nats, total
 
 
 @partial(jax.jit, static_argnums=0)

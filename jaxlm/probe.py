@@ -12,12 +12,13 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.backend import backends
 
 from jaxlm import backend, plugins
 from jaxlm.config import ModelConfig
-from jaxlm.model import Decoder, init_params
+from jaxlm.model import Decoder, init_params, loss_and_gradient
 
 SIZES = ModelConfig(vocab_size=257, context=24, layers=2, heads=2, width=32, hidden=48, dtype="float32")
 TOLERANCE = 0.02  # of float32 products in a GPU's shortened formats, with room; what is wrong is far from it
@@ -35,10 +36,9 @@ def check(device: jax.Device) -> str:
     inputs_BT, targets_BT = (ids.astype(np.int32) for ids in (ids_BT[:, :-1], ids_BT[:, 1:]))
 
     def compute(p: Any, inputs_BT: jax.Array, targets_BT: jax.Array) -> Any:
-        def loss(p: Any) -> Any:
-            return Decoder(config).apply({"params": p}, inputs_BT, targets_BT, method="loss")
-
-        return Decoder(config).apply({"params": p}, inputs_BT), *jax.value_and_grad(loss)(p)
+        none = jax.tree.map(jnp.zeros_like, p)
+        of_loss = loss_and_gradient(config, p, inputs_BT, targets_BT, 1.0, none)
+        return Decoder(config).apply({"params": p}, inputs_BT), *of_loss
 
     narrow = jax.tree.map(np.float32, params)
     given = jax.device_put((narrow, inputs_BT, targets_BT), device)

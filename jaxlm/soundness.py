@@ -35,7 +35,7 @@ from jaxlm.backend import describe, identity
 from jaxlm.config import Config
 from jaxlm.errors import RunError
 from jaxlm.generate import PROMPT_BUCKET
-from jaxlm.model import Decoder, unstack
+from jaxlm.model import Decoder, loss_and_gradient, unstack
 from jaxlm.optimizer import make_optimizer
 from jaxlm.sampling import Choice, choose, counts_of_32_bits, likeliest, read, searches_unrolled, text_keys, write
 from jaxlm.step import TrainState, init_state, make_eval_step, make_train_step
@@ -348,13 +348,14 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
 
 def _expected(config: Config, params: Any, ids_2T: np.ndarray, share_2: np.ndarray) -> tuple[Any, Any]:
     """The mean loss of a micro-batch that holds each of two sequences in a share of its rows, and its gradient."""
-    decoder = Decoder(_plain(config).model)
+    model, share = _plain(config).model, 1 / config.model.context
 
-    def mean_nats(params: Any, ids_BT: jax.Array) -> jax.Array:
-        nats: Any = decoder.apply({"params": params}, ids_BT[:, :-1], ids_BT[:, 1:], method="loss")
-        return nats / config.model.context
+    @jax.jit
+    def alone(params: Any, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+        none = jax.tree.map(jnp.zeros_like, params)
+        nats, grads = loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], share, none)
+        return nats * share, grads
 
-    alone = jax.jit(jax.value_and_grad(mean_nats))
     each = [compute(alone, _cpu(), params, ids_2T[i : i + 1]) for i in np.flatnonzero(share_2)]
     shares = share_2[share_2 > 0].astype(np.float32)
     return jax.tree.map(lambda *leaves: sum(s * leaf for s, leaf in zip(shares, leaves, strict=True)), *each)

@@ -1,7 +1,6 @@
 """The training state and the jitted steps that take it forward and measure it."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import Config
-from jaxlm.model import Decoder, init_params
+from jaxlm.model import Decoder, init_params, loss_and_gradient
 from jaxlm.optimizer import make_optimizer, make_schedule
 
 
@@ -97,7 +96,6 @@ def make_train_step(config: Config) -> HostStep | jax.stages.Wrapped:
         (state, ids [B, T + 1] int32) -> (state, metrics). The state is donated: its buffers are reused, but not where
         loops are unrolled. Every `grad_accum_steps` micro-batches with finite gradients make one optimizer step.
     """
-    model = Decoder(config.model)
     optimizer = make_optimizer(config)
     schedule = make_schedule(config.optimizer, config.max_steps)
     slices = config.batch_size // config.slice_size
@@ -108,9 +106,8 @@ def make_train_step(config: Config) -> HostStep | jax.stages.Wrapped:
     def add_slice(params: Any, total: Total, ids_BT: jax.Array) -> Total:
         tokens = ids_BT.size - len(ids_BT)
         slice_BT = jax.lax.dynamic_slice_in_dim(ids_BT, total.slices * config.slice_size, config.slice_size)
-        run: Any = partial(model.apply, method="loss_and_pass")
-        (nats, _), pull = jax.vjp(lambda p: run({"params": p}, slice_BT[:, :-1], slice_BT[:, 1:]), params)
-        (grads,) = pull((1 / jnp.float32(tokens), total.grads))
+        inputs_BT, targets_BT = slice_BT[:, :-1], slice_BT[:, 1:]
+        nats, grads = loss_and_gradient(config.model, params, inputs_BT, targets_BT, 1 / tokens, total.grads)
         return Total(total.slices + 1, total.loss + nats / tokens, grads)
 
     def update(state: TrainState, total: Total) -> tuple[TrainState, Metrics]:

@@ -21,7 +21,7 @@ from tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state
 from jaxlm import loop
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.errors import RequestError, RunError, Stopped
-from jaxlm.model import Decoder
+from jaxlm.model import Decoder, loss_and_gradient
 from jaxlm.monitor import Monitor
 from jaxlm.step import init_state, make_train_step
 from jaxlm.tokens import train_batch_stream
@@ -470,13 +470,13 @@ def test_damaged_lines_of_metrics_are_named_and_stop_nothing(console):
 
 def poison(monkeypatch):
     """Makes the loss of a micro-batch nan, and so its gradients, where its text has the token NEVER_SAID."""
-    loss_and_pass = Decoder.loss_and_pass
 
-    def poisoned(self, inputs, targets):
-        nats, params = loss_and_pass(self, inputs, targets)
-        return nats * jax.numpy.where((inputs == NEVER_SAID).any(), jax.numpy.nan, 1.0), params
+    def poisoned(config, params, inputs, *others):
+        nats, grads = loss_and_gradient(config, params, inputs, *others)
+        factor = jax.numpy.where((inputs == NEVER_SAID).any(), jax.numpy.nan, 1.0)
+        return nats * factor, jax.tree.map(lambda grad: grad * factor, grads)
 
-    monkeypatch.setattr(Decoder, "loss_and_pass", poisoned)
+    monkeypatch.setattr("jaxlm.step.loss_and_gradient", poisoned)
 
 
 def write_poisoned_tokens(directory, poisoned_batches, windows=60, context=16):

@@ -1,5 +1,7 @@
 """The loss in tiles against the definition over whole logits, in values, gradients and memory."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,16 @@ import optax
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.loss import TILE, cross_entropy
-from jaxlm.model import Decoder, init_params
+from jaxlm.loss import KEPT, TILE, cross_entropy, cross_entropy_and_gradient
+from jaxlm.model import init_params, loss_and_gradient
 
 IGNORED = -1
 
 
-def nats(x, embedding, targets, dtype="float32", tile=TILE, unroll=False):
-    return cross_entropy(x, embedding, targets, dtype, tile, unroll)[0]
+def with_gradients(x, embedding, targets, scale=1.0, dtype="float32", kept=KEPT, tile=TILE, unroll=False):
+    none = jnp.zeros(embedding.shape)
+    nats, *gradients = cross_entropy_and_gradient(x, embedding, targets, scale, none, dtype, kept, tile, unroll)
+    return nats, tuple(gradients)
 
 
 def cross_entropy_64(x, embedding, targets):
@@ -63,12 +67,14 @@ def arrays_of(program):
 
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("tile", [1, 3, 10, 11, 20])
-def test_values_and_gradients_scaled_by_the_cotangent(tile, unroll):
+@pytest.mark.parametrize("kept", [1, 3 * 11 * 4, KEPT])
+def test_values_and_scaled_gradients(tile, kept, unroll):
     x, embedding, targets = draw(7, 3, 11)
-    run = jax.jit(jax.value_and_grad(lambda *a: -2.5 * nats(*a, targets, tile=tile, unroll=unroll), (0, 1)))
-    value, gradients = run(x, embedding)
+    run = jax.jit(partial(with_gradients, kept=kept, tile=tile, unroll=unroll))
+    value, gradients = run(x, embedding, targets, -2.5)
+    alone = cross_entropy(x, embedding, targets, "float32", tile, unroll)
     x, embedding = np.float64(x), np.float64(embedding)
-    np.testing.assert_allclose(value, -2.5 * cross_entropy_64(x, embedding, targets), rtol=1e-5)
+    np.testing.assert_allclose([value, alone], cross_entropy_64(x, embedding, targets), rtol=1e-5)
     by_x = differences(lambda a: -2.5 * cross_entropy_64(a, embedding, targets), x)
     by_embedding = differences(lambda a: -2.5 * cross_entropy_64(x, a, targets), embedding)
     np.testing.assert_allclose(gradients[0], by_x, rtol=1e-4, atol=1e-5)
@@ -77,7 +83,7 @@ def test_values_and_gradients_scaled_by_the_cotangent(tile, unroll):
 
 def test_equals_optax_on_whole_logits():
     x, embedding, targets = draw(101, 16, 257)
-    found = jax.jit(jax.value_and_grad(lambda *a: nats(*a, targets, tile=16), (0, 1)))(x, embedding)
+    found = jax.jit(partial(with_gradients, tile=16, kept=2**14))(x, embedding, targets)
     expected = jax.jit(jax.value_and_grad(lambda *a: whole_logits_loss(*a, targets), (0, 1)))(x, embedding)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
@@ -85,23 +91,25 @@ def test_equals_optax_on_whole_logits():
 def test_a_vocabulary_of_several_tiles():
     x, embedding, targets = draw(5, 2, 2000)
     exact = cross_entropy_64(x.astype(np.float64), embedding.astype(np.float64), targets)
-    np.testing.assert_allclose(nats(x, embedding, targets), exact, rtol=1e-5)
+    np.testing.assert_allclose(cross_entropy(x, embedding, targets, "float32"), exact, rtol=1e-5)
+    np.testing.assert_allclose(with_gradients(x, embedding, targets)[0], exact, rtol=1e-5)
 
 
 def test_tokens_without_a_target_have_no_loss_and_no_gradient():
     x, embedding, targets = draw(9, 3, 11)
-    run = jax.jit(jax.value_and_grad(lambda t, *a: nats(*a, t, tile=4), (1, 2)))
-    value, (by_x, by_embedding) = run(targets, x, embedding)
+    run = jax.jit(partial(with_gradients, tile=4))
+    value, (by_x, by_embedding) = run(x, embedding, targets)
     assert value > 0
     assert not by_x[targets == IGNORED].any()
     assert by_x[targets != IGNORED].all()
     assert by_embedding.any()
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(run(np.full(9, IGNORED), x, embedding)))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(run(x, embedding, np.full(9, IGNORED))))
 
 
 def test_large_logits_stay_finite():
     x, embedding, targets = draw(5, 3, 11)
-    value = nats(1e3 * x, embedding, targets, tile=2)
+    value, gradients = with_gradients(1e3 * x, embedding, targets, tile=2)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
     np.testing.assert_allclose(value, cross_entropy_64(np.float64(1e3 * x), np.float64(embedding), targets), rtol=1e-5)
 
 
@@ -111,8 +119,8 @@ def test_bfloat16_products_lose_no_more_than_their_rounding(activations, size):
     x, embedding, targets = draw(*size)
     x = jnp.asarray(jnp.asarray(x, jnp.bfloat16), activations)
     embedding = np.float32(jnp.asarray(embedding, jnp.bfloat16))
-    run = jax.jit(jax.value_and_grad(lambda *a: nats(*a, targets, "bfloat16", 16), (0, 1)))
-    found, (by_x, by_embedding) = run(x, embedding)
+    run = jax.jit(partial(with_gradients, dtype="bfloat16", tile=16))
+    found, (by_x, by_embedding) = run(x, embedding, targets)
     exact = cross_entropy_64(np.float64(x), np.float64(embedding), targets)
     assert (by_x.dtype, by_embedding.dtype) == (activations, jnp.float32)
     np.testing.assert_allclose(found, exact, rtol=1e-5)
@@ -121,13 +129,13 @@ def test_bfloat16_products_lose_no_more_than_their_rounding(activations, size):
         assert np.linalg.norm(np.float64(gradient) - reference) < 2**-8 * np.linalg.norm(reference)
 
 
-def test_a_gradient_for_the_next_use_of_the_embedding_is_added_to():
+def test_the_gradient_of_the_embedding_is_added_to_a_total():
     x, embedding, targets = draw(9, 3, 11)
-    later = np.random.default_rng(0).normal(size=embedding.shape).astype(np.float32)
-    _, pull = jax.vjp(lambda e: cross_entropy(x, e, targets, "float32", 4), jnp.asarray(embedding))
-    [alone], [added] = pull((jnp.float32(1), jnp.zeros_like(later))), pull((jnp.float32(1), jnp.asarray(later)))
+    total = np.random.default_rng(0).normal(size=embedding.shape).astype(np.float32)
+    _, (_, alone) = with_gradients(x, embedding, targets, tile=4)
+    *_, added = cross_entropy_and_gradient(x, embedding, targets, 1.0, total, "float32", tile=4)
     assert np.any(alone)
-    np.testing.assert_allclose(added, alone + later, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(added, alone + total, rtol=1e-6, atol=1e-6)
 
 
 def test_whole_logits_never_exist():
@@ -135,17 +143,18 @@ def test_whole_logits_never_exist():
     x, embedding, targets = draw(N, D, V)
     whole = arrays_of(jax.make_jaxpr(jax.value_and_grad(whole_logits_loss, (0, 1)))(x, embedding, targets))
     assert (N, V) in whole
-    for function in (nats, jax.value_and_grad(nats, (0, 1))):
-        found = arrays_of(jax.make_jaxpr(lambda *a, f=function: f(*a, tile=tile))(x, embedding, targets))
-        assert (N, tile) in found
-        assert max(map(np.prod, found)) < N * V
+    found = arrays_of(jax.make_jaxpr(lambda *a: cross_entropy(*a, "float32", tile))(x, embedding, targets))
+    assert (N, tile) in found
+    assert max(map(np.prod, found)) < N * V
+    at_once, kept = 32, 32 * V * 4
+    found = arrays_of(jax.make_jaxpr(partial(with_gradients, tile=tile, kept=kept))(x, embedding, targets))
+    assert (V // tile, at_once, tile) in found
+    assert max(map(np.prod, found)) == at_once * V
 
 
 def test_whole_logits_never_exist_in_training_the_preset():
     config = ModelConfig(dtype="float32")
     ids = jax.ShapeDtypeStruct((4, config.context), jnp.int32)
-    params = jax.eval_shape(lambda: {"params": init_params(config, jax.random.key(0))})
-    program = jax.make_jaxpr(jax.value_and_grad(lambda p, i: Decoder(config).apply(p, i, i, method="loss")))(
-        params, ids
-    )
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    program = jax.make_jaxpr(lambda p, i: loss_and_gradient(config, p, i, i, 1.0, p))(params, ids)
     assert max(map(np.prod, arrays_of(program))) < 4 * config.context * config.vocab_size

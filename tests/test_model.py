@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import Decoder, init_params, near_normal, parameter_count
+from jaxlm.model import Decoder, init_params, loss_and_gradient, near_normal, parameter_count
 
 IDS = np.random.default_rng(1).integers(0, 257, (2, 7))
 
@@ -126,21 +126,37 @@ def loss_and_gradients(small_model):
 
     @functools.cache
     def of(config):
-        return jax.jit(jax.value_and_grad(lambda p: loss_of(config, p, IDS)))(params)
+        none = jax.tree.map(jnp.zeros_like, params)
+        return jax.jit(functools.partial(loss_and_gradient, config))(params, IDS[:, :-1], IDS[:, 1:], 1.0, none)
 
     return of
 
 
-def loss_of(config, params, ids):
-    return Decoder(config).apply({"params": params}, ids[:, :-1], ids[:, 1:], method="loss")
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_the_loss_times_the_scale_are_added_to_the_total(small_model, tied):
+    config = replace(small_model[0], tied=tied)
+    params = init_params(config, jax.random.key(0))
+    inputs, targets = IDS[:, :-1], IDS[:, 1:]
+    value, expected = jax.jit(
+        jax.value_and_grad(lambda p: Decoder(config).apply({"params": p}, inputs, targets, method="loss"))
+    )(params)
+    total = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    nats, found = jax.jit(functools.partial(loss_and_gradient, config))(params, inputs, targets, -0.5, total)
+    assert nats == pytest.approx(float(value), rel=1e-5)
+    jax.tree.map(
+        lambda a, b, t: np.testing.assert_allclose(a, t - 0.5 * b, rtol=1e-4, atol=1e-4), found, expected, total
+    )
 
 
 def test_remat_keeps_less_and_changes_no_number(small_model, loss_and_gradients):
     plain, saving = (replace(small_model[0], remat=remat) for remat in (False, True))
 
     def kept(config):
-        ids = jax.ShapeDtypeStruct((8, 65), jnp.int32)
-        backward = jax.eval_shape(lambda p, i: jax.vjp(lambda p: loss_of(config, p, i), p)[1], small_model[1], ids)
+        def hidden(params, ids):
+            return Decoder(config).apply({"params": params}, ids, method="hidden")
+
+        ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+        backward = jax.eval_shape(lambda p, i: jax.vjp(lambda p: hidden(p, i), p)[1], small_model[1], ids)
         return parameter_count(backward)
 
     def assert_close(a, b):

@@ -15,7 +15,7 @@ import pytest
 
 import jaxlm
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
-from jaxlm.model import Decoder
+from jaxlm.model import Decoder, loss_and_gradient
 from jaxlm.optimizer import make_optimizer
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
@@ -70,15 +70,14 @@ def accumulated(start):
 @pytest.fixture(scope="module")
 def poisoned_step(start):
     """A train step in which two ids make one number of the gradient non-finite and leave the rest alone."""
-    loss_and_pass = Decoder.loss_and_pass
 
-    def poisoned_loss(self, inputs_BT, targets_BT):
+    def poisoned(config, params, inputs_BT, targets_BT, scale, total):
         poison = jnp.where(jnp.any(inputs_BT == NAN), jnp.nan, jnp.where(jnp.any(inputs_BT == INF), jnp.inf, 0))
-        nats, params = loss_and_pass(self, inputs_BT, targets_BT)
-        return nats + poison * self.embedding[0, 0], params
+        nats, total = loss_and_gradient(config, params, inputs_BT, targets_BT, scale, total)
+        return nats + poison, total | {"embedding": total["embedding"].at[0, 0].add(poison)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "loss_and_pass", poisoned_loss)
+        patch.setattr("jaxlm.step.loss_and_gradient", poisoned)
         return make_train_step(CONFIG).lower(start, micro_batches(1)[0]).compile()
 
 
