@@ -100,7 +100,7 @@ def _keep_compilations() -> None:
 def keep_freed_memory(temporaries: int) -> None:
     """Has the C library keep what a step on a CPU frees for the next one, where that is glibc's.
 
-    For after compilation, what is left of which is given back first.
+    For after compilation, what is left of which is given back first: jax's notes of what it traced, for one.
 
     As it comes, glibc gives large pieces back to the system, and to have them again costs about a microsecond a page: a
     tenth of a step. It can only keep them for the main thread, which therefore is the one that runs what a CPU computes
@@ -110,6 +110,7 @@ def keep_freed_memory(temporaries: int) -> None:
     and spare ones, so that nothing which stays breaks that one and the next step needs another, are made here; they are
     no memory until something lies there.
     """
+    jax.clear_caches()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.malloc_trim(0)
