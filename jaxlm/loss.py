@@ -14,15 +14,19 @@ import jax.numpy as jnp
 from jaxlm.layers import MASKED, embed, product_over_rows, scan
 
 TILE = 1536
+GPU_TILE = 6144
 UNROLLED_TILE = 12_565  # a quarter of GPT-2's vocabulary: few enough tiles to write out, none as wide as 32,767
-KEPT = 2**27  # bytes of exponentials, at most: less than a block's backward pass takes in the preset
-KEPT_ON_GPU = 2**30
+KEPT = 2**27  # bytes of exponentials: less than a block's backward pass takes in the preset
+KEPT_ON_GPU = 2**30  # products want many rows there
+ROWS = 16  # a chunk of the tokens has a multiple of them, as fast products need
 
 
 def cross_entropy(
     x_ND: jax.Array, embedding_VD: jax.Array, targets_N: jax.Array, dtype: Any, tile: int = TILE, unroll: bool = False
 ) -> jax.Array:
     """Sum of logsumexp(logits) - logits[target] over N tokens, logits = x embedding^T.
+
+    To be evaluated: jax's own gradient of it keeps all logits.
 
     Args:
         x_ND: what the tied head reads.
@@ -57,33 +61,36 @@ def cross_entropy_and_gradient(
         x_ND, embedding_VD, targets_N, dtype, tile, unroll: as of `cross_entropy`.
         scale: [], of the gradients.
         total_VD: float32, what the embedding's gradient is added to.
-        kept: bytes of exponentials that exist at one time, at most, but for one token's.
+        kept: bytes of exponentials that exist at one time, at most, or those of ROWS tokens.
 
     Returns:
         [] float32, nats; [N, D] in the dtype of x; [V, D].
     """
     (N, D), V = x_ND.shape, len(embedding_VD)
-    chunks = -(-N // max(1, kept // (V * jnp.dtype(dtype).itemsize)))
-    padding = -N % chunks
+    bytes_of_token = -(-V // tile) * min(tile, V) * jnp.dtype(dtype).itemsize
+    chunks = -(-N // max(ROWS, kept // bytes_of_token // ROWS * ROWS))
+    padding = -N % (chunks * ROWS) if chunks > 1 else 0
     x_CND = jnp.pad(x_ND, ((0, padding), (0, 0))).reshape(chunks, -1, D)
     targets_CN = jnp.pad(targets_N, (0, padding), constant_values=-1).reshape(chunks, -1)
 
     def add_chunk(total_VD, chunk):
         x_ND, targets_N = chunk
         narrow_ND = x_ND.astype(dtype)
-        logsumexp_N, tiles = _logsumexp(narrow_ND, embedding_VD, tile, unroll, keep=True)
+        logsumexp_N, kept = _logsumexp(narrow_ND, embedding_VD, tile, unroll, keep=True)
         d_nats_N1 = jnp.where(targets_N >= 0, scale, 0)[:, None]
 
         def add_tile(carry, of_tile):
-            (d_x_ND, total_VD), (place, e_NW, largest_N) = carry, of_tile
+            (d_x_ND, total_VD), (place, (e_NW, largest_N)) = carry, of_tile
             ids_W, rows_WD = _tile_of(embedding_VD, tile, place, dtype)
+            if e_NW.dtype == jnp.uint16:
+                e_NW = jax.lax.bitcast_convert_type(e_NW, jnp.bfloat16)
             softmax_NW = e_NW * jnp.exp(largest_N - logsumexp_N)[:, None]
             d_logits_NW = ((softmax_NW - (ids_W == targets_N[:, None])) * d_nats_N1).astype(dtype)
             d_x_ND += jnp.matmul(d_logits_NW, rows_WD, preferred_element_type=jnp.float32)
             return (d_x_ND, _add_rows(total_VD, product_over_rows(d_logits_NW, narrow_ND), place[0])), None
 
         start = (jnp.zeros(x_ND.shape, jnp.float32), total_VD)
-        (d_x_ND, total_VD), _ = scan(add_tile, start, tiles, unroll=unroll)
+        (d_x_ND, total_VD), _ = scan(add_tile, start, (_places(V, tile), kept), unroll=unroll)
         nats = _nats(narrow_ND, embedding_VD, targets_N, logsumexp_N)
         return total_VD, (nats, d_x_ND.astype(x_ND.dtype))
 
@@ -92,8 +99,9 @@ def cross_entropy_and_gradient(
 
 
 def _logsumexp(narrow_ND, embedding_VD, tile, unroll, keep):
-    """logsumexp(logits) [N]; and if they are to be kept, of each tile its place, exp(logits - largest) [N, W] in the
-    dtype of x, and the largest logits [N] up to this tile."""
+    """logsumexp(logits) [N]; and to `keep`, of each tile exp(logits - largest) [N, W] in the dtype of x, and the
+    largest logits [N] up to this tile. In a loop bfloat16 is kept as its bits: XLA for the CPU would convert the tiles
+    of all turns to float32 before the next loop."""
 
     def add_tile(carry, place):
         largest_N, total_N = carry
@@ -103,7 +111,12 @@ def _logsumexp(narrow_ND, embedding_VD, tile, unroll, keep):
         larger_N = jnp.maximum(largest_N, jnp.max(logits_NW, axis=1))
         e_NW = jnp.exp(logits_NW - larger_N[:, None])
         total_N = total_N * jnp.exp(largest_N - larger_N) + jnp.sum(e_NW, axis=1)
-        return (larger_N, total_N), (place, e_NW.astype(narrow_ND.dtype), larger_N) if keep else None
+        if not keep:
+            return (larger_N, total_N), None
+        e_NW = e_NW.astype(narrow_ND.dtype)
+        if e_NW.dtype == jnp.bfloat16 and not unroll:
+            e_NW = jax.lax.bitcast_convert_type(e_NW, jnp.uint16)
+        return (larger_N, total_N), (e_NW, larger_N)
 
     N = len(narrow_ND)
     start = jnp.full(N, MASKED), jnp.zeros(N)

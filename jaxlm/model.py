@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from jaxlm import kernels, layers
 from jaxlm.config import ModelConfig
-from jaxlm.loss import KEPT, KEPT_ON_GPU, TILE, UNROLLED_TILE, cross_entropy, cross_entropy_and_gradient
+from jaxlm.loss import GPU_TILE, KEPT, KEPT_ON_GPU, TILE, UNROLLED_TILE, cross_entropy, cross_entropy_and_gradient
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 JOINED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # what reads the same input
@@ -253,7 +253,10 @@ class Decoder(nn.Module):
         return x_BTD, passed if c.tied else passed | {"head": self.head_VD}
 
     def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing."""
+        """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing.
+
+        To be evaluated; for training there is `loss_and_gradient`.
+        """
         c, x_BTD = self.config, self.hidden(inputs_BT)
         x_ND, targets_N = x_BTD.reshape(-1, c.width), targets_BT.reshape(-1)
         if c.kernels == "fused":
@@ -262,7 +265,9 @@ class Decoder(nn.Module):
 
 
 def _tile(c: ModelConfig) -> int:
-    return UNROLLED_TILE if c.unrolled else TILE
+    if c.unrolled:
+        return UNROLLED_TILE
+    return GPU_TILE if jax.default_backend() == "gpu" else TILE
 
 
 def loss_and_gradient(
@@ -292,7 +297,7 @@ def loss_and_gradient(
         nats, d_x_ND, total_VD = cross_entropy_and_gradient(
             x_ND, params[name], targets_N, scale, total[name], c.products, kept, _tile(c), c.unrolled
         )
-    (total,) = pull((d_x_ND.reshape(x_BTD.shape), {**total, name: total_VD}))
+    (total,) = pull((d_x_ND.reshape(x_BTD.shape), total | {name: total_VD}))
     return nats, total
 
 

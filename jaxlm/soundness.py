@@ -348,13 +348,13 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
 
 def _expected(config: Config, params: Any, ids_2T: np.ndarray, share_2: np.ndarray) -> tuple[Any, Any]:
     """The mean loss of a micro-batch that holds each of two sequences in a share of its rows, and its gradient."""
-    model, share = _plain(config).model, 1 / config.model.context
+    model, scale = _plain(config).model, 1 / config.model.context
 
     @jax.jit
     def alone(params: Any, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
         none = jax.tree.map(jnp.zeros_like, params)
-        nats, grads = loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], share, none)
-        return nats * share, grads
+        nats, grads = loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], scale, none)
+        return nats * scale, grads
 
     each = [compute(alone, _cpu(), params, ids_2T[i : i + 1]) for i in np.flatnonzero(share_2)]
     shares = share_2[share_2 > 0].astype(np.float32)
