@@ -1,0 +1,157 @@
+"""Writes the lowered text of what a run computes, for every kind of device, so that two versions can be compared.
+
+    python -m experiments.lowered --out before
+    python -m experiments.lowered --out after --compare before
+
+For the 60M preset and the quickstart it lowers the parameters' drawing, the training step, the evaluation, the prefill
+and the decode, as a CPU, an NVIDIA GPU, a Hopper GPU and the two plugins of an Apple GPU would be given them. Nothing
+is compiled or computed. Names of functions are replaced by numbers, and long constants by their hashes, so a renamed
+function changes no text. With `--compare` it ends with 1 when a text differs. (A fused kernel of Hopper GPUs is
+written as its jaxpr: its lowered form holds line numbers of the source.)
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+
+from configs import m2_60m, quickstart
+from jaxlm import backend
+from jaxlm.config import Config, from_config_dict
+from jaxlm.generate import PROMPT_BUCKET
+from jaxlm.model import init_params, unstack
+from jaxlm.sampling import as_choice, read, write_one
+from jaxlm.sampling import _write_on_device as write_on_device
+from jaxlm.step import init_state, make_eval_step, make_train_step
+
+CONFIGS = {"m2_60m": m2_60m, "quickstart": quickstart}
+# jax's name for the platform, and what the device says of itself
+FORMS = {
+    "cpu": ("cpu", {}),
+    "cuda": ("gpu", {"compute_capability": "8.0"}),
+    "hopper": ("gpu", {"compute_capability": "9.0"}),
+    "METAL": ("METAL", {}),
+    "mps": ("mps", {}),
+}
+
+
+@contextlib.contextmanager
+def as_if_on(platform: str) -> Iterator[None]:
+    """Lets what asks for the present device, or for cuDNN's version, hear of one that is not here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    with contextlib.ExitStack() as stack:
+        if platform == "gpu":
+            stack.enter_context(mock.patch.object(jax, "default_backend", lambda: "gpu"))
+            stack.enter_context(mock.patch.object(cudnn, "check_cudnn_version", lambda: 91_000))
+            stack.enter_context(mock.patch.object(cudnn, "check_compute_capability", lambda *_: True))
+        yield
+
+
+def programs(config: Config) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """The name, the jitted function and the arguments or their shapes of each program of a run."""
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
+    some = jax.ShapeDtypeStruct((config.slice_size, config.model.context), np.int32)
+    state = jax.eval_shape(lambda: init_state(config))
+    step: Any = make_train_step(config)
+    model, B, new = config.model, config.sample.texts, config.sample.tokens
+    yield "init", init_params, (model, jax.eval_shape(lambda: jax.random.key(0)))
+    if hasattr(step, "start"):
+        total = jax.eval_shape(step.start, state.params)
+        yield "train_start", step.start, (state.params,)
+        yield "train_chunk", step.add_slice, (state.params, total, ids)
+        yield "train_update", step.update, (state, total)
+    else:
+        yield "train_step", step, (state, ids)
+    yield "evaluation", make_eval_step(config), (state.params, some, some)
+    weights = jax.eval_shape(lambda params: unstack(model, params), state.params)
+    prompts = [
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in (((B, PROMPT_BUCKET), np.int32), ((B,), np.int32), ((B, 2), np.uint32))
+    ]
+    texts = jax.eval_shape(lambda *a: read(model, *a, new), weights, *prompts)
+    choice = as_choice(config.sample)
+    yield "decode_params", unstack, (model, state.params)
+    yield "prefill", read, (model, weights, *prompts, new)
+    yield "decode_step", write_one, (model, weights, texts, choice, np.int32(0))
+    if not hasattr(step, "start"):
+        yield "decode", write_on_device, (model, weights, texts, choice, np.int32(0), new)
+
+
+def lowered(function: Any, arguments: tuple[Any, ...], platform: str) -> str:
+    """The text of a program as a platform is given it; the jaxpr where it holds a kernel of our own."""
+    traced = function.trace(*arguments)
+    if "mosaic_gpu" in (jaxpr := str(traced.jaxpr)):
+        return re.sub(r"(?m) at 0x[0-9a-f]+|/\S+\.py:\d+|name=\S+|debug_info=.*", "", jaxpr)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
+    return without_names(text)
+
+
+def without_names(text: str) -> str:
+    """StableHLO with functions numbered in the order of their first use, and hashes in place of long constants."""
+    text = re.sub(r' ?\{?jax\.result_info = "[^"]*"\}?,? ?', "", text)
+    text = re.sub(r'"0x[0-9A-F]{64,}"', lambda m: hashlib.sha256(m[0].encode()).hexdigest(), text)
+    defined = set(re.findall(r"func\.func \w* ?@([\w.]+)|module @([\w.]+)", text))
+    names = {name for pair in defined for name in pair if name}
+    numbers: dict[str, str] = {}
+    return re.sub(
+        r"@([\w.]+)",
+        lambda m: "@" + numbers.setdefault(m[1], f"f{len(numbers)}") if m[1] in names else m[0],
+        text,
+    )
+
+
+def write(out: Path) -> list[Path]:
+    """Writes a file for each configuration, form and program below `out`."""
+    files = []
+    for config_name, module in CONFIGS.items():
+        for form, (platform, device) in FORMS.items():
+            if form == "hopper" and jax.__version_info__ < (0, 11):
+                continue
+            with as_if_on(platform):
+                device: Any = SimpleNamespace(platform=platform, **device)
+                config = backend.resolve_run(from_config_dict(module.get_config()), device)
+                for program, function, arguments in programs(config):
+                    file = out / f"{config_name}.{form}.{program}.txt"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(lowered(function, arguments, platform) + "\n")
+                    files.append(file)
+            jax.clear_caches()
+    return files
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the texts")
+    parser.add_argument("--compare", type=Path, help="folder that an earlier version wrote")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    files = write(args.out)
+    print(f"jax {jax.__version__}: {len(files)} texts in {args.out}")
+    different = []
+    for file in files if args.compare else []:
+        before, after = (path.read_text().splitlines() for path in (args.compare / file.name, file))
+        if before != after:
+            different.append(file.name)
+            diff = list(difflib.unified_diff(before, after, "before", "after", n=0, lineterm=""))
+            print("\n".join([f"{file.name} differs ({len(diff)} lines):", *(line[:160] for line in diff[:12])]))
+    if args.compare:
+        print(f"{len(files) - len(different)} of {len(files)} texts are the same")
+    return min(len(different), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

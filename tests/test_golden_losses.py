@@ -1,0 +1,59 @@
+"""The losses of the quickstart's first steps, as they were: a change that is meant to change no number changes none.
+
+`python tests/test_golden_losses.py` writes those of the version of jax that it runs under.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from configs import quickstart
+
+from jaxlm import backend
+from jaxlm.config import from_config_dict
+from jaxlm.main import open_data
+from jaxlm.step import init_state, make_train_step
+from jaxlm.tokens import train_batch_stream
+
+GOLDEN = Path(__file__).parent / "golden_losses"
+STEPS = 50
+TOLERANCE = 2e-3  # relative; kinds of CPU sum in different orders, and after 50 steps that shows in the fourth digit
+
+
+def first_losses(directory):
+    """The losses [STEPS] of the quickstart on its own data, prepared in `directory`."""
+    settings = quickstart.get_config()
+    settings.data.dir = str(directory)
+    config = from_config_dict(settings)
+    tokens = open_data(config)
+    config = backend.resolve_run(config, jax.devices("cpu")[0])
+    batches = train_batch_stream(tokens.train, config.model.context, config.batch_size, config.seed, 0)
+    train_step, state, losses = make_train_step(config), init_state(config), []
+    for _ in range(STEPS):
+        state, metrics = train_step(state, next(batches))
+        losses.append(float(metrics.loss))
+    return losses
+
+
+@pytest.mark.usefixtures("optimized_compilation")
+def test_the_first_losses_are_the_committed_ones(tmp_path):
+    file = GOLDEN / f"jax-{jax.__version__}.json"
+    if not file.is_file():
+        pytest.skip(f"no losses of jax {jax.__version__}: python {__file__} writes them")
+    expected, found = json.loads(file.read_text()), first_losses(tmp_path)
+    assert found == pytest.approx(expected, rel=TOLERANCE), (
+        "The first losses of the quickstart are not what they were. If you meant to change no number (a refactoring, a"
+        " faster kernel), this is a bug. If you meant to (another initialisation, schedule, default or order of the"
+        f" data), run `python {Path(__file__).name}` from tests/ under each version of jax in {GOLDEN.name}/, commit"
+        " the files with the change, and say in its message why."
+    )
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    GOLDEN.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        losses = first_losses(Path(place))
+    (GOLDEN / f"jax-{jax.__version__}.json").write_text(json.dumps(losses) + "\n")
