@@ -31,8 +31,8 @@ from jaxlm import backend
 from jaxlm.config import Config, from_config_dict
 from jaxlm.generate import PROMPT_BUCKET
 from jaxlm.model import init_params, unstack
-from jaxlm.sampling import as_choice, read, write_one
 from jaxlm.sampling import _write_on_device as write_on_device
+from jaxlm.sampling import as_choice, read, write_one
 from jaxlm.step import init_state, make_eval_step, make_train_step
 
 CONFIGS = {"m2_60m": m2_60m, "quickstart": quickstart}

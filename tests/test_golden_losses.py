@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from configs import quickstart
 
+from configs import quickstart
 from jaxlm import backend
 from jaxlm.config import from_config_dict
 from jaxlm.main import open_data
