@@ -37,14 +37,14 @@ from jaxlib.mlir.dialects import stablehlo
 
 import jaxlm
 from configs import m2_60m
-from jaxlm import backend
-from jaxlm.backend import WRONG_FROM
-from jaxlm.checksum import checksums
 from jaxlm.config import Config, from_config_dict
-from jaxlm.generate import PROMPT_BUCKET
-from jaxlm.model import unstack
-from jaxlm.sampling import as_choice, read, text_keys, write_one
-from jaxlm.step import init_state, make_eval_step, make_train_step
+from jaxlm.core.checksum import checksums
+from jaxlm.core.generate import PROMPT_BUCKET
+from jaxlm.core.model import unstack
+from jaxlm.core.sampling import as_choice, read, text_keys, write_one
+from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
+from jaxlm.device import backend
+from jaxlm.device.backend import WRONG_FROM
 
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
 # by XLA's ChloPreserveHighLevelOpsPass, and ChloLegalizeToHighLevelMhloPass in jaxlib 0.4.34
@@ -178,8 +178,8 @@ def line_of(operation: Any) -> str:
     package = Path(jaxlm.__file__).parent
     frames = re.findall(r'"([^"]+\.py)":(\d+)', str(operation.location))
     for file, line in frames:
-        if Path(file).parent == package:
-            return f"jaxlm/{Path(file).name}:{line}"
+        if Path(file).is_relative_to(package):
+            return f"jaxlm/{Path(file).relative_to(package)}:{line}"
     function, module = operation, operation
     while module.parent:
         function, module = module, module.parent

@@ -265,10 +265,10 @@ def held(process: subprocess.Popen) -> Iterator[None]:
 def main() -> None:
     session = Session(**json.loads(sys.argv[1]))
     session.happens("start")
-    import jaxlm.loop
+    import jaxlm.run.trainer
 
-    make_train_step = jaxlm.loop.make_train_step
-    jaxlm.loop.make_train_step = lambda config: Step(make_train_step(config), session)
+    make_train_step = jaxlm.run.trainer.make_train_step
+    jaxlm.run.trainer.make_train_step = lambda config: Step(make_train_step(config), session)
     session.wrap()
     sys.addaudithook(session.audit)
     sys.argv[1:] = sys.argv[2:]

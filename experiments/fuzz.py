@@ -2,7 +2,7 @@
 
     python -m experiments.fuzz --cases 10000 --seed 0
 
-Each goes to the function that reads it, under `jaxlm.command.status` as in every command. A case fails when it ends in
+Each goes to the function that reads it, under `jaxlm.cli.status` as in every command. A case fails when it ends in
 anything but success or one line of a RequestError or RunError, takes too long, leaves a *.partial, changes what it
 refuses, or takes what then does not hold (the `_take_` functions). What makes a failure again is printed.
 """
@@ -24,7 +24,7 @@ from random import Random
 from typing import Any
 
 from experiments.fuzz_cases import KINDS
-from jaxlm import command
+from jaxlm import cli
 from jaxlm.errors import RequestError, RunError
 
 CODE = ("jaxlm", "experiments")
@@ -49,7 +49,7 @@ def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(console):
-                command.status(take, [])
+                cli.status(take, [])
         except (Exception, TimeLimit) as error:
             return "failed", f"{type(error).__name__} {_place(error)}", f"{call}\n{traceback.format_exc()}"
         finally:

@@ -29,17 +29,17 @@ else:
     from backports import zstd
 
 from jaxlm import sample
+from jaxlm.cli import read_config
 from jaxlm.config import Config, ModelConfig, differences, from_config_dict, to_dict
+from jaxlm.core.model import init_params
+from jaxlm.data.token_files import META, TRAIN, VAL, TokenFiles, open_tokens
+from jaxlm.data.tokenizer import END_OF_TEXT, encode_prompts, load_tokenizer
 from jaxlm.errors import RunError
-from jaxlm.generate import encode_prompts
-from jaxlm.huggingface import read_params, read_sizes, read_tokenizer, write_model
-from jaxlm.journal import keep_up_to
-from jaxlm.main import check_workdir, open_data, read_config
-from jaxlm.model import init_params
+from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer, write_model
+from jaxlm.main import check_workdir, open_data
 from jaxlm.prepare import prepare
-from jaxlm.tokenizer import END_OF_TEXT, load_tokenizer
-from jaxlm.tokens import META, TRAIN, VAL, TokenFiles, open_tokens
-from jaxlm.trained import Checkpoint
+from jaxlm.run.load import Checkpoint
+from jaxlm.storage.jsonl import keep_up_to
 
 SIZES = {"vocab_size": 300, "context": 8}
 TEXT, VALIDATION = "text.txt", 0.1

@@ -28,16 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import Config, ModelConfig
-from jaxlm.generate import generate
-from jaxlm.gguf import write_gguf
-from jaxlm.huggingface import named_tensors, write_model
-from jaxlm.journal import rows_up_to
+from jaxlm.core.generate import generate
+from jaxlm.core.model import Decoder, init_params, loss_and_gradient, unstack
+from jaxlm.core.sampling import Choice
+from jaxlm.data.token_files import TokenFiles, val_batches
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.interop.gguf import write_gguf
+from jaxlm.interop.huggingface import named_tensors, write_model
 from jaxlm.main import open_data
-from jaxlm.model import Decoder, init_params, loss_and_gradient, unstack
-from jaxlm.sampling import Choice
-from jaxlm.tokenizer import load_tokenizer
-from jaxlm.tokens import TokenFiles, val_batches
-from jaxlm.trained import restore
+from jaxlm.run.load import restore
+from jaxlm.storage.jsonl import rows_up_to
 
 GREEDY_TOKENS = 200
 BITS = "val_bits_per_byte"

@@ -27,13 +27,13 @@ import jax
 import numpy as np
 
 from configs import m2_60m, quickstart
-from jaxlm import backend
 from jaxlm.config import Config, from_config_dict
-from jaxlm.generate import PROMPT_BUCKET
-from jaxlm.model import init_params, unstack
-from jaxlm.sampling import _write_on_device as write_on_device
-from jaxlm.sampling import as_choice, read, write_one
-from jaxlm.step import init_state, make_eval_step, make_train_step
+from jaxlm.core.generate import PROMPT_BUCKET
+from jaxlm.core.model import init_params, unstack
+from jaxlm.core.sampling import _write_on_device as write_on_device
+from jaxlm.core.sampling import as_choice, read, write_one
+from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
+from jaxlm.device import backend
 
 CONFIGS = {"m2_60m": m2_60m, "quickstart": quickstart}
 # jax's name for the platform, and what the device says of itself

@@ -22,13 +22,14 @@ import numpy as np
 import optax
 
 from configs import m2_60m
-from jaxlm import backend, layers
-from jaxlm.checkpoint import checkpoint_bytes
 from jaxlm.config import Config, from_config_dict
-from jaxlm.estimate import compile_step
-from jaxlm.model import Decoder, init_params, parameter_count
-from jaxlm.optimizer import make_inner
-from jaxlm.step import init_state, make_train_step
+from jaxlm.core import layers
+from jaxlm.core.model import Decoder, init_params, parameter_count
+from jaxlm.core.optimizer import make_inner
+from jaxlm.core.train_step import init_state, make_train_step
+from jaxlm.device import backend
+from jaxlm.run.checkpoint import checkpoint_bytes
+from jaxlm.run.memory import compile_step
 
 PROMISED = 1.4  # GB, in the plan of the preset's user
 

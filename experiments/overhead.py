@@ -2,7 +2,7 @@
 
     python -m experiments.overhead [--rounds 2] [--platform auto]
 
-Runs the real loop (jaxlm.loop.Run) over three periods of 300 steps, in each of which the preset samples 6 times,
+Runs the real loop (jaxlm.run.trainer.Run) over three periods of 300 steps, in each of which the preset samples 6 times,
 evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; then, from where that
 ended, the bare jitted step as often, on batches that lie ready. (A GPU at its power limit gets slower as it warms up,
 and its speed depends on the numbers.) What the loop took longer is in pauses, which its clock tells apart, or between
@@ -27,12 +27,14 @@ from statistics import median
 
 import jax
 
-from jaxlm import backend, loop
+from jaxlm.cli import read_config
 from jaxlm.config import Config
-from jaxlm.main import open_data, read_config
-from jaxlm.monitor import Clock
-from jaxlm.step import TrainState, make_train_step
-from jaxlm.tokens import TokenFiles, train_batch_stream
+from jaxlm.core.train_step import TrainState, make_train_step
+from jaxlm.data.token_files import TokenFiles, train_batch_stream
+from jaxlm.device import backend
+from jaxlm.main import open_data
+from jaxlm.run import trainer
+from jaxlm.run.monitor import Clock
 
 PERIOD = 300  # optimizer steps
 PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # in a period
@@ -60,7 +62,7 @@ class RecordingClock(Clock):
         self.pauses.append((start, kind, self.seconds() - start))
 
 
-class MeasuredRun(loop.Run):
+class MeasuredRun(trainer.Run):
     """A run that ends with its third period."""
 
     ends: tuple[float, ...] = ()  # of the periods

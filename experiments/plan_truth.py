@@ -37,7 +37,7 @@ def child(argv: list[str]) -> None:
 
     main(argv)
     ended = time.monotonic()
-    from jaxlm.measure import peak_bytes
+    from jaxlm.planner.measure import peak_bytes
 
     peak = peak_bytes(jax.devices()[0])
     print(json.dumps({"ended": ended, "peak": peak}), flush=True)

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from jaxlm.corpus import open_corpus
-from jaxlm.documents import read_pieces
-from jaxlm.tokenizer import load_tokenizer
+from jaxlm.data.corpus import open_corpus
+from jaxlm.data.readers import read_pieces
+from jaxlm.data.tokenizer import load_tokenizer
 
 CORES = os.cpu_count() or 1
 RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jaxlm.corpus import open_corpus
+from jaxlm.data.corpus import open_corpus
 
 VALIDATION = 0.05
 CURVE_POINTS = 6

@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import backend
 from jaxlm.config import ModelConfig
-from jaxlm.generate import generate
-from jaxlm.gguf import write_gguf
-from jaxlm.model import init_params, unstack
-from jaxlm.sampling import Choice
+from jaxlm.core.generate import generate
+from jaxlm.core.model import init_params, unstack
+from jaxlm.core.sampling import Choice
+from jaxlm.device import backend
+from jaxlm.interop.gguf import write_gguf
 
 PROMPT = [464, 3616, 286, 1204]
 CASES = {"1 text": (1, 128, Choice(0.0)), "10 texts": (10, 100, Choice(1.0, 50))}

@@ -61,15 +61,15 @@ def child(began: float, last: str, argv: list[str]) -> None:
 
         return wrapped
 
-    import jaxlm.loop
     import jaxlm.main
+    import jaxlm.run.trainer
 
     say("imported")
-    make_train_step = jaxlm.loop.make_train_step
+    make_train_step = jaxlm.run.trainer.make_train_step
     jaxlm.main.open_data = saying(jaxlm.main.open_data, "data opened")
-    jaxlm.loop.restore_or_init = saying(jaxlm.loop.restore_or_init, "parameters drawn")
-    jaxlm.loop.make_train_step = lambda config: Step(make_train_step(config), say)
-    jaxlm.loop.Run._record = saying(jaxlm.loop.Run._record, "first step computed")
+    jaxlm.run.trainer.restore_or_init = saying(jaxlm.run.trainer.restore_or_init, "parameters drawn")
+    jaxlm.run.trainer.make_train_step = lambda config: Step(make_train_step(config), say)
+    jaxlm.run.trainer.Run._record = saying(jaxlm.run.trainer.Run._record, "first step computed")
     jaxlm.main.main(argv)
 
 

@@ -35,10 +35,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from configs import m2_60m
-    from jaxlm import backend
     from jaxlm.config import from_config_dict
-    from jaxlm.model import parameter_count
-    from jaxlm.step import init_state, make_train_step
+    from jaxlm.core.model import parameter_count
+    from jaxlm.core.train_step import init_state, make_train_step
+    from jaxlm.device import backend
 
     device = backend.start(args.device)
     config = from_config_dict(m2_60m.get_config())

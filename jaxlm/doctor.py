@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from jaxlm import durable, plugins
-from jaxlm.command import ArgumentParser, run
+from jaxlm.cli import ArgumentParser, read_config, run
 from jaxlm.config import Config
+from jaxlm.device import plugins
+from jaxlm.device.isolated import attempt
 from jaxlm.errors import RequestError
-from jaxlm.main import read_config
-from jaxlm.trial import attempt
+from jaxlm.storage import atomic
 
 PRESET = Path(__file__).parent.parent / "configs" / "m2_60m.py"
 LIMIT = 3600.0  # seconds for one part
@@ -61,7 +61,7 @@ def write_report(out: Path, parts: Iterator[tuple[str, Callable[[], str]]]) -> N
 
 def _write(out: Path, report: str) -> None:
     try:
-        durable.write_file(out, report.encode())
+        atomic.write_file(out, report.encode())
     except OSError as error:
         raise RequestError(f"cannot write {out} ({error.strerror}): name another file with --out") from error
 

@@ -6,11 +6,11 @@
 import os
 from pathlib import Path
 
-from jaxlm.card import model_card
-from jaxlm.command import ArgumentParser, run
+from jaxlm.cli import ArgumentParser, run
 from jaxlm.errors import RequestError
-from jaxlm.gguf import DTYPES, require_gguf, write_gguf
-from jaxlm.huggingface import write_model
+from jaxlm.interop.gguf import DTYPES, require_gguf, write_gguf
+from jaxlm.interop.huggingface import write_model
+from jaxlm.interop.model_card import model_card
 
 
 def main(argv: list[str]) -> None:
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
         raise RequestError("--dtype is of GGUF files: a Hugging Face folder is float32")
     _check_place(out, args.overwrite)
 
-    from jaxlm.model import parameter_count  # only now: what came before answers in a moment
-    from jaxlm.trained import restore
+    from jaxlm.core.model import parameter_count  # only now: what came before answers in a moment
+    from jaxlm.run.load import restore
 
     step, config, tokens, _, params = restore(args.workdir, args.step, "cpu")
     if args.format == "gguf":

@@ -16,11 +16,10 @@ from datetime import datetime
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxlm.command import ArgumentParser, run
+from jaxlm.cli import ArgumentParser, read_config, run
 from jaxlm.config import Config
 from jaxlm.errors import RunError
-from jaxlm.main import read_config
-from jaxlm.plan_tables import tables
+from jaxlm.planner.tables import tables
 
 WIDTH = 80
 
@@ -41,18 +40,18 @@ def check(config: Config, as_json: bool) -> None:
     Raises:
         RunError: further than is allowed.
     """
-    from jaxlm import backend, soundness
+    from jaxlm.device import backend, numerics
 
     device = backend.start(config.platform, config.deterministic)
     config = backend.resolve_run(config, device)
-    parts = soundness.check(config, device)
-    soundness.remember(config, device, parts)
+    parts = numerics.check(config, device)
+    numerics.remember(config, device, parts)
     as_dicts = [
         part._asdict() | {"difference": part.difference if math.isfinite(part.difference) else None, "ok": part.ok}
         for part in parts
     ]
-    print(json.dumps(as_dicts, indent=2) if as_json else soundness.table(parts))
-    soundness.refuse_wrong(parts, device)
+    print(json.dumps(as_dicts, indent=2) if as_json else numerics.table(parts))
+    numerics.refuse_wrong(parts, device)
 
 
 def main(argv: list[str]) -> None:
@@ -75,7 +74,7 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from jaxlm.planning import make_plan  # only now, as in jaxlm.main
+    from jaxlm.planner.report import make_plan  # only now, as in jaxlm.main
 
     try:
         if args.check:

@@ -6,11 +6,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from jaxlm.command import ArgumentParser, run
-from jaxlm.corpus import corpus_source, open_corpus
-from jaxlm.encoding import find_prepared, write_token_files
-from jaxlm.tokenizer import GPT2_VOCAB_SIZE
-from jaxlm.tokens import FileMeta, Meta
+from jaxlm.cli import ArgumentParser, run
+from jaxlm.data.corpus import corpus_source, open_corpus
+from jaxlm.data.encode import find_prepared, write_token_files
+from jaxlm.data.token_files import FileMeta, Meta
+from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
 
 
 def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta:

@@ -15,14 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlm.command import ArgumentParser, run
+from jaxlm.cli import ArgumentParser, run
 from jaxlm.config import DTYPES, PLATFORMS, SampleConfig
+from jaxlm.core.generate import generate, up_to_end
+from jaxlm.core.model import unstack
+from jaxlm.core.sampling import as_choice
+from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import RequestError
-from jaxlm.generate import encode_prompts, generate, up_to_end
-from jaxlm.model import unstack
-from jaxlm.sampling import as_choice
-from jaxlm.tokenizer import load_tokenizer
-from jaxlm.trained import Writer, load, restore
+from jaxlm.run.load import Writer, load, restore
 
 STREAM_CHUNK = 8  # tokens between two looks at the terminal
 TOGETHER = 16  # prompts of stdin that are continued at once

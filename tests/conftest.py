@@ -7,7 +7,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile much and compute little
-# what one test or its process has compiled, the next one reads (not under a jax that cannot, see jaxlm.backend)
+# what one test or its process has compiled, the next one reads (not under a jax that cannot, see jaxlm.device.backend)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # which has its place from the process that started it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlm-")
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxlm.backend  # noqa: F401  (its import settles how jax draws random bits, as in every command)
+import jaxlm.device.backend  # noqa: F401  (its import settles how jax draws random bits, as in every command)
 from jaxlm.config import ModelConfig
-from jaxlm.model import init_params
+from jaxlm.core.model import init_params
 
 
 @pytest.fixture(scope="module")

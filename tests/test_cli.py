@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.command import ArgumentParser, status
+from jaxlm.cli import ArgumentParser, status
 from jaxlm.errors import RequestError, RunError, Stopped
 
 
@@ -49,7 +49,7 @@ def test_a_defect_keeps_its_traceback():
 
 def command(code, *argv, **options):
     """A process whose command is this code, with what it wrote."""
-    program = f"from jaxlm.command import run\nimport os, sys, time\ndef main(argv):\n    {code}\nrun(main)"
+    program = f"from jaxlm.cli import run\nimport os, sys, time\ndef main(argv):\n    {code}\nrun(main)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     options = {"capture_output": True, "text": True, "timeout": 20, "env": environment} | options
     return subprocess.run([sys.executable, "-c", program, *argv], **options)

@@ -2,10 +2,11 @@
 
 import pytest
 
-from jaxlm import doctor, plugins
+from jaxlm import doctor
+from jaxlm.device import plugins
+from jaxlm.device.plugins import Plugin, Unfit
 from jaxlm.doctor import main, told, write_report
 from jaxlm.errors import RequestError
-from jaxlm.plugins import Plugin, Unfit
 
 MPS = Plugin("jax_plugins.mps", "mps", "jax-mps", "0.10.11")
 METAL = Plugin("jax_plugins.metal_plugin", "metal", "jax-metal", "0.1.1")

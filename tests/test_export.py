@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_run
-from tiny_run import config_of, disk_room, is_one_line, listing, rows
 
 from jaxlm.errors import RequestError, RunError
 from jaxlm.export import main
-from jaxlm.huggingface import read_params
+from jaxlm.interop.huggingface import read_params
 from jaxlm.sample import main as sample
+from tests import tiny_run
+from tests.tiny_run import config_of, disk_room, is_one_line, listing, rows
 
 
 @pytest.fixture(scope="module", autouse=True)

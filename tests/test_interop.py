@@ -14,18 +14,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny_run
 
 from experiments import interop
 from jaxlm.config import Config, ModelConfig
-from jaxlm.gguf import write_gguf
-from jaxlm.huggingface import ForeignTokenizer, read_params
-from jaxlm.journal import rows_up_to
+from jaxlm.core.model import Decoder
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.interop.gguf import write_gguf
+from jaxlm.interop.huggingface import ForeignTokenizer, read_params
 from jaxlm.main import open_data
-from jaxlm.model import Decoder
+from jaxlm.run.load import load, restore
 from jaxlm.sample import main as sample
-from jaxlm.tokenizer import load_tokenizer
-from jaxlm.trained import load, restore
+from jaxlm.storage.jsonl import rows_up_to
+from tests import tiny_run
 
 pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("optimized_compilation")]
 

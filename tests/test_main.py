@@ -12,16 +12,18 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import tiny_run
-from tiny_run import CONFIG, disk_room, is_one_line, listing, rows, train
 
-from jaxlm import backend, estimate, soundness
-from jaxlm.checkpoint import checkpoint_bytes
+from jaxlm.cli import read_config
+from jaxlm.core.train_step import init_state
+from jaxlm.device import backend, numerics
 from jaxlm.errors import RequestError, RunError
-from jaxlm.lock import only_writer
-from jaxlm.main import main, read_config
-from jaxlm.resume import check_room
-from jaxlm.step import init_state
+from jaxlm.main import main
+from jaxlm.run.checkpoint import checkpoint_bytes
+from jaxlm.run.memory import compile_step, least_memory, step_memory
+from jaxlm.run.resume import check_room
+from jaxlm.storage.lock import only_writer
+from tests import tiny_run
+from tests.tiny_run import CONFIG, disk_room, is_one_line, listing, rows, train
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = ["--config", "tiny.py", "--workdir", "new"]
@@ -202,7 +204,7 @@ def test_an_accelerator_that_computes_wrong_is_refused_before_anything_is_writte
         raise RunError("sort differs")
 
     monkeypatch.setattr(backend, "start", lambda *_: device)
-    monkeypatch.setattr(soundness, "require", refuse)
+    monkeypatch.setattr(numerics, "require", refuse)
     assert refused([*TINY, "--force"], RunError) == "sort differs"
 
 
@@ -216,8 +218,8 @@ def test_the_start_says_the_plan_in_three_lines():
 
 def test_a_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
     config = tiny_run.resolved(read_config(TINY[:2])[0])
-    step = estimate.memory(config, estimate.compile_step(config))
-    least = estimate.least_memory(config).total
+    step = step_memory(config, compile_step(config))
+    least = least_memory(config).total
     assert least < step.total - 1
     message = "python -m jaxlm.plan"
     monkeypatch.setattr(backend, "available_memory", lambda device: least - 1)

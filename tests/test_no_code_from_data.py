@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_run
 
-from jaxlm import command, main, sample
+from jaxlm import cli, main, sample
+from tests import tiny_run
 
 CODE = "__import__('os').mkdir('ran')"
 
@@ -47,7 +47,7 @@ def watched():
 def ended(module, *argv):
     """The exit status of a command that ran nothing from data."""
     with watched() as ran:
-        status = command.status(module.main, list(argv))
+        status = cli.status(module.main, list(argv))
     assert ran == []
     assert not Path("ran").exists()
     return status

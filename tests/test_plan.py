@@ -10,16 +10,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_run
-from tiny_run import is_one_line
 
 from configs import m2_60m
-from jaxlm import backend, fit, measure, plan, plan_tables, planning, soundness
+from jaxlm import plan
 from jaxlm.config import from_config_dict
+from jaxlm.device import backend, numerics
+from jaxlm.device.numerics import Part
 from jaxlm.errors import RequestError, RunError
-from jaxlm.estimate import Memory
-from jaxlm.measure import Measured
-from jaxlm.soundness import Part
+from jaxlm.planner import measure, memory, report, tables
+from jaxlm.planner.measure import Measured
+from jaxlm.run.memory import Memory
+from tests import tiny_run
+from tests.tiny_run import is_one_line
 
 TINY = ["--config", "tiny.py"]
 FOUND = Measured(
@@ -146,14 +148,14 @@ def test_the_speed_of_a_device_that_computes_wrong_is_measured_and_not_remembere
 
     device = SimpleNamespace(platform="mps", device_kind="an M2", client=SimpleNamespace(platform_version="1"))
     monkeypatch.setattr(backend, "start", lambda *arguments: device)
-    monkeypatch.setattr(planning, "known_memory", lambda *arguments: Memory(1, 2, 3, 4, 5, 6))
-    monkeypatch.setattr(planning, "better_setting", lambda *arguments: None)
-    monkeypatch.setattr(soundness, "require", refuse)
+    monkeypatch.setattr(report, "known_memory", lambda *arguments: Memory(1, 2, 3, 4, 5, 6))
+    monkeypatch.setattr(report, "better_setting", lambda *arguments: None)
+    monkeypatch.setattr(numerics, "require", refuse)
     config = from_config_dict(m2_60m.get_config())
     for _ in range(2):
-        report = planning.make_plan(config, tmp_path, True, lambda *_: None)
-        assert report["speed"]["measured_tokens_per_step"] == 4 * 1024
-        assert "A run would be refused: an M2 computes wrong numbers" in plan_tables.tables(report, datetime.now())
+        planned_run = report.make_plan(config, tmp_path, True, lambda *_: None)
+        assert planned_run["speed"]["measured_tokens_per_step"] == 4 * 1024
+        assert "A run would be refused: an M2 computes wrong numbers" in tables.tables(planned_run, datetime.now())
     assert len(found) == 2
 
 
@@ -161,9 +163,9 @@ def test_what_does_not_fit_is_not_run_and_the_setting_that_fits_is_named(capsys,
     def take(config, device, show):
         return Memory(10, 10, 10, 10, 400 * config.slice_size * (1 if config.model.remat else 2), 10)
 
-    monkeypatch.setattr(fit, "known_memory", take)
-    monkeypatch.setattr(planning, "known_memory", take)
-    monkeypatch.setattr(planning, "process_bytes", lambda *arguments: 0)
+    monkeypatch.setattr(memory, "known_memory", take)
+    monkeypatch.setattr(report, "known_memory", take)
+    monkeypatch.setattr(report, "process_bytes", lambda *arguments: 0)
     flags = ("--config.batch_size=8", "--config.slices=1")
     for room, expected in ((900, (8, False)), (3000, (4, False)), (860, (8, False)), (500, (8, True))):
         monkeypatch.setattr(backend, "available_memory", lambda device, room=room: room)
@@ -183,14 +185,16 @@ def test_what_does_not_fit_is_not_run_and_the_setting_that_fits_is_named(capsys,
 
 def test_on_a_gpu_with_room_to_be_faster_the_setting_is_named(monkeypatch):
     gpu = type("Device", (), {"platform": "gpu"})()
-    monkeypatch.setattr(fit, "known_memory", lambda c, d, s: Memory(0, 0, 0, 0, 100 * c.slice_size + c.model.remat, 0))
+    monkeypatch.setattr(
+        memory, "known_memory", lambda c, d, s: Memory(0, 0, 0, 0, 100 * c.slice_size + c.model.remat, 0)
+    )
     config = dataclasses.replace(from_config_dict(m2_60m.get_config()), slices=8)
     recomputing = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=True))
     now = Memory(0, 0, 0, 0, 401, 0)
-    faster = fit.better_setting(recomputing, gpu, 1700, now, lambda *_: None)
+    faster = memory.better_setting(recomputing, gpu, 1700, now, lambda *_: None)
     assert faster == {"slices": 2, "remat": False, "arrays_bytes": 1600, "fits": True}
     fastest = dataclasses.replace(config, slices=1, model=dataclasses.replace(config.model, remat=False))
-    assert fit.better_setting(fastest, gpu, 3300, Memory(0, 0, 0, 0, 3200, 0), lambda *_: None) is None
+    assert memory.better_setting(fastest, gpu, 3300, Memory(0, 0, 0, 0, 3200, 0), lambda *_: None) is None
 
 
 @pytest.mark.parametrize("step", [0.01, 2.0, 3000.0])
@@ -210,22 +214,22 @@ def test_the_tables_fit_80_columns_and_hold_no_control_characters(capsys, monkey
 def test_the_promises_stand_beside_what_is_here_and_their_contradictions_are_named(monkeypatch, found, tmp_path):
     slow = dataclasses.replace(FOUND, step=26.0, step_fast=25.0, step_slow=27.0)
     monkeypatch.setattr(measure, "measure", lambda *arguments: slow)
-    for module in (fit, planning):
+    for module in (memory, report):
         monkeypatch.setattr(module, "known_memory", lambda *arguments: Memory(1, 2, 3, 4, 5, 6))
     config = from_config_dict(m2_60m.get_config())
-    report = planning.make_plan(config, tmp_path, True, lambda *_: None)
-    rows = {row["what"].strip(): (row["promised"], row["here"]) for row in report["promised"] if "what" in row}
+    planned_run = report.make_plan(config, tmp_path, True, lambda *_: None)
+    rows = {row["what"].strip(): (row["promised"], row["here"]) for row in planned_run["promised"] if "what" in row}
     assert rows["a step"] == ("26 s", "26 s")
     assert rows["50,000 steps"] == (
         "8 to 9 days",
         "15.2 days",
     )  # with 500 evaluations of 64 windows, half a second each
     assert rows["checkpoints"] == ("every 300, 5 kept", "every 300, 5 kept")
-    text = " ".join(row["contradiction"] for row in report["promised"] if "contradiction" in row)
+    text = " ".join(row["contradiction"] for row in planned_run["promised"] if "contradiction" in row)
     assert "15.0 days, not 8 to 9" in text
     assert "6.6 GB" in text
     assert "22 to 26 s a step" in text
-    lines = [part for part in plan_tables.tables(report, datetime(2026, 1, 1)) if isinstance(part, str)]
+    lines = [part for part in tables.tables(planned_run, datetime(2026, 1, 1)) if isinstance(part, str)]
     assert any("2026-01-16" in line for line in lines)
 
 
@@ -245,7 +249,7 @@ def test_nothing_is_written_but_what_is_remembered(capsys, tmp_path, found):
 
 def test_check_shows_each_part_and_ends_well_only_if_all_are_right(monkeypatch, capsys):
     parts = (Part("sort", 0.0, 0.0), Part("gradient of norm", 0.5, 0.25))
-    monkeypatch.setattr(soundness, "check", lambda config, device: parts[: config.grad_accum_steps])
+    monkeypatch.setattr(numerics, "check", lambda config, device: parts[: config.grad_accum_steps])
     plan.main([*TINY, "--check", "--config.grad_accum_steps=1"])
     assert re.search(r"sort +0.0e\+00 +0.0e\+00  ok", capsys.readouterr().out)
     with pytest.raises(RunError, match=r"gradient of norm differs by 0\.5"):

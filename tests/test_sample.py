@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_run
-from tiny_run import is_one_line
 
 from jaxlm.config import ModelConfig
+from jaxlm.core.model import unstack
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RequestError
-from jaxlm.model import unstack
+from jaxlm.run.load import Writer
 from jaxlm.sample import CHANGEABLE, TOGETHER, _session, main
-from jaxlm.tokenizer import load_tokenizer
-from jaxlm.trained import Writer
+from tests import tiny_run
+from tests.tiny_run import is_one_line
 
 FLAGS = [
     "--config.model.context=64",

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlm import backend
-from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config, from_config_dict
+from jaxlm.core.train_step import TrainState, init_state
+from jaxlm.device import backend
 from jaxlm.main import main
-from jaxlm.step import TrainState, init_state
+from jaxlm.run.checkpoint import Checkpoints
 
 CONFIG = """
 from jaxlm.config import default_config

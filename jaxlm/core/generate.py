@@ -7,31 +7,10 @@ import jax
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.errors import RequestError
-from jaxlm.layers import GPU_MULTIPLE
-from jaxlm.sampling import Choice, read, text_keys, write
-from jaxlm.tokenizer import Codec
+from jaxlm.core.layers import GPU_MULTIPLE
+from jaxlm.core.sampling import Choice, read, text_keys, write
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
-
-
-def encode_prompts(tokenizer: Codec, prompts: Sequence[str], context: int) -> list[list[int]]:
-    """The token ids of each prompt; an empty one is the end-of-text token, behind which a text begins.
-
-    Raises:
-        RequestError: a prompt leaves no room in the context, or is not UTF-8 (a shell hands on any bytes).
-    """
-    for prompt in prompts:
-        if prompt != prompt.encode(errors="replace").decode():
-            raise RequestError(f"the prompt {prompt[:20]!r}... is not UTF-8 text: check the terminal's encoding")
-    encoded = [[int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_text] for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if len(ids) >= context:
-            raise RequestError(
-                f"the prompt {prompt[:20]!r}... is {len(ids)} tokens long: this model's context of {context} tokens"
-                f" leaves room for {context - 1} and a token to write"
-            )
-    return encoded
 
 
 def generate(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.layers import MASKED, embed, product_over_rows, scan
+from jaxlm.core.layers import MASKED, embed, product_over_rows, scan
 
 TILE = 1536
 GPU_TILE = 6144

@@ -25,9 +25,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm import kernels, layers
 from jaxlm.config import ModelConfig
-from jaxlm.loss import GPU_TILE, KEPT, KEPT_ON_GPU, TILE, UNROLLED_TILE, cross_entropy, cross_entropy_and_gradient
+from jaxlm.core import layers
+from jaxlm.core.loss import GPU_TILE, KEPT, KEPT_ON_GPU, TILE, UNROLLED_TILE, cross_entropy, cross_entropy_and_gradient
+from jaxlm.core.ops import hopper
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 JOINED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # what reads the same input
@@ -117,7 +118,7 @@ def block(
     """
     B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
-    fused = c.kernels == "fused" and kernels.fits(B * T)
+    fused = c.kernels == "fused" and hopper.fits(B * T)
     qkv = projections(p, "query_key_value", h_BTD, c, join=fused)
     q, k, v = (array.reshape(B, T, -1, D // c.heads) for array in qkv)
     q, k = layers.rope(q, table), layers.rope(k, table)
@@ -127,7 +128,7 @@ def block(
     x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"], c.products)
     h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
     if fused:
-        gated_BTD = kernels.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
+        gated_BTD = hopper.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
     else:
         act_BTF = layers.gated(*projections(p, "gate_up", h_BTD, c))
         gated_BTD = layers.linear(act_BTF, p["down"], c.products)
@@ -260,7 +261,7 @@ class Decoder(nn.Module):
         c, x_BTD = self.config, self.hidden(inputs_BT)
         x_ND, targets_N = x_BTD.reshape(-1, c.width), targets_BT.reshape(-1)
         if c.kernels == "fused":
-            return kernels.cross_entropy(x_ND, self.head_VD, targets_N)
+            return hopper.cross_entropy(x_ND, self.head_VD, targets_N)
         return cross_entropy(x_ND, self.head_VD, targets_N, c.products, _tile(c), c.unrolled)
 
 
@@ -289,7 +290,7 @@ def loss_and_gradient(
     (x_BTD, _), pull = jax.vjp(lambda p: run({"params": p}, inputs_BT), params)
     x_ND, targets_N, name = x_BTD.reshape(-1, c.width), targets_BT.reshape(-1), "embedding" if c.tied else "head"
     if c.kernels == "fused":
-        nats, pull_loss = jax.vjp(lambda *a: kernels.cross_entropy(*a, targets_N), x_ND, params[name])
+        nats, pull_loss = jax.vjp(lambda *a: hopper.cross_entropy(*a, targets_N), x_ND, params[name])
         d_x_ND, d_head_VD = pull_loss(jnp.float32(scale))
         total_VD = total[name] + d_head_VD
     else:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import Config
-from jaxlm.model import Decoder, init_params, loss_and_gradient
-from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.core.model import Decoder, init_params, loss_and_gradient
+from jaxlm.core.optimizer import make_optimizer, make_schedule
 
 
 class TrainState(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jaxlm.documents import READABLE, Piece, read_pieces, read_text
+from jaxlm.data.readers import READABLE, Piece, read_pieces, read_text
 from jaxlm.errors import RequestError, RunError
 
 WITH_OWN_VALIDATION = frozenset({"tinystories"})

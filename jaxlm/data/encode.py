@@ -12,14 +12,14 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxlm import durable
-from jaxlm.corpus import WITH_OWN_VALIDATION, Corpus, files_sha256, source_changed
-from jaxlm.documents import PIECE_CHARACTERS, Piece
+from jaxlm.data.corpus import WITH_OWN_VALIDATION, Corpus, files_sha256, source_changed
+from jaxlm.data.readers import PIECE_CHARACTERS, Piece
+from jaxlm.data.split import measure, split
+from jaxlm.data.token_files import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
+from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from jaxlm.errors import RequestError, RunError
-from jaxlm.lock import only_writer
-from jaxlm.split import measure, split
-from jaxlm.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
-from jaxlm.tokens import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
+from jaxlm.storage import atomic
+from jaxlm.storage.lock import only_writer
 
 _MOST_WORKERS = 12
 
@@ -118,10 +118,10 @@ def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
             yield files
             for file in files:
                 file.flush()
-                durable.sync_descriptor(file.fileno())
+                atomic.sync_descriptor(file.fileno())
             for name in reversed(names):
                 beside[name].replace(directory / name)
-            durable.sync(directory)
+            atomic.sync(directory)
             made.clear()
     except OSError as error:
         raise RunError(

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TextIO
 
+from jaxlm.data.tokenizer import END_OF_TEXT
 from jaxlm.errors import RequestError
-from jaxlm.tokenizer import END_OF_TEXT
 
 READABLE = ".txt, .jsonl (each also as .gz, .xz or .zst) and .parquet"
 PIECE_CHARACTERS = 1 << 18

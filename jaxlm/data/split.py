@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from jaxlm.corpus import Corpus
-from jaxlm.documents import Piece
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.readers import Piece
+from jaxlm.data.token_files import TRAIN, VAL
 from jaxlm.errors import RequestError
-from jaxlm.tokens import TRAIN, VAL
 
 _MANY_DOCUMENTS = 200
 

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxlm.config import Config
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RequestError
-from jaxlm.tokenizer import load_tokenizer
 
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
 TOKEN_DTYPE = np.dtype("<u2")
@@ -202,3 +204,9 @@ def val_batches(ids: Ids, context: int, batch_size: int, limit: int = 0) -> Iter
             inputs[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
         yield inputs, targets
+
+
+def data_directory(config: Config) -> Path:
+    """Where the token files of the config are, or will be."""
+    name = re.sub(r"\W+", "-", config.data.corpus).strip("-")[:60]
+    return Path(config.data.dir or Path("data", f"{name}-{config.model.vocab_size}"))

@@ -122,8 +122,27 @@ def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> Tokenizer:
 
 def _read_vocabulary() -> list[bytes]:
     """GPT-2's 50,256 mergeable tokens in the order of their ids, which is the order of the merges."""
-    packaged = resources.files("jaxlm").joinpath("gpt2.tiktoken")
+    packaged = resources.files("jaxlm.data").joinpath("gpt2.tiktoken")
     raw = packaged.read_bytes() if packaged.is_file() else b""
     if hashlib.sha256(raw).hexdigest() != _VOCABULARY_SHA256:
         raise RequestError(f"the vocabulary {packaged} is missing or damaged: reinstall jaxlm")
     return [base64.b64decode(line.split()[0]) for line in raw.splitlines()]
+
+
+def encode_prompts(tokenizer: Codec, prompts: Sequence[str], context: int) -> list[list[int]]:
+    """The token ids of each prompt; an empty one is the end-of-text token, behind which a text begins.
+
+    Raises:
+        RequestError: a prompt leaves no room in the context, or is not UTF-8 (a shell hands on any bytes).
+    """
+    for prompt in prompts:
+        if prompt != prompt.encode(errors="replace").decode():
+            raise RequestError(f"the prompt {prompt[:20]!r}... is not UTF-8 text: check the terminal's encoding")
+    encoded = [[int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_text] for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) >= context:
+            raise RequestError(
+                f"the prompt {prompt[:20]!r}... is {len(ids)} tokens long: this model's context of {context} tokens"
+                f" leaves room for {context - 1} and a token to write"
+            )
+    return encoded

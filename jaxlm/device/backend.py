@@ -11,9 +11,11 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from jaxlm import cache, kernels, plugins
 from jaxlm.config import Config, ModelConfig
+from jaxlm.core.ops import hopper
+from jaxlm.device import plugins
 from jaxlm.errors import RequestError
+from jaxlm.storage import user_cache
 
 # jax's defaults for this differ between versions; one seed must give one model
 jax.config.update("jax_threefry_partitionable", True)
@@ -92,7 +94,7 @@ def _keep_compilations() -> None:
     """
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    if directory := cache.directory():
+    if directory := user_cache.directory():
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
@@ -154,13 +156,13 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
             "model.attention cudnn needs an NVIDIA GPU, bfloat16 and heads of a multiple of 8: set it to auto"
         )
     attention = ("cudnn" if fits else "plain") if model.attention == "auto" else model.attention
-    hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
-    whole_tiles = model.width % kernels.DEPTH == 0 and model.hidden % kernels.GROUP == 0
-    fits = hopper and dtype == "bfloat16" and loops == "compiled" and whole_tiles
+    is_hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
+    whole_tiles = model.width % hopper.DEPTH == 0 and model.hidden % hopper.GROUP == 0
+    fits = is_hopper and dtype == "bfloat16" and loops == "compiled" and whole_tiles
     if model.kernels == "fused" and not fits:
         raise RequestError(
             "model.kernels fused needs a Hopper GPU (H100, H200), jax 0.11, bfloat16, compiled loops and a width and a"
-            f" hidden width that are multiples of {kernels.DEPTH}: set it to auto"
+            f" hidden width that are multiples of {hopper.DEPTH}: set it to auto"
         )
     fused = ("fused" if fits else "plain") if model.kernels == "auto" else model.kernels
     return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused, loops=loops)
@@ -211,7 +213,7 @@ def available_memory(device: jax.Device) -> int:
 
 def identity(device: jax.Device) -> list[str]:
     """What decides what a device computes, and how fast: its kind, the system, the versions, our own source."""
-    source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))
     versions = [machine.platform(), device.client.platform_version, jax.__version__, jaxlib.__version__]
     return [device.device_kind, *versions, hashlib.sha256(source).hexdigest()]
 

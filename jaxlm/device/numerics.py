@@ -30,15 +30,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import cache
-from jaxlm.backend import describe, identity
 from jaxlm.config import Config
+from jaxlm.core.generate import PROMPT_BUCKET
+from jaxlm.core.model import Decoder, loss_and_gradient, unstack
+from jaxlm.core.optimizer import make_optimizer
+from jaxlm.core.sampling import Choice, choose, counts_of_32_bits, likeliest, read, searches_unrolled, text_keys, write
+from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
+from jaxlm.device.backend import describe, identity
 from jaxlm.errors import RunError
-from jaxlm.generate import PROMPT_BUCKET
-from jaxlm.model import Decoder, loss_and_gradient, unstack
-from jaxlm.optimizer import make_optimizer
-from jaxlm.sampling import Choice, choose, counts_of_32_bits, likeliest, read, searches_unrolled, text_keys, write
-from jaxlm.step import TrainState, init_state, make_eval_step, make_train_step
+from jaxlm.storage import user_cache
 
 # How much the worst row or column of a gradient may differ, of its own size, by what the products read. Rounded to
 # bfloat16 (2**-9), those of the 60M preset differ by up to 0.22 on an H100, as the numbers happen to be drawn; TF32,
@@ -81,7 +81,7 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
     Raises:
         RunError: a part differs by more than is allowed.
     """
-    if cache.recall("sound", _key(config, device)):
+    if user_cache.recall("sound", _key(config, device)):
         return
     say(f"Checking once that {describe(device)} computes what the CPU does")
     parts = check(config, device)
@@ -91,7 +91,7 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
 
 def remember(config: Config, device: jax.Device, parts: Sequence[Part]) -> None:
     """Has `require` know whether a device passed the check of a run."""
-    cache.remember("sound", _key(config, device), all(part.ok for part in parts))
+    user_cache.remember("sound", _key(config, device), all(part.ok for part in parts))
 
 
 def refuse_wrong(parts: Sequence[Part], device: jax.Device) -> None:

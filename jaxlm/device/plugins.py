@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import NamedTuple
 
-from jaxlm import cache
+from jaxlm.device.isolated import attempt
 from jaxlm.errors import RequestError
-from jaxlm.trial import attempt
+from jaxlm.storage import user_cache
 
 LIMIT = 120.0  # seconds for a plugin to start, compile and compute a small model; the first time takes longest
 
@@ -128,11 +128,11 @@ def try_out(plugin: Plugin, anew: bool = False) -> str:
     versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
     key = [plugin, versions, sys.version, machine.platform()]
     if anew:
-        cache.remember("plugin", key, None)
-    name = cache.recall("plugin", key)
+        user_cache.remember("plugin", key, None)
+    name = user_cache.recall("plugin", key)
     if not isinstance(name, str):
         name = probe(plugin)
-        cache.remember("plugin", key, name)
+        user_cache.remember("plugin", key, name)
     return name
 
 
@@ -157,7 +157,7 @@ def version_of(distribution: str) -> str:
 
 
 def probe(plugin: Plugin) -> str:
-    """Has a process of its own load this plugin alone and compute with it (`jaxlm.probe`).
+    """Has a process of its own load this plugin alone and compute with it (`jaxlm.device.probe`).
 
     Returns:
         jax's name for its platform.
@@ -165,7 +165,8 @@ def probe(plugin: Plugin) -> str:
     Raises:
         Unfit: it raises, hangs, crashes, finds no device or computes something else than NumPy.
     """
-    lines, failure = attempt(["-m", "jaxlm.probe", plugin.module], LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    command = ["-m", "jaxlm.device.probe", plugin.module]
+    lines, failure = attempt(command, LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
     try:
         answer = json.loads(lines[-1])
         name, wrong = answer["name"], answer["failure"]

@@ -1,8 +1,8 @@
-"""The program that tries a plugin of jax: python -m jaxlm.probe MODULE
+"""The program that tries a plugin of jax: python -m jaxlm.device.probe MODULE
 
 Loads that plugin and no other, computes a small model's logits, loss and gradients with it, and holds them against
 float64 NumPy. The last line that it prints is a JSON object: `name`, jax's name for the platform, and `failure`, empty
-when all is well. (`jaxlm.plugins` runs it, and stops it when it hangs.)
+when all is well. (`jaxlm.device.plugins` runs it, and stops it when it hangs.)
 """
 
 import json
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.backend import backends
 
-from jaxlm import backend, plugins
 from jaxlm.config import ModelConfig
-from jaxlm.model import Decoder, init_params, loss_and_gradient
+from jaxlm.core.model import Decoder, init_params, loss_and_gradient
+from jaxlm.device import backend, plugins
 
 SIZES = ModelConfig(vocab_size=257, context=24, layers=2, heads=2, width=32, hidden=48, dtype="float32")
 TOLERANCE = 0.02  # of float32 products in a GPU's shortened formats, with room; what is wrong is far from it

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import durable
 from jaxlm.config import ModelConfig
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RequestError, RunError
-from jaxlm.huggingface import merge_lines, named_tensors
-from jaxlm.tokenizer import load_tokenizer
+from jaxlm.interop.huggingface import merge_lines, named_tensors
+from jaxlm.storage import atomic
 
 DTYPES = ("f32", "f16", "q8_0")
 
@@ -36,7 +36,7 @@ def write_gguf(file: Path, config: ModelConfig, params: Any, dtype: str) -> None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _write(beside, config, params, dtype)
-        durable.replace_file(beside, file)
+        atomic.replace_file(beside, file)
     except OSError as error:
         with contextlib.suppress(OSError):  # it may never have begun
             beside.unlink()

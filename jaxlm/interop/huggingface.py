@@ -18,10 +18,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxlm import durable
 from jaxlm.config import Config, ModelConfig, SampleConfig, model_config
+from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Codec, Tokenizer, load_tokenizer
 from jaxlm.errors import RequestError, RunError
-from jaxlm.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Codec, Tokenizer, load_tokenizer
+from jaxlm.storage import atomic
 
 # ours: theirs
 _SIZES = {
@@ -89,7 +89,7 @@ def write_model(folder: Path, config: Config, params: Any, card: str) -> Path:
     try:
         beside.mkdir(parents=True)
         _write_files(beside, config, params, card)
-        durable.replace_folder(beside, folder)
+        atomic.replace_folder(beside, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise RunError(f"cannot write {folder} ({error}): make room and run the same command again") from error

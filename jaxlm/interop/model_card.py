@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, to_dict
-from jaxlm.journal import rows_up_to
+from jaxlm.storage.jsonl import rows_up_to
 
 _CARD = """\
 ---

@@ -26,15 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import backend, loop
-from jaxlm.card import model_card
 from jaxlm.config import Config, from_config_dict, to_dict
+from jaxlm.core.optimizer import make_optimizer
+from jaxlm.data.token_files import TokenFiles
+from jaxlm.device import backend
 from jaxlm.errors import RequestError, RunError
-from jaxlm.estimate import Seconds, flops_per_token
-from jaxlm.huggingface import write_model
-from jaxlm.monitor import Clock
-from jaxlm.optimizer import make_optimizer
-from jaxlm.tokens import TokenFiles
+from jaxlm.interop.huggingface import write_model
+from jaxlm.interop.model_card import model_card
+from jaxlm.planner.estimate import Seconds, flops_per_token
+from jaxlm.run import trainer
+from jaxlm.run.monitor import Clock
 
 CYCLES, SLICE_CYCLES = 3, 2  # the first one's pauses hold what happens only once
 CYCLE_SECONDS = 8.0  # of steps, longer than a save
@@ -88,7 +89,7 @@ class _RecordingClock(Clock):
         self.pauses.setdefault(kind, []).append(self.seconds() - start)
 
 
-class _MeasuredRun(loop.Run):
+class _MeasuredRun(trainer.Run):
     """A run that ends after some saves, and keeps the seconds of its steps."""
 
     def __init__(self, *arguments: Any, cycles: int, say: Callable[[int, int], None]):
@@ -177,7 +178,7 @@ def _child(config: Config, product: float, workdir: Path, brief: bool, show: Cal
     environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     words = [str(workdir), str(int(brief)), str(product), str(time.monotonic()), json.dumps(to_dict(config))]
-    command = [sys.executable, "-m", "jaxlm.measure", *words]
+    command = [sys.executable, "-m", "jaxlm.planner.measure", *words]
     said: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,

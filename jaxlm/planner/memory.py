@@ -7,28 +7,31 @@ from typing import Any
 
 import jax
 
-from jaxlm import backend, cache, estimate, measure
 from jaxlm.config import Config
+from jaxlm.device import backend
 from jaxlm.errors import RequestError
-from jaxlm.measure import Measured
-from jaxlm.plan_tables import gb
+from jaxlm.planner import measure
+from jaxlm.planner.measure import Measured
+from jaxlm.run.memory import Memory, compile_step, least_memory, step_memory
+from jaxlm.storage import user_cache
+from jaxlm.units import gb
 
 Show = Callable[[str, float], None]  # hears what is being done and which share of it is
 
 
-def known_memory(config: Config, device: jax.Device, show: Show) -> estimate.Memory:
+def known_memory(config: Config, device: jax.Device, show: Show) -> Memory:
     """The memory that a resolved config takes, remembered, or else by compiling. For an Apple GPU the step is
     compiled for the CPU, as its plugins do not analyse."""
     key = measure.key(config, device)
-    if known := cache.recall("memory", key):
-        return estimate.Memory(**known)
+    if known := user_cache.recall("memory", key):
+        return Memory(**known)
     show(f"compiling (slices {config.slices}, remat {config.model.remat})", 0.0)
     place = jax.default_device(jax.devices("cpu")[0]) if backend.on_apple(device) else nullcontext()
     with place:
-        found = estimate.memory(config, estimate.compile_step(config))
+        found = step_memory(config, compile_step(config))
     if found is None:
-        return estimate.least_memory(config)
-    cache.remember("memory", key, dataclasses.asdict(found))
+        return least_memory(config)
+    user_cache.remember("memory", key, dataclasses.asdict(found))
     return found
 
 
@@ -43,9 +46,7 @@ def process_bytes(config: Config, device: jax.Device, found: Measured | None, sh
     return 0 if device.platform == "gpu" else measure.peak_bytes(device)
 
 
-def better_setting(
-    config: Config, device: jax.Device, room: int, memory: estimate.Memory, show: Show
-) -> dict[str, Any] | None:
+def better_setting(config: Config, device: jax.Device, room: int, memory: Memory, show: Show) -> dict[str, Any] | None:
     """The fastest slices and remat that fit `room` bytes, if they are not those of `config`; None if they are.
 
     Without recomputation comes before with it, and fewer slices before more. On anything but an NVIDIA GPU, more at a
@@ -84,9 +85,9 @@ def check_memory(config: Config, device: jax.Device, compiled: Any = None) -> No
         )
 
 
-def memory_at_hand(config: Config, device: jax.Device, compiled: Any) -> estimate.Memory:
+def memory_at_hand(config: Config, device: jax.Device, compiled: Any) -> Memory:
     """By the compiled step; else what is remembered; else the least. Compiles nothing."""
-    found = estimate.memory(config, compiled) if compiled is not None else None
-    if found is None and (known := cache.recall("memory", measure.key(config, device))):
-        found = estimate.Memory(**known)
-    return found or estimate.least_memory(config)
+    found = step_memory(config, compiled) if compiled is not None else None
+    if found is None and (known := user_cache.recall("memory", measure.key(config, device))):
+        found = Memory(**known)
+    return found or least_memory(config)

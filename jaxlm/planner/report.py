@@ -8,17 +8,17 @@ from typing import Any
 
 import jax
 
-from jaxlm import backend, cache, estimate, measure, soundness
 from jaxlm.config import Config
+from jaxlm.data.token_files import TOKEN_DTYPE, TRAIN, VAL, data_directory
+from jaxlm.device import backend, numerics
 from jaxlm.errors import RunError
-from jaxlm.estimate import Seconds
-from jaxlm.fit import Show, better_setting, known_memory, memory_at_hand, process_bytes
-from jaxlm.main import data_directory
-from jaxlm.measure import Measured
-from jaxlm.monitor import duration
-from jaxlm.plan_tables import date_text, gb, seconds_text
-from jaxlm.resume import RECORD_BYTES
-from jaxlm.tokens import TOKEN_DTYPE, TRAIN, VAL
+from jaxlm.planner import estimate, measure
+from jaxlm.planner.estimate import Seconds
+from jaxlm.planner.measure import Measured
+from jaxlm.planner.memory import Show, better_setting, known_memory, memory_at_hand, process_bytes
+from jaxlm.run.resume import RECORD_BYTES
+from jaxlm.storage import user_cache
+from jaxlm.units import date_text, duration, gb, seconds_text
 
 SLOWER = 0.05  # what a long run may lose to heat and to other programs, beside the spread of the measured steps
 
@@ -48,14 +48,14 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) 
     available = backend.available_memory(device)
     memory = known_memory(config, device, show)
     key, problem, unsound, found = measure.key(config, device), "", "", None
-    if not measured and (known := cache.recall("measured", key)):
+    if not measured and (known := user_cache.recall("measured", key)):
         found = Measured(**known)
     elif measured is not False and memory.total > available:
         problem = "it does not fit"
     elif measured is not False:
         if device.platform != "cpu":
             try:
-                soundness.require(config, device)  # as a run would, whose time this is not
+                numerics.require(config, device)  # as a run would, whose time this is not
             except RunError as error:
                 unsound = str(error)
         try:
@@ -63,7 +63,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) 
                 config, device, _existing(workdir), lambda share: show("measuring a short run", share)
             )
             if not unsound:
-                cache.remember("measured", key, dataclasses.asdict(found))
+                user_cache.remember("measured", key, dataclasses.asdict(found))
         except RunError as error:
             problem = str(error)
     by_part = estimate.parameters_by_part(config.model)
@@ -109,7 +109,7 @@ def in_short(config: Config, device: jax.Device, workdir: Path, compiled: Any, s
     """The plan in three lines, for the start of a run that has done `step` steps; of what is remembered or known
     without a measurement."""
     memory = memory_at_hand(config, device, compiled)
-    known = cache.recall("measured", measure.key(config, device))
+    known = user_cache.recall("measured", measure.key(config, device))
     found = Measured(**known) if known else None
     disk = _disk(config, workdir, found, memory.weights // 4, memory.checkpoint_copy, 0)
     lines = [

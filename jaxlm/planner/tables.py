@@ -1,30 +1,12 @@
 """The plan of a run for a person: tables and lines of at most 80 columns."""
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from rich.table import Table
 
-from jaxlm.monitor import duration
-
-
-def gb(size: float) -> str:
-    """Bytes in the unit that a person reads: GB, or MB below one tenth of it."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
-
-
-def seconds_text(seconds: float) -> str:
-    """Seconds to three digits below a minute, in the largest fitting unit above."""
-    return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
-
-
-def date_text(now: datetime, seconds: float) -> str:
-    """When so many seconds will have passed."""
-    try:
-        return (now + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M")
-    except OverflowError:
-        return "a year beyond 9999"
+from jaxlm.units import date_text, duration, gb, seconds_text
 
 
 def tables(report: dict[str, Any], now: datetime) -> Iterator[Table | str]:

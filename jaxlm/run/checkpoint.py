@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxlm import durable
-from jaxlm.checksum import checksums
+from jaxlm.core.checksum import checksums
+from jaxlm.core.train_step import TrainState
 from jaxlm.errors import DamagedError, RequestError, RunError
-from jaxlm.step import TrainState
+from jaxlm.storage import atomic
 
 DIRECTORY = "checkpoints"
 FILES = "files.json"
@@ -166,7 +166,7 @@ class Checkpoints:
             if not self._manager.save(step, args=ocp.args.Composite(**arrays, meta=said)):
                 raise RuntimeError("orbax has a later one")
             self._manager.wait_until_finished()
-            durable.sync(self.directory)
+            atomic.sync(self.directory)
 
     def _clear_unfinished(self) -> None:
         for path in self.directory.glob(_UNFINISHED):
@@ -178,7 +178,7 @@ class Checkpoints:
             files = [file for file in path.glob("*/**/*") if file.is_file()]
             hashes = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
             (path / FILES).write_text(json.dumps(hashes, indent=1))
-            durable.sync_tree(path)
+            atomic.sync_tree(path)
 
     def _arrays(self, step: int, sharding: jax.sharding.Sharding, **like: Any) -> dict[str, Any]:
         expected = self.meta(step)["checksums"]

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm import backend
-from jaxlm.checkpoint import DIRECTORY, Checkpoints
 from jaxlm.config import Config, ModelConfig, from_config_dict
+from jaxlm.core.model import init_params, unstack
+from jaxlm.data.tokenizer import Codec
+from jaxlm.device import backend
 from jaxlm.errors import RequestError
-from jaxlm.huggingface import read_params, read_sizes, read_tokenizer
-from jaxlm.model import init_params, unstack
-from jaxlm.tokenizer import Codec
+from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer
+from jaxlm.run.checkpoint import DIRECTORY, Checkpoints
 
 
 class Checkpoint(NamedTuple):

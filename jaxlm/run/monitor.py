@@ -11,8 +11,9 @@ from statistics import median, median_low
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jaxlm.events import EventFile
-from jaxlm.journal import Journal, keep_up_to, to_line
+from jaxlm.storage.jsonl import Journal, keep_up_to, to_line
+from jaxlm.storage.tensorboard import EventFile
+from jaxlm.units import duration
 
 RULE = "=" * 70
 
@@ -36,14 +37,6 @@ def samples_block(step: int, texts: Sequence[tuple[str, str]]) -> str:
 def _one_line(text: str) -> str:
     """The text without line breaks, nor codes that would steer a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the largest fitting unit: 45s, 12.3m, 8.5h, 9.2d."""
-    for limit, divisor, unit in ((60, 1, "s"), (3600, 60, "m"), (48 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds:.0f}s" if unit == "s" else f"{seconds / divisor:.1f}{unit}"
-    return f"{seconds / 86400:.1f}d"
 
 
 class Clock:

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 from jaxlm.config import Config, differences, to_dict
+from jaxlm.core.train_step import TrainState, init_state
+from jaxlm.data.token_files import TOKENIZER_NAME, TokenFiles
 from jaxlm.errors import RequestError
-from jaxlm.huggingface import check_init, read_params
-from jaxlm.step import TrainState, init_state
-from jaxlm.tokens import TOKENIZER_NAME, TokenFiles
+from jaxlm.interop.huggingface import check_init, read_params
+from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 
 RECORD_BYTES = 1000  # of metrics.jsonl, samples.jsonl and TensorBoard's events, a step
 

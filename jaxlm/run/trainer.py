@@ -12,20 +12,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import backend, estimate
-from jaxlm.card import model_card
-from jaxlm.checkpoint import DIRECTORY, Checkpoints
 from jaxlm.config import Config
+from jaxlm.core.generate import generate, up_to_end
+from jaxlm.core.model import parameter_count, unstack
+from jaxlm.core.sampling import as_choice
+from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
+from jaxlm.data.token_files import TokenFiles, train_batch_stream, val_batches
+from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
+from jaxlm.device import backend
 from jaxlm.errors import RunError, Stopped
-from jaxlm.generate import encode_prompts, generate, up_to_end
-from jaxlm.huggingface import write_model
-from jaxlm.model import parameter_count, unstack
-from jaxlm.monitor import Clock, Monitor, metrics_line
-from jaxlm.resume import describe_run, restore_or_init
-from jaxlm.sampling import as_choice
-from jaxlm.step import Metrics, make_eval_step, make_train_step
-from jaxlm.tokenizer import load_tokenizer
-from jaxlm.tokens import TokenFiles, train_batch_stream, val_batches
+from jaxlm.interop.huggingface import write_model
+from jaxlm.interop.model_card import model_card
+from jaxlm.run.checkpoint import DIRECTORY, Checkpoints
+from jaxlm.run.memory import step_memory
+from jaxlm.run.monitor import Clock, Monitor, metrics_line
+from jaxlm.run.resume import describe_run, restore_or_init
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EARLY_LINES = (1, 2, 5, 10, 20, 50)  # steps with a console line before the first interval ends
@@ -123,7 +124,7 @@ class Run:
             )
             shape = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
             train_step = make_train_step(config).lower(self.state, shape).compile()
-            memory = estimate.memory(config, train_step)
+            memory = step_memory(config, train_step)
             backend.keep_freed_memory(memory.gradients + memory.temporaries if memory else 0)
         if self.ready:
             self.monitor.say(self.ready(train_step, self.step))

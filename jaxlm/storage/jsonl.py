@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm import durable
+from jaxlm.storage import atomic
 
 
 class Journal:
@@ -28,7 +28,7 @@ class Journal:
         """Returns once the disk holds every entry for good. Raises OSError while it cannot."""
         if failure := self._write():
             raise failure
-        durable.sync_descriptor(self._descriptor)
+        atomic.sync_descriptor(self._descriptor)
 
     def close(self) -> None:
         """Closes the file."""
@@ -67,10 +67,10 @@ def keep_up_to(path: Path, step: int) -> bool:
     steps = [_step_of(line) for line in lines]
     damaged = any(its is None and line.endswith(b"\n") for line, its in zip(lines, steps, strict=True))
     if damaged:
-        durable.write_file(path.with_name(path.name + ".damaged"), b"".join(lines))
+        atomic.write_file(path.with_name(path.name + ".damaged"), b"".join(lines))
     kept = [line for line, its in zip(lines, steps, strict=True) if its is not None and its <= step]
     if len(kept) < len(lines):
-        durable.write_file(path, b"".join(kept))
+        atomic.write_file(path, b"".join(kept))
     return damaged
 
 

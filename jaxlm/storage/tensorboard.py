@@ -14,7 +14,7 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from jaxlm.journal import Journal
+from jaxlm.storage.jsonl import Journal
 
 
 class EventFile:

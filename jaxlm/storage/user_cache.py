@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxlm import durable
+from jaxlm.storage import atomic
 
 
 def directory() -> Path | None:
@@ -37,7 +37,7 @@ def remember(kind: str, key: Any, value: Any) -> None:
     """Keeps `value` for `key`, both as JSON has them; where nothing can be written, does nothing."""
     if file := _file(kind, key):
         try:
-            durable.write_file(file, (json.dumps({"key": key, "value": value}, indent=2) + "\n").encode())
+            atomic.write_file(file, (json.dumps({"key": key, "value": value}, indent=2) + "\n").encode())
         except OSError:
             return
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.checksum import checksums
+from jaxlm.core.checksum import checksums
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
@@ -66,13 +66,13 @@ def test_eight_devices_find_what_one_does():
     program = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxlm.checksum import checksums
+from jaxlm.core.checksum import checksums
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 values = np.random.default_rng(3).normal(size=(64, 33)).astype(np.float32)
 layouts = [NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()), jax.devices()[3]]
 print(len(jax.devices()), len({checksums([jax.device_put(values, layout)]).tolist()[0] for layout in layouts}))
 """
-    repository = str(Path(__file__).parent.parent)
+    repository = str(Path(__file__).parents[2])
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": repository}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["8", "1"]

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import sampling
+from jaxlm.core import sampling
+from jaxlm.core.generate import generate, up_to_end
+from jaxlm.core.model import Decoder, unstack
+from jaxlm.core.sampling import Choice
+from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import RequestError
-from jaxlm.generate import encode_prompts, generate, up_to_end
-from jaxlm.model import Decoder, unstack
-from jaxlm.sampling import Choice
-from jaxlm.tokenizer import load_tokenizer
 
 CHOICE = Choice(1.2)
 GREEDY = Choice(0.0)

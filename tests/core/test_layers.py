@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import layers
+from jaxlm.core import layers
 
 
 def rms_norm_64(x, scale, eps):

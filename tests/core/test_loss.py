@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.loss import KEPT, TILE, cross_entropy, cross_entropy_and_gradient
-from jaxlm.model import init_params, loss_and_gradient
+from jaxlm.core.loss import KEPT, TILE, cross_entropy, cross_entropy_and_gradient
+from jaxlm.core.model import init_params, loss_and_gradient
 
 IGNORED = -1
 

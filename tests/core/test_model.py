@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import Decoder, init_params, loss_and_gradient, near_normal, parameter_count
+from jaxlm.core.model import Decoder, init_params, loss_and_gradient, near_normal, parameter_count
 
 IDS = np.random.default_rng(1).integers(0, 257, (2, 7))
 

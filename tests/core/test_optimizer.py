@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxlm.config import Config, OptimizerConfig
-from jaxlm.optimizer import accumulate, clip_by_norm, make_inner, make_optimizer, make_schedule, orthogonalize
+from jaxlm.core.optimizer import accumulate, clip_by_norm, make_inner, make_optimizer, make_schedule, orthogonalize
 
 SHAPES = {
     "embedding": (7, 6),

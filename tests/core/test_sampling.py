@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model import Decoder, unstack
-from jaxlm.sampling import Choice, choose, likeliest, read, write, write_one
+from jaxlm.core.model import Decoder, unstack
+from jaxlm.core.sampling import Choice, choose, likeliest, read, write, write_one
 
 GREEDY = Choice(0.0)
 VARIED = Choice(1.5, 40, 0.95)

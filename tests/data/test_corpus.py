@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxlm import corpus
-from jaxlm.corpus import corpus_source, files_sha256, open_corpus, source_changed
+from jaxlm.data import corpus
+from jaxlm.data.corpus import corpus_source, files_sha256, open_corpus, source_changed
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RequestError
-from jaxlm.tokenizer import load_tokenizer
 
 
 def text_of(pieces):

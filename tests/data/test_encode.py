@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm import encoding
-from jaxlm.corpus import open_corpus
-from jaxlm.documents import PIECE_CHARACTERS, Piece
-from jaxlm.encoding import find_prepared, write_token_files
+from jaxlm.data import encode
+from jaxlm.data.corpus import open_corpus
+from jaxlm.data.encode import find_prepared, write_token_files
+from jaxlm.data.readers import PIECE_CHARACTERS, Piece
+from jaxlm.data.token_files import open_tokens
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RequestError, RunError
-from jaxlm.tokenizer import load_tokenizer
-from jaxlm.tokens import open_tokens
 
 FILES = ["meta.json", "train.bin", "val.bin"]
 
@@ -126,7 +126,7 @@ def test_a_bounded_amount_is_in_memory():
             most = max(most, ahead)
             yield "train.bin", Piece(" word" * (PIECE_CHARACTERS // 5 + 1), i == 0)
 
-    for _, encoded in encoding._encode_all(endless_text(), load_tokenizer(), workers=2):
+    for _, encoded in encode._encode_all(endless_text(), load_tokenizer(), workers=2):
         ahead -= encoded.text_bytes
     assert most < 7 * PIECE_CHARACTERS
 
@@ -207,8 +207,8 @@ def test_the_way_to_a_place_stays(tmp_path):
 def test_the_names_reach_the_disk_after_the_files(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
     out, synced = tmp_path / "out", []
-    monkeypatch.setattr(encoding.durable, "sync_descriptor", lambda descriptor: synced.append(names_in(out)))
-    monkeypatch.setattr(encoding.durable, "sync", lambda path: synced.append((path, names_in(path))))
+    monkeypatch.setattr(encode.atomic, "sync_descriptor", lambda descriptor: synced.append(names_in(out)))
+    monkeypatch.setattr(encode.atomic, "sync", lambda path: synced.append((path, names_in(path))))
     write_token_files(open_corpus(str(tmp_path / "a.txt")), out, 500, 0.1)
     partial = ["lock", *(f"{name}.partial" for name in FILES)]
     assert synced == [partial, partial, partial, (out, ["lock", *FILES])]
@@ -217,8 +217,8 @@ def test_the_names_reach_the_disk_after_the_files(tmp_path, monkeypatch):
 WRITE = """
 import sys
 from pathlib import Path
-from jaxlm.corpus import open_corpus
-from jaxlm.encoding import write_token_files
+from jaxlm.data.corpus import open_corpus
+from jaxlm.data.encode import write_token_files
 write_token_files(open_corpus(sys.argv[1]), Path(sys.argv[2]), 50257, 0.01)
 """
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxlm import documents
-from jaxlm.documents import read_pieces, read_text
+from jaxlm.data import readers
+from jaxlm.data.readers import read_pieces, read_text
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RequestError
-from jaxlm.tokenizer import load_tokenizer
 
 MARK = "<|endoftext|>"
 WORDS = [
@@ -54,7 +54,7 @@ def as_documents(pieces):
 
 
 def pieces_of(text, piece, longest):
-    with mock.patch.multiple(documents, PIECE_CHARACTERS=piece, _LONGEST_PIECE=longest):
+    with mock.patch.multiple(readers, PIECE_CHARACTERS=piece, _LONGEST_PIECE=longest):
         return list(read_text(io.StringIO(text, newline="\n")))
 
 

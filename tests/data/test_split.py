@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlm.corpus import Corpus
-from jaxlm.documents import Piece
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.readers import Piece
+from jaxlm.data.split import measure, split
 from jaxlm.errors import RequestError
-from jaxlm.split import measure, split
 
 
 def corpus_of(documents, piece=5):

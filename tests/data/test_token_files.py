@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxlm.data.token_files import open_tokens, train_batch_stream, val_batches
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RequestError
-from jaxlm.tokenizer import load_tokenizer
-from jaxlm.tokens import open_tokens, train_batch_stream, val_batches
 
 
 def windows_of(ids, context):
@@ -59,7 +59,7 @@ def test_a_seed_gives_the_same_batches_on_every_version_of_grain():
 def test_another_process_gets_the_same_batches():
     program = """
 import hashlib, numpy as np
-from jaxlm.tokens import train_batch_stream
+from jaxlm.data.token_files import train_batch_stream
 stream = train_batch_stream(np.arange(2001, dtype=np.uint16), 20, 6, seed=7, start_batch=11)
 print(hashlib.sha256(b"".join(next(stream).tobytes() for _ in range(20))).hexdigest())
 """

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from jaxlm import tokenizer
+from jaxlm.data import tokenizer
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RequestError
-from jaxlm.tokenizer import load_tokenizer
 
 SIZES = [257, 300, 1000, 4096, 50257]
 
@@ -133,7 +133,7 @@ def test_sizes_outside_the_vocabulary_are_refused(size):
 
 
 def test_a_damaged_vocabulary_is_refused(monkeypatch, tmp_path):
-    packaged = tokenizer.resources.files("jaxlm").joinpath("gpt2.tiktoken").read_bytes()
+    packaged = tokenizer.resources.files("jaxlm.data").joinpath("gpt2.tiktoken").read_bytes()
     (tmp_path / "gpt2.tiktoken").write_bytes(packaged.replace(b"IQ== 0\n", b"Ig== 0\n", 1))
     monkeypatch.setattr(tokenizer.resources, "files", lambda package: tmp_path)
     with pytest.raises(RequestError, match="reinstall"):

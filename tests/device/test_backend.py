@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny_run import is_one_line
 
-from jaxlm import backend
-from jaxlm.backend import APPLE, SLICE_TOKENS, available_memory, resolve_run
 from jaxlm.config import Config, ModelConfig
+from jaxlm.device import backend
+from jaxlm.device.backend import APPLE, SLICE_TOKENS, available_memory, resolve_run
 from jaxlm.errors import RequestError
+from tests.tiny_run import is_one_line
 
 PROGRAM = """
 import warnings, jax, jax.numpy as jnp
-from jaxlm import backend
+from jaxlm.device import backend
 warnings.simplefilter("ignore")
 backend._WORTH_KEEPING = 0.0
 backend.start("cpu")
@@ -35,7 +35,7 @@ sound = pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="this jax's cac
 def compute(home: Path, **settings: str) -> int:
     """Computes in a process of its own whose home is `home`; gives how much of it the cache held."""
     usual = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
-    environment = usual | {"PYTHONPATH": str(Path(__file__).parent.parent), "HOME": str(home)} | settings
+    environment = usual | {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(home)} | settings
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
     result, hits = done.stdout.split()
     assert float(result) == EXPECTED

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxlm.trial import attempt
+from jaxlm.device.isolated import attempt
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ import pytest
 from jax import lax
 from jax.extend.random import threefry2x32_p
 
-from jaxlm import model, soundness
 from jaxlm.config import Config, ModelConfig, OptimizerConfig, SampleConfig
+from jaxlm.core import model
+from jaxlm.device import numerics
+from jaxlm.device.numerics import Part, check, difference, refuse_wrong, require
 from jaxlm.errors import RunError
-from jaxlm.soundness import Part, check, difference, refuse_wrong, require
 
 CONFIG = Config(
     batch_size=4,
@@ -61,8 +62,8 @@ def test_a_sound_device_passes_with_every_parameter_compared(config):
     weights = ["embedding", "norm", *(f"blocks/{name}" for name in ("query", "down", "mlp_norm"))]
     weights += ["head"] * (not config.model.tied)
     assert names > {f"{what} of {name}" for what in ("gradient", "update") for name in weights}
-    assert soundness.table(parts).count("\n") == len(parts)
-    assert max(len(line) for line in soundness.table(parts).splitlines()) <= 80
+    assert numerics.table(parts).count("\n") == len(parts)
+    assert max(len(line) for line in numerics.table(parts).splitlines()) <= 80
 
 
 @contextlib.contextmanager
@@ -83,12 +84,12 @@ def broken(primitive, damage):
 
 @pytest.fixture(scope="module")
 def trained():
-    return functools.cache(soundness._trained)
+    return functools.cache(numerics._trained)
 
 
 def failing(monkeypatch, trained, config, kind, primitive, damage):
     """The names of the parts that differ where the stand-in computes: of the random, sampling or training ones."""
-    sound = soundness.compute
+    sound = numerics.compute
 
     def compute(function, device, *arguments):
         if device is not STAND_IN:
@@ -96,12 +97,12 @@ def failing(monkeypatch, trained, config, kind, primitive, damage):
         with jax.disable_jit(), broken(primitive, damage):
             return sound(function, CPU, *arguments)
 
-    monkeypatch.setattr(soundness, "_trained", trained)
+    monkeypatch.setattr(numerics, "_trained", trained)
     # flax draws the parameters that it is given once more, to see their shapes: not jitted, row by row
     monkeypatch.setattr(model, "near_normal", lambda key, shape, std: jnp.zeros(shape))
     for other in {"random", "sampling", "training"} - {kind}:
-        monkeypatch.setattr(soundness, f"_{other}", lambda *_: ())
-    monkeypatch.setattr(soundness, "compute", compute)
+        monkeypatch.setattr(numerics, f"_{other}", lambda *_: ())
+    monkeypatch.setattr(numerics, "compute", compute)
     return {part.name for part in check(config, STAND_IN) if not part.ok}
 
 
@@ -219,18 +220,18 @@ WRONG = (Part("sort", 0.0, 0.0), Part("gradient of norm", 0.5, 0.25), Part("upda
 def test_a_device_that_passes_is_checked_once_for_its_shapes_and_versions(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     checked = []
-    monkeypatch.setattr(soundness, "check", lambda config, device: checked.append(config) or WRONG)
+    monkeypatch.setattr(numerics, "check", lambda config, device: checked.append(config) or WRONG)
     for _ in range(2):
         with pytest.raises(RunError, match=r"update of norm differs by 0.4 .* \(and 1 other") as caught:
             require(CONFIG, STAND_IN)
         assert len(str(caught.value).splitlines()) == 1
-    monkeypatch.setattr(soundness, "check", lambda config, device: checked.append(config) or WRONG[:1])
+    monkeypatch.setattr(numerics, "check", lambda config, device: checked.append(config) or WRONG[:1])
     newer = SimpleNamespace(**vars(STAND_IN) | {"client": SimpleNamespace(platform_version="2")})
     for config in (CONFIG, UNROLLED, replace(CONFIG, max_steps=70)):
         require(config, STAND_IN)
     require(CONFIG, newer)
     assert checked == [CONFIG, CONFIG, CONFIG, UNROLLED, CONFIG]
-    soundness.remember(CONFIG, STAND_IN, WRONG)  # by a later check
+    numerics.remember(CONFIG, STAND_IN, WRONG)  # by a later check
     require(CONFIG, STAND_IN)
     monkeypatch.setenv("MLX_ENABLE_TF32", "1")
     require(CONFIG, STAND_IN)
@@ -243,18 +244,18 @@ def test_a_device_that_raises_is_told_with_the_parts_that_it_computed(monkeypatc
             raise NotImplementedError("no rule for sort\nand more")
         return sound(function, CPU, *arguments)
 
-    sound = soundness.compute
-    monkeypatch.setattr(soundness, "compute", compute)
-    monkeypatch.setattr(soundness, "_trained", trained)
-    monkeypatch.setattr(soundness, "_sampling", lambda *_: [Part("sampling", 0.0, 0.0)])
-    monkeypatch.setattr(soundness, "_training", lambda *_: [])
+    sound = numerics.compute
+    monkeypatch.setattr(numerics, "compute", compute)
+    monkeypatch.setattr(numerics, "_trained", trained)
+    monkeypatch.setattr(numerics, "_sampling", lambda *_: [Part("sampling", 0.0, 0.0)])
+    monkeypatch.setattr(numerics, "_training", lambda *_: [])
     parts = check(CONFIG, STAND_IN)
     assert [(part.name, part.ok) for part in parts] == [
         ("random bits", True),
         ("random numbers and draws", False),
         ("sampling", True),
     ]
-    assert "FAILED: NotImplementedError: no rule for sort\n" in soundness.table(parts)
+    assert "FAILED: NotImplementedError: no rule for sort\n" in numerics.table(parts)
     with pytest.raises(RunError, match=r"fails in the check of random numbers and draws \(NotImpl.*platform=cpu"):
         refuse_wrong(parts, STAND_IN)
 
@@ -263,8 +264,8 @@ def test_a_device_out_of_memory_is_left_to_whoever_asked(monkeypatch, trained):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(soundness, "_trained", trained)
-    monkeypatch.setattr(soundness, "compute", exhausted)
+    monkeypatch.setattr(numerics, "_trained", trained)
+    monkeypatch.setattr(numerics, "compute", exhausted)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         check(CONFIG, STAND_IN)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxlm import backend, plugins
+from jaxlm.device import backend, plugins
+from jaxlm.device.plugins import Plugin, Unfit, check_versions, choose, installed
 from jaxlm.errors import RequestError
-from jaxlm.plugins import Plugin, Unfit, check_versions, choose, installed
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 SOUND = """
 import os, signal, time
@@ -85,7 +85,7 @@ def install(tmp_path, monkeypatch):
 PROGRAM = """
 import sys
 import jax
-from jaxlm import backend, plugins
+from jaxlm.device import backend, plugins
 plugins.LIMIT = float(sys.argv[2])
 device = backend.start(sys.argv[1])
 print(device.client is not jax.devices("cpu")[0].client, jax.numpy.arange(3).sum())

@@ -13,10 +13,10 @@ from jax import lax
 import jaxlm
 from experiments.audit import CONVERTED, audit, looked_at, preset
 from experiments.memory import on_apple
-from jaxlm.backend import APPLE, WRONG_FROM
-from jaxlm.checkpoint import checkpoint_bytes
-from jaxlm.layers import linear
-from jaxlm.step import init_state, make_train_step
+from jaxlm.core.layers import linear
+from jaxlm.core.train_step import init_state, make_train_step
+from jaxlm.device.backend import APPLE, WRONG_FROM
+from jaxlm.run.checkpoint import checkpoint_bytes
 
 
 def found(function, *arguments, platform="METAL"):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.gguf import neighbours, write_gguf
-from jaxlm.huggingface import named_tensors
-from jaxlm.layers import rope, rope_table
-from jaxlm.model import init_params
-from jaxlm.tokenizer import load_tokenizer
+from jaxlm.core.layers import rope, rope_table
+from jaxlm.core.model import init_params
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.interop.gguf import neighbours, write_gguf
+from jaxlm.interop.huggingface import named_tensors
 
 gguf = pytest.importorskip("gguf")
 

@@ -10,13 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_run import is_one_line, listing
 
 from jaxlm.config import Config, ModelConfig, SampleConfig
+from jaxlm.core.model import init_params
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.errors import RequestError, RunError
-from jaxlm.huggingface import ForeignTokenizer, check_init, read_params, read_sizes, read_tokenizer, write_model
-from jaxlm.model import init_params
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.interop.huggingface import ForeignTokenizer, check_init, read_params, read_sizes, read_tokenizer, write_model
+from tests.tiny_run import is_one_line, listing
 
 SIZES = {"vocab_size": 300, "context": 16, "layers": 3, "heads": 4, "width": 16, "hidden": 24}
 MODELS = {

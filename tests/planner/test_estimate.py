@@ -7,11 +7,12 @@ import jax
 import pytest
 
 from configs import m2_60m
-from jaxlm import estimate
-from jaxlm.backend import APPLE, resolve_run
 from jaxlm.config import Config, ModelConfig, from_config_dict
-from jaxlm.estimate import Seconds
-from jaxlm.step import init_state
+from jaxlm.core.train_step import init_state
+from jaxlm.device.backend import APPLE, resolve_run
+from jaxlm.planner import estimate
+from jaxlm.planner.estimate import Seconds
+from jaxlm.run.memory import compile_step, least_memory, step_memory
 
 PRESET = from_config_dict(m2_60m.get_config())
 SMALL = dataclasses.replace(
@@ -38,7 +39,7 @@ def test_an_untied_head_is_a_part_and_its_embedding_multiplies_nothing():
 
 
 def test_the_presets_least_memory_is_that_computed_by_hand():
-    least = estimate.least_memory(PRESET)
+    least = least_memory(PRESET)
     weights = 4 * 59_294_720
     assert (least.weights, least.accumulated, least.gradients) == (weights,) * 3
     assert least.moments == pytest.approx(2 * weights, abs=100)  # and a counter here and there
@@ -49,7 +50,7 @@ def test_the_presets_least_memory_is_that_computed_by_hand():
 @pytest.mark.parametrize("loops", ["compiled", "unrolled"])
 def test_the_memory_of_a_step_is_that_of_all_it_holds(loops):
     config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, loops=loops, remat=False))
-    memory = estimate.memory(config, estimate.compile_step(config))
+    memory = step_memory(config, compile_step(config))
     state = jax.eval_shape(lambda: init_state(config))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
@@ -60,7 +61,7 @@ def test_the_memory_of_a_step_is_that_of_all_it_holds(loops):
 def test_fewer_slices_take_more_memory():
     config = dataclasses.replace(SMALL, batch_size=64)
     sizes = [
-        estimate.memory(other, estimate.compile_step(other)).temporaries
+        step_memory(other, compile_step(other)).temporaries
         for other in (dataclasses.replace(config, slices=slices) for slices in (64, 1))
     ]
     assert sizes[0] < sizes[1] / 8
@@ -68,13 +69,13 @@ def test_fewer_slices_take_more_memory():
 
 def test_where_no_buffer_is_reused_the_state_is_there_twice_while_it_is_updated():
     config = resolve_run(SMALL, SimpleNamespace(platform=APPLE[0]))
-    memory = estimate.memory(config, estimate.compile_step(config))
+    memory = step_memory(config, compile_step(config))
     assert memory.step >= 2 * (memory.weights + memory.moments + memory.accumulated) + memory.gradients
 
 
 def test_a_platform_without_an_analysis_gives_none():
-    assert estimate.memory(SMALL, SimpleNamespace()) is None
-    assert estimate.memory(SMALL, SimpleNamespace(memory_analysis=lambda: None)) is None
+    assert step_memory(SMALL, SimpleNamespace()) is None
+    assert step_memory(SMALL, SimpleNamespace(memory_analysis=lambda: None)) is None
 
 
 SECONDS = Seconds(5.0, 0.75, 0.5, 4.0, 0.25, 0.125, 2.0, 1.5)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import jax
 import pytest
-import tiny_run
-from tiny_run import listing
 
-from jaxlm import estimate, measure
+from jaxlm.cli import read_config
 from jaxlm.config import to_dict
 from jaxlm.errors import RunError
-from jaxlm.main import read_config
-from jaxlm.measure import Measured
+from jaxlm.planner import measure
+from jaxlm.planner.measure import Measured
+from jaxlm.run.memory import least_memory
+from tests import tiny_run
+from tests.tiny_run import listing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +51,7 @@ def test_the_short_run_measures_the_real_loop_and_leaves_nothing(config):
     assert all(value > 0 for name, value in values.items() if name not in ("update", "first"))
     assert found.start > found.step
     assert measure.reduced(config, found) == config
-    state = estimate.least_memory(config)
+    state = least_memory(config)
     assert 0.5 * state.checkpoint_copy < found.checkpoint_bytes < state.checkpoint_copy + 40_000
     assert state.weights < found.model_bytes < state.weights + 5_000_000  # the tokenizer's files
 
@@ -64,7 +65,7 @@ def test_a_run_that_fails_is_said_in_one_line(config):
 
 def test_the_short_run_ends_with_the_process_that_asked_for_it(config, tmp_path):
     words = [str(tmp_path / "short"), "0", "1e9", str(time.monotonic()), json.dumps(to_dict(config))]
-    command = [sys.executable, "-m", "jaxlm.measure", *words]
+    command = [sys.executable, "-m", "jaxlm.planner.measure", *words]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert "checkpoint_bytes" not in done.stdout

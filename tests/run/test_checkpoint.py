@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import assert_same_bits, disk_room, is_one_line
 
-from jaxlm import checkpoint, durable
-from jaxlm.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
-from jaxlm.checksum import checksums
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
+from jaxlm.core.checksum import checksums
+from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.errors import DamagedError, RequestError, RunError
-from jaxlm.step import init_state, make_train_step
+from jaxlm.run import checkpoint
+from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
+from jaxlm.storage import atomic
+from tests.tiny_run import assert_same_bits, disk_room, is_one_line
 
 MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32")
 CONFIG = Config(batch_size=2, grad_accum_steps=2, max_steps=100, model=MODEL, optimizer=OptimizerConfig(warmup_steps=1))
@@ -352,7 +353,7 @@ def test_the_room_asked_for_is_enough(three, tmp_path, trained):
 
 def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, trained, monkeypatch):
     """Files that orbax writes after that may be lost to a power cut: without them it is whole all the same."""
-    synced, sync_tree = {}, durable.sync_tree
+    synced, sync_tree = {}, atomic.sync_tree
 
     def watch(directory):
         sync_tree(directory)
@@ -360,7 +361,7 @@ def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, trained, monk
             {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
         )
 
-    monkeypatch.setattr(durable, "sync_tree", watch)
+    monkeypatch.setattr(atomic, "sync_tree", watch)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, committed(trained), META)
     checkpoints.wait()

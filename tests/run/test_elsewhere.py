@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import backend  # noqa: F401  (its import settles how jax draws random bits)
-from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config, ModelConfig, OptimizerConfig, from_config_dict, to_dict
-from jaxlm.step import init_state, make_train_step
+from jaxlm.core.train_step import init_state, make_train_step
+from jaxlm.device import backend  # noqa: F401  (its import settles how jax draws random bits)
+from jaxlm.run.checkpoint import Checkpoints
 
-SAVED = Path(__file__).parent / "checkpoints"
+SAVED = Path(__file__).parents[1] / "checkpoints"
 MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=2, width=8, hidden=8, dtype="float32")
 OPTIMIZER = OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
 CONFIG = Config(batch_size=8, grad_accum_steps=2, slices=1, max_steps=20, model=MODEL, optimizer=OPTIMIZER)
@@ -83,7 +83,7 @@ def on_eight_devices(place):
 
 
 def test_one_device_to_eight_and_back(tmp_path):
-    code = f"import test_elsewhere, pathlib; test_elsewhere.on_eight_devices(pathlib.Path({str(tmp_path)!r}))"
+    code = f"import pathlib; from {__name__} import on_eight_devices; on_eight_devices(pathlib.Path({str(tmp_path)!r}))"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(SAVED.parent.parent)}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=SAVED.parent, check=True)

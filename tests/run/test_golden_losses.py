@@ -10,13 +10,13 @@ import jax
 import pytest
 
 from configs import quickstart
-from jaxlm import backend
 from jaxlm.config import from_config_dict
+from jaxlm.core.train_step import init_state, make_train_step
+from jaxlm.data.token_files import train_batch_stream
+from jaxlm.device import backend
 from jaxlm.main import open_data
-from jaxlm.step import init_state, make_train_step
-from jaxlm.tokens import train_batch_stream
 
-GOLDEN = Path(__file__).parent / "golden_losses"
+GOLDEN = Path(__file__).parents[1] / "golden_losses"
 STEPS = 50
 TOLERANCE = 2e-3  # relative; kinds of CPU sum in different orders, and after 50 steps that shows in the fourth digit
 

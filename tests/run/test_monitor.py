@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from jaxlm.monitor import Clock, Monitor, duration, metrics_line, samples_block
+from jaxlm.run.monitor import Clock, Monitor, metrics_line, samples_block
+from jaxlm.units import duration
 
 
 class Time:

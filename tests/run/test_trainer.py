@@ -15,19 +15,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny_run
-from tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state, train
 
-from jaxlm import loop
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.core.model import Decoder, loss_and_gradient
+from jaxlm.core.train_step import init_state, make_train_step
+from jaxlm.data.token_files import train_batch_stream
 from jaxlm.errors import RequestError, RunError, Stopped
-from jaxlm.model import Decoder, loss_and_gradient
-from jaxlm.monitor import Monitor
-from jaxlm.step import init_state, make_train_step
-from jaxlm.tokens import train_batch_stream
+from jaxlm.run import trainer
+from jaxlm.run.checkpoint import Checkpoints
+from jaxlm.run.monitor import Monitor
+from tests import tiny_run
+from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state, train
 
 LAST = 12
-HANDLERS = {number: signal.getsignal(number) for number in loop.STOP_SIGNALS}  # before any run
+HANDLERS = {number: signal.getsignal(number) for number in trainer.STOP_SIGNALS}  # before any run
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"]
 VAL_KEYS = ["val_loss", "val_bits_per_byte"]
 NEVER_SAID = 298  # a token that no text here has; the tests make losses of it nan
@@ -195,7 +195,7 @@ def test_the_last_validation_is_over_the_whole_text(console):
 
 
 def test_bits_per_byte_are_of_the_bytes_that_the_tokens_stand_for(console):
-    from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(300)
     ids = np.fromfile("tokens/val.bin", "<u2")[1:]
@@ -268,7 +268,7 @@ def test_an_interrupted_run_writes_the_samples_of_the_uninterrupted_one(interrup
 
 
 def test_the_signals_are_given_back(interruptions):
-    assert {number: signal.getsignal(number) for number in loop.STOP_SIGNALS} == HANDLERS
+    assert {number: signal.getsignal(number) for number in trainer.STOP_SIGNALS} == HANDLERS
 
 
 @pytest.mark.parametrize(("number", "stops"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)])
@@ -289,7 +289,7 @@ def test_a_second_ctrl_c_leaves_at_once_though_python_is_deep_in_other_code():
     """As in a compilation; there the handlers of the main thread have to wait."""
     code = """
 import hashlib, os, threading
-from jaxlm.loop import Run
+from jaxlm.run.trainer import Run
 run = object.__new__(Run)
 run.stop_signal, run.monitor = 0, type("Monitor", (), {"abandon": staticmethod(lambda: None)})
 with run._signals():
@@ -297,7 +297,7 @@ with run._signals():
         threading.Timer(seconds, os.kill, (os.getpid(), 2)).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, env=environment)
     assert done.returncode == 130
     assert done.stderr == "Stopping after this step; Ctrl-C again to leave at once, without saving\n"
@@ -476,7 +476,7 @@ def poison(monkeypatch):
         factor = jax.numpy.where((inputs == NEVER_SAID).any(), jax.numpy.nan, 1.0)
         return nats * factor, jax.tree.map(lambda grad: grad * factor, grads)
 
-    monkeypatch.setattr("jaxlm.step.loss_and_gradient", poisoned)
+    monkeypatch.setattr("jaxlm.core.train_step.loss_and_gradient", poisoned)
 
 
 def write_poisoned_tokens(directory, poisoned_batches, windows=60, context=16):
@@ -562,7 +562,7 @@ class Pending:
 
 def test_the_host_fetches_a_report_only_after_it_has_handed_out_the_next_step(monkeypatch, console):
     """Except at the end of an interval. Else the device would wait for the host."""
-    make_train_step, log = loop.make_train_step, []
+    make_train_step, log = trainer.make_train_step, []
 
     class Compiled:
         def __init__(self, compiled):
@@ -582,7 +582,7 @@ def test_the_host_fetches_a_report_only_after_it_has_handed_out_the_next_step(mo
             self.compiled = self.lowered.compile()
             return self
 
-    monkeypatch.setattr(loop, "make_train_step", lambda config: Compiled(make_train_step(config)))
+    monkeypatch.setattr(trainer, "make_train_step", lambda config: Compiled(make_train_step(config)))
     train("watched")
     assert without_clock(rows("watched/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
     interval_ends = {2 * step for step in range(1, LAST + 1) if not (step % 4 and step % 3 and step % 6)}

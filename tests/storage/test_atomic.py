@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_run import disk_room
 
-from jaxlm import durable
+from jaxlm.storage import atomic
+from tests.tiny_run import disk_room
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="read
 
 @needs_proc
 def test_a_file_is_on_the_disk_before_its_name_is_and_the_name_before_the_return(tmp_path, calls):
-    durable.write_file(tmp_path / "a.json", b"new")
+    atomic.write_file(tmp_path / "a.json", b"new")
     (synced, beside, held), (renamed, source, target), (last, directory, _) = calls
     assert (synced, held, renamed, last) == ("sync", b"new", "rename", "sync")
     assert source == beside != target == tmp_path / "a.json"
@@ -51,7 +51,7 @@ def test_a_folder_is_on_the_disk_before_it_takes_the_place(tmp_path, calls):
     (beside / "deep" / "file").write_bytes(b"held")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_bytes(b"")
-    durable.replace_folder(beside, tmp_path / "folder")
+    atomic.replace_folder(beside, tmp_path / "folder")
     order = [(kind, path.relative_to(tmp_path).as_posix()) for kind, path, _ in calls]
     before = order[: order.index(("rename", "beside"))]
     assert {("sync", "beside/deep/file"), ("sync", "beside/deep"), ("sync", "beside")} <= set(before)
@@ -64,8 +64,8 @@ def test_a_folder_is_on_the_disk_before_it_takes_the_place(tmp_path, calls):
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "a.json"
-    durable.write_file(file, b"old")
+    atomic.write_file(file, b"old")
     with disk_room(10), pytest.raises(OSError):
-        durable.write_file(file, b"new" * 100)
+        atomic.write_file(file, b"new" * 100)
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]

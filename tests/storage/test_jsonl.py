@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
-from tiny_run import disk_room
 
-from jaxlm.journal import Journal, keep_up_to, rows_up_to, to_line
+from jaxlm.storage.jsonl import Journal, keep_up_to, rows_up_to, to_line
+from tests.tiny_run import disk_room
 
 
 def test_entries_are_there_as_soon_as_they_are_appended(tmp_path):

@@ -8,15 +8,15 @@ import subprocess
 import sys
 
 import pytest
-from tiny_run import is_one_line
 
 from jaxlm.errors import RequestError
-from jaxlm.lock import only_writer
+from jaxlm.storage.lock import only_writer
+from tests.tiny_run import is_one_line
 
 HOLD = """
 import sys
 from pathlib import Path
-from jaxlm.lock import only_writer
+from jaxlm.storage.lock import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -4,9 +4,9 @@ import struct
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tiny_run import disk_room
 
-from jaxlm.events import EventFile
+from jaxlm.storage.tensorboard import EventFile
+from tests.tiny_run import disk_room
 
 
 def crc32c(data):

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import backend, kernels, layers, loss
 from jaxlm.config import ModelConfig
+from jaxlm.core import layers, loss
+from jaxlm.core.model import init_params, loss_and_gradient
+from jaxlm.core.ops import hopper
+from jaxlm.device import backend
 from jaxlm.errors import RequestError
-from jaxlm.model import init_params, loss_and_gradient
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
@@ -44,7 +46,7 @@ def off_by(found, expected):
 def test_swiglu_and_its_gradients(interpreted, N, D, F):
     x, d_out = draw(N, D), draw(N, D, seed=1)
     weights = draw(D, F, scale=0.1), draw(D, F, scale=0.1, seed=1), draw(F, D, scale=0.1)
-    found, pull = jax.vjp(kernels.swiglu, x.astype(jnp.bfloat16), *weights)
+    found, pull = jax.vjp(hopper.swiglu, x.astype(jnp.bfloat16), *weights)
 
     def swiglu(x, gate, up, down):
         return layers.gated(x @ gate, x @ up) @ down
@@ -64,7 +66,7 @@ def test_cross_entropy_and_its_gradients(interpreted, N, V):
     def run(function, x):
         return jax.value_and_grad(lambda *a: -0.3 * function(*a, targets), (0, 1))(x, embedding)
 
-    found, (by_x, by_embedding) = run(kernels.cross_entropy, x.astype(jnp.bfloat16))
+    found, (by_x, by_embedding) = run(hopper.cross_entropy, x.astype(jnp.bfloat16))
     expected, exact = run(lambda *a: loss.cross_entropy(*a, jnp.float32), x)
     assert (by_x.dtype, by_embedding.dtype) == (jnp.bfloat16, jnp.float32)
     assert by_embedding.shape == embedding.shape
@@ -77,8 +79,8 @@ def test_cross_entropy_and_its_gradients(interpreted, N, V):
 def test_a_certain_and_a_hopeless_prediction(interpreted):
     embedding = jnp.eye(257, 64) * 40
     x = jnp.eye(64, dtype=jnp.bfloat16)[:2] * 4
-    for targets, expected in (([0, 1], 0.0), ([1, 0], 2 * kernels.FURTHEST)):
-        value, by_x = jax.value_and_grad(kernels.cross_entropy)(x, embedding, jnp.asarray(targets))
+    for targets, expected in (([0, 1], 0.0), ([1, 0], 2 * hopper.FURTHEST)):
+        value, by_x = jax.value_and_grad(hopper.cross_entropy)(x, embedding, jnp.asarray(targets))
         np.testing.assert_allclose(value, expected, atol=1e-4)
         assert np.isfinite(by_x).all()
 
