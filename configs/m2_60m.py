@@ -33,12 +33,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.layers = 8
     config.model.heads = 8
     config.model.width = 512
-    config.model.hidden = 2048
+    config.model.mlp_width = 2048
 
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 100
-    config.optimizer.decay = "cosine"
+    config.optimizer.lr_schedule = "cosine"
     config.optimizer.clip_norm = 1.0
 
     config.data.corpus = "tinystories"

@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.batch_size = 16
     config.grad_accum_steps = 1
-    config.slices = 1
+    config.microbatch_chunks = 1
     config.max_steps = 680
     config.eval_interval = 40
     config.save_interval = 136
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.layers = 3
     config.model.heads = 2
     config.model.width = 128
-    config.model.hidden = 384
+    config.model.mlp_width = 384
     config.model.output_init = "zero"
     config.model.remat = False
 
@@ -36,15 +36,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-2
     config.optimizer.muon_learning_rate = 6.5e-3
     config.optimizer.warmup_steps = 10
-    config.optimizer.decay = "linear"
-    config.optimizer.decay_fraction = 0.55
-    config.optimizer.floor = 0.0
+    config.optimizer.lr_schedule = "linear"
+    config.optimizer.lr_decay_fraction = 0.55
+    config.optimizer.min_lr_ratio = 0.0
     config.optimizer.b1 = 0.85
     config.optimizer.b2 = 0.99
 
     config.data.corpus = "novels"
-    config.data.validation = 0.05
-    config.data.eval_windows = 32
+    config.data.val_fraction = 0.05
+    config.data.eval_sequences = 32
 
     config.sample.texts = 4
     config.sample.tokens = 48

@@ -40,8 +40,8 @@ from configs import m2_60m
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.checksum import checksums
 from jaxlm.core.generate import PROMPT_BUCKET
-from jaxlm.core.model import unstack
-from jaxlm.core.sampling import as_choice, read, text_keys, write_one
+from jaxlm.core.model import prepare_decode_params
+from jaxlm.core.sampling import decode_step, read, sampling_params, sequence_keys
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.device import backend
 from jaxlm.device.backend import WRONG_FROM
@@ -80,30 +80,30 @@ def preset(platform: str) -> Config:
 def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     """What training, evaluating and writing call: the jitted functions and the shapes that they are given."""
     ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
-    some = jax.ShapeDtypeStruct((config.slice_size, config.model.context), np.int32)
+    some = jax.ShapeDtypeStruct((config.chunk_size, config.model.context), np.int32)
     state = jax.eval_shape(lambda: init_state(config))
     step: Any = make_train_step(config)
     total = jax.eval_shape(step.start, state.params)
     model, B, new = config.model, config.sample.texts, config.sample.tokens
-    weights = jax.eval_shape(lambda params: unstack(model, params), state.params)
+    weights = jax.eval_shape(lambda params: prepare_decode_params(model, params), state.params)
     prompts = [
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in (((B, PROMPT_BUCKET), np.int32), ((B,), np.int32), ((B, 2), np.uint32))
     ]
     texts = jax.eval_shape(lambda *a: read(model, *a, new), weights, *prompts)
-    choice = as_choice(config.sample)
+    choice = sampling_params(config.sample)
     return {
         "training step": [
             (step.start, (state.params,)),
-            (step.add_slice, (state.params, total, ids)),
+            (step.accumulate_chunk, (state.params, total, ids)),
             (step.update, (state, total)),
         ],
         "evaluation step": [(make_eval_step(config), (state.params, some, some))],
         "sampling": [
-            (text_keys, (jax.ShapeDtypeStruct((2,), np.uint32), B)),
-            (unstack, (model, state.params)),
+            (sequence_keys, (jax.ShapeDtypeStruct((2,), np.uint32), B)),
+            (prepare_decode_params, (model, state.params)),
             (read, (model, weights, *prompts, new)),
-            (write_one, (model, weights, texts, choice, np.int32(0))),
+            (decode_step, (model, weights, texts, choice, np.int32(0))),
         ],
         "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state),))],
     }

@@ -16,7 +16,13 @@ from statistics import median
 
 STEPS, TIME_LIMIT = 24, 300  # seconds
 SETTINGS = (
-    *("data.corpus=novels", f"max_steps={STEPS}", "optimizer.warmup_steps=5", "slices=1", "sample.tokens=20"),
+    *(
+        "data.corpus=novels",
+        f"max_steps={STEPS}",
+        "optimizer.warmup_steps=5",
+        "microbatch_chunks=1",
+        "sample.tokens=20",
+    ),
     *("eval_interval=10", "generation_interval=10", "save_interval=5", "platform=cuda"),
 )
 

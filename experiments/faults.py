@@ -52,9 +52,10 @@ def get_config():
     config = default_config()
     config.update(dict(batch_size=2, grad_accum_steps={ACCUMULATED}, max_steps={STEPS}, max_checkpoints=3))
     config.update(dict(eval_interval=4, generation_interval=4, save_interval={SAVE_INTERVAL}))
-    config.model.update(dict(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32"))
+    config.model.update(dict(vocab_size=300, context=16, layers=2, heads=2, width=16, mlp_width=24))
+    config.model.precision = "float32"
     config.optimizer.update(dict(warmup_steps=2, learning_rate=1e-2))
-    config.data.update(dict(corpus="text.txt", validation=0.1, eval_windows=4))
+    config.data.update(dict(corpus="text.txt", val_fraction=0.1, eval_sequences=4))
     config.sample.update(dict(prompts=("Once", "The king", "A"), texts=2, tokens=5))
     return config
 """

@@ -3,7 +3,7 @@
     python -m experiments.fuzz --cases 10000 --seed 0
 
 Each goes to the function that reads it, under `jaxlm.cli.status` as in every command. A case fails when it ends in
-anything but success or one line of a RequestError or RunError, takes too long, leaves a *.partial, changes what it
+anything but success or one line of a UsageError or RunError, takes too long, leaves a *.partial, changes what it
 refuses, or takes what then does not hold (the `_take_` functions). What makes a failure again is printed.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from experiments.fuzz_cases import KINDS
 from jaxlm import cli
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 
 CODE = ("jaxlm", "experiments")
 SECONDS, CHARACTERS = 10.0, 5_000  # at most, of a case and of a message, for a path may have 4,096
@@ -40,7 +40,7 @@ def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
             nonlocal refusal, details
             try:
                 call()
-            except (RequestError, RunError) as error:
+            except (UsageError, RunError) as error:
                 refusal, details = error, f"{call}\n{traceback.format_exc()}"
                 raise
 

@@ -150,7 +150,7 @@ def _put_prepared(rng: Random, files: dict[str, bytes]) -> Call:
     for name, content in files.items():
         put(rng, Path(name), content)
     out = "out" if rng.random() < 0.95 else some_text(rng)
-    data = {"corpus": rng.choice((TEXT, TEXT, some_text(rng))), "dir": out or ".", "validation": VALIDATION}
+    data = {"corpus": rng.choice((TEXT, TEXT, some_text(rng))), "dir": out or ".", "val_fraction": VALIDATION}
     named = partial(_take_tokens, open_data, from_config_dict({"model": SIZES, "data": data}))
     there = partial(_take_tokens, open_tokens, Path(out), *SIZES.values())
     return rng.choice((named, there, partial(_take_corpus, TEXT, out, SIZES["vocab_size"], VALIDATION)))
@@ -248,7 +248,7 @@ def _take_arguments(words: list[str]) -> None:
     checkpoint = Checkpoint(1, Config(), {}, ModelConfig(), None)
     stand_ins = {
         "restore": lambda *_: checkpoint,
-        "unstack": lambda *_: None,
+        "prepare_decode_params": lambda *_: None,
         "generate": lambda _, __, ids, *___: [ids],
     }
     with mock.patch.multiple(sample, **stand_ins):
@@ -258,7 +258,7 @@ def _take_arguments(words: list[str]) -> None:
 @cache
 def exported() -> dict[str, bytes]:
     """The files of an exported model."""
-    config = Config(model=ModelConfig(**SIZES, layers=2, heads=2, width=8, hidden=8))
+    config = Config(model=ModelConfig(**SIZES, layers=2, heads=2, width=8, mlp_width=8))
     with tempfile.TemporaryDirectory() as place:
         folder = write_model(Path(place, "model"), config, init_params(config.model, jax.random.key(0)), "")
         return {path.name: path.read_bytes() for path in folder.iterdir()}

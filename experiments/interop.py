@@ -29,7 +29,7 @@ import numpy as np
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core.generate import generate
-from jaxlm.core.model import Decoder, init_params, loss_and_gradient, unstack
+from jaxlm.core.model import Decoder, init_params, loss_and_gradient, prepare_decode_params
 from jaxlm.core.sampling import Choice
 from jaxlm.data.token_files import TokenFiles, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
@@ -84,7 +84,7 @@ def greedy(subject: Subject, prompt: np.ndarray) -> list[int]:
     """jaxlm's continuation, beyond the context if need be."""
     config = replace(subject.config, context=max(subject.config.context, len(prompt) + GREEDY_TOKENS))
     choice = Choice(np.float32(0))
-    weights = unstack(config, subject.params)
+    weights = prepare_decode_params(config, subject.params)
     (tokens_BN,) = generate(config, weights, [prompt.tolist()], choice, jax.random.key(0), GREEDY_TOKENS, NEVER)
     return tokens_BN[0].tolist()
 
@@ -231,7 +231,7 @@ def main() -> None:
 
 def random_preset() -> tuple[Config, Any]:
     """Weights as a run of the preset begins with them."""
-    config = Config(model=ModelConfig(dtype="float32", attention="plain", remat=False))
+    config = Config(model=ModelConfig(precision="float32", attention="plain", remat=False))
     return config, init_params(config.model, jax.random.key(0))
 
 

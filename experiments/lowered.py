@@ -29,9 +29,9 @@ import numpy as np
 from configs import m2_60m, quickstart
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.generate import PROMPT_BUCKET
-from jaxlm.core.model import init_params, unstack
-from jaxlm.core.sampling import _write_on_device as write_on_device
-from jaxlm.core.sampling import as_choice, read, write_one
+from jaxlm.core.model import init_params, prepare_decode_params
+from jaxlm.core.sampling import _decode_on_device as write_on_device
+from jaxlm.core.sampling import decode_step, read, sampling_params
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.device import backend
 
@@ -62,7 +62,7 @@ def as_if_on(platform: str) -> Iterator[None]:
 def programs(config: Config) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """The name, the jitted function and the arguments or their shapes of each program of a run."""
     ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
-    some = jax.ShapeDtypeStruct((config.slice_size, config.model.context), np.int32)
+    some = jax.ShapeDtypeStruct((config.chunk_size, config.model.context), np.int32)
     state = jax.eval_shape(lambda: init_state(config))
     step: Any = make_train_step(config)
     model, B, new = config.model, config.sample.texts, config.sample.tokens
@@ -70,21 +70,21 @@ def programs(config: Config) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     if hasattr(step, "start"):
         total = jax.eval_shape(step.start, state.params)
         yield "train_start", step.start, (state.params,)
-        yield "train_chunk", step.add_slice, (state.params, total, ids)
+        yield "train_chunk", step.accumulate_chunk, (state.params, total, ids)
         yield "train_update", step.update, (state, total)
     else:
         yield "train_step", step, (state, ids)
     yield "evaluation", make_eval_step(config), (state.params, some, some)
-    weights = jax.eval_shape(lambda params: unstack(model, params), state.params)
+    weights = jax.eval_shape(lambda params: prepare_decode_params(model, params), state.params)
     prompts = [
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in (((B, PROMPT_BUCKET), np.int32), ((B,), np.int32), ((B, 2), np.uint32))
     ]
     texts = jax.eval_shape(lambda *a: read(model, *a, new), weights, *prompts)
-    choice = as_choice(config.sample)
-    yield "decode_params", unstack, (model, state.params)
+    choice = sampling_params(config.sample)
+    yield "decode_params", prepare_decode_params, (model, state.params)
     yield "prefill", read, (model, weights, *prompts, new)
-    yield "decode_step", write_one, (model, weights, texts, choice, np.int32(0))
+    yield "decode_step", decode_step, (model, weights, texts, choice, np.int32(0))
     if not hasattr(step, "start"):
         yield "decode", write_on_device, (model, weights, texts, choice, np.int32(0), new)
 

@@ -43,13 +43,13 @@ def on_apple(config: Config) -> float:
     total = jax.eval_shape(step.start, state.params)
     compiled = compile_step(config)
     moments = {}
-    for name in ("start", "add_slice", "update"):
+    for name in ("start", "accumulate_chunk", "update"):
         m: Any = getattr(compiled, name).memory_analysis()
         lie = size((state, batch(config))) + (size(total) if name != "start" else 0)
         moments[name] = lie + m.output_size_in_bytes - m.alias_size_in_bytes, m.temp_size_in_bytes
     worst = max(moments, key=lambda name: sum(moments[name]))
     arguments, temporaries = (part / 1e9 for part in moments[worst])
-    name = f"Apple GPU, slices {config.slices}, remat {config.model.remat}: {worst}"
+    name = f"Apple GPU, slices {config.microbatch_chunks}, remat {config.model.remat}: {worst}"
     print(f"| {name} | {arguments:.2f} | {temporaries:.2f} | **{arguments + temporaries:.2f}** |", flush=True)
     return arguments + temporaries
 
@@ -102,14 +102,14 @@ def main() -> None:
     device = backend.start(parser.parse_args().platform)
     config = backend.resolve_run(from_config_dict(m2_60m.get_config()), device)
     print(f"{config.batch_size} x {config.model.context} tokens, {config.grad_accum_steps} accumulated, ", end="")
-    print(f"{config.model.dtype} on {backend.describe(device)}, jax {jax.__version__}\n")
+    print(f"{config.model.precision} on {backend.describe(device)}, jax {jax.__version__}\n")
     print("| setting | arguments, GB | temporaries | total |\n|---|---|---|---|")
     smallest = 1e9
     for slices in (32, 16, 8, 1):
         for remat in (True, False):
             model = dataclasses.replace(config.model, remat=remat)
             name = f"slices {slices}, remat {remat}"
-            total = row(name, compile_step(dataclasses.replace(config, slices=slices, model=model)))
+            total = row(name, compile_step(dataclasses.replace(config, microbatch_chunks=slices, model=model)))
             smallest = min(smallest, total)
     apple = on_apple(from_config_dict(m2_60m.get_config()))
     theirs = row("plain JAX", plain(config))

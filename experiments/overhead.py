@@ -77,7 +77,7 @@ class MeasuredRun(trainer.Run):
 
 def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
     """The preset, made smaller on a CPU as told above, with validation text enough for its evaluation."""
-    words = ["--config", "configs/m2_60m.py", "--config.data.corpus=novels", "--config.data.validation=0.1"]
+    words = ["--config", "configs/m2_60m.py", "--config.data.corpus=novels", "--config.data.val_fraction=0.1"]
     config, _ = read_config([*words, "--config.data.dir=data/overhead", f"--config.platform={platform}"])
     tokens = open_data(config)
     device = backend.start(platform)
@@ -87,9 +87,9 @@ def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
         names = ("eval_interval", "save_interval", "generation_interval")
         config = dataclasses.replace(
             config,
-            **dict.fromkeys(("batch_size", "grad_accum_steps", "slices"), 1),
+            **dict.fromkeys(("batch_size", "grad_accum_steps", "microbatch_chunks"), 1),
             **{name: getattr(config, name) // fewer for name in names},
-            data=dataclasses.replace(config.data, eval_windows=CPU_WINDOWS),
+            data=dataclasses.replace(config.data, eval_sequences=CPU_WINDOWS),
         )
     return config, tokens, device
 
@@ -140,11 +140,11 @@ def main() -> None:
     larger = whole.tokens_per_step / config.tokens_per_step
     step, between = larger * median(bare), median(a - b for a, b in zip(looped, bare, strict=True))
     seconds = {name: median(by_kind[name] for by_kind in pauses) for name in PAUSES}
-    seconds["evaluation"] *= whole.data.eval_windows / config.data.eval_windows
+    seconds["evaluation"] *= whole.data.eval_sequences / config.data.eval_sequences
     times = PAUSES | {"between steps": PERIOD}
     seconds["between steps"] = between
     total = PERIOD * step + sum(times[name] * seconds[name] for name in times)
-    print(f"jax {jax.__version__} on {backend.describe(device)}, {os.cpu_count()} cores, {config.model.dtype}")
+    print(f"jax {jax.__version__} on {backend.describe(device)}, {os.cpu_count()} cores, {config.model.precision}")
     print(
         f"bare step {median(bare):.4f} s of {config.tokens_per_step} tokens, in the loop {median(looped):.4f} s;",
         end="",

@@ -103,7 +103,7 @@ def main() -> None:
     for turn in range(args.repeat):
         found, plan = compare(words, place / f"run-{turn}", place / f"cache-{turn}")
         machine = plan["machine"]
-        print(f"configs/{name}.py, {STEPS} steps, {machine['dtype']} on {machine['device']}, jax {machine['jax']}")
+        print(f"configs/{name}.py, {STEPS} steps, {machine['precision']} on {machine['device']}, jax {machine['jax']}")
         print("| | predicted | real | predicted too much by | bound |\n|---|---|---|---|---|")
         for what, (predicted, real) in found.items():
             unit = "s" if what == "time" else "MB"

@@ -1,7 +1,7 @@
 """How fast the 60M model writes, beside transformers and llama.cpp: python -m experiments.sampling [--rounds 5]
 
-Random weights, prompts of 4 tokens: 128 tokens of one text, the likeliest each time, and 100 tokens of 10 texts, drawn
-from the 50 likeliest. One program after the other, in turns; prints tokens/s in all, the median of the rounds, and the
+Random weights, prompts of 4 tokens: 128 greedy tokens of one text, and 100 tokens of 10 texts, drawn from the 50 most
+likely. One program after the other, in turns; prints tokens/s in all, the median of the rounds, and the
 ratio to each peer, in which the prompt's pass counts. The peers are those of `pip install torch transformers
 llama-cpp-python gguf` that are there; they compute on the CPU, with as many threads as there are cores.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.core.generate import generate
-from jaxlm.core.model import init_params, unstack
+from jaxlm.core.model import init_params, prepare_decode_params
 from jaxlm.core.sampling import Choice
 from jaxlm.device import backend
 from jaxlm.interop.gguf import write_gguf
@@ -33,7 +33,7 @@ Writer = Callable[[int, int, Choice], Any]  # texts, tokens of each, how they ar
 
 
 def jaxlm_writer(config: ModelConfig, params: Any) -> Writer:
-    weights = unstack(config, params)
+    weights = prepare_decode_params(config, params)
 
     def write(texts: int, tokens: int, choice: Choice) -> None:
         choice = jax.tree.map(np.asarray, choice)
@@ -48,7 +48,7 @@ def transformers_writer(config: ModelConfig) -> Writer:
     import transformers
 
     torch.set_num_threads(os.cpu_count() or 1)
-    sizes = {"hidden_size": config.width, "intermediate_size": config.hidden, "vocab_size": config.vocab_size}
+    sizes = {"hidden_size": config.width, "intermediate_size": config.mlp_width, "vocab_size": config.vocab_size}
     layers = {"num_hidden_layers": config.layers, "num_attention_heads": config.heads}
     llama = transformers.LlamaConfig(**sizes, **layers, tie_word_embeddings=True, max_position_embeddings=1024)
     model = transformers.LlamaForCausalLM(llama).eval()
@@ -88,8 +88,8 @@ def main() -> None:
     device = backend.start(args.platform)
     config = backend.resolve(ModelConfig(), device)
     params = init_params(config, jax.random.key(0))
-    names = ("float32", "mixed")
-    writers = {f"jaxlm {name}": jaxlm_writer(dataclasses.replace(config, dtype=name), params) for name in names}
+    names = ("float32", "bf16_matmul")
+    writers = {f"jaxlm {name}": jaxlm_writer(dataclasses.replace(config, precision=name), params) for name in names}
     with tempfile.TemporaryDirectory() as place:
         with contextlib.suppress(ImportError):
             writers["transformers float32"] = transformers_writer(config)

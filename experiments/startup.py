@@ -22,7 +22,14 @@ from statistics import median
 from typing import Any
 
 CONFIG = ("--config", "configs/m2_60m.py", "--config.data.corpus=novels")
-SMALL = ("batch_size=1", "slices=1", "grad_accum_steps=1", "max_steps=1", "optimizer.warmup_steps=0", "sample.texts=1")
+SMALL = (
+    "batch_size=1",
+    "microbatch_chunks=1",
+    "grad_accum_steps=1",
+    "max_steps=1",
+    "optimizer.warmup_steps=0",
+    "sample.texts=1",
+)
 
 
 class Step:

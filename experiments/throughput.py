@@ -43,9 +43,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = backend.start(args.device)
     config = from_config_dict(m2_60m.get_config())
     on_cpu = args.device == "cpu"
-    dtype = "mixed" if on_cpu and args.dtype == "bfloat16" else args.dtype
-    model = replace(config.model, dtype=dtype, remat=args.remat)
-    config = replace(config, batch_size=args.batch, grad_accum_steps=args.accum, slices=args.slices, model=model)
+    precision = {"float32": "float32", "bfloat16": "bf16_matmul" if on_cpu else "bf16"}[args.dtype]
+    model = replace(config.model, precision=precision, remat=args.remat)
+    config = replace(
+        config,
+        batch_size=args.batch,
+        grad_accum_steps=args.accum,
+        microbatch_chunks=args.microbatch_chunks,
+        model=model,
+    )
     config = backend.resolve_run(config, device)
     model = config.model
     draw = np.random.default_rng(0)
@@ -137,7 +143,7 @@ def main() -> None:
         return
 
     shared = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "batch", "accum", "steps")]
-    own = ["--only-ours", f"--slices={args.slices}", "--remat" if args.remat else "--no-remat"]
+    own = ["--only-ours", f"--microbatch_chunks={args.microbatch_chunks}", "--remat" if args.remat else "--no-remat"]
     ours, peers = [], []
     for _ in range(args.rounds):
         ours.append(run("throughput", shared + own))

@@ -17,14 +17,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxlm.config import Config, check_name, from_config_dict
-from jaxlm.errors import RequestError, RunError, Stopped
+from jaxlm.errors import RunError, Stopped, UsageError
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser whose errors are RequestErrors, so that they come out as one line like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}: {self.prog} --help shows what there is")
+        raise UsageError(f"{message}: {self.prog} --help shows what there is")
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -45,7 +45,7 @@ def status(main: Callable[[list[str]], None], argv: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no text ends a command by being printed
     try:
         main(argv)
-    except (RequestError, RunError) as error:
+    except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except Stopped as stop:
@@ -63,7 +63,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 def read_config(argv: list[str]) -> tuple[Config, Path]:
-    """The settings that the flags ask for, and the work directory. Raises RequestError as `read_flags`."""
+    """The settings that the flags ask for, and the work directory. Raises UsageError as `read_flags`."""
     return read_flags(argv)[:2]
 
 
@@ -71,13 +71,13 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
     """The settings that the flags ask for, the work directory, and whether to begin a run that does not fit.
 
     Raises:
-        RequestError: an unknown flag, a config file that is missing or fails, a setting that is wrong.
+        UsageError: an unknown flag, a config file that is missing or fails, a setting that is wrong.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=QUICKSTART)
     known, others = parser.parse_known_args(argv)
     if not os.path.isfile(known.config):
-        raise RequestError(f"there is no config file {known.config}{_nearest_file(known.config)}")
+        raise UsageError(f"there is no config file {known.config}{_nearest_file(known.config)}")
     for setting in re.findall(r"(?m)^--config\.([\w.]+)", "\n".join(others)):
         check_name(setting)
     words = ["jaxlm.main", f"--config={known.config}", *others]
@@ -88,9 +88,9 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
     except Exception as error:  # the config file is a program: it can raise anything
         text = str(error) or type(error).__name__
         reason = " ".join((text[text.rindex('File "') :] if "Traceback" in text else text).split())
-        raise RequestError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
+        raise UsageError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
     if rest[1:]:
-        raise RequestError(f"unexpected argument {rest[1]!r}: flags begin with --")
+        raise UsageError(f"unexpected argument {rest[1]!r}: flags begin with --")
     return from_config_dict(settings), Path(values.workdir or Path("runs", known.config.stem)), values.force
 
 

@@ -15,12 +15,26 @@ from typing import Any
 
 import ml_collections
 
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 FIXED = {"fixed": True}
 
 PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
-DTYPES = ("auto", "float32", "bfloat16", "mixed")
+PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
+
+# settings that earlier versions called otherwise, and what their values became
+OLD_NAMES = {
+    "slices": "microbatch_chunks",
+    "max_skipped": "max_nonfinite_microbatches",
+    "model.hidden": "model.mlp_width",
+    "model.dtype": "model.precision",
+    "optimizer.decay": "optimizer.lr_schedule",
+    "optimizer.decay_fraction": "optimizer.lr_decay_fraction",
+    "optimizer.floor": "optimizer.min_lr_ratio",
+    "data.validation": "data.val_fraction",
+    "data.eval_windows": "data.eval_sequences",
+}
+OLD_VALUES = {"model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"}}
 
 PROMPTS = (
     "Once upon a time",
@@ -48,7 +62,7 @@ PROMPTS = (
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise RequestError(message)
+        raise UsageError(message)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -70,19 +84,19 @@ class ModelConfig:
     heads: int = field(default=8, metadata=FIXED)
     kv_heads: int = field(default=0, metadata=FIXED)  # heads of keys and values, shared by the queries'; 0: as many
     width: int = field(default=512, metadata=FIXED)
-    hidden: int = field(default=2048, metadata=FIXED)
+    mlp_width: int = field(default=2048, metadata=FIXED)
     rope_theta: float = field(default=10_000.0, metadata=FIXED)
     norm_eps: float = field(default=1e-6, metadata=FIXED)
     tied: bool = field(default=True, metadata=FIXED)  # the head reads the input embedding; False: one of its own
     output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
-    dtype: str = "auto"  # float32, bfloat16 or mixed (bfloat16 products of float32); weights are always float32
+    precision: str = "auto"  # float32, bf16 (mixed precision) or bf16_matmul; weights are always float32
     attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
     kernels: str = "auto"  # fused (bfloat16 on a Hopper GPU, 1.2 times as fast) or plain; auto: fused where it fits
     loops: str = "auto"  # compiled into the programs or unrolled; auto: unrolled on an Apple GPU, compiled elsewhere
     remat: bool = True  # recompute each block backward: less memory, a fifth more work. On a GPU only with `slices`
 
     def __post_init__(self):
-        for name in ("vocab_size", "context", "layers", "heads", "width", "hidden"):
+        for name in ("vocab_size", "context", "layers", "heads", "width", "mlp_width"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1")
         _require(
             self.width % (2 * self.heads) == 0,
@@ -96,15 +110,15 @@ class ModelConfig:
         _require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}: it must be above 0")
         _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
         _one_of("model.output_init", self.output_init, ("scaled", "zero"))
-        _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.precision", self.precision, PRECISIONS)
         _one_of("model.attention", self.attention, ("auto", "plain", "cudnn"))
         _one_of("model.kernels", self.kernels, ("auto", "plain", "fused"))
         _one_of("model.loops", self.loops, ("auto", "compiled", "unrolled"))
 
     @property
-    def products(self) -> str:
+    def matmul_dtype(self) -> str:
         """The dtype that matrix products read; they sum in float32."""
-        return "bfloat16" if self.dtype in ("bfloat16", "mixed") else "float32"
+        return "bfloat16" if self.precision in ("bf16", "bf16_matmul") else "float32"
 
     @property
     def unrolled(self) -> bool:
@@ -112,9 +126,9 @@ class ModelConfig:
         return self.loops == "unrolled"
 
     @property
-    def activations(self) -> str:
+    def activation_dtype(self) -> str:
         """The dtype of everything between two products."""
-        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return "bfloat16" if self.precision == "bf16" else "float32"
 
 
 @dataclass(frozen=True)
@@ -125,9 +139,9 @@ class OptimizerConfig:
     learning_rate: float = 3e-4  # peak
     muon_learning_rate: float = 6e-3  # peak, of the blocks' matrices under muon
     warmup_steps: int = 100
-    decay: str = "cosine"
-    decay_fraction: float = 1.0  # of the steps after the warm-up, at the end; before it the rate is constant
-    floor: float = 0.1  # learning rate that max_steps reaches, as a share of the peak
+    lr_schedule: str = "cosine"
+    lr_decay_fraction: float = 1.0  # of the steps after the warm-up, at the end; before it the rate is constant
+    min_lr_ratio: float = 0.1  # learning rate that max_steps reaches, as a share of the peak
     b1: float = 0.9  # Adam's first moment; Muon's momentum
     b2: float = 0.95  # Adam's second moment
     weight_decay: float = 0.1  # decoupled, on matrices only
@@ -135,12 +149,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _one_of("optimizer.name", self.name, ("adamw", "muon"))
-        _one_of("optimizer.decay", self.decay, ("cosine", "linear"))
+        _one_of("optimizer.lr_schedule", self.lr_schedule, ("cosine", "linear"))
         for name in ("learning_rate", "muon_learning_rate", "clip_norm"):
             _require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}: it must be above 0")
         for name in ("warmup_steps", "weight_decay"):
             _require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
-        for name in ("decay_fraction", "floor"):
+        for name in ("lr_decay_fraction", "min_lr_ratio"):
             _require(
                 0 <= getattr(self, name) <= 1, f"optimizer.{name} is {getattr(self, name)}: it must be between 0 and 1"
             )
@@ -157,13 +171,15 @@ class DataConfig:
 
     corpus: str = "novels"  # a named corpus, or paths and patterns separated by commas
     dir: str = ""  # of train.bin and val.bin; empty: data/CORPUS-VOCABULARY
-    validation: float = 0.01  # share of the text held out
-    eval_windows: int = 64  # windows of `context` tokens per evaluation, evenly spread; 0: the whole validation text
+    val_fraction: float = 0.01  # share of the text held out
+    eval_sequences: int = 64  # windows of `context` tokens per evaluation, evenly spread; 0: the whole validation text
 
     def __post_init__(self):
         _require(bool(self.corpus or self.dir), "data.corpus and data.dir are both empty: name one of them")
-        _require(0 < self.validation < 1, f"data.validation is {self.validation}: it must be a share between 0 and 1")
-        _require(self.eval_windows >= 0, f"data.eval_windows is {self.eval_windows}: it must not be negative")
+        _require(
+            0 < self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}: it must be a share between 0 and 1"
+        )
+        _require(self.eval_sequences >= 0, f"data.eval_sequences is {self.eval_sequences}: it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -192,13 +208,15 @@ class Config:
 
     batch_size: int = field(default=32, metadata=FIXED)  # sequences per micro-batch
     grad_accum_steps: int = field(default=2, metadata=FIXED)  # micro-batches per optimizer step
-    slices: int = 0  # parts of a micro-batch, computed one after the other: less memory, the same numbers. 0: as fits
+    microbatch_chunks: int = (
+        0  # parts of a micro-batch, computed one after the other: less memory, the same numbers. 0: as fits
+    )
     max_steps: int = 50_000
     eval_interval: int = 100  # a console line and a validation pass
     save_interval: int = 300
     generation_interval: int = 50
     max_checkpoints: int = 5
-    max_skipped: int = 10  # micro-batches with non-finite gradients in a row before the run stops
+    max_nonfinite_microbatches: int = 10  # micro-batches with non-finite gradients in a row before the run stops
     seed: int = field(default=0, metadata=FIXED)
     init_from: str = field(default="", metadata=FIXED)  # a Hugging Face folder to begin with; empty: random weights
     platform: str = "auto"
@@ -210,12 +228,14 @@ class Config:
 
     def __post_init__(self):
         at_least_one = ("batch_size", "grad_accum_steps", "max_steps", "eval_interval", "save_interval")
-        for name in (*at_least_one, "generation_interval", "max_checkpoints", "max_skipped"):
+        for name in (*at_least_one, "generation_interval", "max_checkpoints", "max_nonfinite_microbatches"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        _require(self.slices >= 0, f"slices is {self.slices}: it must not be negative (0 chooses)")
         _require(
-            self.slices == 0 or self.batch_size % self.slices == 0,
-            f"batch_size {self.batch_size} does not divide into {self.slices} slices: choose a divisor",
+            self.microbatch_chunks >= 0, f"microbatch_chunks is {self.microbatch_chunks}: it must not be negative (0 chooses)"
+        )
+        _require(
+            self.microbatch_chunks == 0 or self.batch_size % self.microbatch_chunks == 0,
+            f"batch_size {self.batch_size} does not divide into {self.microbatch_chunks} microbatch_chunks: choose a divisor",
         )
         _require(
             257 <= self.model.vocab_size <= 50_257,
@@ -230,9 +250,9 @@ class Config:
         )
 
     @property
-    def slice_size(self) -> int:
+    def chunk_size(self) -> int:
         """Sequences computed at one time."""
-        return self.batch_size // max(self.slices, 1)
+        return self.batch_size // max(self.microbatch_chunks, 1)
 
     @property
     def tokens_per_step(self) -> int:
@@ -241,8 +261,10 @@ class Config:
 
 
 def check_name(name: str) -> None:
-    """Raises RequestError, with the nearest known one, if no setting has this name (`group.name` in a group)."""
+    """Raises UsageError, with the nearest known one, if no setting has this name (`group.name` in a group)."""
     kind: Any = Config
+    if name in OLD_NAMES:
+        raise UsageError(f"the setting {name} is called {OLD_NAMES[name]} now")
     parts = name.split(".")
     for depth, part in enumerate(parts):
         known = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
@@ -268,10 +290,30 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
         settings: nested mapping (a ConfigDict, or JSON read back); what it leaves out keeps its default.
 
     Raises:
-        RequestError: an unknown name (with the nearest known one), a wrong type, a value out of bounds.
+        UsageError: an unknown name (with the nearest known one), a wrong type, a value out of bounds.
     """
     _require(isinstance(settings, Mapping | ml_collections.ConfigDict), "get_config() of a config file must return one")
-    return _build(Config, settings, "")
+    return _build(Config, with_new_names(settings), "")
+
+
+def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same nested settings as plain dicts, in which each of OLD_NAMES has its new name and value."""
+    renamed: dict[str, Any] = {}
+    old: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            group = {f"{name}.{inner}": inner_value for inner, inner_value in value.items()}
+            old |= {inner: group.pop(inner) for inner in list(group) if inner in OLD_NAMES}
+            renamed[name] = {inner.partition(".")[2]: inner_value for inner, inner_value in group.items()}
+        elif name in OLD_NAMES:
+            old[name] = value
+        else:
+            renamed[name] = value
+    for name, value in old.items():
+        group_name, _, inner = OLD_NAMES[name].rpartition(".")
+        place: dict[str, Any] = renamed[group_name] if group_name else renamed
+        place[inner] = OLD_VALUES.get(name, {}).get(value, value)
+    return renamed
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
@@ -310,9 +352,10 @@ def _value(name: str, kind: Any, value: Any) -> Any:
 def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """The FIXED settings in which a saved run (nested dict) and `config` differ, one phrase each.
 
-    Raises RequestError when `saved` does not hold settings.
+    Raises UsageError when `saved` does not hold settings.
     """
-    return _differences(saved, config, "")
+    _require(isinstance(saved, Mapping), "the saved settings are damaged: config must be a group")
+    return _differences(with_new_names(saved), config, "")
 
 
 def _differences(saved: Mapping[str, Any], config: Any, prefix: str) -> list[str]:

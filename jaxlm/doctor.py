@@ -20,7 +20,7 @@ from jaxlm.cli import ArgumentParser, read_config, run
 from jaxlm.config import Config
 from jaxlm.device import plugins
 from jaxlm.device.isolated import attempt
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.storage import atomic
 
 PRESET = Path(__file__).parent.parent / "configs" / "m2_60m.py"
@@ -30,7 +30,7 @@ DISTRIBUTIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises RequestError."""
+    """Runs the command with `argv`, the words after its name. Raises UsageError."""
     parser = ArgumentParser(prog="python -m jaxlm.doctor", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("jaxlm-doctor.txt"), help="the report (%(default)s)")
     parser.add_argument("--config", type=Path, default=PRESET, help="as of jaxlm.main, like --config.NAME=VALUE")
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     flags = [f"--config={args.config}", *others]
     config, _ = read_config(flags)
     if os.path.lexists(args.out):
-        raise RequestError(f"{args.out} is there already: move it, or name another file with --out")
+        raise UsageError(f"{args.out} is there already: move it, or name another file with --out")
     write_report(args.out, _parts(config, flags))
     print(f"The report is in {args.out}")
 
@@ -47,7 +47,7 @@ def write_report(out: Path, parts: Iterator[tuple[str, Callable[[], str]]]) -> N
     """Writes down what each part, a title and what gives its text, has to say, the file whole after each.
 
     Raises:
-        RequestError: the file cannot be written.
+        UsageError: the file cannot be written.
     """
     report = f"jaxlm doctor, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n"
     _write(out, report)
@@ -63,7 +63,7 @@ def _write(out: Path, report: str) -> None:
     try:
         atomic.write_file(out, report.encode())
     except OSError as error:
-        raise RequestError(f"cannot write {out} ({error.strerror}): name another file with --out") from error
+        raise UsageError(f"cannot write {out} ({error.strerror}): name another file with --out") from error
 
 
 def _parts(config: Config, flags: Sequence[str]) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -96,7 +96,7 @@ def _try(plugin: plugins.Plugin, fit: list[str]) -> str:
     """Says how a plugin did; the platform of a fit one is added to `fit`."""
     try:
         name = plugins.try_out(plugin, anew=True)
-    except plugins.Unfit as error:
+    except plugins.PluginError as error:
         return f"UNFIT: {error}"
     fit.append(plugin.platform)
     return f"computes a small model's logits, loss and gradients as NumPy does, as jax's platform {name}"

@@ -9,7 +9,7 @@ class _OneLine(Exception):
         return line if len(line) <= 1000 else f"{line[:600]} ... {line[-395:]}"
 
 
-class RequestError(_OneLine):
+class UsageError(_OneLine):
     """What was asked for is wrong (a flag, a setting, data that does not fit): the command ends with status 2."""
 
     exit_status = 2
@@ -29,5 +29,5 @@ class Stopped(Exception):
         self.exit_status = 128 + signal_number
 
 
-class DamagedError(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint cannot be read, or is not what was saved; the message is the reason."""

@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 
 from jaxlm.cli import ArgumentParser, run
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.interop.gguf import DTYPES, require_gguf, write_gguf
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises RequestError and RunError."""
+    """Runs the command with `argv`, the words after its name. Raises UsageError and RunError."""
     parser = ArgumentParser(prog="python -m jaxlm.export", description="Writes a run's model for other programs.")
     parser.add_argument("--workdir", type=Path, required=True, help="the run's work directory")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, or a file named *.gguf")
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         require_gguf()
         out = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
     elif args.dtype:
-        raise RequestError("--dtype is of GGUF files: a Hugging Face folder is float32")
+        raise UsageError("--dtype is of GGUF files: a Hugging Face folder is float32")
     _check_place(out, args.overwrite)
 
     from jaxlm.core.model import parameter_count  # only now: what came before answers in a moment
@@ -43,14 +43,14 @@ def main(argv: list[str]) -> None:
 
 
 def _check_place(out: Path, overwrite: bool) -> None:
-    """Raises RequestError where something is that this command has not written, or has not been told to replace."""
+    """Raises UsageError where something is that this command has not written, or has not been told to replace."""
     if not os.path.lexists(out) or (out.is_dir() and out.suffix != ".gguf" and not any(out.iterdir())):
         return
     exported = out.is_file() if out.suffix == ".gguf" else (out / "model.safetensors").is_file()
     if not exported:
-        raise RequestError(f"{out} is there already, and no exported model: choose another --out")
+        raise UsageError(f"{out} is there already, and no exported model: choose another --out")
     if not overwrite:
-        raise RequestError(f"{out} is there already: choose another --out, or add --overwrite")
+        raise UsageError(f"{out} is there already: choose another --out, or add --overwrite")
 
 
 if __name__ == "__main__":

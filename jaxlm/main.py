@@ -12,7 +12,7 @@ from jaxlm.cli import define_flags, read_flags, run
 from jaxlm.config import Config, differences, to_dict
 from jaxlm.data.token_files import TRAIN, TokenFiles, data_directory, open_tokens
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import check_init
 from jaxlm.prepare import prepare
 from jaxlm.storage import atomic
@@ -23,29 +23,29 @@ def open_data(config: Config) -> TokenFiles:
     """The token files of the config: those in `data.dir` as they are, else the corpus's, prepared if missing.
 
     Raises:
-        RequestError: they do not fit, or the corpus cannot be had.
+        UsageError: they do not fit, or the corpus cannot be had.
     """
     c, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
     if c.corpus and not (c.dir and os.path.isfile(directory / TRAIN)):
-        prepare(c.corpus, directory, vocab_size, c.validation)
+        prepare(c.corpus, directory, vocab_size, c.val_fraction)
     return open_tokens(directory, vocab_size, config.model.context)
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
-    """Raises RequestError if `workdir` is the place of a run of other settings."""
+    """Raises UsageError if `workdir` is the place of a run of other settings."""
     file = workdir / "config.json"
     if not os.path.lexists(file):
         return
     try:
         saved = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{file} is damaged: delete it, each checkpoint holds the settings too") from error
+        raise UsageError(f"{file} is damaged: delete it, each checkpoint holds the settings too") from error
     if found := differences(saved, config):
-        raise RequestError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
+        raise UsageError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises RequestError, RunError and Stopped."""
+    """Runs the command with `argv`, the words after its name. Raises UsageError, RunError and Stopped."""
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}{define_flags([]).get_help()}\nThe settings are those of jaxlm/config.py.")
         return

@@ -55,7 +55,7 @@ def check(config: Config, as_json: bool) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises RequestError and RunError."""
+    """Runs the command with `argv`, the words after its name. Raises UsageError and RunError."""
     parser = ArgumentParser(
         prog="python -m jaxlm.plan",
         description="Says what a run will cost. Takes the flags of jaxlm.main as well.",

@@ -16,7 +16,7 @@ from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
 def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta:
     """Makes the token files of a corpus, showing progress, unless `directory` holds just these.
 
-    Raises RequestError when the corpus, or what `directory` holds, does not fit; RunError when the disk fails.
+    Raises UsageError when the corpus, or what `directory` holds, does not fit; RunError when the disk fails.
     """
     if meta := find_prepared(source, directory, vocab_size, validation_fraction):
         return meta
@@ -40,7 +40,7 @@ def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: 
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises RequestError and RunError."""
+    """Runs the command with `argv`, the words after its name. Raises UsageError and RunError."""
     parser = ArgumentParser(prog="python -m jaxlm.prepare", description="Turns text into token files to train on.")
     parser.add_argument(
         "--corpus", nargs="+", required=True, help="novels, tinystories, or paths or patterns of text files"

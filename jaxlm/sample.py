@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from jaxlm.cli import ArgumentParser, run
-from jaxlm.config import DTYPES, PLATFORMS, SampleConfig
+from jaxlm.config import PLATFORMS, PRECISIONS, SampleConfig
 from jaxlm.core.generate import generate, up_to_end
-from jaxlm.core.model import unstack
-from jaxlm.core.sampling import as_choice
+from jaxlm.core.model import prepare_decode_params
+from jaxlm.core.sampling import sampling_params
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.run.load import Writer, load, restore
 
 STREAM_CHUNK = 8  # tokens between two looks at the terminal
@@ -31,17 +31,17 @@ UNFINISHED = "\ufffd"  # what a character decodes to while some of its bytes are
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises RequestError."""
+    """Runs the command with `argv`, the words after its name. Raises UsageError."""
     args = _parser().parse_args(argv)
     _check(args)
     if args.step is not None and args.model:
-        raise RequestError("--step is of a run's checkpoints: leave it out with --model")
+        raise UsageError("--step is of a run's checkpoints: leave it out with --model")
     if args.model:
-        writer = load(args.model, args.platform, args.dtype)
+        writer = load(args.model, args.platform, args.precision)
         print(f"Model in {args.model}", file=sys.stderr)
     else:
-        found = restore(args.workdir, args.step, args.platform, args.dtype)
-        weights = unstack(found.model, found.params)
+        found = restore(args.workdir, args.step, args.platform, args.precision)
+        weights = prepare_decode_params(found.model, found.params)
         writer = Writer(found.model, weights, load_tokenizer(found.model.vocab_size))
         print(f"Checkpoint of step {found.step:,}", file=sys.stderr)
     on_terminal = sys.stdout.isatty() and not args.json
@@ -68,7 +68,9 @@ def _parser() -> ArgumentParser:
     prompts.add_argument("--stdin", action="store_true", help="each line of stdin is how a text begins")
     parser.add_argument("--json", action="store_true", help="a JSON object for each text, with its prompt, on a line")
     parser.add_argument("--platform", default="auto", choices=PLATFORMS, help="what computes (%(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="as model.dtype of a run (%(default)s)")
+    parser.add_argument(
+        "--precision", default="auto", choices=PRECISIONS, help="as model.precision of a run (%(default)s)"
+    )
     return parser
 
 
@@ -76,9 +78,13 @@ def _writing_parser() -> ArgumentParser:
     """Of the flags that a session can change."""
     parser = ArgumentParser(prog="python -m jaxlm.sample", add_help=False)
     parser.add_argument("--tokens", type=int, default=200, help="at most so many new tokens (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest; 0: all (%(default)s)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest of this share (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="draw from the k most likely tokens; 0: all (%(default)s)"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw from the most likely tokens of this share (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text (%(default)s)")
     return parser
 
@@ -86,14 +92,14 @@ def _writing_parser() -> ArgumentParser:
 def _check(args: Namespace) -> None:
     SampleConfig(tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)  # checks them
     if not 0 <= args.seed < 2**31:
-        raise RequestError(f"--seed is {args.seed}: it must be between 0 and 2147483647")
+        raise UsageError(f"--seed is {args.seed}: it must be between 0 and 2147483647")
 
 
 def _stdin_lines() -> list[str]:
     try:
         return [line.removesuffix("\n") for line in sys.stdin]
     except UnicodeDecodeError as error:
-        raise RequestError(f"stdin is not UTF-8 text ({error.reason}): convert it first") from error
+        raise UsageError(f"stdin is not UTF-8 text ({error.reason}): convert it first") from error
 
 
 def _write_all(writer: Writer, prompts: Sequence[str], args: Namespace) -> None:
@@ -142,7 +148,7 @@ def _session(writer: Writer, args: Namespace) -> None:
                 _stream_until_interrupted(writer, line.removesuffix("\n"), args, turn)
         except UnicodeDecodeError as error:
             print(f"error: that is not UTF-8 ({error.reason})", file=sys.stderr)
-        except RequestError as error:
+        except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -150,7 +156,7 @@ def _changed(args: Namespace, words: Sequence[str]) -> Namespace:
     """`args` with what a line such as /temperature 0.8 asks for."""
     name = words[0].removeprefix("/")
     if name not in CHANGEABLE or len(words) != 2:
-        raise RequestError(f"there are /{', /'.join(CHANGEABLE)}, each with its value")
+        raise UsageError(f"there are /{', /'.join(CHANGEABLE)}, each with its value")
     changed = _writing_parser().parse_args([f"--{name}={words[1]}"], copy.copy(args))
     _check(changed)
     return changed
@@ -166,7 +172,7 @@ def _stream_until_interrupted(writer: Writer, prompt: str, args: Namespace, turn
 def _generate(
     writer: Writer, ids: Sequence[Sequence[int]], args: Namespace, turn: int, chunk: int | None
 ) -> Iterator[np.ndarray]:
-    choice = as_choice(args)
+    choice = sampling_params(args)
     key = jax.random.fold_in(jax.random.PRNGKey(args.seed), turn)
     config, weights, tokenizer = writer
     return generate(config, weights, ids, choice, key, args.tokens, tokenizer.end_of_text, chunk)

@@ -34,16 +34,16 @@ def optimized_compilation():
 @pytest.fixture(scope="session")
 def small_model():
     """A configuration of odd sizes, and parameters so large and so unequal that each weighs in the logits."""
-    sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 3, "width": 24, "hidden": 20}
-    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, dtype="float32")
+    sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 3, "width": 24, "mlp_width": 20}
+    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, precision="float32")
     return config, strong_params(config)
 
 
 @pytest.fixture(scope="session")
 def small_shared_model():
     """As `small_model`, with keys and values that two query heads share and a head that is not the embedding."""
-    sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 4, "kv_heads": 2, "width": 24, "hidden": 20}
-    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, tied=False, dtype="float32")
+    sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 4, "kv_heads": 2, "width": 24, "mlp_width": 20}
+    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, tied=False, precision="float32")
     return config, strong_params(config)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from jaxlm.cli import ArgumentParser, status
-from jaxlm.errors import RequestError, RunError, Stopped
+from jaxlm.errors import RunError, Stopped, UsageError
 
 
 @pytest.mark.parametrize(
     ("error", "its_status"),
     [
-        (RequestError("no such file"), 2),
+        (UsageError("no such file"), 2),
         (RunError("the disk is full"), 1),
         (Stopped("stopped after step 3", 15), 143),
         (Stopped("stopped after step 3", 2), 130),
@@ -90,7 +90,7 @@ def test_wrong_arguments_are_a_request_error_of_one_line_that_names_them(argv, n
     parser = ArgumentParser(prog="command", allow_abbrev=False)
     parser.add_argument("--count", type=int)
     parser.add_argument("--need", required=argv == [])
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         parser.parse_args(argv)
     assert named in str(caught.value)
     assert "--help" in str(caught.value)

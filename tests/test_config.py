@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import Config, check_name, default_config, differences, from_config_dict, to_dict
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.py"))
 FIXED = {
@@ -22,7 +22,7 @@ FIXED = {
     "model.layers",
     "model.heads",
     "model.width",
-    "model.hidden",
+    "model.mlp_width",
     "model.rope_theta",
     "model.norm_eps",
     "model.kv_heads",
@@ -50,7 +50,7 @@ def of_type(kind):
 
 
 def assert_refused(wrong, *named):
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         from_config_dict(wrong)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
@@ -63,10 +63,10 @@ def assert_refused(wrong, *named):
     ("name", "value"),
     [
         *((name, 0) for name in (*INTERVALS, "batch_size", "grad_accum_steps", "max_steps")),
-        ("slices", -1),
-        *((name, -1) for name in (*INTERVALS, "max_checkpoints", "max_skipped", "seed")),
+        ("microbatch_chunks", -1),
+        *((name, -1) for name in (*INTERVALS, "max_checkpoints", "max_nonfinite_microbatches", "seed")),
         ("max_checkpoints", 0),
-        ("max_skipped", 0),
+        ("max_nonfinite_microbatches", 0),
         ("seed", 2**31),
         ("platform", "cdua"),
         ("model.vocab_size", 256),
@@ -78,26 +78,26 @@ def assert_refused(wrong, *named):
         ("model.kv_heads", 3),
         ("model.kv_heads", 16),
         ("model.width", 0),
-        ("model.hidden", 0),
+        ("model.mlp_width", 0),
         ("model.rope_theta", 0.0),
         ("model.norm_eps", 0.0),
         ("model.output_init", "zeros"),
-        ("model.dtype", "float16"),
+        ("model.precision", "float16"),
         ("optimizer.name", "adam"),
-        ("optimizer.decay", "cosin"),
+        ("optimizer.lr_schedule", "cosin"),
         ("optimizer.learning_rate", 0.0),
         ("optimizer.learning_rate", -1e-3),
         ("optimizer.muon_learning_rate", 0.0),
         ("optimizer.clip_norm", 0.0),
         ("optimizer.warmup_steps", -1),
         ("optimizer.weight_decay", -0.1),
-        ("optimizer.decay_fraction", 1.01),
-        ("optimizer.floor", -0.01),
+        ("optimizer.lr_decay_fraction", 1.01),
+        ("optimizer.min_lr_ratio", -0.01),
         ("optimizer.b1", 1.0),
         ("optimizer.b2", -0.1),
-        ("data.validation", 0.0),
-        ("data.validation", 1.0),
-        ("data.eval_windows", -1),
+        ("data.val_fraction", 0.0),
+        ("data.val_fraction", 1.0),
+        ("data.eval_sequences", -1),
         ("sample.prompts", ()),
         ("sample.texts", 0),
         ("sample.tokens", 0),
@@ -118,11 +118,11 @@ def test_value_out_of_bounds_is_refused_by_name(name, value):
         ("model.vocab_size", 257),
         ("model.kv_heads", 8),
         ("optimizer.warmup_steps", 0),
-        ("optimizer.floor", 0.0),
-        ("data.eval_windows", 0),
+        ("optimizer.min_lr_ratio", 0.0),
+        ("data.eval_sequences", 0),
         ("sample.temperature", 0.0),
         ("sample.top_k", 0),
-        ("max_skipped", 1),
+        ("max_nonfinite_microbatches", 1),
     ],
 )
 def test_value_on_the_bound_is_taken(name, value):
@@ -141,7 +141,7 @@ def test_width_that_heads_of_even_size_do_not_divide_is_refused(width, heads):
 
 
 def test_batch_that_slices_do_not_divide_is_refused():
-    assert_refused({"batch_size": 32, "slices": 5}, "batch_size", "slices")
+    assert_refused({"batch_size": 32, "microbatch_chunks": 5}, "batch_size", "microbatch_chunks")
 
 
 @pytest.mark.parametrize("max_steps", [100, 99])
@@ -187,7 +187,7 @@ def test_whole_number_of_any_length_is_refused(name, value):
     assert_refused(settings(name, value), name)
 
 
-@pytest.mark.parametrize("name", ["platform", "model.dtype", "model.width", "sample.prompts"])
+@pytest.mark.parametrize("name", ["platform", "model.precision", "model.width", "sample.prompts"])
 def test_long_value_is_not_repeated_whole(name):
     assert_refused(settings(name, "x" * 10_000), name)
 
@@ -209,13 +209,13 @@ def test_prompts_with_a_number_too_long_to_print_are_refused():
 )
 def test_unknown_name_is_refused_with_the_nearest_known_one(name, unknown, nearest):
     assert_refused(settings(name, 1), unknown, f"did you mean {nearest}?")
-    with pytest.raises(RequestError, match=f"{unknown}.*did you mean {nearest}"):
+    with pytest.raises(UsageError, match=f"{unknown}.*did you mean {nearest}"):
         check_name(name)
 
 
 def test_name_like_no_other_is_refused_without_a_guess():
     assert_refused({"xyzzy": 1}, "xyzzy")
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         from_config_dict({"xyzzy": 1})
     assert "did you mean" not in str(caught.value)
 
@@ -223,7 +223,7 @@ def test_name_like_no_other_is_refused_without_a_guess():
 @pytest.mark.parametrize("name", [name for name, _ in all_settings()])
 def test_every_setting_has_a_known_name_and_its_misspelling_has_none(name):
     check_name(name)
-    with pytest.raises(RequestError, match="unknown setting"):
+    with pytest.raises(UsageError, match="unknown setting"):
         check_name(f"{name}x")
 
 
@@ -234,10 +234,10 @@ def test_defaults_come_back_from_a_config_dict():
 def test_changes_of_a_config_dict_arrive():
     changed = default_config()
     changed.batch_size = 8
-    changed.model.update(vocab_size=300, dtype="bfloat16")
+    changed.model.update(vocab_size=300, precision="bf16")
     changed.sample.prompts = ("One",)
     config = from_config_dict(changed)
-    assert (config.batch_size, config.model.vocab_size, config.model.dtype) == (8, 300, "bfloat16")
+    assert (config.batch_size, config.model.vocab_size, config.model.precision) == (8, 300, "bf16")
     assert config.sample.prompts == ("One",)
     assert config.optimizer == Config().optimizer
 
@@ -272,7 +272,7 @@ def test_saved_settings_older_than_a_setting_count_as_its_default():
 
 @pytest.mark.parametrize("saved", [None, [], "text", 3, {"model": None}, {"model": []}, {"data": "novels"}])
 def test_saved_settings_that_are_none_are_refused(saved):
-    with pytest.raises(RequestError, match=r"damaged: (config|model|data) must be a group"):
+    with pytest.raises(UsageError, match=r"damaged: (config|model|data) must be a group"):
         differences(saved, Config())
 
 
@@ -300,9 +300,37 @@ def test_the_60m_preset_holds_its_users_settings():
     assert (config.max_checkpoints, config.sample.texts) == (5, 10)
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.clip_norm) == ("adamw", 3e-4, 1.0)
-    assert optimizer.decay == "cosine"
+    assert optimizer.lr_schedule == "cosine"
     assert 0 < optimizer.warmup_steps < 5000
     model = config.model
-    assert (model.layers, model.heads, model.width, model.hidden) == (8, 8, 512, 2048)
+    assert (model.layers, model.heads, model.width, model.mlp_width) == (8, 8, 512, 2048)
     assert (model.context, model.vocab_size) == (1024, 50_257)
     assert config.data.corpus == "tinystories"
+
+
+def test_settings_under_their_old_names_are_understood_in_a_config_file():
+    settings = default_config()
+    settings.slices = 4
+    settings.max_skipped = 3
+    settings.model.hidden = 384
+    settings.model.dtype = "mixed"
+    settings.optimizer.update(dict(decay="linear", decay_fraction=0.5, floor=0.0))
+    settings.data.update(dict(validation=0.05, eval_windows=32))
+    config = from_config_dict(settings)
+    assert (config.microbatch_chunks, config.max_nonfinite_microbatches) == (4, 3)
+    assert (config.model.mlp_width, config.model.precision) == (384, "bf16_matmul")
+    optimizer = config.optimizer
+    assert (optimizer.lr_schedule, optimizer.lr_decay_fraction, optimizer.min_lr_ratio) == ("linear", 0.5, 0.0)
+    assert (config.data.val_fraction, config.data.eval_sequences) == (0.05, 32)
+
+
+def test_an_old_name_in_a_flag_is_refused_with_the_new_one():
+    with pytest.raises(UsageError, match=r"model\.hidden is called model\.mlp_width now"):
+        check_name("model.hidden")
+
+
+def test_a_wrong_value_under_an_old_name_is_refused_under_the_new_one():
+    settings = default_config()
+    settings.model.dtype = "float16"
+    with pytest.raises(UsageError, match=r"model\.precision is 'float16'"):
+        from_config_dict(settings)

@@ -4,9 +4,9 @@ import pytest
 
 from jaxlm import doctor
 from jaxlm.device import plugins
-from jaxlm.device.plugins import Plugin, Unfit
+from jaxlm.device.plugins import Plugin, PluginError
 from jaxlm.doctor import main, told, write_report
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 MPS = Plugin("jax_plugins.mps", "mps", "jax-mps", "0.10.11")
 METAL = Plugin("jax_plugins.metal_plugin", "metal", "jax-metal", "0.1.1")
@@ -19,7 +19,7 @@ def machine(monkeypatch):
 
     def try_out(plugin, anew):
         if not anew or plugin not in fit:
-            raise Unfit("raises OSError: no Metal")
+            raise PluginError("raises OSError: no Metal")
         return plugin.platform.upper()
 
     monkeypatch.setattr(plugins, "installed", lambda: [MPS, METAL])
@@ -65,7 +65,7 @@ def test_a_report_is_whole_after_each_part(tmp_path):
 def test_a_file_that_is_there_or_cannot_be_is_refused(machine, tmp_path):
     (tmp_path / "report.txt").write_text("another")
     for place in ("report.txt", "missing/report.txt"):
-        with pytest.raises(RequestError, match="--out"):
+        with pytest.raises(UsageError, match="--out"):
             main(["--out", str(tmp_path / place)])
     assert (tmp_path / "report.txt").read_text() == "another"
     assert not machine[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.export import main
 from jaxlm.interop.huggingface import read_params
 from jaxlm.sample import main as sample
@@ -69,7 +69,7 @@ def test_nothing_is_overwritten_unless_told(tmp_path, form):
     out = tmp_path / {"hf": "model", "gguf": "model.gguf"}[form]
     export("--format", form, "--out", out, "--step", 3)
     before = listing(tmp_path) | {"": out.read_bytes() if out.is_file() else None}
-    with pytest.raises(RequestError, match="--overwrite") as caught:
+    with pytest.raises(UsageError, match="--overwrite") as caught:
         export("--format", form, "--out", out)
     assert is_one_line(caught.value)
     assert listing(tmp_path) | {"": out.read_bytes() if out.is_file() else None} == before
@@ -87,7 +87,7 @@ def test_what_is_no_exported_model_is_never_overwritten(tmp_path, form):
     before = listing(tmp_path)
     places = {"hf": ("letters", "file"), "gguf": ("letters/of.gguf", "file")}[form]
     for name in places:
-        with pytest.raises((RequestError, RunError)) as caught:
+        with pytest.raises((UsageError, RunError)) as caught:
             export("--format", form, "--out", tmp_path / name, "--overwrite")
         assert is_one_line(caught.value)
     assert listing(tmp_path) == before
@@ -135,7 +135,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, form):
 )
 def test_a_wrong_request_is_refused_in_one_line(flags, named):
     before = set(os.listdir())
-    with pytest.raises(RequestError, match=re.escape(named)) as caught:
+    with pytest.raises(UsageError, match=re.escape(named)) as caught:
         export(*flags)
     assert is_one_line(caught.value)
     assert set(os.listdir()) == before
@@ -143,7 +143,7 @@ def test_a_wrong_request_is_refused_in_one_line(flags, named):
 
 def test_without_the_package_gguf_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(RequestError, match="pip install"):
+    with pytest.raises(UsageError, match="pip install"):
         export("--format", "gguf", "--out", tmp_path / "out")
 
 

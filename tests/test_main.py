@@ -16,7 +16,7 @@ import pytest
 from jaxlm.cli import read_config
 from jaxlm.core.train_step import init_state
 from jaxlm.device import backend, numerics
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import compile_step, least_memory, step_memory
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
         yield place
 
 
-def refused(argv, error=RequestError):
+def refused(argv, error=UsageError):
     """The message, after a look at what the refusal left behind: nothing."""
     before = listing(Path())
     with pytest.raises(error) as caught:
@@ -225,7 +225,7 @@ def test_a_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch)
     monkeypatch.setattr(backend, "available_memory", lambda device: least - 1)
     assert message in refused([*TINY, *SHORT])
     monkeypatch.setattr(backend, "available_memory", lambda device: step.total - 1)
-    with pytest.raises(RequestError, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         train("tight", *SHORT)
     assert is_one_line(caught.value)
     assert rows("tight/metrics.jsonl") == []

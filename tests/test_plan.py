@@ -16,18 +16,18 @@ from jaxlm import plan
 from jaxlm.config import from_config_dict
 from jaxlm.device import backend, numerics
 from jaxlm.device.numerics import Part
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.planner import measure, memory, report, tables
-from jaxlm.planner.measure import Measured
+from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.run.memory import Memory
 from tests import tiny_run
 from tests.tiny_run import is_one_line
 
 TINY = ["--config", "tiny.py"]
-FOUND = Measured(
+FOUND = BenchmarkResult(
     batch_size=2,
     grad_accum_steps=2,
-    slices=1,
+    microbatch_chunks=1,
     start=5.0,
     first=1.0,
     step=2.0,
@@ -90,7 +90,7 @@ def test_every_number_has_its_unit_in_its_key(capsys, found):
                 check(value, key)
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 assert re.search(
-                    r"_bytes|_seconds|tokens|parameters|flops|steps?\b|epochs|utilisation|slices|second\b"
+                    r"_bytes|_seconds|tokens|parameters|flops|steps?\b|epochs|utilisation|chunks|second\b"
                     r"|embedding|share|attention|feed-forward|norms|samples|evaluation|checkpoint",
                     name,
                 ), name
@@ -161,16 +161,16 @@ def test_the_speed_of_a_device_that_computes_wrong_is_measured_and_not_remembere
 
 def test_what_does_not_fit_is_not_run_and_the_setting_that_fits_is_named(capsys, monkeypatch, found):
     def take(config, device, show):
-        return Memory(10, 10, 10, 10, 400 * config.slice_size * (1 if config.model.remat else 2), 10)
+        return Memory(10, 10, 10, 10, 400 * config.chunk_size * (1 if config.model.remat else 2), 10)
 
     monkeypatch.setattr(memory, "known_memory", take)
     monkeypatch.setattr(report, "known_memory", take)
     monkeypatch.setattr(report, "process_bytes", lambda *arguments: 0)
-    flags = ("--config.batch_size=8", "--config.slices=1")
+    flags = ("--config.batch_size=8", "--config.microbatch_chunks=1")
     for room, expected in ((900, (8, False)), (3000, (4, False)), (860, (8, False)), (500, (8, True))):
         monkeypatch.setattr(backend, "available_memory", lambda device, room=room: room)
         setting = planned(capsys, *flags)["setting"]
-        assert (setting["slices"], setting["remat"]) == expected
+        assert (setting["microbatch_chunks"], setting["remat"]) == expected
         assert setting["arrays_bytes"] <= room
     assert found == []
     monkeypatch.setattr(backend, "available_memory", lambda device: 400)
@@ -179,21 +179,21 @@ def test_what_does_not_fit_is_not_run_and_the_setting_that_fits_is_named(capsys,
     assert "No slices and no remat make it fit" in capsys.readouterr().out
     monkeypatch.setattr(backend, "available_memory", lambda device: 10_000)
     setting = planned(capsys, *flags)["setting"]
-    assert (setting["slices"], setting["remat"]) == (1, False)  # with room for it, nothing is computed twice
+    assert (setting["microbatch_chunks"], setting["remat"]) == (1, False)  # with room for it, nothing is computed twice
     assert planned(capsys, *flags, "--config.model.remat=false")["setting"] is None
 
 
 def test_on_a_gpu_with_room_to_be_faster_the_setting_is_named(monkeypatch):
     gpu = type("Device", (), {"platform": "gpu"})()
     monkeypatch.setattr(
-        memory, "known_memory", lambda c, d, s: Memory(0, 0, 0, 0, 100 * c.slice_size + c.model.remat, 0)
+        memory, "known_memory", lambda c, d, s: Memory(0, 0, 0, 0, 100 * c.chunk_size + c.model.remat, 0)
     )
-    config = dataclasses.replace(from_config_dict(m2_60m.get_config()), slices=8)
+    config = dataclasses.replace(from_config_dict(m2_60m.get_config()), microbatch_chunks=8)
     recomputing = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=True))
     now = Memory(0, 0, 0, 0, 401, 0)
     faster = memory.better_setting(recomputing, gpu, 1700, now, lambda *_: None)
-    assert faster == {"slices": 2, "remat": False, "arrays_bytes": 1600, "fits": True}
-    fastest = dataclasses.replace(config, slices=1, model=dataclasses.replace(config.model, remat=False))
+    assert faster == {"microbatch_chunks": 2, "remat": False, "arrays_bytes": 1600, "fits": True}
+    fastest = dataclasses.replace(config, microbatch_chunks=1, model=dataclasses.replace(config.model, remat=False))
     assert memory.better_setting(fastest, gpu, 3300, Memory(0, 0, 0, 0, 3200, 0), lambda *_: None) is None
 
 
@@ -235,7 +235,7 @@ def test_the_promises_stand_beside_what_is_here_and_their_contradictions_are_nam
 
 @pytest.mark.parametrize("flag", ["--config.batch_sise=4", "--jsn", "stray"])
 def test_a_wrong_flag_is_refused_in_one_line(flag):
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         plan.main([*TINY, flag])
     assert is_one_line(caught.value)
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.prepare import main, prepare
 
 
@@ -49,7 +49,7 @@ def test_the_command_says_what_it_wrote_and_then_does_nothing(tmp_path, capsys):
 )
 def test_wrong_requests_are_refused_and_write_nothing(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(UsageError) as refused:
         main(words)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
@@ -63,7 +63,7 @@ def test_exit_status_and_one_line(tmp_path):
 
 def test_files_of_another_program_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "train.bin").write_bytes(b"\1\0" * 100)
-    with pytest.raises(RequestError, match="without meta"):
+    with pytest.raises(UsageError, match="without meta"):
         prepare("novels", tmp_path, 4096, 0.05)
     assert (tmp_path / "train.bin").read_bytes() == b"\1\0" * 100
     assert capsys.readouterr().out == ""

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.model import unstack
+from jaxlm.core.model import prepare_decode_params
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.run.load import Writer
 from jaxlm.sample import CHANGEABLE, TOGETHER, _session, main
 from tests import tiny_run
@@ -124,13 +124,13 @@ def test_a_dtype_is_of_the_weights_that_write(sample, monkeypatch):
     dtypes = []
 
     def note(config, params):
-        weights = unstack(config, params)
+        weights = prepare_decode_params(config, params)
         dtypes.append(str(weights["head"].dtype))
         return weights
 
-    monkeypatch.setattr("jaxlm.sample.unstack", note)
-    for dtype in ("float32", "mixed", "bfloat16"):
-        text = sample("--prompt", "日", "--tokens", "9", "--temperature", "0", "--dtype", dtype)
+    monkeypatch.setattr("jaxlm.sample.prepare_decode_params", note)
+    for precision in ("float32", "bf16_matmul", "bf16"):
+        text = sample("--prompt", "日", "--tokens", "9", "--temperature", "0", "--precision", precision)
         assert re.fullmatch("日[日本語]{3}\n", text)
     assert dtypes == ["float32", "bfloat16", "bfloat16"]
 
@@ -180,7 +180,7 @@ def test_a_terminal_gets_the_same_text_as_it_comes(sample, flags):
         (["--promt", "Once"], "--promt"),
         (["stray"], "stray"),
         (["--platform", "tpux"], "tpux"),
-        (["--dtype", "float8"], "float8"),
+        (["--precision", "float8"], "float8"),
         (["--seed", str(2**70)], "seed"),
         (["--top_k", str(2**31)], "top_k"),
         (["--prompt", "\n\n" + "x" * 70], "64"),
@@ -189,7 +189,7 @@ def test_a_terminal_gets_the_same_text_as_it_comes(sample, flags):
     ],
 )
 def test_a_wrong_request_is_refused_in_one_line(capsys, flags, named):
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         main(["--workdir", "run", *flags])
     assert caught.value.exit_status == 2
     assert is_one_line(caught.value)
@@ -200,7 +200,7 @@ def test_a_wrong_request_is_refused_in_one_line(capsys, flags, named):
 def test_a_directory_without_checkpoints_is_refused_and_stays_as_it_is(tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for name in ("", "empty", "nowhere"):
-        with pytest.raises(RequestError) as caught:
+        with pytest.raises(UsageError) as caught:
             main(["--workdir", str(tmp_path / name)])
         assert is_one_line(caught.value)
         assert str(tmp_path / name) in str(caught.value)
@@ -208,7 +208,7 @@ def test_a_directory_without_checkpoints_is_refused_and_stays_as_it_is(tmp_path)
 
 
 def test_the_workdir_must_be_named():
-    with pytest.raises(RequestError, match="--workdir"):
+    with pytest.raises(UsageError, match="--workdir"):
         main([])
 
 
@@ -237,7 +237,7 @@ def test_no_lines_are_no_texts(sample, monkeypatch):
 
 def test_stdin_that_is_no_text_is_refused(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n"), encoding="utf-8"))
-    with pytest.raises(RequestError, match="UTF-8") as caught:
+    with pytest.raises(UsageError, match="UTF-8") as caught:
         main(["--workdir", "run", "--stdin"])
     assert is_one_line(caught.value)
 
@@ -281,11 +281,11 @@ def test_a_session_continues_what_is_typed_until_the_input_ends():
     changes = ["/temperature 0", "/tokens 9"]
     written, said = in_session("日", "日", *wrong, *changes, "日", "日", "", flags=["--tokens", "45"])
     # the last text has no beginning: it may start and end inside a character
-    first, again, likeliest, same = re.fullmatch(
+    first, again, greedy, same = re.fullmatch(
         "(日[日本語]{15}\n)(日[日本語]{15}\n)(日[日本語]{3}\n)(日[日本語]{3}\n)[日本語\ufffd\n]+", written
     ).groups()
     assert first != again
-    assert likeliest == same
+    assert greedy == same
     head, asked = said.split("\n> ", 1)
     assert "/temperature 0.8" in head
     assert re.fullmatch("> > " + "error: [^\n]+\n> " * len(wrong) + "> > > > > \n", asked)
@@ -337,6 +337,6 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_writes(damaged,
 
 
 def test_a_damaged_checkpoint_asked_for_is_refused(damaged):
-    with pytest.raises(RequestError, match="checkpoints/120") as caught:
+    with pytest.raises(UsageError, match="checkpoints/120") as caught:
         main(["--workdir", "run", "--step", "120"])
     assert is_one_line(caught.value)

@@ -30,14 +30,14 @@ def get_config():
     config.save_interval = 3
     config.generation_interval = 6
     config.max_checkpoints = 5
-    sizes = dict(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32")
+    sizes = dict(vocab_size=300, context=16, layers=2, heads=2, width=16, mlp_width=24, precision="float32")
     config.model.update(sizes)
     config.optimizer.warmup_steps = 2
     config.optimizer.learning_rate = 1e-2
     config.data.corpus = "text.txt"
     config.data.dir = "tokens"
-    config.data.validation = 0.1
-    config.data.eval_windows = 4
+    config.data.val_fraction = 0.1
+    config.data.eval_sequences = 4
     config.sample.prompts = ("Once", "The king", "A", "She", "Far", "It was", "He", "My")
     config.sample.texts = 3
     config.sample.tokens = 5

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.core.layers import GPU_MULTIPLE
-from jaxlm.core.sampling import Choice, read, text_keys, write
+from jaxlm.core.sampling import Choice, read, sequence_keys, write
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
 
@@ -27,7 +27,7 @@ def generate(
 
     Args:
         config: the model's sizes, its dtype resolved.
-        weights: its parameters, as `model.unstack` gives them.
+        weights: its parameters, as `model.prepare_decode_params` gives them.
         prompts: token ids, each shorter than the context.
         choice: how tokens are drawn.
         key: random key; each text draws from its own part of it.
@@ -50,7 +50,7 @@ def generate(
     for row, ids in zip(ids_BP, prompts, strict=False):
         row[width - len(ids) :] = ids
     lengths_B = np.pad(lengths, (0, rows - len(prompts)))
-    texts = read(config, weights, ids_BP, lengths_B, text_keys(key, rows), -(-most // chunk) * chunk)
+    texts = read(config, weights, ids_BP, lengths_B, sequence_keys(key, rows), -(-most // chunk) * chunk)
     for index in range(-(-room // chunk)):
         texts, tokens_BN = write(config, weights, texts, choice, np.int32(end_of_text), chunk)
         written = np.asarray(tokens_BN)[: len(prompts), : room - index * chunk]

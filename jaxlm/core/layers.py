@@ -70,7 +70,7 @@ def _rms_norm_backward(eps, residuals, d_out_BTD):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-def rope_table(positions_BT: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_cos_sin(positions_BT: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the angles position * theta^(-2i/K), i < K/2 (Su et al. 2021).
 
     Args:
@@ -91,7 +91,7 @@ def rope(x_BTHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
     Args:
         x_BTHK: queries or keys.
-        table: what `rope_table` gave for their positions.
+        table: what `rope_cos_sin` gave for their positions.
 
     Returns:
         [B, T, H, K] in the dtype of x.
@@ -113,16 +113,16 @@ def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS:
     Returns:
         [B, T, H, K] in the dtype of v.
     """
-    return cached_attention(q_BTHK, *as_cached(k_BSHK, v_BSHK), mask_BTS)
+    return attention_with_cache(q_BTHK, *to_cache_layout(k_BSHK, v_BSHK), mask_BTS)
 
 
-def as_cached(k_BSHK: jax.Array, v_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [G, S, K], G = B H, as the products of `cached_attention` read them."""
+def to_cache_layout(k_BSHK: jax.Array, v_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [G, S, K], G = B H, as the products of `attention_with_cache` read them."""
     return _by_head(k_BSHK, k_BSHK.dtype), _by_head(v_BSHK, v_BSHK.dtype)
 
 
-def cached_attention(q_BTHK: jax.Array, k_GSK: jax.Array, v_GSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """`attention` to keys and values as `as_cached` gives them."""
+def attention_with_cache(q_BTHK: jax.Array, k_GSK: jax.Array, v_GSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """`attention` to keys and values as `to_cache_layout` gives them."""
     B, T, H, K = q_BTHK.shape
     scores_GTS = _products("GTK,GSK->GTS", _by_head(q_BTHK, q_BTHK.dtype), k_GSK)
     scores_BHTS = scores_GTS.reshape(B, H, T, -1) * K**-0.5

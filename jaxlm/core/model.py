@@ -44,7 +44,7 @@ class Cache(NamedTuple):
     values_GSK: tuple[jax.Array, ...]
 
 
-def near_normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
+def approx_normal_init(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
     """Draws numbers of mean 0 and this standard deviation, float32: the same bits from a key wherever it is done.
 
     Each is the sum of eight random bytes, whole numbers up to the one product at the end. (The logarithm that a normal
@@ -63,7 +63,7 @@ def near_normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """The matrices of one block by name, and their inputs and outputs."""
-    D, F = config.width, config.hidden
+    D, F = config.width, config.mlp_width
     KV = D // config.heads * (config.kv_heads or config.heads)
     attention = {"query": (D, D), "key": (D, KV), "value": (D, KV), "output": (D, D)}
     return attention | {"gate": (D, F), "up": (D, F), "down": (F, D)}
@@ -79,7 +79,7 @@ def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
     output_std = 0.0 if config.output_init == "zero" else 0.02 / math.sqrt(2 * L)
     keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
     blocks = {
-        name: near_normal(keys[name], (L, *shape), output_std if name in ("output", "down") else 0.02)
+        name: approx_normal_init(keys[name], (L, *shape), output_std if name in ("output", "down") else 0.02)
         for name, shape in shapes.items()
     }
     return blocks | {"attention_norm": jnp.ones((L, D)), "mlp_norm": jnp.ones((L, D))}
@@ -95,8 +95,8 @@ def projections(
 ) -> Sequence[jax.Array]:
     """x times each matrix of JOINED[name]: by one product where they lie side by side in p, or if they shall."""
     if name not in p and not join:
-        return [layers.linear(x_BTD, p[part], c.products) for part in JOINED[name]]
-    out_BTF = layers.linear(x_BTD, p[name] if name in p else joined(p, name), c.products)
+        return [layers.linear(x_BTD, p[part], c.matmul_dtype) for part in JOINED[name]]
+    out_BTF = layers.linear(x_BTD, p[name] if name in p else joined(p, name), c.matmul_dtype)
     widths = [matrix_shapes(c)[part][1] for part in JOINED[name]]
     return jnp.split(out_BTF, list(accumulate(widths))[:-1], axis=-1)
 
@@ -125,18 +125,18 @@ def block(
     if c.kv_heads:
         k, v = (jnp.repeat(shared, c.heads // c.kv_heads, axis=2) for shared in (k, v))
     out_BTHK, handed_on = attend(q, k, v)
-    x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"], c.products)
+    x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"], c.matmul_dtype)
     h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
     if fused:
         gated_BTD = hopper.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
     else:
         act_BTF = layers.gated(*projections(p, "gate_up", h_BTD, c))
-        gated_BTD = layers.linear(act_BTF, p["down"], c.products)
+        gated_BTD = layers.linear(act_BTF, p["down"], c.matmul_dtype)
     return x_BTD + gated_BTD, handed_on
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def recomputed_blocks(
+def remat_blocks(
     blocks: Any, x_BTD: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend, c: ModelConfig
 ) -> tuple[jax.Array, Any]:
     """All blocks, one after the other; of each, its input is kept for the backward pass, which runs it again.
@@ -185,7 +185,7 @@ def _recomputed_backward(attend, c, residuals, d_outputs):
     return d_blocks, d_x_BTD, None
 
 
-recomputed_blocks.defvjp(_recomputed_forward, _recomputed_backward)
+remat_blocks.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 @jax.custom_vjp
@@ -212,10 +212,10 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         shape = c.vocab_size, c.width
-        self.embedding = self.param("embedding", near_normal, shape, 0.02)
+        self.embedding = self.param("embedding", approx_normal_init, shape, 0.02)
         self.blocks = self.param("blocks", init_blocks, c)
         self.norm = self.param("norm", nn.initializers.ones, (c.width,))
-        self.head_VD = self.embedding if c.tied else self.param("head", near_normal, shape, 0.02)
+        self.head_VD = self.embedding if c.tied else self.param("head", approx_normal_init, shape, 0.02)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits [B, T, V] float32 for the token that follows each position of ids [B, T]."""
@@ -236,15 +236,17 @@ class Decoder(nn.Module):
         # `soundness` has yet to trust
         with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
             positions_1T = jnp.arange(ids_BT.shape[1])[None]
-            rope_table = jax.jit(layers.rope_table, static_argnums=(1, 2))  # one program, not one for each operation
-            table = rope_table(positions_1T, c.width // c.heads, c.rope_theta)
+            rope_cos_sin = jax.jit(
+                layers.rope_cos_sin, static_argnums=(1, 2)
+            )  # one program, not one for each operation
+            table = rope_cos_sin(positions_1T, c.width // c.heads, c.rope_theta)
         attend = (
-            layers.cudnn_attention if c.attention == "cudnn" else partial(layers.causal_attention, dtype=c.products)
+            layers.cudnn_attention if c.attention == "cudnn" else partial(layers.causal_attention, dtype=c.matmul_dtype)
         )
         rows_BTD, embedding_VD = layers.embed_and_pass(ids_BT, self.embedding)
-        x_BTD, blocks = rows_BTD.astype(c.activations), dict(self.blocks)
+        x_BTD, blocks = rows_BTD.astype(c.activation_dtype), dict(self.blocks)
         if c.remat:
-            x_BTD, blocks = recomputed_blocks(blocks, x_BTD, table, attend, c)
+            x_BTD, blocks = remat_blocks(blocks, x_BTD, table, attend, c)
         else:
             by_layer, blocks = cut_and_pass(blocks)
             for p in by_layer:
@@ -262,7 +264,7 @@ class Decoder(nn.Module):
         x_ND, targets_N = x_BTD.reshape(-1, c.width), targets_BT.reshape(-1)
         if c.kernels == "fused":
             return hopper.cross_entropy(x_ND, self.head_VD, targets_N)
-        return cross_entropy(x_ND, self.head_VD, targets_N, c.products, _tile(c), c.unrolled)
+        return cross_entropy(x_ND, self.head_VD, targets_N, c.matmul_dtype, _tile(c), c.unrolled)
 
 
 def _tile(c: ModelConfig) -> int:
@@ -296,7 +298,7 @@ def loss_and_gradient(
     else:
         kept = KEPT_ON_GPU if jax.default_backend() == "gpu" else KEPT
         nats, d_x_ND, total_VD = cross_entropy_and_gradient(
-            x_ND, params[name], targets_N, scale, total[name], c.products, kept, _tile(c), c.unrolled
+            x_ND, params[name], targets_N, scale, total[name], c.matmul_dtype, kept, _tile(c), c.unrolled
         )
     (total,) = pull((d_x_ND.reshape(x_BTD.shape), total | {name: total_VD}))
     return nats, total
@@ -309,7 +311,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)
-def unstack(config: ModelConfig, params: Any) -> Any:
+def prepare_decode_params(config: ModelConfig, params: Any) -> Any:
     """The parameters as `extend` reads them, so that no token pays for cutting, casting and turning them.
 
     Returns:
@@ -322,8 +324,8 @@ def unstack(config: ModelConfig, params: Any) -> Any:
         p = {name: leaf[layer] for name, leaf in params["blocks"].items()}
         p |= {name: joined(p, name) for name in JOINED}
         kept = [name for name in p if not any(name in parts for parts in JOINED.values())]
-        blocks.append({name: p[name].astype(config.products).T if p[name].ndim == 2 else p[name] for name in kept})
-    head_VD = params.get("head", params["embedding"]).astype(config.products)
+        blocks.append({name: p[name].astype(config.matmul_dtype).T if p[name].ndim == 2 else p[name] for name in kept})
+    head_VD = params.get("head", params["embedding"]).astype(config.matmul_dtype)
     head_VD = jnp.pad(head_VD, ((0, -config.vocab_size % layers.GPU_MULTIPLE), (0, 0)))
     return params | {"blocks": tuple(blocks), "head": head_VD}
 
@@ -332,7 +334,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
     shape_GSK = batch * config.heads, slots, config.width // config.heads
     keys_GSK, values_GSK = (
-        tuple(jnp.zeros(shape_GSK, config.activations) for _ in range(config.layers)) for _ in Cache._fields
+        tuple(jnp.zeros(shape_GSK, config.activation_dtype) for _ in range(config.layers)) for _ in Cache._fields
     )
     return Cache(keys_GSK, values_GSK)
 
@@ -350,7 +352,7 @@ def extend(
 
     Args:
         c: the sizes.
-        weights: the parameters, as `unstack` gives them.
+        weights: the parameters, as `prepare_decode_params` gives them.
         ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must be there.
         positions_BT: their positions in each text, for RoPE.
         cache: S slots for each block.
@@ -361,24 +363,24 @@ def extend(
         Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
     """
     c = replace(c, kernels="plain")  # the fused ones read the matrices as training has them
-    table = layers.rope_table(positions_BT, c.width // c.heads, c.rope_theta)
-    x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activations)
+    table = layers.rope_cos_sin(positions_BT, c.width // c.heads, c.rope_theta)
+    x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activation_dtype)
     reads_turned = jax.default_backend() == "cpu" and not c.unrolled
     lying = layers.Turned if reads_turned else jnp.transpose
     filled = []
     for layer, p in enumerate(weights["blocks"]):
 
         def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
-            k_GTK, v_GTK = layers.as_cached(k_BTHK, v_BTHK)
+            k_GTK, v_GTK = layers.to_cache_layout(k_BTHK, v_BTHK)
             keys_GSK = jax.lax.dynamic_update_slice(cache.keys_GSK[layer], k_GTK, (0, start, 0))
             values_GSK = jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0))
-            return layers.cached_attention(q_BTHK, keys_GSK, values_GSK, visible_BTS), (keys_GSK, values_GSK)
+            return layers.attention_with_cache(q_BTHK, keys_GSK, values_GSK, visible_BTS), (keys_GSK, values_GSK)
 
         p = {name: lying(leaf) if leaf.ndim == 2 else leaf for name, leaf in p.items()}
         x_BTD, both = block(p, x_BTD, table, attend, c)
         filled.append(both)
     x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
-    logits_BV = layers.linear(x_BD.astype(jnp.float32), lying(weights["head"]), c.products)
+    logits_BV = layers.linear(x_BD.astype(jnp.float32), lying(weights["head"]), c.matmul_dtype)
     return logits_BV[:, : c.vocab_size], Cache(*zip(*filled, strict=True))
 
 

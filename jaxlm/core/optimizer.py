@@ -13,17 +13,17 @@ from jaxlm.config import Config, OptimizerConfig
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
     """The learning rate over optimizer steps, as a share of its peak.
 
-    Linear from 1 / (warmup_steps + 1) to 1 over the warm-up, constant, then over the last `decay_fraction` of the
-    remaining steps down to `floor`, along half a cosine or a line.
+    Linear from 1 / (warmup_steps + 1) to 1 over the warm-up, constant, then over the last `lr_decay_fraction` of the
+    remaining steps down to `min_lr_ratio`, along half a cosine or a line.
 
     Returns:
         A function of the number of steps already done ([] int) to a share ([] float32).
     """
-    decay_steps = max(1, round((max_steps - config.warmup_steps) * config.decay_fraction))
-    if config.decay == "cosine":
-        decay = optax.cosine_decay_schedule(1.0, decay_steps, alpha=config.floor)
+    decay_steps = max(1, round((max_steps - config.warmup_steps) * config.lr_decay_fraction))
+    if config.lr_schedule == "cosine":
+        decay = optax.cosine_decay_schedule(1.0, decay_steps, alpha=config.min_lr_ratio)
     else:
-        decay = optax.linear_schedule(1.0, config.floor, decay_steps)
+        decay = optax.linear_schedule(1.0, config.min_lr_ratio, decay_steps)
     warmup = optax.linear_schedule(1 / (config.warmup_steps + 1), 1.0, config.warmup_steps)
     hold = optax.constant_schedule(1.0)
     return optax.join_schedules([warmup, hold, decay], [config.warmup_steps, max_steps - decay_steps])

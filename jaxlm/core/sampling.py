@@ -24,12 +24,12 @@ PARTS = 16  # of the vocabulary, counted in one expression: a CPU would write wh
 class Choice(NamedTuple):
     """How a token is chosen. Arrays or numbers: changing them compiles nothing anew."""
 
-    temperature: Any  # 0: the likeliest token
-    top_k: Any = None  # keep the k likeliest tokens; None: all, and the program has no search for them
+    temperature: Any  # 0: greedy
+    top_k: Any = None  # keep the k most likely tokens; None: all, and the program has no search for them
     top_p: Any = None  # of these, keep the fewest that hold this share of the probability; None: all, likewise
 
 
-def as_choice(settings: Any) -> Choice:
+def sampling_params(settings: Any) -> Choice:
     """The temperature, top_k (0: all) and top_p (1: all) of what a person set, as arrays."""
     top_k, top_p = settings.top_k, settings.top_p
     return Choice(
@@ -48,12 +48,12 @@ class Texts(NamedTuple):
     keys_B: jax.Array  # one random key a text
 
 
-def likeliest(
+def top_k_top_p_mask(
     logits_BV: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None, unroll: bool = False
 ) -> jax.Array:
     """Which tokens may be drawn: the top_k largest logits, and of these the nucleus (Holtzman et al. 2020).
 
-    The nucleus is the smallest set of likeliest tokens whose probability, renormalised over the top_k, reaches
+    The nucleus is the smallest set of most likely tokens whose probability, renormalised over the top_k, reaches
     top_p. Both cuts are thresholds on the logits: no sort, no cumulative sum.
 
     Args:
@@ -115,8 +115,8 @@ def _threshold(logits_BV: jax.Array, weights_BV: jax.Array | None, wanted: jax.A
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool = False) -> jax.Array:
-    """A token for each text: at temperature 0 the likeliest, else one drawn from softmax(logits / temperature) over
-    the likeliest.
+    """A token for each text: greedy at temperature 0, else drawn from softmax(logits / temperature), cut to
+    the top k and the nucleus.
 
     Args:
         logits_BV: float32.
@@ -134,13 +134,13 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool
         blank = ((0, 0), (0, side**2 - logits_BV.shape[1]))
         square_BV = jnp.pad(logits_BV, blank, constant_values=-jnp.inf)
         scaled_BV = (square_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / choice.temperature
-        share_BV = jnp.where(likeliest(scaled_BV, choice.top_k, choice.top_p, unroll), jnp.exp(scaled_BV), 0)
+        share_BV = jnp.where(top_k_top_p_mask(scaled_BV, choice.top_k, choice.top_p, unroll), jnp.exp(scaled_BV), 0)
         with counts_of_32_bits():
             return jax.vmap(_draw)(share_BV.reshape(-1, side, side), keys_B)
 
     if unroll:
-        return jnp.where(choice.temperature > 0, draw_each(), _first_of_the_largest(logits_BV))
-    return jax.lax.cond(choice.temperature > 0, draw_each, lambda: _first_of_the_largest(logits_BV))
+        return jnp.where(choice.temperature > 0, draw_each(), _argmax(logits_BV))
+    return jax.lax.cond(choice.temperature > 0, draw_each, lambda: _argmax(logits_BV))
 
 
 def searches_unrolled(config: ModelConfig) -> bool:
@@ -162,7 +162,7 @@ def _draw(share_RC: jax.Array, key: jax.Array) -> jax.Array:
     return (row * share_RC.shape[1] + column).astype(jnp.int32)
 
 
-def _first_of_the_largest(logits_BV: jax.Array) -> jax.Array:
+def _argmax(logits_BV: jax.Array) -> jax.Array:
     """argmax, in two plain reductions: as one it takes ten times as long on a CPU."""
     best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
     ids_V, last = jnp.arange(logits_BV.shape[1]), logits_BV.shape[1] - 1
@@ -170,7 +170,7 @@ def _first_of_the_largest(logits_BV: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="count")
-def text_keys(key: jax.Array, count: int) -> jax.Array:
+def sequence_keys(key: jax.Array, count: int) -> jax.Array:
     """A random key for each text, [count, 2] uint32, from a raw one (a typed key comes with a sharding, which a plugin
     may not know)."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
@@ -184,7 +184,7 @@ def read(
 
     Args:
         config: the model's sizes.
-        weights: its parameters, as `model.unstack` gives them.
+        weights: its parameters, as `model.prepare_decode_params` gives them.
         ids_BP: prompts, each at the right end of its row; what stands left of them does not matter.
         lengths_B: tokens in each prompt, 0 to P; with none it is no text, and has ended.
         keys_B: one random key a text.
@@ -205,7 +205,7 @@ def read(
 
 
 @partial(jax.jit, static_argnames="config")
-def write_one(
+def decode_step(
     config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any
 ) -> tuple[Texts, jax.Array]:
     """Writes one more token of each text.
@@ -235,20 +235,20 @@ def write(
         The texts (the argument is donated), and [B, count] int32: the tokens, `end_of_text` from each text's end on.
     """
     if not config.unrolled:
-        return _write_on_device(config, weights, texts, choice, end_of_text, count)
+        return _decode_on_device(config, weights, texts, choice, end_of_text, count)
     tokens_BN = np.full((len(texts.done_B), count), end_of_text, np.int32)
     for i in range(count):
         if np.all(texts.done_B):
             break
-        texts, tokens_BN[:, i] = write_one(config, weights, texts, choice, end_of_text)
+        texts, tokens_BN[:, i] = decode_step(config, weights, texts, choice, end_of_text)
     return texts, tokens_BN
 
 
 @partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("texts",))
-def _write_on_device(config, weights, texts, choice, end_of_text, count):
+def _decode_on_device(config, weights, texts, choice, end_of_text, count):
     def body(carry):
         i, texts, tokens_BN = carry
-        texts, token_B = write_one(config, weights, texts, choice, end_of_text)
+        texts, token_B = decode_step(config, weights, texts, choice, end_of_text)
         return i + 1, texts, jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
 
     tokens_BN = jnp.full((texts.done_B.shape[0], count), end_of_text, jnp.int32)

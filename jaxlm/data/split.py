@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.readers import Piece
 from jaxlm.data.token_files import TRAIN, VAL
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 _MANY_DOCUMENTS = 200
 
@@ -39,17 +39,17 @@ def split(corpus: Corpus, size: Size, fraction: float) -> Iterator[tuple[str, Pi
     A corpus with validation documents of its own keeps them apart. Of many documents, `fraction` go to VAL, evenly
     spread. Where documents are few, what follows the first int(characters * (1 - fraction)) characters goes to VAL.
 
-    Raises RequestError when nothing would be left for one of the two.
+    Raises UsageError when nothing would be left for one of the two.
     """
     if corpus.validation:
         return _label(corpus.train(), corpus.validation())
     if size.documents >= _MANY_DOCUMENTS:
         if int(size.documents * fraction) == 0:
-            raise RequestError(f"validation {fraction} of {size.documents} documents is none: choose a larger fraction")
+            raise UsageError(f"validation {fraction} of {size.documents} documents is none: choose a larger fraction")
         return _spread(corpus.train(), fraction)
     train_characters = int(size.characters * (1 - fraction))
     if not 0 < train_characters < size.characters:
-        raise RequestError(f"{size.characters} characters of text are too few to split: use more text")
+        raise UsageError(f"{size.characters} characters of text are too few to split: use more text")
     return _end(corpus.train(), train_characters)
 
 

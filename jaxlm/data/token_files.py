@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from jaxlm.config import Config
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
 TOKEN_DTYPE = np.dtype("<u2")
@@ -63,7 +63,7 @@ class Meta:
 
 
 def read_meta(directory: Path) -> Meta | None:
-    """What `directory`/meta.json says, None without one. Raises RequestError when it is no meta.json of ours."""
+    """What `directory`/meta.json says, None without one. Raises UsageError when it is no meta.json of ours."""
     path = directory / META
     if not os.path.isfile(path):
         return None
@@ -72,9 +72,9 @@ def read_meta(directory: Path) -> Meta | None:
         files = {name: _typed(FileMeta, said[name]) for name in ("train", "val")}
         return _typed(Meta, said | files)
     except OSError as error:
-        raise RequestError(f"cannot read {path} ({error.strerror}): check the file") from error
+        raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RequestError(f"{path} is damaged: delete {directory} and prepare it again") from error
+        raise UsageError(f"{path} is damaged: delete {directory} and prepare it again") from error
 
 
 def _typed(cls: type[_Said], said: dict[str, Any]) -> _Said:
@@ -108,47 +108,45 @@ class TokenFiles:
 def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
     """Opens train.bin and val.bin; without meta.json they are taken for GPT-2 tokens of `vocab_size`.
 
-    Reads the files once, to check them. Raises RequestError when one is missing, does not fit `vocab_size` or its
+    Reads the files once, to check them. Raises UsageError when one is missing, does not fit `vocab_size` or its
     meta.json, holds less than one window of `context` + 1 tokens, or no text to validate on.
     """
     train, val = _open_ids(directory / TRAIN), _open_ids(directory / VAL)
     meta = read_meta(directory)
     if meta and (meta.tokenizer, meta.vocab_size) != (TOKENIZER_NAME, vocab_size):
-        raise RequestError(
+        raise UsageError(
             f"{directory} was prepared with tokenizer {meta.tokenizer} of {meta.vocab_size} tokens, not "
             f"{TOKENIZER_NAME} of {vocab_size}: set the model's vocabulary to match or prepare the text again"
         )
     sha256 = hashlib.sha256(train.data).hexdigest(), hashlib.sha256(val.data).hexdigest()
     if meta and (meta.train.sha256, meta.val.sha256) != sha256:
-        raise RequestError(
-            f"the token files in {directory} are not those that {META} tells of: delete and prepare again"
-        )
+        raise UsageError(f"the token files in {directory} are not those that {META} tells of: delete and prepare again")
     for path, ids in ((directory / TRAIN, train), (directory / VAL, val)):
         if len(ids) < context + 1:
-            raise RequestError(
+            raise UsageError(
                 f"{path} holds {len(ids)} tokens, less than one window of {context + 1}: use more text or less context"
             )
         if (largest := int(ids.max())) >= vocab_size:
-            raise RequestError(
+            raise UsageError(
                 f"{path} has token id {largest}, above the vocabulary of {vocab_size}: raise the model's vocabulary "
                 "or prepare the text again"
             )
     val_bytes = _text_bytes(val[1:], vocab_size)
     if not val_bytes:
-        raise RequestError(f"{directory / VAL} holds no text after its first token: use more text")
+        raise UsageError(f"{directory / VAL} holds no text after its first token: use more text")
     return TokenFiles(directory, train, val, val_bytes, sha256, meta)
 
 
 def _open_ids(path: Path) -> Ids:
     if not os.path.isfile(path):
-        raise RequestError(f"{path} is missing: make it with python -m jaxlm.prepare --corpus TEXT --out {path.parent}")
+        raise UsageError(f"{path} is missing: make it with python -m jaxlm.prepare --corpus TEXT --out {path.parent}")
     size = path.stat().st_size
     if size == 0 or size % TOKEN_DTYPE.itemsize:
-        raise RequestError(f"{path} is {size} bytes, not a file of 2-byte tokens: delete it and prepare again")
+        raise UsageError(f"{path} is {size} bytes, not a file of 2-byte tokens: delete it and prepare again")
     try:
         return np.memmap(path, TOKEN_DTYPE, mode="r")
     except OSError as error:
-        raise RequestError(f"cannot read {path} ({error.strerror}): check the file") from error
+        raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
 
 
 def _text_bytes(ids: Ids, vocab_size: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -106,10 +106,10 @@ def _byte_characters() -> dict[int, str]:
 def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> Tokenizer:
     """GPT-2's tokenizer, or the one its first `vocab_size - 1` tokens make.
 
-    Raises RequestError when `vocab_size` is not 257 to 50257 or the packaged vocabulary is damaged.
+    Raises UsageError when `vocab_size` is not 257 to 50257 or the packaged vocabulary is damaged.
     """
     if not _SMALLEST_VOCAB_SIZE <= vocab_size <= GPT2_VOCAB_SIZE:
-        raise RequestError(f"vocab_size is {vocab_size}: choose one from {_SMALLEST_VOCAB_SIZE} to {GPT2_VOCAB_SIZE}")
+        raise UsageError(f"vocab_size is {vocab_size}: choose one from {_SMALLEST_VOCAB_SIZE} to {GPT2_VOCAB_SIZE}")
     tokens = _read_vocabulary()[: vocab_size - 1]
     encoding = tiktoken.Encoding(
         f"gpt2-{vocab_size}",
@@ -125,7 +125,7 @@ def _read_vocabulary() -> list[bytes]:
     packaged = resources.files("jaxlm.data").joinpath("gpt2.tiktoken")
     raw = packaged.read_bytes() if packaged.is_file() else b""
     if hashlib.sha256(raw).hexdigest() != _VOCABULARY_SHA256:
-        raise RequestError(f"the vocabulary {packaged} is missing or damaged: reinstall jaxlm")
+        raise UsageError(f"the vocabulary {packaged} is missing or damaged: reinstall jaxlm")
     return [base64.b64decode(line.split()[0]) for line in raw.splitlines()]
 
 
@@ -133,15 +133,15 @@ def encode_prompts(tokenizer: Codec, prompts: Sequence[str], context: int) -> li
     """The token ids of each prompt; an empty one is the end-of-text token, behind which a text begins.
 
     Raises:
-        RequestError: a prompt leaves no room in the context, or is not UTF-8 (a shell hands on any bytes).
+        UsageError: a prompt leaves no room in the context, or is not UTF-8 (a shell hands on any bytes).
     """
     for prompt in prompts:
         if prompt != prompt.encode(errors="replace").decode():
-            raise RequestError(f"the prompt {prompt[:20]!r}... is not UTF-8 text: check the terminal's encoding")
+            raise UsageError(f"the prompt {prompt[:20]!r}... is not UTF-8 text: check the terminal's encoding")
     encoded = [[int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_text] for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= context:
-            raise RequestError(
+            raise UsageError(
                 f"the prompt {prompt[:20]!r}... is {len(ids)} tokens long: this model's context of {context} tokens"
                 f" leaves room for {context - 1} and a token to write"
             )

@@ -14,7 +14,7 @@ import jaxlib
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core.ops import hopper
 from jaxlm.device import plugins
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
 # jax's defaults for this differ between versions; one seed must give one model
@@ -51,7 +51,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
         The device that will compute.
 
     Raises:
-        RequestError: a platform named outright is not there, or unfit, or does not start.
+        UsageError: a platform named outright is not there, or unfit, or does not start.
     """
     _keep_compilations()
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # for keep_freed_memory
@@ -75,14 +75,14 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     except RuntimeError as error:
         reason = str(error).split(". ")[0].splitlines()[0]
         if platform != "auto" or not plugin:
-            raise RequestError(
+            raise UsageError(
                 f"platform {by_environment or platform} does not start ({reason}): try --config.platform=cpu"
             ) from error
         print(f"Computing without {plugin}, which does not start any more ({reason})", file=sys.stderr)
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
     if platform not in ("auto", "cpu") and device in jax.devices("cpu"):
-        raise RequestError(f"platform {platform} finds no device here: try --config.platform=auto")
+        raise UsageError(f"platform {platform} finds no device here: try --config.platform=auto")
     return device
 
 
@@ -135,37 +135,37 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
     GPU.
 
     Raises:
-        RequestError: cuDNN or the fused kernels are asked for where they do not fit, or an Apple GPU would go wrong.
+        UsageError: cuDNN or the fused kernels are asked for where they do not fit, or an Apple GPU would go wrong.
     """
     if on_apple(device):
-        for name in ("context", "width", "hidden"):
+        for name in ("context", "width", "mlp_width"):
             if getattr(model, name) >= WRONG_FROM:
-                raise RequestError(
+                raise UsageError(
                     f"an Apple GPU computes sums over {WRONG_FROM:,} or more products wrong: set model.{name} lower"
                 )
-    if device.platform == "METAL" and model.dtype in ("bfloat16", "mixed"):
-        raise RequestError(
-            f"jax-metal computes nothing in bfloat16, as model.dtype {model.dtype} would: set it to float32"
+    if device.platform == "METAL" and model.precision in ("bf16", "bf16_matmul"):
+        raise UsageError(
+            f"jax-metal computes nothing in bfloat16, as model.precision {model.precision} would: set it to float32"
         )
     on_cuda = device.platform == "gpu"
     loops = ("unrolled" if on_apple(device) else "compiled") if model.loops == "auto" else model.loops
-    dtype = ("bfloat16" if on_cuda else "float32") if model.dtype == "auto" else model.dtype
-    fits = on_cuda and dtype == "bfloat16" and model.width // model.heads % 8 == 0
+    precision = ("bf16" if on_cuda else "float32") if model.precision == "auto" else model.precision
+    fits = on_cuda and precision == "bf16" and model.width // model.heads % 8 == 0
     if model.attention == "cudnn" and not fits:
-        raise RequestError(
+        raise UsageError(
             "model.attention cudnn needs an NVIDIA GPU, bfloat16 and heads of a multiple of 8: set it to auto"
         )
     attention = ("cudnn" if fits else "plain") if model.attention == "auto" else model.attention
     is_hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
-    whole_tiles = model.width % hopper.DEPTH == 0 and model.hidden % hopper.GROUP == 0
-    fits = is_hopper and dtype == "bfloat16" and loops == "compiled" and whole_tiles
+    whole_tiles = model.width % hopper.DEPTH == 0 and model.mlp_width % hopper.GROUP == 0
+    fits = is_hopper and precision == "bf16" and loops == "compiled" and whole_tiles
     if model.kernels == "fused" and not fits:
-        raise RequestError(
+        raise UsageError(
             "model.kernels fused needs a Hopper GPU (H100, H200), jax 0.11, bfloat16, compiled loops and a width and a"
             f" hidden width that are multiples of {hopper.DEPTH}: set it to auto"
         )
     fused = ("fused" if fits else "plain") if model.kernels == "auto" else model.kernels
-    return dataclasses.replace(model, dtype=dtype, attention=attention, kernels=fused, loops=loops)
+    return dataclasses.replace(model, precision=precision, attention=attention, kernels=fused, loops=loops)
 
 
 def resolve_run(config: Config, device: jax.Device) -> Config:
@@ -175,9 +175,9 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
     more at a time take more memory and no less time. Either GPU then recomputes nothing, for speed.
 
     Raises:
-        RequestError: as `resolve`.
+        UsageError: as `resolve`.
     """
-    model, slices = resolve(config.model, device), config.slices
+    model, slices = resolve(config.model, device), config.microbatch_chunks
     if slices == 0 and (device.platform == "gpu" or on_apple(device)):
         model = dataclasses.replace(model, remat=False)
     if slices == 0 and device.platform == "gpu":
@@ -186,11 +186,11 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
         divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         fit = [n for n in divisors if config.batch_size // n * model.context <= SLICE_TOKENS]
         slices = min(fit, default=config.batch_size)
-    config = dataclasses.replace(config, slices=slices, model=model)
-    if on_apple(device) and config.slice_size * model.context >= WRONG_FROM:
-        raise RequestError(
+    config = dataclasses.replace(config, microbatch_chunks=slices, model=model)
+    if on_apple(device) and config.chunk_size * model.context >= WRONG_FROM:
+        raise UsageError(
             f"an Apple GPU computes sums over {WRONG_FROM:,} or more products wrong, and a gradient is one over the"
-            f" {config.slice_size * model.context:,} tokens of a slice: set more slices, or 0"
+            f" {config.chunk_size * model.context:,} tokens of a chunk: set more microbatch_chunks, or 0"
         )
     return config
 

@@ -6,7 +6,7 @@ entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and
 | part | on the device | held against |
 |---|---|---|
 | random bits | threefry, as a text's draws take it | the CPU's, bit by bit |
-| sort; top-k and top-p | `jnp.sort`; `likeliest` | NumPy's sort |
+| sort; top-k and top-p | `jnp.sort`; `top_k_top_p_mask` | NumPy's sort |
 | tokens drawn | `choose` | the CPU's tokens |
 | sampling | prompts, then greedy tokens, with a cache | the CPU's logits in one pass over both, without one |
 | losses | of a training and of an evaluation step | the CPU's |
@@ -32,9 +32,18 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.core.generate import PROMPT_BUCKET
-from jaxlm.core.model import Decoder, loss_and_gradient, unstack
+from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
-from jaxlm.core.sampling import Choice, choose, counts_of_32_bits, likeliest, read, searches_unrolled, text_keys, write
+from jaxlm.core.sampling import (
+    Choice,
+    choose,
+    counts_of_32_bits,
+    read,
+    searches_unrolled,
+    sequence_keys,
+    top_k_top_p_mask,
+    write,
+)
 from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
 from jaxlm.device.backend import describe, identity
 from jaxlm.errors import RunError
@@ -116,7 +125,14 @@ def _key(config: Config, device: jax.Device) -> Any:
     """All that the outcome hangs on: what computes, and how; shapes and forms."""
     c, text = config, config.sample
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "MLX_ENABLE_TF32", "JAX_DEFAULT_MATMUL_PRECISION")]
-    shapes = [dataclasses.asdict(c.model), c.slice_size, c.slices > 1, c.optimizer.name, text.texts, text.tokens]
+    shapes = [
+        dataclasses.asdict(c.model),
+        c.chunk_size,
+        c.microbatch_chunks > 1,
+        c.optimizer.name,
+        text.texts,
+        text.tokens,
+    ]
     return [*identity(device), *flags, c.deterministic, *shapes]
 
 
@@ -143,11 +159,11 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
     Raises:
         jax.errors.JaxRuntimeError: the device is out of memory.
     """
-    slices = 1 if device.platform == "cpu" else min(config.slices, 2)
+    slices = 1 if device.platform == "cpu" else min(config.microbatch_chunks, 2)
     config = dataclasses.replace(
         config,
-        batch_size=config.slice_size * slices,
-        slices=slices,
+        batch_size=config.chunk_size * slices,
+        microbatch_chunks=slices,
         grad_accum_steps=MICRO_BATCHES,
     )
     state = _trained(config)
@@ -209,7 +225,7 @@ def _cpu() -> jax.Device:
 def _plain(config: Config) -> Config:
     """The same run in float32 and plain forms, as the CPU computes it best."""
     model = dataclasses.replace(
-        config.model, dtype="float32", attention="plain", kernels="plain", loops="compiled", remat=True
+        config.model, precision="float32", attention="plain", kernels="plain", loops="compiled", remat=True
     )
     return dataclasses.replace(config, model=model)
 
@@ -243,7 +259,7 @@ def _random(config: Config, device: jax.Device) -> Iterator[Part]:
 
     def bits(key: jax.Array) -> Any:
         with counts_of_32_bits():
-            return text_keys(key, DRAWS), jax.random.bits(key, (2**16 + 1,))
+            return sequence_keys(key, DRAWS), jax.random.bits(key, (2**16 + 1,))
 
     key = np.array([3, 5], np.uint32)
     ours, theirs = compute(bits, device, key), compute(bits, _cpu(), key)
@@ -254,7 +270,9 @@ def _random(config: Config, device: jax.Device) -> Iterator[Part]:
     yield Part("sort", _share(compute(jnp.sort, device, logits_BV) != sorted_BV), 0)
 
     unroll = searches_unrolled(config.model)
-    kept_BV = compute(jax.jit(partial(likeliest, unroll=unroll)), device, logits_BV, np.int32(TOP_K), np.float32(TOP_P))
+    kept_BV = compute(
+        jax.jit(partial(top_k_top_p_mask, unroll=unroll)), device, logits_BV, np.int32(TOP_K), np.float32(TOP_P)
+    )
     best_BK = sorted_BV[:, : -TOP_K - 1 : -1].astype(np.float64)
     share_BK = np.exp(best_BK - best_BK[:, :1])
     before_BK = np.cumsum(share_BK, axis=-1) - share_BK
@@ -287,7 +305,7 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
         row[PROMPT_BUCKET - len(ids) :] = ids
 
     def write_greedily(params: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
-        weights = unstack(model, params)
+        weights = prepare_decode_params(model, params)
         texts = read(model, weights, ids_BP, lengths_B, keys_B, N)
         first_BV = np.asarray(texts.logits_BV)
         greedy = Choice(np.float32(0))
@@ -306,7 +324,7 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
     after = lengths_B[:, None] - 1 + np.arange(N + 1)
     expected_BNV = np.take_along_axis(logits_BTV, after[:, :, None], axis=1)
 
-    limit = allowed(device, model.products)
+    limit = allowed(device, model.matmul_dtype)
     yield Part("sampling: logits after the prompts", difference(first_BV, expected_BNV[:, 0]), limit)
     yield Part(f"sampling: logits after {N} more tokens", difference(last_BV, expected_BNV[:, N]), limit)
     chosen_BN1 = np.take_along_axis(expected_BNV[:, :N], np.clip(tokens_BN, 0, V - 1)[..., None], axis=-1)
@@ -324,7 +342,7 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     second = state._replace(opt_state=state.opt_state._replace(mini_step=np.int32(1), acc_grads=acc_grads))
     loss, acc_grads, after, eval_loss = compute(partial(_two_micro_batches, config), device, second, ids_2T[row_B])
 
-    limit = allowed(device, config.model.products)
+    limit = allowed(device, config.model.matmul_dtype)
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
         yield Part(name, abs(float(value) / float(expected_loss) - 1), LOSS_SHARE * limit)
     for name, ours, theirs in _by_parameter(acc_grads, expected_grads):
@@ -368,7 +386,7 @@ def _two_micro_batches(config: Config, state: TrainState, ids_BT: jax.Array) -> 
         The second's mean loss, and the mean gradient of the first two; the state after the last; and the second's mean
         loss by the evaluation step.
     """
-    S, evaluate, step = config.slice_size, make_eval_step(config), make_train_step(config)
+    S, evaluate, step = config.chunk_size, make_eval_step(config), make_train_step(config)
     parts = [ids_BT[start : start + S] for start in range(0, config.batch_size, S)]
     nats = sum(evaluate(state.params, part_ST[:, :-1], part_ST[:, 1:]) for part_ST in parts)
     eval_loss = nats / (config.batch_size * config.model.context)

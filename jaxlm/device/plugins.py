@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from jaxlm.device.isolated import attempt
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
 LIMIT = 120.0  # seconds for a plugin to start, compile and compute a small model; the first time takes longest
@@ -21,7 +21,7 @@ _NAMES = {"cuda": ("cuda",), "mps": ("mps",), "metal": ("metal", "mtl")}  # a pl
 _METAL_JAX = "0.4.34"  # beside a newer one, jax-metal asks for ENABLE_PJRT_COMPATIBILITY=1
 
 
-class Unfit(Exception):
+class PluginError(Exception):
     """A plugin cannot be used; the message says why."""
 
 
@@ -68,7 +68,7 @@ def choose(platform: str) -> tuple[str, str]:
         jax's name for the platform, and that of its plugin with all versions; empty for the CPU's.
 
     Raises:
-        RequestError: the platform that is named has no plugin here, or an unfit one.
+        UsageError: the platform that is named has no plugin here, or an unfit one.
     """
     found = installed()
     reasons = []
@@ -76,7 +76,7 @@ def choose(platform: str) -> tuple[str, str]:
         if plugin.platform and platform in ("auto", plugin.platform):
             try:
                 name = try_out(plugin)
-            except Unfit as error:
+            except PluginError as error:
                 reasons.append(f"{_with_versions(plugin)}, which {error}")
             else:
                 _tell(reasons)
@@ -84,21 +84,21 @@ def choose(platform: str) -> tuple[str, str]:
                 return name, _with_versions(plugin)
     if platform not in ("auto", "cpu"):
         reason = "; ".join(reasons) or f"platform {platform} is not here: install its plugin"
-        raise RequestError(f"{reason}, or try --config.platform=auto")
+        raise UsageError(f"{reason}, or try --config.platform=auto")
     _tell(reasons)
     leave_out(found)
     return "cpu", ""
 
 
 def refuse_unfit(names: str) -> None:
-    """Raises RequestError if a plugin of these platforms, jax's names with commas between them, is not made for jax."""
+    """Raises UsageError if a plugin of these platforms, jax's names with commas between them, is not made for jax."""
     platforms = [_platform_of(name) for name in names.split(",")]
     for plugin in installed():
         if plugin.platform in platforms:
             try:
                 check_versions(plugin)
-            except Unfit as error:
-                raise RequestError(f"{_with_versions(plugin)}, which JAX_PLATFORMS names, {error}") from error
+            except PluginError as error:
+                raise UsageError(f"{_with_versions(plugin)}, which JAX_PLATFORMS names, {error}") from error
 
 
 def _with_versions(plugin: Plugin) -> str:
@@ -122,7 +122,7 @@ def try_out(plugin: Plugin, anew: bool = False) -> str:
     """jax's name for a plugin's platform; what was found fit once is remembered, unless it is to be tried `anew`.
 
     Raises:
-        Unfit: it must not compute here.
+        PluginError: it must not compute here.
     """
     check_versions(plugin)
     versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
@@ -137,12 +137,12 @@ def try_out(plugin: Plugin, anew: bool = False) -> str:
 
 
 def check_versions(plugin: Plugin) -> None:
-    """Raises Unfit if the plugin is Apple's and jax is not the one that it is made for, which no pip sees to."""
+    """Raises PluginError if the plugin is Apple's and jax is not the one that it is made for, which no pip sees to."""
     if plugin.distribution != "jax-metal":
         return
     for name in ("jax", "jaxlib"):
         if version_of(name) != _METAL_JAX:
-            raise Unfit(
+            raise PluginError(
                 f"is made for jax {_METAL_JAX}: have jax=={_METAL_JAX} jaxlib=={_METAL_JAX} by"
                 " pip install -e '.[metal]', or take jax-mps"
             )
@@ -163,7 +163,7 @@ def probe(plugin: Plugin) -> str:
         jax's name for its platform.
 
     Raises:
-        Unfit: it raises, hangs, crashes, finds no device or computes something else than NumPy.
+        PluginError: it raises, hangs, crashes, finds no device or computes something else than NumPy.
     """
     command = ["-m", "jaxlm.device.probe", plugin.module]
     lines, failure = attempt(command, LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
@@ -172,7 +172,7 @@ def probe(plugin: Plugin) -> str:
         name, wrong = answer["name"], answer["failure"]
     except (IndexError, ValueError, KeyError, TypeError) as error:
         last = next((f" after {line.strip()!r:.200}" for line in reversed(lines) if line.strip()), "")
-        raise Unfit(f"{failure or 'crashes: no answer'}{last}") from error
+        raise PluginError(f"{failure or 'crashes: no answer'}{last}") from error
     if wrong:
-        raise Unfit(wrong)
+        raise PluginError(wrong)
     return name

@@ -20,7 +20,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.core.model import Decoder, init_params, loss_and_gradient
 from jaxlm.device import backend, plugins
 
-SIZES = ModelConfig(vocab_size=257, context=24, layers=2, heads=2, width=32, hidden=48, dtype="float32")
+SIZES = ModelConfig(vocab_size=257, context=24, layers=2, heads=2, width=32, mlp_width=48, precision="float32")
 TOLERANCE = 0.02  # of float32 products in a GPU's shortened formats, with room; what is wrong is far from it
 NUDGE = 1e-5  # of the finite differences
 DIRECTIONS = 4  # in which each gradient is looked at

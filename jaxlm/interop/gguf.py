@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import merge_lines, named_tensors
 from jaxlm.storage import atomic
 
@@ -21,9 +21,9 @@ DTYPES = ("f32", "f16", "q8_0")
 
 
 def require_gguf() -> None:
-    """Raises RequestError if the package that writes these files is not installed."""
+    """Raises UsageError if the package that writes these files is not installed."""
     if importlib.util.find_spec("gguf") is None:
-        raise RequestError("a GGUF file needs the gguf package: pip install gguf")
+        raise UsageError("a GGUF file needs the gguf package: pip install gguf")
 
 
 def write_gguf(file: Path, config: ModelConfig, params: Any, dtype: str) -> None:
@@ -54,7 +54,7 @@ def _write(file: Path, config: ModelConfig, params: Any, dtype: str) -> None:
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.hidden)
+    writer.add_feed_forward_length(config.mlp_width)
     writer.add_head_count(config.heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)

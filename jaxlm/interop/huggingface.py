@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from jaxlm.config import Config, ModelConfig, SampleConfig, model_config
 from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Codec, Tokenizer, load_tokenizer
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.storage import atomic
 
 # ours: theirs
@@ -31,7 +31,7 @@ _SIZES = {
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
     "width": "hidden_size",
-    "hidden": "intermediate_size",
+    "mlp_width": "intermediate_size",
     "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
     "rope_theta": "rope_theta",
@@ -190,28 +190,28 @@ def read_sizes(folder: Path) -> ModelConfig:
     """The sizes of the Llama in `folder`.
 
     Raises:
-        RequestError: it is no Hugging Face folder, or its model is another than this one can be.
+        UsageError: it is no Hugging Face folder, or its model is another than this one can be.
     """
     file = folder / "config.json"
     said = _DEFAULTS | _read_json(file)
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
-        raise RequestError(f"{file} is damaged: rope_parameters must be a group")
+        raise UsageError(f"{file} is damaged: rope_parameters must be a group")
     said["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     said["rope_theta"] = rope.get("rope_theta", said["rope_theta"])
     for name, value in (_ALWAYS | {"quantization_config": None, "rope_type": "default"}).items():
         if said[name] != value:
-            raise RequestError(f"{file}: {name} is {said[name]!r:.100}, and jaxlm's model can only be {value!r}")
+            raise UsageError(f"{file}: {name} is {said[name]!r:.100}, and jaxlm's model can only be {value!r}")
     try:
         sizes = {ours: said[theirs] for ours, theirs in _SIZES.items() if ours != "kv_heads"}
         shared = said.get(_SIZES["kv_heads"]) or 0
         model = model_config(sizes | {"kv_heads": 0 if shared == sizes["heads"] else shared})
     except KeyError as error:
-        raise RequestError(f"{file} lacks {error}: name the folder of a Llama") from error
-    except RequestError as error:
-        raise RequestError(f"{file}: {error}") from error
+        raise UsageError(f"{file} lacks {error}: name the folder of a Llama") from error
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
     if said.get("head_dim") not in (None, model.width // model.heads):
-        raise RequestError(
+        raise UsageError(
             f"{file}: head_dim is {said['head_dim']!r:.100}, and jaxlm's model can only be"
             f" hidden_size / num_attention_heads, {model.width // model.heads}"
         )
@@ -222,7 +222,7 @@ def read_params(folder: Path, config: ModelConfig) -> Any:
     """The parameters in the safetensors files of `folder`, float32 whatever they are there.
 
     Raises:
-        RequestError: a file is missing or damaged, or the tensors are not those of a model of these sizes.
+        UsageError: a file is missing or damaged, or the tensors are not those of a model of these sizes.
     """
     tensors = _read_tensors(folder)
     if config.tied:
@@ -230,15 +230,15 @@ def read_params(folder: Path, config: ModelConfig) -> Any:
 
     def take(name: str, *shape: int) -> npt.NDArray[np.float32]:
         if name not in tensors:
-            raise RequestError(f"{folder} holds no tensor {name}: it is not whole, or no Llama")
+            raise UsageError(f"{folder} holds no tensor {name}: it is not whole, or no Llama")
         tensor = tensors.pop(name)
         if tensor.shape != shape:
-            raise RequestError(f"{folder}: {name} is {list(tensor.shape)}, and by its config.json {list(shape)}")
+            raise UsageError(f"{folder}: {name} is {list(tensor.shape)}, and by its config.json {list(shape)}")
         if tensor.dtype.name not in _DTYPES:
-            raise RequestError(f"{folder}: {name} is {tensor.dtype.name}, and jaxlm reads {', '.join(_DTYPES)}")
+            raise UsageError(f"{folder}: {name} is {tensor.dtype.name}, and jaxlm reads {', '.join(_DTYPES)}")
         return tensor.astype(np.float32)
 
-    V, D, F = config.vocab_size, config.width, config.hidden
+    V, D, F = config.vocab_size, config.width, config.mlp_width
     KV = D // config.heads * (config.kv_heads or config.heads)
     shapes: dict[str, tuple[int, ...]] = {"query": (D, D), "key": (KV, D), "value": (KV, D), "output": (D, D)}
     shapes |= {"gate": (F, D), "up": (F, D), "down": (D, F), "attention_norm": (D,), "mlp_norm": (D,)}
@@ -255,7 +255,7 @@ def read_params(folder: Path, config: ModelConfig) -> Any:
     if not config.tied:
         params["head"] = take(_OUTSIDE["head"], V, D)
     if left := [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]:
-        raise RequestError(f"{folder} holds {left[0]}, for which jaxlm's model has no place")
+        raise UsageError(f"{folder} holds {left[0]}, for which jaxlm's model has no place")
     return params
 
 
@@ -265,38 +265,38 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if os.path.isfile(index):
         listed = _read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise RequestError(f"{index} is damaged: fetch the folder again")
+            raise UsageError(f"{index} is damaged: fetch the folder again")
         names = set(listed.values())
     tensors: dict[str, np.ndarray] = {}
     for path in (folder / name for name in sorted(names)):
         if not os.path.isfile(path):
-            raise RequestError(f"{path} is missing: jaxlm reads weights from safetensors files")
+            raise UsageError(f"{path} is missing: jaxlm reads weights from safetensors files")
         try:
             with safe_open(path, framework="np") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
-            raise RequestError(f"{path} is damaged, or of a kind that jaxlm does not read ({error})") from error
+            raise UsageError(f"{path} is damaged, or of a kind that jaxlm does not read ({error})") from error
     return tensors
 
 
 def check_init(config: Config) -> None:
-    """Raises RequestError, with the flags that mend it, if a run cannot begin with the model in `init_from`."""
+    """Raises UsageError, with the flags that mend it, if a run cannot begin with the model in `init_from`."""
     folder = Path(config.init_from)
     there = read_sizes(folder)
     names = [field.name for field in dataclasses.fields(there) if field.metadata and field.name != "context"]
     found = {name: getattr(there, name) for name in names if getattr(there, name) != getattr(config.model, name)}
     if found:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in found.items())
-        raise RequestError(f"init_from {folder} is a model of other sizes: add {flags}")
+        raise UsageError(f"init_from {folder} is a model of other sizes: add {flags}")
     if not isinstance(read_tokenizer(folder, there.vocab_size), Tokenizer):
-        raise RequestError(f"init_from {folder} has another tokenizer than GPT-2's, which is the one that runs have")
+        raise UsageError(f"init_from {folder} has another tokenizer than GPT-2's, which is the one that runs have")
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Codec:
     """The tokenizer of the model in `folder`: jaxlm's own where it is the same.
 
     Raises:
-        RequestError: there is none, or it needs `tokenizers`, which is not installed.
+        UsageError: there is none, or it needs `tokenizers`, which is not installed.
     """
     file = folder / "tokenizer.json"
     said = _read_json(file)
@@ -305,15 +305,15 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Codec:
     try:
         import tokenizers
     except ImportError as error:
-        raise RequestError(f"{file} is not GPT-2's tokenizer: pip install tokenizers to sample with it") from error
+        raise UsageError(f"{file} is not GPT-2's tokenizer: pip install tokenizers to sample with it") from error
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # that is all it raises
-        raise RequestError(f"{file} is damaged ({error})") from error
+        raise UsageError(f"{file} is damaged ({error})") from error
     ends = _read_json(folder / "config.json").get("eos_token_id")
     end = ends[0] if isinstance(ends, list) and ends else ends
     if not isinstance(end, int) or not 0 <= end < vocab_size:
-        raise RequestError(f"{folder / 'config.json'}: eos_token_id is {end!r:.100}, and must be a token's id")
+        raise UsageError(f"{folder / 'config.json'}: eos_token_id is {end!r:.100}, and must be a token's id")
     return ForeignTokenizer(tokenizer, end)
 
 
@@ -332,11 +332,11 @@ def _is_same(said: Mapping[str, Any], own: Tokenizer) -> bool:
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not os.path.isfile(file):
-        raise RequestError(f"{file} is missing: name the folder of a model, as jaxlm.export or Hugging Face writes it")
+        raise UsageError(f"{file} is missing: name the folder of a model, as jaxlm.export or Hugging Face writes it")
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{file} is damaged or cannot be read ({error})") from error
+        raise UsageError(f"{file} is damaged or cannot be read ({error})") from error
     if not isinstance(said, dict):
-        raise RequestError(f"{file} is damaged: it must hold a JSON object")
+        raise UsageError(f"{file} is damaged: it must hold a JSON object")
     return said

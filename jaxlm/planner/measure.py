@@ -30,7 +30,7 @@ from jaxlm.config import Config, from_config_dict, to_dict
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.data.token_files import TokenFiles
 from jaxlm.device import backend
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
 from jaxlm.planner.estimate import Seconds, flops_per_token
@@ -47,12 +47,12 @@ TOKENS = 2**20
 
 
 @dataclass(frozen=True)
-class Measured:
+class BenchmarkResult:
     """What the short run found; times in seconds, sizes in bytes."""
 
     batch_size: int  # of its settings, where it computed a slice
     grad_accum_steps: int
-    slices: int
+    microbatch_chunks: int
     start: float  # from the command to the first step, compilation included
     first: float  # what the first evaluation, texts and save took longer than the next ones
     step: float
@@ -121,7 +121,7 @@ class _MeasuredRun(trainer.Run):
             raise _Enough
 
 
-def seconds(config: Config, m: Measured, val_windows: int) -> Seconds:
+def seconds(config: Config, m: BenchmarkResult, val_windows: int) -> Seconds:
     """What a resolved config's own steps and pauses take, by what was measured of it or of a slice of it.
 
     Args:
@@ -131,9 +131,9 @@ def seconds(config: Config, m: Measured, val_windows: int) -> Seconds:
     """
     step = m.step
     if m.update:
-        step = config.grad_accum_steps * (config.slices * max(m.step - m.update, 0.0) + m.update)
-    counts = [windows for windows in (config.data.eval_windows, val_windows) if windows] or [1]
-    batches, all_batches = (-(-count // config.slice_size) for count in (min(counts), val_windows or min(counts)))
+        step = config.grad_accum_steps * (config.microbatch_chunks * max(m.step - m.update, 0.0) + m.update)
+    counts = [windows for windows in (config.data.eval_sequences, val_windows) if windows] or [1]
+    batches, all_batches = (-(-count // config.chunk_size) for count in (min(counts), val_windows or min(counts)))
     return Seconds(
         start=m.start + m.first,
         step=step,
@@ -146,32 +146,36 @@ def seconds(config: Config, m: Measured, val_windows: int) -> Seconds:
     )
 
 
-def reduced(config: Config, m: Measured) -> Config:
+def reduced(config: Config, m: BenchmarkResult) -> Config:
     """The settings that were measured for `config`."""
-    return dataclasses.replace(config, batch_size=m.batch_size, grad_accum_steps=m.grad_accum_steps, slices=m.slices)
+    return dataclasses.replace(
+        config, batch_size=m.batch_size, grad_accum_steps=m.grad_accum_steps, microbatch_chunks=m.microbatch_chunks
+    )
 
 
 def key(config: Config, device: jax.Device) -> list[Any]:
     """All that the cost of a step or a pause hangs on: what computes, the machine around it, settings."""
     settings = to_dict(dataclasses.replace(config, max_checkpoints=1, seed=0, init_from="", platform="auto"))
-    settings["data"] = config.data.eval_windows
-    for name in ("eval_interval", "save_interval", "generation_interval", "max_skipped"):
+    settings["data"] = config.data.eval_sequences
+    for name in ("eval_interval", "save_interval", "generation_interval", "max_nonfinite_microbatches"):
         del settings[name]
     return [*backend.identity(device), os.cpu_count(), backend.available_memory(device), settings]
 
 
-def measure(config: Config, device: jax.Device, place: Path, show: Callable[[float], None]) -> Measured:
+def measure(config: Config, device: jax.Device, place: Path, show: Callable[[float], None]) -> BenchmarkResult:
     """Measures what a resolved config takes, in processes of its own that write below the directory `place` and leave
     nothing there; `show` hears which share is done.
 
     Raises:
         RunError: the run fails, as for lack of memory.
     """
-    product = _product_speed(config.model.products, device)  # here: a run has no such arrays
+    product = _product_speed(config.model.matmul_dtype, device)  # here: a run has no such arrays
     with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:
         if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
             _child(config, product, Path(name, "brief"), True, lambda share: show(share / 4))
-        return Measured(**_child(config, product, Path(name, "short"), False, lambda share: show(0.25 + 0.75 * share)))
+        return BenchmarkResult(
+            **_child(config, product, Path(name, "short"), False, lambda share: show(0.25 + 0.75 * share))
+        )
 
 
 def _child(config: Config, product: float, workdir: Path, brief: bool, show: Callable[[float], None]) -> dict[str, Any]:
@@ -224,7 +228,7 @@ def main(argv: list[str]) -> None:
         device = backend.start(config.platform, config.deterministic)
         found = _measure(config, device, workdir, brief, product, called, lambda share: say({"share": share}))
         say(dataclasses.asdict(found))
-    except (RequestError, RunError, jax.errors.JaxRuntimeError) as error:
+    except (UsageError, RunError, jax.errors.JaxRuntimeError) as error:
         say({"error": str(error).splitlines()[0][:200]})
     console.flush()
     os._exit(0)
@@ -243,20 +247,20 @@ def _measure(
     product: float,
     called: float,
     show: Callable[[float], None],
-) -> Measured:
+) -> BenchmarkResult:
     entered = time.monotonic()
     expected = config.tokens_per_step * flops_per_token(config.model) / (EXPECTED_SHARE * product)
     sliced = expected > WHOLE_STEP_SECONDS
     if sliced:
-        expected /= config.slices * config.grad_accum_steps
-        config = dataclasses.replace(config, batch_size=config.slice_size, grad_accum_steps=1, slices=1)
+        expected /= config.microbatch_chunks * config.grad_accum_steps
+        config = dataclasses.replace(config, batch_size=config.chunk_size, grad_accum_steps=1, microbatch_chunks=1)
     cycles = 1 if brief else SLICE_CYCLES if sliced else CYCLES
     # the run's own number, which its step is compiled for, if that is enough
     max_steps = max(config.max_steps, CYCLES * (LEAST_STEPS + 2) + 2)
     most = min(MOST_STEPS, (max_steps - 2) // CYCLES - 2)
     interval = 1 if brief else min(max(round(CYCLE_SECONDS / expected), LEAST_STEPS), most)
     intervals = [interval + apart for apart in range(3)]  # what one pause frees the next cannot always use
-    batches = SLICE_BATCHES if sliced else max(-(-config.data.eval_windows // config.slice_size), 2)
+    batches = SLICE_BATCHES if sliced else max(-(-config.data.eval_sequences // config.chunk_size), 2)
     config = dataclasses.replace(
         config,
         eval_interval=intervals[0],
@@ -265,9 +269,9 @@ def _measure(
         max_steps=max_steps,
         init_from="",
         max_checkpoints=1,
-        data=dataclasses.replace(config.data, eval_windows=batches * config.slice_size),
+        data=dataclasses.replace(config.data, eval_sequences=batches * config.chunk_size),
     )
-    draw, vocab, windows = np.random.default_rng(0), config.model.vocab_size, batches * config.slice_size
+    draw, vocab, windows = np.random.default_rng(0), config.model.vocab_size, batches * config.chunk_size
     train = draw.integers(vocab, size=max(TOKENS, 2 * config.model.context), dtype=np.uint16)
     val = draw.integers(vocab, size=windows * config.model.context + 1, dtype=np.uint16)
     aside = time.monotonic() - entered  # what no run does
@@ -294,10 +298,10 @@ def _measure(
     usual = median(quiet)
     busy = [seconds for step, seconds, saving in warm if saving and step < run.last]
     slowed = max(sum(busy) - usual * (len(busy) + (cycles - 1) / config.grad_accum_steps), 0.0)
-    return Measured(
+    return BenchmarkResult(
         config.batch_size,
         config.grad_accum_steps,
-        config.slices,
+        config.microbatch_chunks,
         start=made + pauses["compilation"][0] + max(run.rows[0][1] - usual, 0.0),
         first=max(first, 0.0),
         step=usual,

@@ -9,9 +9,9 @@ import jax
 
 from jaxlm.config import Config
 from jaxlm.device import backend
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.planner import measure
-from jaxlm.planner.measure import Measured
+from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.run.memory import Memory, compile_step, least_memory, step_memory
 from jaxlm.storage import user_cache
 from jaxlm.units import gb
@@ -25,7 +25,7 @@ def known_memory(config: Config, device: jax.Device, show: Show) -> Memory:
     key = measure.key(config, device)
     if known := user_cache.recall("memory", key):
         return Memory(**known)
-    show(f"compiling (slices {config.slices}, remat {config.model.remat})", 0.0)
+    show(f"compiling (slices {config.microbatch_chunks}, remat {config.model.remat})", 0.0)
     place = jax.default_device(jax.devices("cpu")[0]) if backend.on_apple(device) else nullcontext()
     with place:
         found = step_memory(config, compile_step(config))
@@ -35,10 +35,10 @@ def known_memory(config: Config, device: jax.Device, show: Show) -> Memory:
     return found
 
 
-def process_bytes(config: Config, device: jax.Device, found: Measured | None, show: Show) -> int:
+def process_bytes(config: Config, device: jax.Device, found: BenchmarkResult | None, show: Show) -> int:
     """What a run takes beside its arrays: runtime, compiled code, a save's buffers.
 
-    Measured: the short run's peak, less what the analysis gives for it. Else what this process has on a CPU, which is
+    The short run's peak, less what the analysis gives for it. Else what this process has on a CPU, which is
     less, and nothing on a GPU.
     """
     if found:
@@ -56,11 +56,13 @@ def better_setting(config: Config, device: jax.Device, room: int, memory: Memory
     fits = memory.total <= room
     divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
     if fits and device.platform != "gpu":
-        divisors = [config.slices]
+        divisors = [config.microbatch_chunks]
     for remat, slices in [(remat, slices) for remat in (False, True) for slices in divisors]:
-        if fits and (remat, slices) == (config.model.remat, config.slices):
+        if fits and (remat, slices) == (config.model.remat, config.microbatch_chunks):
             return None
-        other = dataclasses.replace(config, slices=slices, model=dataclasses.replace(config.model, remat=remat))
+        other = dataclasses.replace(
+            config, microbatch_chunks=slices, model=dataclasses.replace(config.model, remat=remat)
+        )
         try:
             needed = known_memory(other, device, show).total
         except Exception as error:  # a compiler that runs out of memory raises what it likes
@@ -68,18 +70,18 @@ def better_setting(config: Config, device: jax.Device, room: int, memory: Memory
                 raise
             continue
         if needed <= room:
-            return {"slices": slices, "remat": remat, "arrays_bytes": needed, "fits": True}
+            return {"microbatch_chunks": slices, "remat": remat, "arrays_bytes": needed, "fits": True}
     return {"fits": False}
 
 
 def check_memory(config: Config, device: jax.Device, compiled: Any = None) -> None:
-    """Raises RequestError if a resolved config takes more memory than the device has for it.
+    """Raises UsageError if a resolved config takes more memory than the device has for it.
 
     Goes by the analysis of the compiled step; before that by what is remembered, or by what no setting avoids.
     """
     memory, available = memory_at_hand(config, device, compiled), backend.available_memory(device)
     if memory.total > available:
-        raise RequestError(
+        raise UsageError(
             f"this run takes {gb(memory.total)} of memory and {gb(available)} is what there is: python -m jaxlm.plan"
             " names the slices and remat that fit, --force begins all the same"
         )

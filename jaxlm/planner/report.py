@@ -14,7 +14,7 @@ from jaxlm.device import backend, numerics
 from jaxlm.errors import RunError
 from jaxlm.planner import estimate, measure
 from jaxlm.planner.estimate import Seconds
-from jaxlm.planner.measure import Measured
+from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.planner.memory import Show, better_setting, known_memory, memory_at_hand, process_bytes
 from jaxlm.run.resume import RECORD_BYTES
 from jaxlm.storage import user_cache
@@ -39,7 +39,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) 
         show: hears what is being done and which share of it is.
 
     Raises:
-        RequestError: the device does not start, or does not take the settings.
+        UsageError: the device does not start, or does not take the settings.
         RunError: the device runs out of memory compiling.
     """
     device = backend.start(config.platform, config.deterministic)
@@ -49,7 +49,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) 
     memory = known_memory(config, device, show)
     key, problem, unsound, found = measure.key(config, device), "", "", None
     if not measured and (known := user_cache.recall("measured", key)):
-        found = Measured(**known)
+        found = BenchmarkResult(**known)
     elif measured is not False and memory.total > available:
         problem = "it does not fit"
     elif measured is not False:
@@ -71,7 +71,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) 
     total = config.max_steps * config.tokens_per_step
     process = process_bytes(config, device, found, show)
     report: dict[str, Any] = {
-        "machine": {"device": backend.describe(device), "jax": jax.__version__, "dtype": config.model.dtype},
+        "machine": {"device": backend.describe(device), "jax": jax.__version__, "precision": config.model.precision},
         "model": {
             "parameters": parameters,
             "parameters_by_part": by_part,
@@ -110,7 +110,7 @@ def in_short(config: Config, device: jax.Device, workdir: Path, compiled: Any, s
     without a measurement."""
     memory = memory_at_hand(config, device, compiled)
     known = user_cache.recall("measured", measure.key(config, device))
-    found = Measured(**known) if known else None
+    found = BenchmarkResult(**known) if known else None
     disk = _disk(config, workdir, found, memory.weights // 4, memory.checkpoint_copy, 0)
     lines = [
         f"Memory: {gb(memory.step)} for a step and {gb(memory.checkpoint_copy)} while a checkpoint is saved,"
@@ -126,7 +126,7 @@ def in_short(config: Config, device: jax.Device, workdir: Path, compiled: Any, s
     return "\n".join(lines)
 
 
-def _speed(config: Config, m: Measured, flops: int, s: Seconds) -> dict[str, Any]:
+def _speed(config: Config, m: BenchmarkResult, flops: int, s: Seconds) -> dict[str, Any]:
     rate = config.tokens_per_step / s.step
     return {
         "tokens_per_second": rate,
@@ -147,7 +147,7 @@ def _speed(config: Config, m: Measured, flops: int, s: Seconds) -> dict[str, Any
 
 
 def _disk(
-    config: Config, workdir: Path, m: Measured | None, parameters: int, copied: int, tokens: int
+    config: Config, workdir: Path, m: BenchmarkResult | None, parameters: int, copied: int, tokens: int
 ) -> dict[str, Any]:
     """What the run leaves, and takes at most: one checkpoint more, until the oldest is deleted."""
     checkpoint = m.checkpoint_bytes if m else copied

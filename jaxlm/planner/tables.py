@@ -12,7 +12,7 @@ from jaxlm.units import date_text, duration, gb, seconds_text
 def tables(report: dict[str, Any], now: datetime) -> Iterator[Table | str]:
     """The plan for a person: tables and lines of at most 80 columns."""
     machine, model, memory = report["machine"], report["model"], report["memory"]
-    yield f"{machine['dtype']} on {machine['device']}, jax {machine['jax']}"
+    yield f"{machine['precision']} on {machine['device']}, jax {machine['jax']}"
     epochs = "data not prepared yet"
     if model["epochs"] is not None:
         epochs = f"{model['epochs']:,.{0 if model['epochs'] >= 100 else 2}f} of {model['data_tokens']:,}"
@@ -79,7 +79,8 @@ def _advice(report: dict[str, Any]) -> str:
         return "Slices and remat are as they should be."
     if not setting["fits"]:
         return "No slices and no remat make it fit: choose a smaller model, context or batch_size."
-    flags = f"--config.slices={setting['slices']} --config.model.remat={str(setting['remat']).lower()}"
+    chunks, remat = setting["microbatch_chunks"], str(setting["remat"]).lower()
+    flags = f"--config.microbatch_chunks={chunks} --config.model.remat={remat}"
     return f"{'There is room to be faster' if fits else 'To fit'}: {flags} ({gb(setting['arrays_bytes'])} of arrays)."
 
 

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 from jaxlm.core.checksum import checksums
 from jaxlm.core.train_step import TrainState
-from jaxlm.errors import DamagedError, RequestError, RunError
+from jaxlm.errors import CorruptCheckpointError, RunError, UsageError
 from jaxlm.storage import atomic
 
 DIRECTORY = "checkpoints"
@@ -91,23 +91,23 @@ class Checkpoints:
             save.result()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What the checkpoint says of itself. Raises DamagedError when it is not what was saved."""
+        """What the checkpoint says of itself. Raises CorruptCheckpointError when it is not what was saved."""
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
         if not isinstance(meta, dict) or not meta.keys() >= META_KEYS:
-            raise DamagedError(f"its meta lacks one of {', '.join(sorted(META_KEYS))}")
+            raise CorruptCheckpointError(f"its meta lacks one of {', '.join(sorted(META_KEYS))}")
         return meta
 
     def params(self, step: int, like: Any, sharding: jax.sharding.Sharding) -> Any:
         """The parameters alone, laid out by `sharding`; `like` gives the tree and its shapes.
 
-        Raises DamagedError when they are not what was saved, RunError when they cannot be read here and now.
+        Raises CorruptCheckpointError when they are not what was saved, RunError when they cannot be read here and now.
         """
         return self._arrays(step, sharding, params=like)["params"]
 
     def state(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
         """The whole training state, laid out by `sharding`; `like` gives the tree and its shapes.
 
-        Raises DamagedError when it is not what was saved, RunError when it cannot be read here and now.
+        Raises CorruptCheckpointError when it is not what was saved, RunError when it cannot be read here and now.
         """
         items = self._arrays(step, sharding, params=like.params, optimizer=_optimizer_item(like))
         saved = items["optimizer"]
@@ -119,15 +119,15 @@ class Checkpoints:
     def newest(self, load: Callable[[int], T], steps: Sequence[int]) -> tuple[T, list[str]]:
         """What `load` makes of the last of `steps` whose checkpoint is whole, and why those after it were skipped.
 
-        Raises RequestError, with all the reasons, when none is.
+        Raises UsageError, with all the reasons, when none is.
         """
         skipped: list[str] = []
         for step in reversed(steps):
             try:
                 return load(step), skipped
-            except DamagedError as error:
+            except CorruptCheckpointError as error:
                 skipped.append(f"{DIRECTORY}/{step}: {error}")
-        raise RequestError(
+        raise UsageError(
             f"no checkpoint in {self.directory.parent} can be used ({'; '.join(skipped)}): choose another --workdir"
         )
 
@@ -186,7 +186,7 @@ class Checkpoints:
         items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()})
         for name, item in items.items():
             if found := _mismatch(item, expected[name]):
-                raise DamagedError(f"{name}{found} does not match its checksum")
+                raise CorruptCheckpointError(f"{name}{found} does not match its checksum")
         return items
 
     def _restore(self, step: int, **items: Any) -> Any:
@@ -227,21 +227,21 @@ def _bytes(items: Any) -> int:
 
 
 def _check_files(checkpoint: Path, items: set[str]) -> None:
-    """Raises DamagedError when a file of these items is not as it was saved, RunError when that cannot be told."""
+    """Raises CorruptCheckpointError when a file of these items has changed, RunError when it cannot be read."""
     try:
         hashes = json.loads((checkpoint / FILES).read_text()) if (checkpoint / FILES).is_file() else {}
         names = [name for name in hashes if Path(name).parts[0] in items and ".." not in Path(name).parts]
         if not isinstance(hashes, dict) or {Path(name).parts[0] for name in names} != items:
-            raise DamagedError(f"{FILES} is missing or does not list its files")
+            raise CorruptCheckpointError(f"{FILES} is missing or does not list its files")
     except (ValueError, TypeError, IndexError, RecursionError) as error:
-        raise DamagedError(f"{FILES} is not as it was saved") from error
+        raise CorruptCheckpointError(f"{FILES} is not as it was saved") from error
     except OSError as error:
         raise RunError(f"cannot read {checkpoint / FILES} ({error.strerror}): see to that and try again") from error
     for name in names:
         if not (checkpoint / name).is_file():
-            raise DamagedError(f"{name} is missing")
+            raise CorruptCheckpointError(f"{name} is missing")
         if _sha256(checkpoint / name) != hashes[name]:
-            raise DamagedError(f"{name} is not as it was saved")
+            raise CorruptCheckpointError(f"{name} is not as it was saved")
 
 
 def _sha256(path: Path) -> str | None:

@@ -9,10 +9,10 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from jaxlm.config import Config, ModelConfig, from_config_dict
-from jaxlm.core.model import init_params, unstack
+from jaxlm.core.model import init_params, prepare_decode_params
 from jaxlm.data.tokenizer import Codec
 from jaxlm.device import backend
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer
 from jaxlm.run.checkpoint import DIRECTORY, Checkpoints
 
@@ -31,30 +31,30 @@ class Writer(NamedTuple):
     """All that writing takes."""
 
     config: ModelConfig  # with the device's dtype and attention
-    weights: Any  # as `model.unstack` gives them
+    weights: Any  # as `model.prepare_decode_params` gives them
     tokenizer: Codec
 
 
-def restore(workdir: Path, step: int | None, platform: str, dtype: str = "auto") -> Checkpoint:
-    """A checkpoint of the run in `workdir`, the newest without `step`; `dtype` is of the computation, not the run's.
+def restore(workdir: Path, step: int | None, platform: str, precision: str = "auto") -> Checkpoint:
+    """A checkpoint of the run in `workdir`, the newest without `step`; `precision` is that of the computation.
 
     Raises:
-        RequestError: there is none, or not this one.
+        UsageError: there is none, or not this one.
     """
     if not (workdir / DIRECTORY).is_dir():
-        raise RequestError(f"{workdir} holds no checkpoints: name the --workdir of a run")
+        raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
     device = backend.start(platform)
     checkpoints = Checkpoints(workdir)
     steps = checkpoints.steps()
     if not steps:
-        raise RequestError(f"{workdir} holds no whole checkpoint yet: wait for the first")
+        raise UsageError(f"{workdir} holds no whole checkpoint yet: wait for the first")
     if step is not None and step not in steps:
-        raise RequestError(f"there is no checkpoint of step {step}: choose from {', '.join(map(str, steps))}")
+        raise UsageError(f"there is no checkpoint of step {step}: choose from {', '.join(map(str, steps))}")
 
     def load(step: int) -> Checkpoint:
         meta = checkpoints.meta(step)
         config = from_config_dict(meta["config"])
-        model = _as_fits(config.model, device, dtype)
+        model = _as_fits(config.model, device, precision)
         like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         params = checkpoints.params(step, like, SingleDeviceSharding(device))
         return Checkpoint(step, config, meta["tokens"], model, params)
@@ -65,20 +65,20 @@ def restore(workdir: Path, step: int | None, platform: str, dtype: str = "auto")
     return restored
 
 
-def load(folder: Path, platform: str, dtype: str = "auto") -> Writer:
-    """The Llama in a Hugging Face folder; `dtype` is of the computation, not the folder's.
+def load(folder: Path, platform: str, precision: str = "auto") -> Writer:
+    """The Llama in a Hugging Face folder; `precision` is of the computation, not the folder's.
 
     Raises:
-        RequestError: there is none, or one that this model cannot be.
+        UsageError: there is none, or one that this model cannot be.
     """
     config = read_sizes(folder)
     tokenizer = read_tokenizer(folder, config.vocab_size)
     params = read_params(folder, config)
     device = backend.start(platform)
-    model = _as_fits(config, device, dtype)
-    return Writer(model, unstack(model, jax.device_put(params, device)), tokenizer)
+    model = _as_fits(config, device, precision)
+    return Writer(model, prepare_decode_params(model, jax.device_put(params, device)), tokenizer)
 
 
-def _as_fits(model: ModelConfig, device: jax.Device, dtype: str) -> ModelConfig:
-    unresolved = dataclasses.replace(model, dtype=dtype, attention="auto", kernels="auto", loops="auto")
+def _as_fits(model: ModelConfig, device: jax.Device, precision: str) -> ModelConfig:
+    unresolved = dataclasses.replace(model, precision=precision, attention="auto", kernels="auto", loops="auto")
     return backend.resolve(unresolved, device)

@@ -10,7 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm.config import Config, differences, to_dict
 from jaxlm.core.train_step import TrainState, init_state
 from jaxlm.data.token_files import TOKENIZER_NAME, TokenFiles
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init, read_params
 from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 
@@ -18,7 +18,7 @@ RECORD_BYTES = 1000  # of metrics.jsonl, samples.jsonl and TensorBoard's events,
 
 
 def check_room(workdir: Path, config: Config) -> None:
-    """Raises RequestError if the disk has not the room for what a run has yet to write."""
+    """Raises UsageError if the disk has not the room for what a run has yet to write."""
     shapes = jax.eval_shape(lambda: init_state(config))
     there = [int(path.name) for path in (workdir / DIRECTORY).glob("*") if path.name.isdigit()]
     steps = max(config.max_steps - max(there, default=0), 0)
@@ -29,7 +29,7 @@ def check_room(workdir: Path, config: Config) -> None:
     place = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise RequestError(
+        raise UsageError(
             f"this run will write {needed / 1e9:.2f} GB to {workdir}, where {free / 1e9:.2f} GB are free: make room,"
             " lower max_checkpoints or choose another --workdir"
         )
@@ -51,7 +51,7 @@ def restore_or_init(
     that a seed gives one model whatever trains it.
 
     Raises:
-        RequestError: the newest whole checkpoint does not fit the settings or the tokens, or none is whole; there is
+        UsageError: the newest whole checkpoint does not fit the settings or the tokens, or none is whole; there is
             no checkpoint and the folder does not fit the settings.
     """
     like = jax.eval_shape(lambda: init_state(config))
@@ -80,6 +80,6 @@ def _check_same_run(place: str, meta: dict[str, Any], config: Config, tokens: To
         if meta["tokens"].get(name) != value:
             found.append(f"{name} of the data is {value}, there it is {meta['tokens'].get(name)}")
     if found:
-        raise RequestError(
+        raise UsageError(
             f"{place} belongs to another run: {'; '.join(found)}; put these back or choose another --workdir"
         )

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.core.generate import generate, up_to_end
-from jaxlm.core.model import parameter_count, unstack
-from jaxlm.core.sampling import as_choice
+from jaxlm.core.model import parameter_count, prepare_decode_params
+from jaxlm.core.sampling import sampling_params
 from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
 from jaxlm.data.token_files import TokenFiles, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
@@ -58,7 +58,7 @@ class Run:
             ready: hears the compiled step, and how many are done, before it runs; gives lines to print, or raises.
 
         Raises:
-            RequestError: the checkpoint does not fit the settings or the tokens, or none is whole; a prompt does not
+            UsageError: the checkpoint does not fit the settings or the tokens, or none is whole; a prompt does not
                 fit the context.
         """
         self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
@@ -109,7 +109,7 @@ class Run:
         c, parameters = self.config, parameter_count(self.state.params)
         total, data = c.max_steps * c.tokens_per_step, len(self.tokens.train)
         lines = [
-            f"{parameters:,} parameters in {c.model.dtype} on {backend.describe(self.device)}",
+            f"{parameters:,} parameters in {c.model.precision} on {backend.describe(self.device)}",
             f"{c.max_steps:,} steps of {c.tokens_per_step:,} tokens: {total / parameters:.3g} tokens a parameter,"
             f" {total / data:.3g} epochs of {data:,} tokens",
             f"Data in {self.tokens.directory}, work in {self.workdir}",
@@ -151,7 +151,7 @@ class Run:
             self.skipped = int(m.skipped)
             self.accepted -= 1
             self.monitor.say(f"  → Skipped a micro-batch with gradients that are not finite ({self.skipped} so far)")
-        if m.skipped_in_a_row >= self.config.max_skipped:
+        if m.skipped_in_a_row >= self.config.max_nonfinite_microbatches:
             raise RunError(
                 f"{m.skipped_in_a_row} micro-batches in a row had gradients that are not finite after step {m.step}:"
                 " lower optimizer.learning_rate and start again from the last checkpoint"
@@ -205,7 +205,7 @@ class Run:
         step, last, stop_signal = self.step, self.step == self.config.max_steps, self.stop_signal
         if step % self.config.eval_interval == 0 or last:
             with self.clock.pause("evaluation"):
-                row |= self._evaluate(limit=0 if last else self.config.data.eval_windows)
+                row |= self._evaluate(limit=0 if last else self.config.data.eval_sequences)
         self._record(row)
         if "val_loss" in row:
             self.monitor.say(
@@ -227,7 +227,7 @@ class Run:
     def _evaluate(self, limit: int) -> dict[str, float]:
         c = self.config
         nats, count = [], 0
-        for inputs, targets in val_batches(self.tokens.val, c.model.context, c.slice_size, limit):
+        for inputs, targets in val_batches(self.tokens.val, c.model.context, c.chunk_size, limit):
             nats.append(self._eval_step(self.state.params, inputs, targets))
             count += int((targets >= 0).sum())
         loss = float(np.sum(jax.device_get(nats), dtype=np.float64)) / count
@@ -239,9 +239,9 @@ class Run:
         order = np.random.default_rng([self.config.seed, step]).permutation(len(c.prompts))
         chosen = [int(order[i % len(order)]) for i in range(c.texts)]
         key = jax.random.fold_in(jax.random.PRNGKey(self.config.seed), step)
-        choice = as_choice(c)
+        choice = sampling_params(c)
         ids = [self.prompts[i] for i in chosen]
-        weights = unstack(self.config.model, self.state.params)
+        weights = prepare_decode_params(self.config.model, self.state.params)
         (tokens_BN,) = generate(self.config.model, weights, ids, choice, key, c.tokens, end_of_text)
         texts = [self.tokenizer.decode(up_to_end(row, end_of_text)) for row in tokens_BN]
         return [(c.prompts[i], c.prompts[i] + text) for i, text in zip(chosen, texts, strict=True)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     The lock is the kernel's, which frees it when its process ends in whatever way: a file left behind locks nobody out.
 
     Raises:
-        RequestError: another process holds it.
+        UsageError: another process holds it.
         OSError: the file cannot be made.
     """
     path = directory / "lock"
@@ -42,7 +42,7 @@ def _locked(path: Path) -> TextIO:
                 return file
         except BlockingIOError as error:
             file.close()
-            raise RequestError(f"{path.parent} is in use by {_holder(path)}: wait for it or stop it") from error
+            raise UsageError(f"{path.parent} is in use by {_holder(path)}: wait for it or stop it") from error
         except FileNotFoundError:  # the holder removed it since it was opened here
             pass
         file.close()

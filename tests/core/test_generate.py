@@ -9,10 +9,10 @@ import pytest
 
 from jaxlm.core import sampling
 from jaxlm.core.generate import generate, up_to_end
-from jaxlm.core.model import Decoder, unstack
+from jaxlm.core.model import Decoder, prepare_decode_params
 from jaxlm.core.sampling import Choice
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 CHOICE = Choice(1.2)
 GREEDY = Choice(0.0)
@@ -23,7 +23,16 @@ NEVER = -1  # no token is the end of a text
 def pieces(small_model, prompts, *, choice=CHOICE, key=0, tokens=10, end_of_text=NEVER, chunk=None):
     config, params = small_model
     return list(
-        generate(config, unstack(config, params), prompts, choice, jax.random.key(key), tokens, end_of_text, chunk)
+        generate(
+            config,
+            prepare_decode_params(config, params),
+            prompts,
+            choice,
+            jax.random.key(key),
+            tokens,
+            end_of_text,
+            chunk,
+        )
     )
 
 
@@ -82,9 +91,9 @@ def test_texts_end_where_the_context_is_full(small_model):
 def test_prompts_of_like_lengths_share_one_program_also_where_the_context_ends(small_model, chunk):
     tokens = 2 * small_model[0].context
     pieces(small_model, [SHORT], tokens=tokens, chunk=chunk)
-    compiled = sampling.read._cache_size(), sampling._write_on_device._cache_size()
+    compiled = sampling.read._cache_size(), sampling._decode_on_device._cache_size()
     pieces(small_model, [LONG], tokens=tokens, chunk=chunk)
-    assert (sampling.read._cache_size(), sampling._write_on_device._cache_size()) == compiled
+    assert (sampling.read._cache_size(), sampling._decode_on_device._cache_size()) == compiled
 
 
 def test_chunks_stop_coming_once_all_texts_have_ended(small_model):
@@ -133,14 +142,14 @@ def test_prompts_are_encoded_and_an_empty_one_begins_a_text():
 
 
 def test_a_prompt_that_is_not_utf8_is_refused():
-    with pytest.raises(RequestError, match="is not UTF-8 text") as refused:
+    with pytest.raises(UsageError, match="is not UTF-8 text") as refused:
         encode_prompts(load_tokenizer(257), ["é", os.fsdecode(b"caf\xe9")], context=16)
     assert refused.value.args[0].isprintable()
 
 
 @pytest.mark.parametrize("prompt", ["abcd", "a" * 100, "one\ntwo\nthree"])
 def test_a_prompt_that_fills_the_context_is_refused_in_one_line(prompt):
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(UsageError) as refused:
         encode_prompts(load_tokenizer(257), ["abc", prompt], context=4)
     message = str(refused.value)
     assert f"{len(prompt)} tokens" in message

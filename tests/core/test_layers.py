@@ -93,7 +93,7 @@ def test_rms_norm_of_bfloat16_rounds_only_its_result():
 def test_rope(batch, time, heads, head_width):
     positions = np.random.default_rng(0).integers(0, 1024, (batch, time))
     assert_matches(
-        lambda x: layers.rope(x, layers.rope_table(jnp.asarray(positions), head_width, 100.0)),
+        lambda x: layers.rope(x, layers.rope_cos_sin(jnp.asarray(positions), head_width, 100.0)),
         lambda x: rope_64(x, positions, 100.0),
         draw(batch, time, heads, head_width),
     )
@@ -104,7 +104,7 @@ def test_rope_scores_depend_on_the_distance_of_positions_alone():
 
     @jax.jit
     def score(q_position, k_position):
-        q_table, k_table = (layers.rope_table(at[None, None], 64, 10_000.0) for at in (q_position, k_position))
+        q_table, k_table = (layers.rope_cos_sin(at[None, None], 64, 10_000.0) for at in (q_position, k_position))
         return jnp.sum(layers.rope(q, q_table) * layers.rope(k, k_table))
 
     for distance in (0, 1, 30):

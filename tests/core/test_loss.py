@@ -156,7 +156,7 @@ def test_whole_logits_never_exist():
 
 
 def test_whole_logits_never_exist_in_training_the_preset():
-    config = ModelConfig(dtype="float32")
+    config = ModelConfig(precision="float32")
     ids = jax.ShapeDtypeStruct((4, config.context), jnp.int32)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     program = jax.make_jaxpr(lambda p, i: loss_and_gradient(config, p, i, i, 1.0, p))(params, ids)

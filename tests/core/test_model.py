@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.model import Decoder, init_params, loss_and_gradient, near_normal, parameter_count
+from jaxlm.core.model import Decoder, approx_normal_init, init_params, loss_and_gradient, parameter_count
 
 IDS = np.random.default_rng(1).integers(0, 257, (2, 7))
 
@@ -54,8 +54,8 @@ def logits_64(params, ids, config):
 @functools.cache
 def fresh(output_init="scaled", vocab_size=512, layers=3, width=64):
     """A model as training starts it."""
-    sizes = {"vocab_size": vocab_size, "layers": layers, "width": width, "heads": 2, "hidden": 96}
-    config = ModelConfig(**sizes, output_init=output_init, dtype="float32")
+    sizes = {"vocab_size": vocab_size, "layers": layers, "width": width, "heads": 2, "mlp_width": 96}
+    config = ModelConfig(**sizes, output_init=output_init, precision="float32")
     return config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
 
 
@@ -103,7 +103,7 @@ def test_default_model_is_the_preset():
         layers=8,
         heads=8,
         width=512,
-        hidden=2048,
+        mlp_width=2048,
         rope_theta=10_000.0,
         norm_eps=1e-6,
         tied=True,
@@ -174,11 +174,11 @@ def test_what_is_written_out_computes_what_loops_do(small_model, loss_and_gradie
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16_matmul"])
 @pytest.mark.parametrize("remat", [False, True])
-def test_narrower_products_compute_the_same_to_their_rounding(small_model, loss_and_gradients, dtype, remat):
+def test_narrower_products_compute_the_same_to_their_rounding(small_model, loss_and_gradients, precision, remat):
     config, _ = small_model
-    loss, gradients = loss_and_gradients(replace(config, dtype=dtype, remat=remat))
+    loss, gradients = loss_and_gradients(replace(config, precision=precision, remat=remat))
     exact_loss, exact_gradients = loss_and_gradients(config)
     assert loss == pytest.approx(float(exact_loss), rel=0.01)
     for found, exact in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact_gradients), strict=True):
@@ -216,11 +216,11 @@ def test_a_parameter_is_a_sum_of_random_bytes_rounded_once():
     sums = words[..., None].view(np.uint8).sum(axis=(1, -1), dtype=np.int32)
     scale = std / math.sqrt(8 * np.arange(256).var())
     expected = np.float32(sums - 8 * np.arange(256).mean()) * np.float32(scale)
-    np.testing.assert_array_equal(near_normal(key, (4, 5, 7), std), expected)
+    np.testing.assert_array_equal(approx_normal_init(key, (4, 5, 7), std), expected)
 
 
 def test_parameters_are_near_normal():
-    draws = np.asarray(near_normal(jax.random.key(1), (64, 1 << 14), 3.0), np.float64).ravel() / 3.0
+    draws = np.asarray(approx_normal_init(jax.random.key(1), (64, 1 << 14), 3.0), np.float64).ravel() / 3.0
     assert abs(draws.mean()) < 4 / len(draws) ** 0.5
     assert draws.std() == pytest.approx(1, rel=3e-3)
     assert np.mean(draws**3) == pytest.approx(0, abs=0.02)
@@ -235,7 +235,7 @@ OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_pa
 
 @pytest.mark.parametrize("options", [{}, OPTIMIZED], ids=["quick", "optimized"])
 def test_a_seed_gives_the_same_parameters_on_every_version_of_jax_and_flax(options):
-    config = ModelConfig(vocab_size=512, layers=3, width=64, heads=2, hidden=96, tied=False)
+    config = ModelConfig(vocab_size=512, layers=3, width=64, heads=2, mlp_width=96, tied=False)
     key = jax.random.key(0)
     leaves = jax.tree.leaves(init_params.lower(config, key).compile(compiler_options=options)(key))
     found = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()

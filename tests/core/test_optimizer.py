@@ -25,9 +25,9 @@ CONFIG = Config(
         learning_rate=0.01,
         muon_learning_rate=0.03,
         warmup_steps=2,
-        decay="linear",
-        decay_fraction=1.0,
-        floor=0.1,
+        lr_schedule="linear",
+        lr_decay_fraction=1.0,
+        min_lr_ratio=0.1,
         b1=0.9,
         b2=0.95,
         weight_decay=0.5,
@@ -81,13 +81,15 @@ def test_schedule_warms_up_holds_and_decays(decay, warmup, steps, fraction, floo
         t = min(1, max(0, done - (steps - decay_steps)) / decay_steps)
         return floor + (1 - floor) * ((1 + math.cos(math.pi * t)) / 2 if decay == "cosine" else 1 - t)
 
-    settings = OptimizerConfig(warmup_steps=warmup, decay=decay, decay_fraction=fraction, floor=floor)
+    settings = OptimizerConfig(warmup_steps=warmup, lr_schedule=decay, lr_decay_fraction=fraction, min_lr_ratio=floor)
     found = make_schedule(settings, steps)(np.arange(30))
     np.testing.assert_allclose(found, [share(done) for done in range(30)], rtol=1e-5, atol=1e-6)
 
 
 def test_schedule_of_a_long_run():
-    share = make_schedule(OptimizerConfig(warmup_steps=1000, decay="cosine", decay_fraction=1.0, floor=0.1), 50_000)
+    share = make_schedule(
+        OptimizerConfig(warmup_steps=1000, lr_schedule="cosine", lr_decay_fraction=1.0, min_lr_ratio=0.1), 50_000
+    )
     done = np.array([0, 499, 999, 1000, 1000 + 49_000 // 4, 25_500, 49_999, 50_000])
     expected = [1 / 1001, 500 / 1001, 1000 / 1001, 1, 0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1, 0.1]
     np.testing.assert_allclose(share(done), expected, rtol=1e-4)

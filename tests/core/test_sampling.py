@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core.model import Decoder, unstack
-from jaxlm.core.sampling import Choice, choose, likeliest, read, write, write_one
+from jaxlm.core.model import Decoder, prepare_decode_params
+from jaxlm.core.sampling import Choice, choose, decode_step, read, top_k_top_p_mask, write
 
 GREEDY = Choice(0.0)
 VARIED = Choice(1.5, 40, 0.95)
@@ -16,11 +16,11 @@ LENGTHS = np.array([1, 5, 12, 8])
 NEW = 10
 NEVER = np.int32(-1)  # no token is the end of a text
 
-quick_likeliest, quick_choose = jax.jit(likeliest, static_argnames="unroll"), jax.jit(choose)
+quick_likeliest, quick_choose = jax.jit(top_k_top_p_mask, static_argnames="unroll"), jax.jit(choose)
 
 
 def kept_by_sorting(logits, top_k, top_p):
-    """One row of `likeliest` as its definition has it; ties with the last token kept are kept."""
+    """One row of `top_k_top_p_mask` as its definition has it; ties with the last token kept are kept."""
     ordered = np.sort(logits)[::-1]
     ordered = ordered[ordered >= ordered[min(top_k or len(logits), len(logits)) - 1]]
     share = np.cumsum(np.exp(ordered - ordered[0]) / np.exp(ordered - ordered[0]).sum())
@@ -59,7 +59,7 @@ def forward(small_model):
 def continued(small_model, prompts, choice, end_of_text=NEVER, lengths=LENGTHS):
     config, params = small_model
     ids, keys = prompts
-    weights = unstack(config, params)
+    weights = prepare_decode_params(config, params)
     texts, tokens = write(config, weights, read(config, weights, ids, lengths, keys, NEW), choice, end_of_text, NEW)
     return texts, np.asarray(tokens)
 
@@ -141,7 +141,7 @@ def test_successive_tokens_are_drawn_afresh(small_model, prompts):
 
 def test_cached_logits_equal_the_forward_pass_at_every_position(small_model, prompts, forward):
     config, params = small_model
-    weights = unstack(config, params)
+    weights = prepare_decode_params(config, params)
     texts = read(config, weights, prompts[0], LENGTHS, prompts[1], NEW)
     logits, tokens = [np.asarray(texts.logits_BV)], []
     for _ in range(NEW):
@@ -158,8 +158,8 @@ def test_cached_logits_equal_the_forward_pass_at_every_position(small_model, pro
 def test_weights_of_16_bits_give_the_logits_to_their_rounding_for_one_text_and_for_several(
     small_model, prompts, forward
 ):
-    config, params = dataclasses.replace(small_model[0], dtype="mixed"), small_model[1]
-    weights = unstack(config, params)
+    config, params = dataclasses.replace(small_model[0], precision="bf16_matmul"), small_model[1]
+    weights = prepare_decode_params(config, params)
     assert weights["head"].dtype == weights["blocks"][0]["down"].dtype == jnp.bfloat16
     for count in (4, 1):
         ids, keys, lengths = prompts[0][:count], prompts[1][:count], LENGTHS[:count]
@@ -171,8 +171,8 @@ def test_weights_of_16_bits_give_the_logits_to_their_rounding_for_one_text_and_f
 
 def test_a_token_at_a_time_is_the_same_text(small_model, prompts):
     config, params = small_model
-    weights = unstack(config, params)
-    one_more = jax.jit(write_one, static_argnums=0)
+    weights = prepare_decode_params(config, params)
+    one_more = jax.jit(decode_step, static_argnums=0)
     texts, tokens = read(config, weights, prompts[0], LENGTHS, prompts[1], NEW), []
     for _ in range(NEW):
         texts, token_B = one_more(config, weights, texts, VARIED, NEVER)
@@ -225,6 +225,6 @@ def test_writing_stops_once_all_texts_have_ended(small_model, prompts):
     texts, tokens = continued(small_model, same, GREEDY, np.int32(free[0, end]), lengths=np.full(4, 12))
     assert texts.slot == 12 + end + 1
     assert (tokens[:, end:] == free[0, end]).all()
-    texts, tokens = write(config, unstack(config, params), texts, GREEDY, np.int32(free[0, end]), NEW)
+    texts, tokens = write(config, prepare_decode_params(config, params), texts, GREEDY, np.int32(free[0, end]), NEW)
     assert texts.slot == 12 + end + 1
     assert (np.asarray(tokens) == free[0, end]).all()

@@ -21,7 +21,7 @@ CONFIG = Config(
     batch_size=8,
     grad_accum_steps=4,
     max_steps=60,
-    model=ModelConfig(vocab_size=257, context=8, layers=2, heads=2, width=16, hidden=24, dtype="float32"),
+    model=ModelConfig(vocab_size=257, context=8, layers=2, heads=2, width=16, mlp_width=24, precision="float32"),
     optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, muon_learning_rate=0.03, warmup_steps=3, clip_norm=10.0),
 )
 WHOLE = replace(CONFIG, batch_size=32, grad_accum_steps=1)
@@ -80,7 +80,7 @@ def poisoned_step(start):
 
 @pytest.mark.parametrize("slices", [1, 4])
 def test_batch_8_accumulated_4_times_is_batch_32_once(start, accumulated, slices):
-    step = train_step(replace(WHOLE, slices=slices))
+    step = train_step(replace(WHOLE, microbatch_chunks=slices))
     state, reports = run(step, start, micro_batches(8).reshape(2, 32, 9))
     pairs = [(accumulated[1][3], reports[0]), (accumulated[1][7], reports[1])]
     for a, b in pairs:
@@ -155,7 +155,7 @@ def test_the_state_is_donated_buffer_by_buffer(start):
 
 @pytest.mark.parametrize("slices", [1, 4])
 def test_a_step_that_the_host_takes_is_the_one_that_the_device_takes(start, accumulated, slices):
-    by_host = replace(CONFIG, slices=slices, model=replace(CONFIG.model, loops="unrolled"))
+    by_host = replace(CONFIG, microbatch_chunks=slices, model=replace(CONFIG.model, loops="unrolled"))
     state, reports = run(train_step(by_host), start, micro_batches(8))
 
     def assert_close(a, b, atol=0.0):

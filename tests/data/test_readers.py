@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jaxlm.data import readers
 from jaxlm.data.readers import read_pieces, read_text
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 MARK = "<|endoftext|>"
 WORDS = [
@@ -103,7 +103,7 @@ def test_zst_files_of_several_frames(tmp_path):
     assert as_documents(read_pieces([path])) == ["one two"]
     for bad in (packed[:-3], b"not zstd"):
         path.write_bytes(bad)
-        with pytest.raises(RequestError, match="check the file"):
+        with pytest.raises(UsageError, match="check the file"):
             list(read_pieces([path]))
 
 
@@ -164,7 +164,7 @@ GOOD_LINE = b'{"text": "good"}\n'
 )
 def test_bad_files_are_refused_in_one_line(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(RequestError, match=says) as refused:
+    with pytest.raises(UsageError, match=says) as refused:
         list(read_pieces([tmp_path / name]))
     assert str(tmp_path / name) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -176,7 +176,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, content, says):
 )
 def test_parquet_without_text_is_refused(tmp_path, columns, says):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(RequestError, match=says):
+    with pytest.raises(UsageError, match=says):
         list(read_pieces([tmp_path / "a.parquet"]))
 
 
@@ -185,5 +185,5 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     for name, says in (("a.parquet", r'pip install "jaxlm\[parquet\]"'), ("a.txt.zst", "pip install backports.zstd")):
         (tmp_path / name).write_bytes(b"anything")
-        with pytest.raises(RequestError, match=says):
+        with pytest.raises(UsageError, match=says):
             list(read_pieces([tmp_path / name]))

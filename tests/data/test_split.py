@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.readers import Piece
 from jaxlm.data.split import measure, split
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 
 def corpus_of(documents, piece=5):
@@ -29,7 +29,7 @@ def test_few_documents_are_split_by_characters(documents, fraction):
     text = "".join(documents)
     place = int(len(text) * (1 - fraction))
     if not 0 < place < len(text):
-        with pytest.raises(RequestError, match="too few to split"):
+        with pytest.raises(UsageError, match="too few to split"):
             split_documents(corpus_of(documents), fraction)
         return
     train, val = split_documents(corpus_of(documents), fraction)
@@ -51,7 +51,7 @@ def test_many_documents_are_split_whole_and_evenly(count, fraction):
 
 
 def test_too_small_a_fraction_of_many_documents_is_refused():
-    with pytest.raises(RequestError, match="of 200 documents is none"):
+    with pytest.raises(UsageError, match="of 200 documents is none"):
         split_documents(corpus_of(["text"] * 200), 0.001)
 
 

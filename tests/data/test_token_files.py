@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxlm.data.token_files import open_tokens, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 
 def windows_of(ids, context):
@@ -160,7 +160,7 @@ GOOD = list(range(250))
 )
 def test_files_that_do_not_fit_are_refused(tmp_path, train, val, meta, says):
     write(tmp_path, train, val, meta)
-    with pytest.raises(RequestError, match=says) as refused:
+    with pytest.raises(UsageError, match=says) as refused:
         open_tokens(tmp_path, 300, 10)
     assert "\n" not in str(refused.value)
 
@@ -178,24 +178,24 @@ def test_a_flipped_bit_of_what_was_prepared_is_found(tmp_path, name):
     held = bytearray((tmp_path / name).read_bytes())
     held[200] ^= 1
     (tmp_path / name).write_bytes(held)
-    with pytest.raises(RequestError, match=r"not those that meta.json tells of"):
+    with pytest.raises(UsageError, match=r"not those that meta.json tells of"):
         open_tokens(tmp_path, 300, 10)
 
 
 def test_missing_odd_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(RequestError, match=r"train.bin is missing: make it with python -m jaxlm.prepare"):
+    with pytest.raises(UsageError, match=r"train.bin is missing: make it with python -m jaxlm.prepare"):
         open_tokens(tmp_path / "nowhere", 300, 10)
-    with pytest.raises(RequestError, match=r"train.bin is missing"):
+    with pytest.raises(UsageError, match=r"train.bin is missing"):
         open_tokens(tmp_path / ("x" * 300), 300, 10)
     write(tmp_path, GOOD, GOOD)
     (tmp_path / "train.bin").write_bytes(b"x" * 501)
-    with pytest.raises(RequestError, match="501 bytes"):
+    with pytest.raises(UsageError, match="501 bytes"):
         open_tokens(tmp_path, 300, 10)
     write(tmp_path, GOOD, GOOD)
     for damaged in (b"[", b"[" * 100_000, b"[]", b"null", b'{"train": {}}', b"\xff", b"9" * 5000):
         (tmp_path / "meta.json").write_bytes(damaged)
-        with pytest.raises(RequestError, match="damaged"):
+        with pytest.raises(UsageError, match="damaged"):
             open_tokens(tmp_path, 300, 10)
     (tmp_path / "val.bin").unlink()
-    with pytest.raises(RequestError, match=r"val.bin is missing"):
+    with pytest.raises(UsageError, match=r"val.bin is missing"):
         open_tokens(tmp_path, 300, 10)

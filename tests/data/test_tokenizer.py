@@ -13,7 +13,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from jaxlm.data import tokenizer
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 SIZES = [257, 300, 1000, 4096, 50257]
 
@@ -128,7 +128,7 @@ def test_lone_surrogates_and_broken_utf8_do_not_fail():
 
 @pytest.mark.parametrize("size", [-1, 0, 256, 50258])
 def test_sizes_outside_the_vocabulary_are_refused(size):
-    with pytest.raises(RequestError, match="257 to 50257"):
+    with pytest.raises(UsageError, match="257 to 50257"):
         load_tokenizer(size)
 
 
@@ -136,10 +136,10 @@ def test_a_damaged_vocabulary_is_refused(monkeypatch, tmp_path):
     packaged = tokenizer.resources.files("jaxlm.data").joinpath("gpt2.tiktoken").read_bytes()
     (tmp_path / "gpt2.tiktoken").write_bytes(packaged.replace(b"IQ== 0\n", b"Ig== 0\n", 1))
     monkeypatch.setattr(tokenizer.resources, "files", lambda package: tmp_path)
-    with pytest.raises(RequestError, match="reinstall"):
+    with pytest.raises(UsageError, match="reinstall"):
         load_tokenizer.__wrapped__(50257)
     (tmp_path / "gpt2.tiktoken").unlink()
-    with pytest.raises(RequestError, match="reinstall"):
+    with pytest.raises(UsageError, match="reinstall"):
         load_tokenizer.__wrapped__(50257)
 
 

@@ -14,7 +14,7 @@ import pytest
 from jaxlm.config import Config, ModelConfig
 from jaxlm.device import backend
 from jaxlm.device.backend import APPLE, SLICE_TOKENS, available_memory, resolve_run
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from tests.tiny_run import is_one_line
 
 PROGRAM = """
@@ -83,21 +83,21 @@ def test_a_jax_whose_cache_is_unsound_keeps_nothing(tmp_path):
 def test_without_slices_as_few_are_taken_as_fit(batch, context):
     config = Config(batch_size=batch, model=ModelConfig(context=context))
     found = resolve_run(config, jax.devices("cpu")[0])
-    assert found.slice_size * found.slices == batch
-    assert found.slice_size == 1 or found.slice_size * context <= SLICE_TOKENS
-    larger = [size for size in range(found.slice_size + 1, batch + 1) if batch % size == 0]
+    assert found.chunk_size * found.microbatch_chunks == batch
+    assert found.chunk_size == 1 or found.chunk_size * context <= SLICE_TOKENS
+    larger = [size for size in range(found.chunk_size + 1, batch + 1) if batch % size == 0]
     assert all(size * context > SLICE_TOKENS for size in larger)
-    assert (found.model.dtype, found.model.remat) == ("float32", True)
+    assert (found.model.precision, found.model.remat) == ("float32", True)
 
 
 @pytest.mark.parametrize("platform", APPLE)
 def test_an_apple_gpu_takes_a_sequence_at_a_time_recomputes_nothing_and_gets_no_loops(platform):
     device = SimpleNamespace(platform=platform)
     found = resolve_run(Config(), device)
-    assert (found.slice_size, found.model.remat, found.model.loops) == (1, False, "unrolled")
-    assert (found.model.dtype, found.model.attention, found.model.kernels) == ("float32", "plain", "plain")
-    told = resolve_run(Config(slices=8, model=ModelConfig(loops="compiled")), device)
-    assert (told.slices, told.model.remat, told.model.loops) == (8, True, "compiled")
+    assert (found.chunk_size, found.model.remat, found.model.loops) == (1, False, "unrolled")
+    assert (found.model.precision, found.model.attention, found.model.kernels) == ("float32", "plain", "plain")
+    told = resolve_run(Config(microbatch_chunks=8, model=ModelConfig(loops="compiled")), device)
+    assert (told.microbatch_chunks, told.model.remat, told.model.loops) == (8, True, "compiled")
     assert resolve_run(Config(), jax.devices("cpu")[0]).model.loops == "compiled"
 
 
@@ -106,30 +106,30 @@ def test_sums_that_an_apple_gpu_computes_wrong_are_refused_by_the_setting_to_cha
     device, cpu = SimpleNamespace(platform=platform), jax.devices("cpu")[0]
 
     def run(**sizes):
-        slices = sizes.pop("slices", 1)
-        return Config(batch_size=7, slices=slices, model=ModelConfig(**{"context": 31, "heads": 1} | sizes))
+        slices = sizes.pop("microbatch_chunks", 1)
+        return Config(batch_size=7, microbatch_chunks=slices, model=ModelConfig(**{"context": 31, "heads": 1} | sizes))
 
     for wrong, setting in (
-        (run(context=4681), "slices"),  # 7 x 4681
+        (run(context=4681), "microbatch_chunks"),  # 7 x 4681
         (run(width=32768), "model.width"),
-        (run(hidden=32767), "model.hidden"),
-        (run(context=32767, slices=7), "model.context"),
+        (run(mlp_width=32767), "model.mlp_width"),
+        (run(context=32767, microbatch_chunks=7), "model.context"),
     ):
-        with pytest.raises(RequestError, match=rf"32,767 .* set .*{setting}") as caught:
+        with pytest.raises(UsageError, match=rf"32,767 .* set .*{setting}") as caught:
             resolve_run(wrong, device)
         assert is_one_line(caught.value)
         assert resolve_run(wrong, cpu).model.loops == "compiled"
-    for right in (run(context=4680), run(width=32764), run(hidden=32766), run(context=32766, slices=7)):
+    for right in (run(context=4680), run(width=32764), run(mlp_width=32766), run(context=32766, microbatch_chunks=7)):
         resolve_run(right, device)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
-def test_jax_metal_is_asked_for_nothing_in_bfloat16(dtype):
-    config = Config(model=ModelConfig(dtype=dtype))
-    with pytest.raises(RequestError, match="set it to float32") as caught:
+@pytest.mark.parametrize("precision", ["bf16", "bf16_matmul"])
+def test_jax_metal_is_asked_for_nothing_in_bfloat16(precision):
+    config = Config(model=ModelConfig(precision=precision))
+    with pytest.raises(UsageError, match="set it to float32") as caught:
         resolve_run(config, SimpleNamespace(platform="METAL"))
     assert is_one_line(caught.value)
-    assert resolve_run(config, SimpleNamespace(platform="mps")).model.dtype == dtype
+    assert resolve_run(config, SimpleNamespace(platform="mps")).model.precision == precision
 
 
 @pytest.mark.parametrize("set_before", [None, "1"])
@@ -148,9 +148,9 @@ def test_a_gpu_takes_a_micro_batch_at_once_unless_told_otherwise(remat):
     gpu = SimpleNamespace(platform="gpu", compute_capability="8.0")
     config = Config(model=ModelConfig(remat=remat))
     found = resolve_run(config, gpu)
-    assert (found.slices, found.model.remat, found.model.dtype) == (1, False, "bfloat16")
-    told = resolve_run(replace(config, slices=8), gpu)
-    assert (told.slices, told.model.remat) == (8, remat)
+    assert (found.microbatch_chunks, found.model.remat, found.model.precision) == (1, False, "bf16")
+    told = resolve_run(replace(config, microbatch_chunks=8), gpu)
+    assert (told.microbatch_chunks, told.model.remat) == (8, remat)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux tells there what memory it has")

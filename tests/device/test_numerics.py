@@ -24,17 +24,17 @@ from jaxlm.errors import RunError
 
 CONFIG = Config(
     batch_size=4,
-    slices=2,
+    microbatch_chunks=2,
     grad_accum_steps=3,
     max_steps=60,
-    model=ModelConfig(vocab_size=700, context=20, layers=2, heads=2, width=16, hidden=24, dtype="float32"),
+    model=ModelConfig(vocab_size=700, context=20, layers=2, heads=2, width=16, mlp_width=24, precision="float32"),
     optimizer=OptimizerConfig(warmup_steps=3),
     sample=SampleConfig(texts=3, tokens=4),
 )
 UNROLLED = replace(CONFIG, model=replace(CONFIG.model, loops="unrolled", remat=False))
 CPU = jax.devices("cpu")[0]
 STAND_IN = SimpleNamespace(platform="mps", device_kind="a stand-in", client=SimpleNamespace(platform_version="1"))
-TOKENS = CONFIG.slice_size * CONFIG.model.context  # that a weight's gradient is summed over
+TOKENS = CONFIG.chunk_size * CONFIG.model.context  # that a weight's gradient is summed over
 
 
 def forms(**model):
@@ -45,10 +45,10 @@ def forms(**model):
 @pytest.mark.parametrize(
     "config",
     [
-        forms(dtype="bfloat16"),
+        forms(precision="bf16"),
         replace(
             forms(loops="unrolled", remat=False, output_init="zero", tied=False, kv_heads=1),
-            slices=1,
+            microbatch_chunks=1,
             grad_accum_steps=1,
             optimizer=OptimizerConfig("muon", warmup_steps=0),
         ),
@@ -99,7 +99,7 @@ def failing(monkeypatch, trained, config, kind, primitive, damage):
 
     monkeypatch.setattr(numerics, "_trained", trained)
     # flax draws the parameters that it is given once more, to see their shapes: not jitted, row by row
-    monkeypatch.setattr(model, "near_normal", lambda key, shape, std: jnp.zeros(shape))
+    monkeypatch.setattr(model, "approx_normal_init", lambda key, shape, std: jnp.zeros(shape))
     for other in {"random", "sampling", "training"} - {kind}:
         monkeypatch.setattr(numerics, f"_{other}", lambda *_: ())
     monkeypatch.setattr(numerics, "compute", compute)
@@ -118,7 +118,7 @@ def product_over_many(result, operands, parameters):
 
 
 def one_row_of_a_product(result, operands, parameters):
-    return result.at[-1].multiply(0.5) if result.shape == (CONFIG.model.width, CONFIG.model.hidden) else result
+    return result.at[-1].multiply(0.5) if result.shape == (CONFIG.model.width, CONFIG.model.mlp_width) else result
 
 
 def sum_of_many(result, operands, parameters):

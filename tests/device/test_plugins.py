@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from jaxlm.device import backend, plugins
-from jaxlm.device.plugins import Plugin, Unfit, check_versions, choose, installed
-from jaxlm.errors import RequestError
+from jaxlm.device.plugins import Plugin, PluginError, check_versions, choose, installed
+from jaxlm.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -107,7 +107,7 @@ def test_nothing_is_run_where_there_is_no_plugin(monkeypatch, capsys):
     assert choose("auto") == choose("cpu") == ("cpu", "")
     assert capsys.readouterr() == ("", "")
     for platform in ("cuda", "mps", "metal"):
-        with pytest.raises(RequestError, match=f"{platform} is not here"):
+        with pytest.raises(UsageError, match=f"{platform} is not here"):
             choose(platform)
 
 
@@ -136,7 +136,7 @@ def test_an_unfit_plugin_is_named_with_the_versions_and_what_it_did(install, way
     assert SOUND.count(sound) == 1
     install("jax-mps", "0.10.11", "mps", SOUND.replace(sound, instead))
     version = plugins.version_of("jax")
-    with pytest.raises(RequestError, match=rf"jax-mps 0\.10\.11 \(with jax {version}, jaxlib {version}\).*{what}"):
+    with pytest.raises(UsageError, match=rf"jax-mps 0\.10\.11 \(with jax {version}, jaxlib {version}\).*{what}"):
         choose("mps")
 
 
@@ -176,7 +176,7 @@ def test_the_first_fit_plugin_is_taken_and_unfit_ones_are_tried_anew(monkeypatch
     def probe(plugin):
         tried.append(plugin)
         if plugin == cuda:
-            raise Unfit("finds no device")
+            raise PluginError("finds no device")
         return plugin.platform.upper()
 
     monkeypatch.setattr(plugins, "probe", probe)
@@ -185,7 +185,7 @@ def test_the_first_fit_plugin_is_taken_and_unfit_ones_are_tried_anew(monkeypatch
         assert choose("auto")[0] == "MPS"
         assert "Computing without jax-cuda 1" in capsys.readouterr().err
     assert choose("metal")[0] == "METAL"
-    with pytest.raises(RequestError, match=r"jax-cuda 1 .* finds no device"):
+    with pytest.raises(UsageError, match=r"jax-cuda 1 .* finds no device"):
         choose("cuda")
     assert tried == [cuda, mps, cuda, metal, cuda]
 
@@ -206,7 +206,7 @@ def test_jax_metal_is_refused_beside_any_other_jax(install, monkeypatch, jax, ja
     install("jaxlib", jaxlib)
     monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(
-        RequestError, match=rf"jax-metal 0\.1\.1 \(with jax {jax}, jaxlib {jaxlib}\).* jax==0\.4\.34"
+        UsageError, match=rf"jax-metal 0\.1\.1 \(with jax {jax}, jaxlib {jaxlib}\).* jax==0\.4\.34"
     ) as caught:
         choose("metal")
     assert len(str(caught.value).splitlines()) == 1
@@ -218,9 +218,7 @@ def test_jax_metal_is_refused_where_the_environment_names_its_platform_too(insta
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", "METAL")
     try:
-        with pytest.raises(
-            RequestError, match=r"jax-metal 0\.1\.1 \(with jax 0\.10\.2,.*JAX_PLATFORMS.* jax==0\.4\.34"
-        ):
+        with pytest.raises(UsageError, match=r"jax-metal 0\.1\.1 \(with jax 0\.10\.2,.*JAX_PLATFORMS.* jax==0\.4\.34"):
             backend.start("auto")
     finally:
         jax.config.update("jax_platforms", before)

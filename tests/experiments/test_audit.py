@@ -53,7 +53,7 @@ def test_the_step_of_other_devices_is_refused_by_the_lines_of_its_loops_and_bran
     assert {violation.operation for violation in wrong} == {"case"} | ({"while"} if platform == "METAL" else set())
     lines = {
         "case": {"cond("},
-        "while": {"scan(", "recomputed_blocks("},
+        "while": {"scan(", "remat_blocks("},
     }  # or of what has a backward pass
     for violation in wrong:
         name, line = violation.line.split(":")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.layers import rope, rope_table
+from jaxlm.core.layers import rope, rope_cos_sin
 from jaxlm.core.model import init_params
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.interop.gguf import neighbours, write_gguf
@@ -14,7 +14,7 @@ from jaxlm.interop.huggingface import named_tensors
 
 gguf = pytest.importorskip("gguf")
 
-SIZES = {"vocab_size": 300, "context": 16, "layers": 2, "heads": 4, "kv_heads": 2, "width": 64, "hidden": 96}
+SIZES = {"vocab_size": 300, "context": 16, "layers": 2, "heads": 4, "kv_heads": 2, "width": 64, "mlp_width": 96}
 CONFIG = ModelConfig(**SIZES, rope_theta=500.0, norm_eps=1e-5)
 
 
@@ -88,14 +88,16 @@ def test_every_tensor_is_there_and_says_what_the_parameters_say(written, params)
 
 def test_turning_neighbours_of_the_rows_in_their_new_order_is_turning_halves():
     w_QD, x_D = np.random.default_rng(0).normal(size=(2 * 8, 6)), np.random.default_rng(1).normal(size=6)
-    halves = np.asarray(rope(jnp.float32(w_QD @ x_D).reshape(1, 1, 2, 8), rope_table(np.array([[5]]), 8, 100.0)))[0, 0]
+    halves = np.asarray(rope(jnp.float32(w_QD @ x_D).reshape(1, 1, 2, 8), rope_cos_sin(np.array([[5]]), 8, 100.0)))[
+        0, 0
+    ]
     pairs = (neighbours(w_QD, 2) @ x_D).reshape(2, 4, 2)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(5j * 100.0 ** (-np.arange(4) / 4))
     np.testing.assert_allclose(np.concatenate([turned.real, turned.imag], axis=-1), halves, rtol=1e-4)
 
 
 def test_rows_that_fill_no_block_of_32_stay_16_bits(tmp_path):
-    narrow = ModelConfig(vocab_size=300, context=16, layers=1, heads=2, width=16, hidden=32)
+    narrow = ModelConfig(vocab_size=300, context=16, layers=1, heads=2, width=16, mlp_width=32)
     write_gguf(tmp_path / "model.gguf", narrow, init_params(narrow, jax.random.key(0)), "q8_0")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert kinds["blk.0.ffn_up.weight"] == "F16"

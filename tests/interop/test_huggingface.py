@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 from jaxlm.config import Config, ModelConfig, SampleConfig
 from jaxlm.core.model import init_params
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
-from jaxlm.errors import RequestError, RunError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import ForeignTokenizer, check_init, read_params, read_sizes, read_tokenizer, write_model
 from tests.tiny_run import is_one_line, listing
 
-SIZES = {"vocab_size": 300, "context": 16, "layers": 3, "heads": 4, "width": 16, "hidden": 24}
+SIZES = {"vocab_size": 300, "context": 16, "layers": 3, "heads": 4, "width": 16, "mlp_width": 24}
 MODELS = {
     "tied": ModelConfig(**SIZES),
     "shared": ModelConfig(**SIZES, kv_heads=2, tied=False, rope_theta=500_000.0, norm_eps=1e-5),
@@ -165,7 +165,7 @@ def test_a_config_json_as_others_write_it(folder, said, expected):
 )
 def test_a_model_that_this_one_cannot_be_is_refused(folder, said, named):
     change(folder / "config.json", **said)
-    with pytest.raises(RequestError, match=named) as caught:
+    with pytest.raises(UsageError, match=named) as caught:
         read_sizes(folder)
     assert is_one_line(caught.value)
     assert str(folder / "config.json") in str(caught.value)
@@ -190,7 +190,7 @@ def spoil_tensors(folder, spoil):
 )
 def test_tensors_that_are_not_those_of_its_sizes_are_refused(folder, spoil, named):
     spoil_tensors(folder, spoil)
-    with pytest.raises(RequestError, match=named) as caught:
+    with pytest.raises(UsageError, match=named) as caught:
         read_params(folder, MODELS["tied"])
     assert is_one_line(caught.value)
 
@@ -209,7 +209,7 @@ def test_a_damaged_or_missing_file_is_refused_by_name(folder, name, held):
     (folder / name).unlink()
     if held is not None:
         (folder / name).write_bytes(held)
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         model = read_sizes(folder)
         read_tokenizer(folder, model.vocab_size)
         read_params(folder, model)
@@ -220,7 +220,7 @@ def test_a_damaged_or_missing_file_is_refused_by_name(folder, name, held):
 @pytest.mark.parametrize("listed", [None, [], {"a": 3}, {"a": "elsewhere.safetensors"}])
 def test_an_index_of_nothing_is_refused(folder, listed):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
-    with pytest.raises(RequestError, match=r"index\.json|elsewhere"):
+    with pytest.raises(UsageError, match=r"index\.json|elsewhere"):
         read_params(folder, MODELS["tied"])
 
 
@@ -228,7 +228,7 @@ def test_a_run_of_other_sizes_is_told_the_flags_that_mend_it(folder):
     fits = Config(model=dataclasses.replace(MODELS["tied"], context=8), init_from=str(folder))
     check_init(fits)
     other = dataclasses.replace(fits, model=dataclasses.replace(fits.model, layers=2, tied=False))
-    with pytest.raises(RequestError, match=r"--config\.model\.layers=3 --config\.model\.tied=True$") as caught:
+    with pytest.raises(UsageError, match=r"--config\.model\.layers=3 --config\.model\.tied=True$") as caught:
         check_init(other)
     assert is_one_line(caught.value)
 
@@ -239,14 +239,14 @@ def test_a_run_cannot_begin_with_another_tokenizer(folder):
     spoken["model"]["vocab"] = {"!": 0, "b": 1, "<|endoftext|>": 299}
     spoken["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(spoken))
-    with pytest.raises(RequestError, match="tokenizer"):
+    with pytest.raises(UsageError, match="tokenizer"):
         check_init(Config(model=MODELS["tied"], init_from=str(folder)))
 
 
 def test_without_the_package_another_tokenizer_is_refused_with_its_name(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert isinstance(read_tokenizer(folder, 300), Tokenizer)
-    with pytest.raises(RequestError, match="pip install tokenizers") as caught:
+    with pytest.raises(UsageError, match="pip install tokenizers") as caught:
         read_tokenizer(folder, 299)
     assert is_one_line(caught.value)
 

@@ -18,8 +18,8 @@ PRESET = from_config_dict(m2_60m.get_config())
 SMALL = dataclasses.replace(
     Config(),
     batch_size=4,
-    slices=2,
-    model=ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32"),
+    microbatch_chunks=2,
+    model=ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, mlp_width=24, precision="float32"),
 )
 
 
@@ -54,7 +54,7 @@ def test_the_memory_of_a_step_is_that_of_all_it_holds(loops):
     state = jax.eval_shape(lambda: init_state(config))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
-    residual_stream = 2 * config.slice_size * 16 * 16 * 4  # of two layers
+    residual_stream = 2 * config.chunk_size * 16 * 16 * 4  # of two layers
     assert memory.step > held + gradients + residual_stream
 
 
@@ -62,7 +62,7 @@ def test_fewer_slices_take_more_memory():
     config = dataclasses.replace(SMALL, batch_size=64)
     sizes = [
         step_memory(other, compile_step(other)).temporaries
-        for other in (dataclasses.replace(config, slices=slices) for slices in (64, 1))
+        for other in (dataclasses.replace(config, microbatch_chunks=slices) for slices in (64, 1))
     ]
     assert sizes[0] < sizes[1] / 8
 

@@ -14,7 +14,7 @@ from jaxlm.cli import read_config
 from jaxlm.config import to_dict
 from jaxlm.errors import RunError
 from jaxlm.planner import measure
-from jaxlm.planner.measure import Measured
+from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.run.memory import least_memory
 from tests import tiny_run
 from tests.tiny_run import listing
@@ -35,7 +35,7 @@ def measured(**changes):
     times = dict.fromkeys(("start", "first", "update", "evaluation", "samples", "save", "saving", "end"), 0.0)
     sizes = dict.fromkeys(("peak_bytes", "checkpoint_bytes", "model_bytes"), 1)
     step = {"step": 1.0, "step_fast": 1.0, "step_slow": 1.0, "flops_per_second": 1e9}
-    return Measured(batch_size=2, grad_accum_steps=2, slices=2, **times | sizes | step | changes)
+    return BenchmarkResult(batch_size=2, grad_accum_steps=2, microbatch_chunks=2, **times | sizes | step | changes)
 
 
 @pytest.mark.slow
@@ -74,12 +74,12 @@ def test_the_short_run_ends_with_the_process_that_asked_for_it(config, tmp_path)
 def test_whole_steps_are_taken_as_they_were_measured(config):
     s = measure.seconds(config, measured(evaluation=0.5, saving=3.0, end=2.0, start=4.0, first=1.5), 21)
     assert (s.step, s.start, s.end) == (1.0, 5.5, 5.0)
-    assert config.slice_size == 2
+    assert config.chunk_size == 2
     assert (s.evaluation, s.last_evaluation) == (1.0, 5.5)  # 4 windows, and 21, two at a time
 
 
 def test_a_slice_is_taken_as_often_as_the_step_has_slices_and_the_update_once_a_micro_batch():
-    config, _ = read_config(["--config", "tiny.py", "--config.batch_size=8", "--config.slices=4"])
+    config, _ = read_config(["--config", "tiny.py", "--config.batch_size=8", "--config.microbatch_chunks=4"])
     s = measure.seconds(config, measured(step=1.25, update=0.25), 0)
     assert s.step == 2 * (4 * 1.0 + 0.25)
 

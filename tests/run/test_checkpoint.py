@@ -14,13 +14,13 @@ import pytest
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core.checksum import checksums
 from jaxlm.core.train_step import init_state, make_train_step
-from jaxlm.errors import DamagedError, RequestError, RunError
+from jaxlm.errors import CorruptCheckpointError, RunError, UsageError
 from jaxlm.run import checkpoint
 from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 from jaxlm.storage import atomic
 from tests.tiny_run import assert_same_bits, disk_room, is_one_line
 
-MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, hidden=24, dtype="float32")
+MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, mlp_width=24, precision="float32")
 CONFIG = Config(batch_size=2, grad_accum_steps=2, max_steps=100, model=MODEL, optimizer=OptimizerConfig(warmup_steps=1))
 META = {"config": {"é": [1, None, 2.5]}, "tokens": {}, "seconds": 0.1}
 CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -159,7 +159,7 @@ def whole_or_damaged(tmp_path, trained):
     """Whether the state comes back: all of it, bit for bit, or not at all, for a reason in one line."""
     try:
         assert_same_bits(Checkpoints(tmp_path).state(3, like(), CPU), trained)
-    except DamagedError as error:
+    except CorruptCheckpointError as error:
         assert is_one_line(error)
         return False
     return True
@@ -200,7 +200,7 @@ def test_arrays_other_than_the_trained_ones_are_refused_though_each_file_is_as_i
         patch.setattr(checkpoint, "checksums", lambda tree: of_trained if tree is altered.params else checksums(tree))
         checkpoints.save(3, altered, META)
         checkpoints.wait()
-    with pytest.raises(DamagedError, match=r"^params\['.*\] does not match its checksum$"):
+    with pytest.raises(CorruptCheckpointError, match=r"^params\['.*\] does not match its checksum$"):
         checkpoints.state(3, like(), CPU)
 
 
@@ -209,13 +209,13 @@ def test_the_reason_names_the_file(checkpoints, tmp_path, name):
     path = tmp_path / DIRECTORY / "3" / name
     held = path.read_bytes()
     path.write_bytes(held[:-1] + b" ")
-    with pytest.raises(DamagedError, match=f"^{name} is not as it was saved$"):
+    with pytest.raises(CorruptCheckpointError, match=f"^{name} is not as it was saved$"):
         checkpoints.state(3, like(), CPU)
     path.unlink()
-    with pytest.raises(DamagedError, match=f"^{name} is missing$"):
+    with pytest.raises(CorruptCheckpointError, match=f"^{name} is missing$"):
         checkpoints.state(3, like(), CPU)
     os.mkfifo(path)
-    with pytest.raises(DamagedError, match=f"^{name} is missing$"):
+    with pytest.raises(CorruptCheckpointError, match=f"^{name} is missing$"):
         checkpoints.state(3, like(), CPU)
 
 
@@ -245,7 +245,7 @@ def test_a_list_of_files_leads_nowhere_else(checkpoints, tmp_path):
 )
 def test_a_list_of_files_that_is_none_is_refused_in_one_line(checkpoints, tmp_path, held):
     (tmp_path / DIRECTORY / "3" / "files.json").write_bytes(held)
-    with pytest.raises(DamagedError) as caught:
+    with pytest.raises(CorruptCheckpointError) as caught:
         checkpoints.state(3, like(), CPU)
     assert is_one_line(caught.value)
 
@@ -284,7 +284,7 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_after_it_are_named(three,
 
 def test_when_none_is_whole_each_is_named_with_its_reason_and_left_alone(three, tmp_path):
     empty(tmp_path, 1, 3, 5)
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         three.newest(load_with(three), three.steps())
     assert is_one_line(caught.value)
     assert all(f"checkpoints/{step}: " in str(caught.value) for step in (1, 3, 5))

@@ -22,9 +22,9 @@ from jaxlm.device import backend  # noqa: F401  (its import settles how jax draw
 from jaxlm.run.checkpoint import Checkpoints
 
 SAVED = Path(__file__).parents[1] / "checkpoints"
-MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=2, width=8, hidden=8, dtype="float32")
+MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=2, width=8, mlp_width=8, precision="float32")
 OPTIMIZER = OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
-CONFIG = Config(batch_size=8, grad_accum_steps=2, slices=1, max_steps=20, model=MODEL, optimizer=OPTIMIZER)
+CONFIG = Config(batch_size=8, grad_accum_steps=2, microbatch_chunks=1, max_steps=20, model=MODEL, optimizer=OPTIMIZER)
 SAVED_AT, LAST = 4, 8  # steps
 train_step = functools.cache(make_train_step)
 ONE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -61,7 +61,7 @@ def write(place):
 @pytest.mark.parametrize("version", ["jax-0.4.34", "jax-0.10.2"])
 @pytest.mark.parametrize("slices", [1, 4])
 def test_a_checkpoint_of_either_version_goes_on_under_this_one_and_with_other_slices(version, slices):
-    config = dataclasses.replace(CONFIG, slices=slices)
+    config = dataclasses.replace(CONFIG, microbatch_chunks=slices)
     _, losses = losses_from(restore(SAVED / version, config=config), config)
     assert losses == pytest.approx(json.loads((SAVED / version / "losses.json").read_text()), rel=1e-5)
     assert len(losses) == LAST - SAVED_AT

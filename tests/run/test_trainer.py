@@ -19,7 +19,7 @@ import pytest
 from jaxlm.core.model import Decoder, loss_and_gradient
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.data.token_files import train_batch_stream
-from jaxlm.errors import RequestError, RunError, Stopped
+from jaxlm.errors import RunError, Stopped, UsageError
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.monitor import Monitor
@@ -107,7 +107,7 @@ def test_the_model_learns(console):
 
 @pytest.mark.slow
 def test_a_run_of_programs_without_loops_leaves_the_same_losses_and_texts(console):
-    train("written-out", "--config.model.loops=unrolled", "--config.slices=2")
+    train("written-out", "--config.model.loops=unrolled", "--config.microbatch_chunks=2")
     for found, expected in zip(
         rows("written-out/metrics.jsonl"), without_clock(rows("whole/metrics.jsonl")), strict=True
     ):
@@ -187,7 +187,7 @@ def test_the_last_validation_is_over_the_whole_text(console):
     config = tiny_run.resolved(config_of("whole"))
     ids = np.fromfile("tokens/val.bin", "<u2")
     assert (len(ids) - 1) % config.model.context
-    assert len(ids) > 2 * config.data.eval_windows * config.model.context
+    assert len(ids) > 2 * config.data.eval_sequences * config.model.context
     last = rows("whole/metrics.jsonl")[-1]
     expected = whole_validation(saved_state("whole", LAST).params, config, ids)
     assert last["val_loss"] == pytest.approx(expected, rel=1e-5)
@@ -318,7 +318,7 @@ def test_a_finished_run_started_again_does_nothing(console):
 )
 def test_a_work_directory_of_other_settings_is_refused_with_the_difference(console, flag):
     before = tiny_run.listing(Path("whole"))
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         train("whole", f"--config.{flag}")
     assert is_one_line(caught.value)
     name, value = flag.split("=")
@@ -330,7 +330,7 @@ def test_a_work_directory_of_other_settings_is_refused_with_the_difference(conso
 def test_a_checkpoint_of_other_settings_is_refused_though_config_json_is_gone(console):
     shutil.copytree("whole", "nameless")
     Path("nameless/config.json").unlink()
-    with pytest.raises(RequestError, match="seed is 1"):
+    with pytest.raises(UsageError, match="seed is 1"):
         train("nameless", "--config.seed=1")
 
 
@@ -341,8 +341,8 @@ def test_what_may_change_is_accepted(console):
         "save_interval=13",
         "generation_interval=100",
         "max_steps=14",
-        "slices=2",
-        "max_skipped=3",
+        "microbatch_chunks=2",
+        "max_nonfinite_microbatches=3",
     )
     flags = [f"--config.{name}" for name in (*names, "max_checkpoints=1", "optimizer.learning_rate=1e-3")]
     shown = train("changed", *flags)
@@ -358,7 +358,7 @@ def test_what_may_change_is_accepted(console):
 def test_other_tokens_than_the_checkpoints_are_refused(console):
     tiny_run.write_text(Path("other.txt"), seed=1)
     before = tiny_run.listing(Path("whole"))
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         train("whole", "--config.data.corpus=other.txt", "--config.data.dir=other_tokens")
     assert is_one_line(caught.value)
     assert "train_" in str(caught.value)
@@ -500,7 +500,7 @@ POISONED = {0, 4, 9, 10, 15, 28}  # 9, 15 and 28 would end the steps 4, 6 and 12
 def test_micro_batches_that_are_not_finite_are_skipped_and_the_intervals_stay_exact(monkeypatch):
     poison(monkeypatch)
     ids = write_poisoned_tokens("poisoned", POISONED)
-    flags = ("--config.data.dir=poisoned", "--config.max_skipped=3")
+    flags = ("--config.data.dir=poisoned", "--config.max_nonfinite_microbatches=3")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
         at_step(patch, 10, send(signal.SIGTERM))
         train("skipping", *flags)
@@ -533,7 +533,7 @@ def given_up(place):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as caught:
         poison(patch)
         write_poisoned_tokens("hopeless", range(7, 30))
-        train("given-up", "--config.data.dir=hopeless", "--config.max_skipped=5")
+        train("given-up", "--config.data.dir=hopeless", "--config.max_nonfinite_microbatches=5")
     return caught.value, [path.name for path in Path("given-up/checkpoints").iterdir()]
 
 

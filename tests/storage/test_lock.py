@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 from jaxlm.storage.lock import only_writer
 from tests.tiny_run import is_one_line
 
@@ -36,7 +36,7 @@ def holder(tmp_path):
 
 def test_the_second_is_refused_with_the_pid_and_host_of_the_first(holder, tmp_path):
     for _ in range(2):
-        with pytest.raises(RequestError) as caught, only_writer(tmp_path):
+        with pytest.raises(UsageError) as caught, only_writer(tmp_path):
             pass
         assert is_one_line(caught.value)
         assert f"process {holder.pid} on {socket.gethostname()}" in str(caught.value)
@@ -70,7 +70,7 @@ def test_a_lock_that_is_removed_between_opening_and_locking_it_is_taken_anew(tmp
     with only_writer(tmp_path):
         assert str(os.getpid()) in (tmp_path / "lock").read_text()
         monkeypatch.undo()
-        with pytest.raises(RequestError), only_writer(tmp_path):
+        with pytest.raises(UsageError), only_writer(tmp_path):
             pass
 
 
@@ -85,5 +85,5 @@ def test_a_child_that_outlives_the_holder_does_not_hold_it(tmp_path):
 @pytest.mark.parametrize("left", ["", "not json", "[]", '{"pid": 1}'])
 def test_a_lock_file_that_says_nothing_useful_refuses_all_the_same(holder, tmp_path, left):
     (tmp_path / "lock").write_text(left)
-    with pytest.raises(RequestError, match="another process"), only_writer(tmp_path):
+    with pytest.raises(UsageError, match="another process"), only_writer(tmp_path):
         pass

@@ -14,7 +14,7 @@ from jaxlm.core import layers, loss
 from jaxlm.core.model import init_params, loss_and_gradient
 from jaxlm.core.ops import hopper
 from jaxlm.device import backend
-from jaxlm.errors import RequestError
+from jaxlm.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
@@ -86,8 +86,8 @@ def test_a_certain_and_a_hopeless_prediction(interpreted):
 
 
 def test_a_model_with_kernels_is_the_plain_one(interpreted):
-    sizes = {"vocab_size": 257, "context": 64, "layers": 2, "heads": 2, "width": 64, "hidden": 64}
-    plain = ModelConfig(**sizes, dtype="bfloat16", attention="plain", kernels="plain", remat=False)
+    sizes = {"vocab_size": 257, "context": 64, "layers": 2, "heads": 2, "width": 64, "mlp_width": 64}
+    plain = ModelConfig(**sizes, precision="bf16", attention="plain", kernels="plain", remat=False)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 65)))
     params = init_params(plain, jax.random.key(0))
     total = jax.tree.map(jnp.ones_like, params)
@@ -96,7 +96,10 @@ def test_a_model_with_kernels_is_the_plain_one(interpreted):
         run = jax.jit(functools.partial(loss_and_gradient, model))  # eager, it was seen to wait for itself
         return jax.block_until_ready(run(params, ids[:, :-1], ids[:, 1:], -0.5, total))
 
-    (found, gradients), (expected, exact) = run(replace(plain, kernels="fused")), run(replace(plain, dtype="float32"))
+    (found, gradients), (expected, exact) = (
+        run(replace(plain, kernels="fused")),
+        run(replace(plain, precision="float32")),
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-3)
     for a, b in zip(*map(jax.tree.leaves, (gradients, exact)), strict=True):
         assert off_by(a - 1, b - 1) < 8 * ROUNDING
@@ -112,9 +115,9 @@ CPU = SimpleNamespace(platform="cpu")
     [
         (HOPPER, {}, "fused"),
         (HOPPER, {"kernels": "plain"}, "plain"),
-        (HOPPER, {"dtype": "float32"}, "plain"),
+        (HOPPER, {"precision": "float32"}, "plain"),
         (HOPPER, {"width": 96, "heads": 4}, "plain"),
-        (HOPPER, {"hidden": 96}, "plain"),
+        (HOPPER, {"mlp_width": 96}, "plain"),
         (AMPERE, {}, "plain"),
         (CPU, {}, "plain"),
     ],
@@ -127,5 +130,5 @@ def test_kernels_are_chosen_where_they_fit(monkeypatch, device, settings, expect
 @pytest.mark.parametrize(("device", "version"), [(AMPERE, (0, 11, 2)), (CPU, (0, 11, 2)), (HOPPER, (0, 10, 2))])
 def test_kernels_asked_for_where_they_do_not_fit(monkeypatch, device, version):
     monkeypatch.setattr(jax, "__version_info__", version)
-    with pytest.raises(RequestError, match="kernels fused needs"):
+    with pytest.raises(UsageError, match="kernels fused needs"):
         backend.resolve(ModelConfig(kernels="fused"), device)
