@@ -41,7 +41,7 @@ from jaxlm.config import Config, from_config_dict
 from jaxlm.core.checksum import checksums
 from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import prepare_decode_params
-from jaxlm.core.sampling import decode_step, read, sampling_params, sequence_keys
+from jaxlm.core.sampling import decode_step, prefill, sampling_params, sequence_keys
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.device import backend
 from jaxlm.device.backend import WRONG_FROM
@@ -90,7 +90,7 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in (((B, PROMPT_BUCKET), np.int32), ((B,), np.int32), ((B, 2), np.uint32))
     ]
-    texts = jax.eval_shape(lambda *a: read(model, *a, new), weights, *prompts)
+    texts = jax.eval_shape(lambda *a: prefill(model, *a, new), weights, *prompts)
     choice = sampling_params(config.sample)
     return {
         "training step": [
@@ -102,7 +102,7 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
         "sampling": [
             (sequence_keys, (jax.ShapeDtypeStruct((2,), np.uint32), B)),
             (prepare_decode_params, (model, state.params)),
-            (read, (model, weights, *prompts, new)),
+            (prefill, (model, weights, *prompts, new)),
             (decode_step, (model, weights, texts, choice, np.int32(0))),
         ],
         "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state),))],

@@ -30,7 +30,7 @@ import numpy as np
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core.generate import generate
 from jaxlm.core.model import Decoder, init_params, loss_and_gradient, prepare_decode_params
-from jaxlm.core.sampling import Choice
+from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import TokenFiles, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.interop.gguf import write_gguf
@@ -83,7 +83,7 @@ def gradients(subject: Subject, ids: np.ndarray) -> dict[str, np.ndarray]:
 def greedy(subject: Subject, prompt: np.ndarray) -> list[int]:
     """jaxlm's continuation, beyond the context if need be."""
     config = replace(subject.config, context=max(subject.config.context, len(prompt) + GREEDY_TOKENS))
-    choice = Choice(np.float32(0))
+    choice = SamplingParams(np.float32(0))
     weights = prepare_decode_params(config, subject.params)
     (tokens_BN,) = generate(config, weights, [prompt.tolist()], choice, jax.random.key(0), GREEDY_TOKENS, NEVER)
     return tokens_BN[0].tolist()

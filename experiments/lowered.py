@@ -31,7 +31,7 @@ from jaxlm.config import Config, from_config_dict
 from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import init_params, prepare_decode_params
 from jaxlm.core.sampling import _decode_on_device as write_on_device
-from jaxlm.core.sampling import decode_step, read, sampling_params
+from jaxlm.core.sampling import decode_step, prefill, sampling_params
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.device import backend
 
@@ -80,10 +80,10 @@ def programs(config: Config) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in (((B, PROMPT_BUCKET), np.int32), ((B,), np.int32), ((B, 2), np.uint32))
     ]
-    texts = jax.eval_shape(lambda *a: read(model, *a, new), weights, *prompts)
+    texts = jax.eval_shape(lambda *a: prefill(model, *a, new), weights, *prompts)
     choice = sampling_params(config.sample)
     yield "decode_params", prepare_decode_params, (model, state.params)
-    yield "prefill", read, (model, weights, *prompts, new)
+    yield "prefill", prefill, (model, weights, *prompts, new)
     yield "decode_step", decode_step, (model, weights, texts, choice, np.int32(0))
     if not hasattr(step, "start"):
         yield "decode", write_on_device, (model, weights, texts, choice, np.int32(0), new)

@@ -2,7 +2,7 @@
 
     python -m experiments.overhead [--rounds 2] [--platform auto]
 
-Runs the real loop (jaxlm.run.trainer.Run) over three periods of 300 steps, in each of which the preset samples 6 times,
+Runs the real trainer over three periods of 300 steps, in each of which the preset samples 6 times,
 evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; then, from where that
 ended, the bare jitted step as often, on batches that lie ready. (A GPU at its power limit gets slower as it warms up,
 and its speed depends on the numbers.) What the loop took longer is in pauses, which its clock tells apart, or between
@@ -62,7 +62,7 @@ class RecordingClock(Clock):
         self.pauses.append((start, kind, self.seconds() - start))
 
 
-class MeasuredRun(trainer.Run):
+class MeasuredRun(trainer.Trainer):
     """A run that ends with its third period."""
 
     ends: tuple[float, ...] = ()  # of the periods

@@ -25,7 +25,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from jaxlm.data.corpus import open_corpus
-from jaxlm.data.readers import read_pieces
+from jaxlm.data.readers import read_chunks
 from jaxlm.data.tokenizer import load_tokenizer
 
 CORES = os.cpu_count() or 1
@@ -56,7 +56,7 @@ def encode(paths: list[Path], threads: int) -> Cost:
     """Encodes with tiktoken; the clock starts when the text is in memory."""
     ranks = {token: rank for rank, token in enumerate(load_tokenizer().vocabulary[:-1])}
     gpt2 = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    texts = [piece.text for piece in read_pieces(paths)]
+    texts = [piece.text for piece in read_chunks(paths)]
     began, processor_began = time.perf_counter(), time.process_time()
     if threads == 1:
         for text in texts:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     paths = args.text or [*open_corpus("novels").files] * 8
-    size = sum(len(piece.text.encode()) for piece in read_pieces(paths)) / 1e6
+    size = sum(len(piece.text.encode()) for piece in read_chunks(paths)) / 1e6
     names = ("jaxlm.prepare", "jaxlm.prepare", "encode_ordinary", f"encode_ordinary_batch, {CORES} threads")
     sizes = (size, 4 * size, size, size)
     rounds = [

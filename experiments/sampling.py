@@ -23,19 +23,19 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.core.generate import generate
 from jaxlm.core.model import init_params, prepare_decode_params
-from jaxlm.core.sampling import Choice
+from jaxlm.core.sampling import SamplingParams
 from jaxlm.device import backend
 from jaxlm.interop.gguf import write_gguf
 
 PROMPT = [464, 3616, 286, 1204]
-CASES = {"1 text": (1, 128, Choice(0.0)), "10 texts": (10, 100, Choice(1.0, 50))}
-Writer = Callable[[int, int, Choice], Any]  # texts, tokens of each, how they are chosen
+CASES = {"1 text": (1, 128, SamplingParams(0.0)), "10 texts": (10, 100, SamplingParams(1.0, 50))}
+Writer = Callable[[int, int, SamplingParams], Any]  # texts, tokens of each, how they are chosen
 
 
 def jaxlm_writer(config: ModelConfig, params: Any) -> Writer:
     weights = prepare_decode_params(config, params)
 
-    def write(texts: int, tokens: int, choice: Choice) -> None:
+    def write(texts: int, tokens: int, choice: SamplingParams) -> None:
         choice = jax.tree.map(np.asarray, choice)
         (written,) = generate(config, weights, [PROMPT] * texts, choice, jax.random.key(0), tokens, -1)
         assert written.shape == (texts, tokens)
@@ -53,7 +53,7 @@ def transformers_writer(config: ModelConfig) -> Writer:
     llama = transformers.LlamaConfig(**sizes, **layers, tie_word_embeddings=True, max_position_embeddings=1024)
     model = transformers.LlamaForCausalLM(llama).eval()
 
-    def write(texts: int, tokens: int, choice: Choice) -> None:
+    def write(texts: int, tokens: int, choice: SamplingParams) -> None:
         ids = torch.tensor([PROMPT] * texts)
         how = {"do_sample": True, "top_k": choice.top_k} if choice.temperature else {"do_sample": False}
         length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
@@ -72,7 +72,7 @@ def llama_cpp_writer(config: ModelConfig, params: Any, dtype: str, place: Path) 
     threads = os.cpu_count()
     model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def write(texts: int, tokens: int, choice: Choice) -> None:
+    def write(texts: int, tokens: int, choice: SamplingParams) -> None:
         model.reset()  # or it takes the prompt's keys and values from the last time
         for _, _ in zip(range(tokens), model.generate(PROMPT, temp=0.0, repeat_penalty=1.0), strict=False):
             pass

@@ -231,11 +231,12 @@ class Config:
         for name in (*at_least_one, "generation_interval", "max_checkpoints", "max_nonfinite_microbatches"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         _require(
-            self.microbatch_chunks >= 0, f"microbatch_chunks is {self.microbatch_chunks}: it must not be negative (0 chooses)"
+            self.microbatch_chunks >= 0,
+            f"microbatch_chunks is {self.microbatch_chunks}: it must not be negative (0 chooses)",
         )
         _require(
             self.microbatch_chunks == 0 or self.batch_size % self.microbatch_chunks == 0,
-            f"batch_size {self.batch_size} does not divide into {self.microbatch_chunks} microbatch_chunks: choose a divisor",
+            f"batch_size {self.batch_size} is not divisible by microbatch_chunks {self.microbatch_chunks}: choose a divisor",
         )
         _require(
             257 <= self.model.vocab_size <= 50_257,

@@ -19,7 +19,7 @@ from pathlib import Path
 from jaxlm.cli import ArgumentParser, read_config, run
 from jaxlm.config import Config
 from jaxlm.device import plugins
-from jaxlm.device.isolated import attempt
+from jaxlm.device.isolated import run_isolated
 from jaxlm.errors import UsageError
 from jaxlm.storage import atomic
 
@@ -104,7 +104,7 @@ def _try(plugin: plugins.Plugin, fit: list[str]) -> str:
 
 def told(arguments: Sequence[str], limit: float = LIMIT) -> str:
     """What a Python of its own prints; where it fails, that it does and the end of it."""
-    lines, failure = attempt(arguments, limit)
+    lines, failure = run_isolated(arguments, limit)
     return "\n".join([f"FAILED, {failure}", *lines[-LAST_LINES:]] if failure else lines)
 
 

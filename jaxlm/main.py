@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     from jaxlm.planner.memory import check_memory
     from jaxlm.planner.report import in_short
     from jaxlm.run.resume import check_room
-    from jaxlm.run.trainer import Run
+    from jaxlm.run.trainer import Trainer
 
     encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
     check_workdir(workdir, config)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
             numerics.require(resolved, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir):
-            training = Run(resolved, workdir, tokens, device, ready)
+            training = Trainer(resolved, workdir, tokens, device, ready)
             training.train()
     except OSError as error:
         raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error

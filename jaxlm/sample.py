@@ -22,7 +22,7 @@ from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import sampling_params
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
-from jaxlm.run.load import Writer, load, restore
+from jaxlm.run.load import LoadedModel, load, restore
 
 STREAM_CHUNK = 8  # tokens between two looks at the terminal
 TOGETHER = 16  # prompts of stdin that are continued at once
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     else:
         found = restore(args.workdir, args.step, args.platform, args.precision)
         weights = prepare_decode_params(found.model, found.params)
-        writer = Writer(found.model, weights, load_tokenizer(found.model.vocab_size))
+        writer = LoadedModel(found.model, weights, load_tokenizer(found.model.vocab_size))
         print(f"Checkpoint of step {found.step:,}", file=sys.stderr)
     on_terminal = sys.stdout.isatty() and not args.json
     if args.stdin:
@@ -102,7 +102,7 @@ def _stdin_lines() -> list[str]:
         raise UsageError(f"stdin is not UTF-8 text ({error.reason}): convert it first") from error
 
 
-def _write_all(writer: Writer, prompts: Sequence[str], args: Namespace) -> None:
+def _write_all(writer: LoadedModel, prompts: Sequence[str], args: Namespace) -> None:
     """Prints a text for each prompt, some at a time; blank lines between them, or each a JSON object on a line."""
     for first in range(0, len(prompts), TOGETHER):
         group = prompts[first : first + TOGETHER]
@@ -117,7 +117,7 @@ def _write_all(writer: Writer, prompts: Sequence[str], args: Namespace) -> None:
         sys.stdout.flush()
 
 
-def _stream(writer: Writer, prompt: str, args: Namespace, turn: int) -> None:
+def _stream(writer: LoadedModel, prompt: str, args: Namespace, turn: int) -> None:
     """Prints a text as it comes."""
     (start,) = encode_prompts(writer.tokenizer, [prompt], writer.config.context)
     nothing = np.zeros((1, 0), np.int32)
@@ -131,7 +131,7 @@ def _stream(writer: Writer, prompt: str, args: Namespace, turn: int) -> None:
     print(text[len(shown) :])
 
 
-def _session(writer: Writer, args: Namespace) -> None:
+def _session(writer: LoadedModel, args: Namespace) -> None:
     """Asks for beginnings and continues them until the end of the input (Ctrl-D)."""
     commands = ", ".join(f"/{name} {getattr(args, name)}" for name in CHANGEABLE)
     print(f"Type how a text begins. {commands} change how it goes on; Ctrl-C ends a text, Ctrl-D all.", file=sys.stderr)
@@ -162,7 +162,7 @@ def _changed(args: Namespace, words: Sequence[str]) -> Namespace:
     return changed
 
 
-def _stream_until_interrupted(writer: Writer, prompt: str, args: Namespace, turn: int) -> None:
+def _stream_until_interrupted(writer: LoadedModel, prompt: str, args: Namespace, turn: int) -> None:
     try:
         _stream(writer, prompt, args, turn)
     except KeyboardInterrupt:
@@ -170,7 +170,7 @@ def _stream_until_interrupted(writer: Writer, prompt: str, args: Namespace, turn
 
 
 def _generate(
-    writer: Writer, ids: Sequence[Sequence[int]], args: Namespace, turn: int, chunk: int | None
+    writer: LoadedModel, ids: Sequence[Sequence[int]], args: Namespace, turn: int, chunk: int | None
 ) -> Iterator[np.ndarray]:
     choice = sampling_params(args)
     key = jax.random.fold_in(jax.random.PRNGKey(args.seed), turn)
@@ -178,7 +178,7 @@ def _generate(
     return generate(config, weights, ids, choice, key, args.tokens, tokenizer.end_of_text, chunk)
 
 
-def _decode(writer: Writer, prompt: str, start: Sequence[int], row: np.ndarray) -> str:
+def _decode(writer: LoadedModel, prompt: str, start: Sequence[int], row: np.ndarray) -> str:
     """The text of a prompt's ids (those of an empty one are no text) and of what was written behind them."""
     written = up_to_end(row, writer.tokenizer.end_of_text)
     return writer.tokenizer.decode([*(start if prompt else ()), *written])

@@ -24,7 +24,9 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(plugins, "installed", lambda: [MPS, METAL])
     monkeypatch.setattr(plugins, "try_out", try_out)
-    monkeypatch.setattr(doctor, "attempt", lambda words, limit: (ran.append(words), (["line of a part"], "crashes"))[1])
+    monkeypatch.setattr(
+        doctor, "run_isolated", lambda words, limit: (ran.append(words), (["line of a part"], "crashes"))[1]
+    )
     return fit, ran
 
 

@@ -19,7 +19,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.core.model import prepare_decode_params
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import UsageError
-from jaxlm.run.load import Writer
+from jaxlm.run.load import LoadedModel
 from jaxlm.sample import CHANGEABLE, TOGETHER, _session, main
 from tests import tiny_run
 from tests.tiny_run import is_one_line
@@ -292,7 +292,7 @@ def test_a_session_continues_what_is_typed_until_the_input_ends():
 
 
 def test_ctrl_c_ends_the_text_and_not_the_session(monkeypatch, capsys):
-    writer, arguments = Writer(None, None, load_tokenizer(300)), []
+    writer, arguments = LoadedModel(None, None, load_tokenizer(300)), []
 
     def interrupted(*given):
         arguments.append(given)

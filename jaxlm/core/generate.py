@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.core.layers import GPU_MULTIPLE
-from jaxlm.core.sampling import Choice, read, sequence_keys, write
+from jaxlm.core.sampling import SamplingParams, decode, prefill, sequence_keys
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
 
@@ -17,7 +17,7 @@ def generate(
     config: ModelConfig,
     weights: Any,
     prompts: Sequence[Sequence[int]],
-    choice: Choice,
+    choice: SamplingParams,
     key: jax.Array,
     tokens: int,
     end_of_text: int,
@@ -50,9 +50,9 @@ def generate(
     for row, ids in zip(ids_BP, prompts, strict=False):
         row[width - len(ids) :] = ids
     lengths_B = np.pad(lengths, (0, rows - len(prompts)))
-    texts = read(config, weights, ids_BP, lengths_B, sequence_keys(key, rows), -(-most // chunk) * chunk)
+    texts = prefill(config, weights, ids_BP, lengths_B, sequence_keys(key, rows), -(-most // chunk) * chunk)
     for index in range(-(-room // chunk)):
-        texts, tokens_BN = write(config, weights, texts, choice, np.int32(end_of_text), chunk)
+        texts, tokens_BN = decode(config, weights, texts, choice, np.int32(end_of_text), chunk)
         written = np.asarray(tokens_BN)[: len(prompts), : room - index * chunk]
         yield written
         if (written[:, -1] == end_of_text).all():

@@ -303,7 +303,7 @@ def _turned(x_ND: jax.Array) -> jax.Array:
     return x_ND.reshape(N // 16, 16, D // 16, 16).transpose(2, 3, 0, 1).reshape(D, N)
 
 
-def gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+def swiglu_activation(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
     """silu(gate) * up, which SwiGLU has between its matrices (Shazeer 2020)."""
     return jax.nn.silu(gate_BTF) * up_BTF
 

@@ -130,7 +130,7 @@ def block(
     if fused:
         gated_BTD = hopper.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
     else:
-        act_BTF = layers.gated(*projections(p, "gate_up", h_BTD, c))
+        act_BTF = layers.swiglu_activation(*projections(p, "gate_up", h_BTD, c))
         gated_BTD = layers.linear(act_BTF, p["down"], c.matmul_dtype)
     return x_BTD + gated_BTD, handed_on
 
@@ -312,7 +312,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def prepare_decode_params(config: ModelConfig, params: Any) -> Any:
-    """The parameters as `extend` reads them, so that no token pays for cutting, casting and turning them.
+    """The parameters as `forward_with_cache` reads them, so that no token pays for cutting, casting and turning them.
 
     Returns:
         As `params`, but `blocks` is a tuple with the parameters of each, in which the matrices that read the same input
@@ -339,7 +339,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     return Cache(keys_GSK, values_GSK)
 
 
-def extend(
+def forward_with_cache(
     c: ModelConfig,
     weights: Any,
     ids_BT: jax.Array,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.model import Cache, empty_cache, extend
+from jaxlm.core.model import Cache, empty_cache, forward_with_cache
 
 counts_of_32_bits = partial(jax.threefry_partitionable, False)  # the other way to draw needs 64, which Metal lacks
 
@@ -21,7 +21,7 @@ WAYS, ROUNDS = 8, 10  # of the search for a threshold, which ends with 2**-30 of
 PARTS = 16  # of the vocabulary, counted in one expression: a CPU would write what a sum over it reads to memory first
 
 
-class Choice(NamedTuple):
+class SamplingParams(NamedTuple):
     """How a token is chosen. Arrays or numbers: changing them compiles nothing anew."""
 
     temperature: Any  # 0: greedy
@@ -29,15 +29,15 @@ class Choice(NamedTuple):
     top_p: Any = None  # of these, keep the fewest that hold this share of the probability; None: all, likewise
 
 
-def sampling_params(settings: Any) -> Choice:
+def sampling_params(settings: Any) -> SamplingParams:
     """The temperature, top_k (0: all) and top_p (1: all) of what a person set, as arrays."""
     top_k, top_p = settings.top_k, settings.top_p
-    return Choice(
+    return SamplingParams(
         np.float32(settings.temperature), np.int32(top_k) if top_k else None, np.float32(top_p) if top_p < 1 else None
     )
 
 
-class Texts(NamedTuple):
+class DecodeState(NamedTuple):
     """Texts being written, between two tokens."""
 
     cache: Cache
@@ -114,7 +114,7 @@ def _threshold(logits_BV: jax.Array, weights_BV: jax.Array | None, wanted: jax.A
     return jax.lax.while_loop(lambda c: (c[0] > 0) & jnp.any(c[3] - c[4] > 1), narrow, start)[1]
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool = False) -> jax.Array:
+def sample_tokens(logits_BV: jax.Array, keys_B: jax.Array, choice: SamplingParams, unroll: bool = False) -> jax.Array:
     """A token for each text: greedy at temperature 0, else drawn from softmax(logits / temperature), cut to
     the top k and the nucleus.
 
@@ -144,8 +144,8 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array, choice: Choice, unroll: bool
 
 
 def searches_unrolled(config: ModelConfig) -> bool:
-    """Whether `choose` writes its searches out: where no program may loop, and on an NVIDIA GPU, which would wait for
-    the host after each round to hear whether it was the last."""
+    """Whether `sample_tokens` unrolls its searches: where no program may loop, and on an NVIDIA GPU, which would wait
+    for the host after each round to hear whether it was the last."""
     return config.unrolled or jax.default_backend() == "gpu"
 
 
@@ -177,9 +177,9 @@ def sequence_keys(key: jax.Array, count: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("config", "new_slots"))
-def read(
+def prefill(
     config: ModelConfig, weights: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, new_slots: int
-) -> Texts:
+) -> DecodeState:
     """Reads the prompts in one pass.
 
     Args:
@@ -188,10 +188,10 @@ def read(
         ids_BP: prompts, each at the right end of its row; what stands left of them does not matter.
         lengths_B: tokens in each prompt, 0 to P; with none it is no text, and has ended.
         keys_B: one random key a text.
-        new_slots: how many tokens `write` may add in all.
+        new_slots: how many tokens `decode` may add in all.
 
     Returns:
-        The texts, ready for `write`.
+        The texts, ready for `decode`.
     """
     B, P = ids_BP.shape
     slots_P = jnp.arange(P)
@@ -200,14 +200,14 @@ def read(
     slots_S = jnp.arange(P + new_slots)
     visible_BPS = (slots_S[None, None] <= slots_P[None, :, None]) & (slots_S[None, None] >= first_B[:, None, None])
     cache = empty_cache(config, B, P + new_slots)
-    logits_BV, cache = extend(config, weights, ids_BP, positions_BP, cache, jnp.int32(0), visible_BPS)
-    return Texts(cache, logits_BV, jnp.int32(P), first_B, lengths_B == 0, keys_B)
+    logits_BV, cache = forward_with_cache(config, weights, ids_BP, positions_BP, cache, jnp.int32(0), visible_BPS)
+    return DecodeState(cache, logits_BV, jnp.int32(P), first_B, lengths_B == 0, keys_B)
 
 
 @partial(jax.jit, static_argnames="config")
 def decode_step(
-    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any
-) -> tuple[Texts, jax.Array]:
+    config: ModelConfig, weights: Any, texts: DecodeState, choice: SamplingParams, end_of_text: Any
+) -> tuple[DecodeState, jax.Array]:
     """Writes one more token of each text.
 
     Returns:
@@ -216,16 +216,18 @@ def decode_step(
     t, slots_S = texts, jnp.arange(texts.cache.keys_GSK[0].shape[1])
     positions_B = t.slot - t.first_B
     keys_B = jax.vmap(jax.random.fold_in)(t.keys_B, positions_B)
-    token_B = choose(t.logits_BV, keys_B, choice, searches_unrolled(config))
+    token_B = sample_tokens(t.logits_BV, keys_B, choice, searches_unrolled(config))
     token_B = jnp.where(t.done_B, end_of_text, token_B)
     visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
-    logits_BV, cache = extend(config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S)
-    return Texts(cache, logits_BV, t.slot + 1, t.first_B, token_B == end_of_text, t.keys_B), token_B
+    logits_BV, cache = forward_with_cache(
+        config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S
+    )
+    return DecodeState(cache, logits_BV, t.slot + 1, t.first_B, token_B == end_of_text, t.keys_B), token_B
 
 
-def write(
-    config: ModelConfig, weights: Any, texts: Texts, choice: Choice, end_of_text: Any, count: int
-) -> tuple[Texts, jax.Array | np.ndarray]:
+def decode(
+    config: ModelConfig, weights: Any, texts: DecodeState, choice: SamplingParams, end_of_text: Any, count: int
+) -> tuple[DecodeState, jax.Array | np.ndarray]:
     """Writes up to `count` more tokens of each text, and stops early when all texts have ended.
 
     A text's tokens depend on its prompt, its key and the choice alone: not on the texts beside it, nor on how the

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jaxlm.data.readers import READABLE, Piece, read_pieces, read_text
+from jaxlm.data.readers import READABLE, TextChunk, read_chunks, read_text
 from jaxlm.errors import RunError, UsageError
 
 WITH_OWN_VALIDATION = frozenset({"tinystories"})
@@ -28,8 +28,8 @@ class Corpus:
 
     source: str
     files: tuple[Path, ...]
-    train: Callable[[], Iterator[Piece]]
-    validation: Callable[[], Iterator[Piece]] | None = None
+    train: Callable[[], Iterator[TextChunk]]
+    validation: Callable[[], Iterator[TextChunk]] | None = None
 
 
 def corpus_source(corpus: str | Sequence[str]) -> str:
@@ -81,7 +81,7 @@ def _files(source: str) -> Corpus:
             nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
             hint = f"did you mean '{nearest[0]}'? There is" if nearest else "there is"
             raise UsageError(f"no corpus or file is called '{path}': {hint} {', '.join(_NAMED)}, or name {READABLE}")
-    return Corpus(source, paths, partial(read_pieces, paths))
+    return Corpus(source, paths, partial(read_chunks, paths))
 
 
 def _novels() -> Corpus:
@@ -94,7 +94,7 @@ def _novels() -> Corpus:
     return Corpus("novels", (path,), partial(_read_novels, path))
 
 
-def _read_novels(path: Path) -> Iterator[Piece]:
+def _read_novels(path: Path) -> Iterator[TextChunk]:
     text = path.read_text(encoding="utf-8")
     for start, end in _NOVELS_CHARACTERS:
         yield from read_text(io.StringIO(text[start:end], newline="\n"))
@@ -103,7 +103,7 @@ def _read_novels(path: Path) -> Iterator[Piece]:
 def _tinystories() -> Corpus:
     train = _download_tinystories("TinyStoriesV2-GPT4-train.txt")
     validation = _download_tinystories("TinyStoriesV2-GPT4-valid.txt")
-    readers = partial(read_pieces, [train]), partial(read_pieces, [validation])
+    readers = partial(read_chunks, [train]), partial(read_chunks, [validation])
     return Corpus("tinystories", (train, validation), *readers)
 
 

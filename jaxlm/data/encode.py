@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from jaxlm.data.corpus import WITH_OWN_VALIDATION, Corpus, files_sha256, source_changed
-from jaxlm.data.readers import PIECE_CHARACTERS, Piece
+from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
 from jaxlm.data.split import measure, split
 from jaxlm.data.token_files import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
 from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
@@ -152,7 +152,7 @@ class _Writer:
 
 
 def _encode_all(
-    pieces: Iterable[tuple[str, Piece]], tokenizer: Tokenizer, workers: int
+    pieces: Iterable[tuple[str, TextChunk]], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[str, _Encoded]]:
     """Encodes on all cores, for tiktoken lets go of Python's lock; the order within each file is kept."""
     waiting: deque[tuple[str, Future[_Encoded]]] = deque()
@@ -161,7 +161,7 @@ def _encode_all(
     def begin() -> None:
         own.tokenizer = tokenizer.copy()
 
-    def encode(group: list[Piece]) -> _Encoded:
+    def encode(group: list[TextChunk]) -> _Encoded:
         return _encode(own.tokenizer, group)
 
     with ThreadPoolExecutor(workers, initializer=begin) as pool:
@@ -174,20 +174,20 @@ def _encode_all(
             yield name, encoded.result()
 
 
-def _groups(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
+def _groups(pieces: Iterable[tuple[str, TextChunk]]) -> Iterator[tuple[str, list[TextChunk]]]:
     """Gathers pieces that go to the same file, small ones many together."""
-    groups: dict[str, list[Piece]] = {TRAIN: [], VAL: []}
+    groups: dict[str, list[TextChunk]] = {TRAIN: [], VAL: []}
     characters = {TRAIN: 0, VAL: 0}
     for name, piece in pieces:
         groups[name].append(piece)
         characters[name] += len(piece.text)
-        if characters[name] >= PIECE_CHARACTERS:
+        if characters[name] >= CHUNK_CHARACTERS:
             yield name, groups[name]
             groups[name], characters[name] = [], 0
     yield from groups.items()
 
 
-def _encode(tokenizer: Tokenizer, group: list[Piece]) -> _Encoded:
+def _encode(tokenizer: Tokenizer, group: list[TextChunk]) -> _Encoded:
     """The ids of `group`, with the end-of-text id before each document."""
     if any(END_OF_TEXT in piece.text for piece in group):  # it is ordinary text there, so each piece by itself
         mark = np.full(1, tokenizer.end_of_text, np.uint16)

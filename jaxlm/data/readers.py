@@ -17,12 +17,12 @@ from jaxlm.data.tokenizer import END_OF_TEXT
 from jaxlm.errors import UsageError
 
 READABLE = ".txt, .jsonl (each also as .gz, .xz or .zst) and .parquet"
-PIECE_CHARACTERS = 1 << 18
-_LONGEST_PIECE = 1 << 19  # tiktoken fails on a million spaces
+CHUNK_CHARACTERS = 1 << 18
+_LONGEST_CHUNK = 1 << 19  # tiktoken fails on a million spaces
 _LAST_BREAK = re.compile(r".*\S(?=[ \r\n])", re.DOTALL)
 
 
-class Piece(NamedTuple):
+class TextChunk(NamedTuple):
     """A stretch of a document, never empty; the document goes on until a piece starts the next one.
 
     Pieces are cut between a non-space and a space or line end. No token of GPT-2 spans that place, so the ids of the
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     starts_document: bool
 
 
-def read_pieces(paths: Iterable[Path]) -> Iterator[Piece]:
+def read_chunks(paths: Iterable[Path]) -> Iterator[TextChunk]:
     """The documents of all files, in order.
 
     A .txt file is one document, or several with END_OF_TEXT between them (the line breaks around it go with it). A
@@ -60,35 +60,35 @@ def read_pieces(paths: Iterable[Path]) -> Iterator[Piece]:
             raise UsageError(f"{path} holds no text: name a file that does")
 
 
-def read_text(stream: TextIO) -> Iterator[Piece]:
-    """The documents of a .txt file that is open without newline translation; see `read_pieces`.
+def read_text(stream: TextIO) -> Iterator[TextChunk]:
+    """The documents of a .txt file that is open without newline translation; see `read_chunks`.
 
     Half a million characters without a space or line end after another character are cut all the same, to stay in
     bounded memory: there a token may come out as two.
     """
     text, starts_document, blank = "", True, ""
-    while chunk := stream.read(PIECE_CHARACTERS):
+    while chunk := stream.read(CHUNK_CHARACTERS):
         *ended, text = (text + chunk).split(END_OF_TEXT)
         for document in ended:
             if document := document.lstrip(blank).rstrip("\r\n"):
-                yield Piece(document, starts_document)
+                yield TextChunk(document, starts_document)
             starts_document, blank = True, "\r\n"
         text = text.lstrip(blank)
         if cut := _last_cut(text):
-            yield Piece(text[:cut], starts_document)
+            yield TextChunk(text[:cut], starts_document)
             text, starts_document, blank = text[cut:], False, ""
     if text:
-        yield Piece(text, starts_document)
+        yield TextChunk(text, starts_document)
 
 
 def _last_cut(text: str) -> int:
     """Where to cut `text`, 0 for nowhere; never inside an END_OF_TEXT that its end may have begun."""
     if place := _LAST_BREAK.match(text):
         return place.end()
-    return len(text) - len(END_OF_TEXT) if len(text) > _LONGEST_PIECE else 0
+    return len(text) - len(END_OF_TEXT) if len(text) > _LONGEST_CHUNK else 0
 
 
-def _read_file(path: Path) -> Iterator[Piece]:
+def _read_file(path: Path) -> Iterator[TextChunk]:
     kind = path.with_suffix("").suffix if path.suffix in (".gz", ".xz", ".zst") else path.suffix
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
@@ -125,7 +125,7 @@ def _reading_errors(path: Path) -> tuple[type[Exception], ...]:
     return (*errors, _zstd_module(path).ZstdError) if path.suffix == ".zst" else errors
 
 
-def _read_jsonl(path: Path, stream: TextIO) -> Iterator[Piece]:
+def _read_jsonl(path: Path, stream: TextIO) -> Iterator[TextChunk]:
     for number, line in enumerate(stream, start=1):
         if line.isspace():
             continue
@@ -137,10 +137,10 @@ def _read_jsonl(path: Path, stream: TextIO) -> Iterator[Piece]:
         if not isinstance(text, str):
             raise UsageError(f"{path}, line {number} has no text under `text`: add it or remove the line")
         if text:
-            yield Piece(_without_surrogates(text), starts_document=True)
+            yield TextChunk(_without_surrogates(text), starts_document=True)
 
 
-def _read_parquet(path: Path) -> Iterator[Piece]:
+def _read_parquet(path: Path) -> Iterator[TextChunk]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -157,7 +157,7 @@ def _read_parquet(path: Path) -> Iterator[Piece]:
                 if not isinstance(text, str):
                     raise UsageError(f"{path}, row {number} has no text in its column `text`: remove the row")
                 if text:
-                    yield Piece(text, starts_document=True)
+                    yield TextChunk(text, starts_document=True)
     except pyarrow.ArrowException as error:
         raise UsageError(f"{path} is not a sound parquet file: check it") from error
 

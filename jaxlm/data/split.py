@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.readers import Piece
+from jaxlm.data.readers import TextChunk
 from jaxlm.data.token_files import TRAIN, VAL
 from jaxlm.errors import UsageError
 
@@ -33,7 +33,7 @@ def measure(corpus: Corpus, on_bytes: Callable[[int], None]) -> Size:
     return Size(documents, characters, size)
 
 
-def split(corpus: Corpus, size: Size, fraction: float) -> Iterator[tuple[str, Piece]]:
+def split(corpus: Corpus, size: Size, fraction: float) -> Iterator[tuple[str, TextChunk]]:
     """Each piece of a corpus with the name of the file it belongs to, TRAIN or VAL; each file starts a document.
 
     A corpus with validation documents of its own keeps them apart. Of many documents, `fraction` go to VAL, evenly
@@ -53,25 +53,25 @@ def split(corpus: Corpus, size: Size, fraction: float) -> Iterator[tuple[str, Pi
     return _end(corpus.train(), train_characters)
 
 
-def _label(train: Iterable[Piece], validation: Iterable[Piece]) -> Iterator[tuple[str, Piece]]:
+def _label(train: Iterable[TextChunk], validation: Iterable[TextChunk]) -> Iterator[tuple[str, TextChunk]]:
     yield from ((TRAIN, piece) for piece in train)
     yield from ((VAL, piece) for piece in validation)
 
 
-def _spread(pieces: Iterable[Piece], fraction: float) -> Iterator[tuple[str, Piece]]:
+def _spread(pieces: Iterable[TextChunk], fraction: float) -> Iterator[tuple[str, TextChunk]]:
     document = 0
     for piece in pieces:
         document += piece.starts_document
         yield VAL if int(document * fraction) > int((document - 1) * fraction) else TRAIN, piece
 
 
-def _end(pieces: Iterable[Piece], train_characters: int) -> Iterator[tuple[str, Piece]]:
+def _end(pieces: Iterable[TextChunk], train_characters: int) -> Iterator[tuple[str, TextChunk]]:
     left, val_begun = train_characters, False
     for text, starts_document in pieces:
         head, tail = text[:left], text[left:]
         left -= len(head)
         if head:
-            yield TRAIN, Piece(head, starts_document)
+            yield TRAIN, TextChunk(head, starts_document)
         if tail:
-            yield VAL, Piece(tail, starts_document or not val_begun)
+            yield VAL, TextChunk(tail, starts_document or not val_begun)
             val_begun = True

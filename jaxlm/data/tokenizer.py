@@ -24,7 +24,7 @@ _VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed983
 _WORD_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"""
 
 
-class Codec(Protocol):
+class TokenizerProtocol(Protocol):
     """Text to token ids and back: jaxlm's own Tokenizer, or another model's."""
 
     @property
@@ -129,7 +129,7 @@ def _read_vocabulary() -> list[bytes]:
     return [base64.b64decode(line.split()[0]) for line in raw.splitlines()]
 
 
-def encode_prompts(tokenizer: Codec, prompts: Sequence[str], context: int) -> list[list[int]]:
+def encode_prompts(tokenizer: TokenizerProtocol, prompts: Sequence[str], context: int) -> list[list[int]]:
     """The token ids of each prompt; an empty one is the end-of-text token, behind which a text begins.
 
     Raises:

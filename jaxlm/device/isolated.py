@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 
 
-def attempt(arguments: Sequence[str], limit: float, changes: Mapping[str, str] | None = None) -> tuple[list[str], str]:
+def run_isolated(
+    arguments: Sequence[str], limit: float, changes: Mapping[str, str] | None = None
+) -> tuple[list[str], str]:
     """Runs this Python with `arguments`, such as -m MODULE, for `limit` seconds at most, and with no choice of platform
     in its environment but for what `changes` adds to that.
 

@@ -7,7 +7,7 @@ entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and
 |---|---|---|
 | random bits | threefry, as a text's draws take it | the CPU's, bit by bit |
 | sort; top-k and top-p | `jnp.sort`; `top_k_top_p_mask` | NumPy's sort |
-| tokens drawn | `choose` | the CPU's tokens |
+| tokens drawn | `sample_tokens` | the CPU's tokens |
 | sampling | prompts, then greedy tokens, with a cache | the CPU's logits in one pass over both, without one |
 | losses | of a training and of an evaluation step | the CPU's |
 | gradients | the training step's, as accumulated | the CPU's |
@@ -35,14 +35,14 @@ from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.sampling import (
-    Choice,
-    choose,
+    SamplingParams,
     counts_of_32_bits,
-    read,
+    decode,
+    prefill,
+    sample_tokens,
     searches_unrolled,
     sequence_keys,
     top_k_top_p_mask,
-    write,
 )
 from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
 from jaxlm.device.backend import describe, identity
@@ -90,7 +90,7 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
     Raises:
         RunError: a part differs by more than is allowed.
     """
-    if user_cache.recall("sound", _key(config, device)):
+    if user_cache.get("sound", _key(config, device)):
         return
     say(f"Checking once that {describe(device)} computes what the CPU does")
     parts = check(config, device)
@@ -100,7 +100,7 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
 
 def remember(config: Config, device: jax.Device, parts: Sequence[Part]) -> None:
     """Has `require` know whether a device passed the check of a run."""
-    user_cache.remember("sound", _key(config, device), all(part.ok for part in parts))
+    user_cache.put("sound", _key(config, device), all(part.ok for part in parts))
 
 
 def refuse_wrong(parts: Sequence[Part], device: jax.Device) -> None:
@@ -280,9 +280,9 @@ def _random(config: Config, device: jax.Device) -> Iterator[Part]:
     smallest_B1 = np.take_along_axis(best_BK, needed_B[:, None] - 1, axis=-1)
     yield Part("top-k and top-p", _share(kept_BV != (logits_BV >= smallest_B1)), 0)
 
-    choice = Choice(np.float32(0.8), np.int32(TOP_K), np.float32(TOP_P))
+    choice = SamplingParams(np.float32(0.8), np.int32(TOP_K), np.float32(TOP_P))
     drawn, expected = (
-        compute(jax.jit(partial(choose, unroll=loops)), where, logits_BV, theirs[0], choice)
+        compute(jax.jit(partial(sample_tokens, unroll=loops)), where, logits_BV, theirs[0], choice)
         for where, loops in ((device, unroll), (_cpu(), False))
     )
     yield Part("tokens drawn", _share(drawn != expected), NEAR_TIE)
@@ -306,10 +306,10 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
 
     def write_greedily(params: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
         weights = prepare_decode_params(model, params)
-        texts = read(model, weights, ids_BP, lengths_B, keys_B, N)
+        texts = prefill(model, weights, ids_BP, lengths_B, keys_B, N)
         first_BV = np.asarray(texts.logits_BV)
-        greedy = Choice(np.float32(0))
-        texts, tokens_BN = write(model, weights, texts, greedy, np.int32(-1), N)
+        greedy = SamplingParams(np.float32(0))
+        texts, tokens_BN = decode(model, weights, texts, greedy, np.int32(-1), N)
         return first_BV, tokens_BN, texts.logits_BV
 
     keys_B = np.zeros((B, 2), np.uint32)

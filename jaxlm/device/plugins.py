@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import NamedTuple
 
-from jaxlm.device.isolated import attempt
+from jaxlm.device.isolated import run_isolated
 from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
@@ -128,11 +128,11 @@ def try_out(plugin: Plugin, anew: bool = False) -> str:
     versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
     key = [plugin, versions, sys.version, machine.platform()]
     if anew:
-        user_cache.remember("plugin", key, None)
-    name = user_cache.recall("plugin", key)
+        user_cache.put("plugin", key, None)
+    name = user_cache.get("plugin", key)
     if not isinstance(name, str):
         name = probe(plugin)
-        user_cache.remember("plugin", key, name)
+        user_cache.put("plugin", key, name)
     return name
 
 
@@ -166,7 +166,7 @@ def probe(plugin: Plugin) -> str:
         PluginError: it raises, hangs, crashes, finds no device or computes something else than NumPy.
     """
     command = ["-m", "jaxlm.device.probe", plugin.module]
-    lines, failure = attempt(command, LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    lines, failure = run_isolated(command, LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
     try:
         answer = json.loads(lines[-1])
         name, wrong = answer["name"], answer["failure"]

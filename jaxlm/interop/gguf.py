@@ -1,7 +1,7 @@
 """The model as a GGUF file, which llama.cpp runs.
 
-GGUF's Llama turns neighbours (x[2i], x[2i + 1]) where this model turns halves (x[i], x[i + K/2]), so the rows of its
-query and key matrices stand in another order.
+GGUF's Llama rotates neighbours (x[2i], x[2i + 1]) where this model rotates halves (x[i], x[i + K/2]), so the rows of
+its query and key matrices stand in another order.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def _write(file: Path, config: ModelConfig, params: Any, dtype: str) -> None:
     turned = {"q_proj": config.heads, "k_proj": kv_heads}
     for name, tensor in named_tensors(params).items():
         if heads := turned.get(name.split(".")[-2]):
-            tensor = neighbours(tensor, heads)
+            tensor = interleave_rope_rows(tensor, heads)
         kind = gguf.GGMLQuantizationType[dtype.upper() if tensor.ndim == 2 else "F32"]
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F16  # rows that do not fill q8_0's blocks of 32
@@ -87,6 +87,6 @@ def _write(file: Path, config: ModelConfig, params: Any, dtype: str) -> None:
     writer.close()
 
 
-def neighbours(w_QD: np.ndarray, heads: int) -> np.ndarray:
+def interleave_rope_rows(w_QD: np.ndarray, heads: int) -> np.ndarray:
     """The rows of a query or key matrix, [heads K, D], with those that turn together side by side in each head."""
     return w_QD.reshape(heads, 2, -1, w_QD.shape[-1]).swapaxes(1, 2).reshape(w_QD.shape)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxlm.config import Config, ModelConfig, SampleConfig, model_config
-from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Codec, Tokenizer, load_tokenizer
+from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, TokenizerProtocol, load_tokenizer
 from jaxlm.errors import RunError, UsageError
 from jaxlm.storage import atomic
 
@@ -292,7 +292,7 @@ def check_init(config: Config) -> None:
         raise UsageError(f"init_from {folder} has another tokenizer than GPT-2's, which is the one that runs have")
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> Codec:
+def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
     """The tokenizer of the model in `folder`: jaxlm's own where it is the same.
 
     Raises:

@@ -38,7 +38,7 @@ def flops_per_token(model: ModelConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class Timings:
     """What each thing in a run takes, in seconds."""
 
     start: float  # from the command to the first step; the first evaluation, texts and save take that much longer too
@@ -51,7 +51,7 @@ class Seconds:
     end: float  # what the last save and the final model take after the last step
 
 
-def seconds_at(config: Config, s: Seconds, step: int) -> float:
+def seconds_at(config: Config, s: Timings, step: int) -> float:
     """Seconds from the command until `step` is done with all that is due after it; 0 is the start."""
     wait = max(0.0, s.saving - config.save_interval * s.step)  # for a save that is not whole when the next one is due
     pauses = (
@@ -66,7 +66,7 @@ def seconds_at(config: Config, s: Seconds, step: int) -> float:
     return total
 
 
-def step_at(config: Config, s: Seconds, seconds: float) -> int:
+def step_at(config: Config, s: Timings, seconds: float) -> int:
     """The last step that is done, with all that is due after it, so many seconds after the command."""
     steps = range(1, config.max_steps + 1)
     return bisect.bisect_right(steps, seconds, key=lambda step: seconds_at(config, s, step))
@@ -93,7 +93,7 @@ UNITS = (("day", 86400.0, 2 * 86400.0), ("hour", 3600.0, 7200.0), ("minute", 60.
 MOST_ROWS = 16
 
 
-def timeline(config: Config, s: Seconds) -> tuple[str, list[tuple[int, int]]]:
+def timeline(config: Config, s: Timings) -> tuple[str, list[tuple[int, int]]]:
     """The step that stands at the end of each day (hour, minute, second: whatever gives a table of a few lines).
 
     Returns:

@@ -33,7 +33,7 @@ from jaxlm.device import backend
 from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
-from jaxlm.planner.estimate import Seconds, flops_per_token
+from jaxlm.planner.estimate import Timings, flops_per_token
 from jaxlm.run import trainer
 from jaxlm.run.monitor import Clock
 
@@ -89,7 +89,7 @@ class _RecordingClock(Clock):
         self.pauses.setdefault(kind, []).append(self.seconds() - start)
 
 
-class _MeasuredRun(trainer.Run):
+class _MeasuredRun(trainer.Trainer):
     """A run that ends after some saves, and keeps the seconds of its steps."""
 
     def __init__(self, *arguments: Any, cycles: int, say: Callable[[int, int], None]):
@@ -121,7 +121,7 @@ class _MeasuredRun(trainer.Run):
             raise _Enough
 
 
-def seconds(config: Config, m: BenchmarkResult, val_windows: int) -> Seconds:
+def seconds(config: Config, m: BenchmarkResult, val_windows: int) -> Timings:
     """What a resolved config's own steps and pauses take, by what was measured of it or of a slice of it.
 
     Args:
@@ -134,7 +134,7 @@ def seconds(config: Config, m: BenchmarkResult, val_windows: int) -> Seconds:
         step = config.grad_accum_steps * (config.microbatch_chunks * max(m.step - m.update, 0.0) + m.update)
     counts = [windows for windows in (config.data.eval_sequences, val_windows) if windows] or [1]
     batches, all_batches = (-(-count // config.chunk_size) for count in (min(counts), val_windows or min(counts)))
-    return Seconds(
+    return Timings(
         start=m.start + m.first,
         step=step,
         evaluation=batches * m.evaluation,

@@ -23,7 +23,7 @@ def known_memory(config: Config, device: jax.Device, show: Show) -> Memory:
     """The memory that a resolved config takes, remembered, or else by compiling. For an Apple GPU the step is
     compiled for the CPU, as its plugins do not analyse."""
     key = measure.key(config, device)
-    if known := user_cache.recall("memory", key):
+    if known := user_cache.get("memory", key):
         return Memory(**known)
     show(f"compiling (slices {config.microbatch_chunks}, remat {config.model.remat})", 0.0)
     place = jax.default_device(jax.devices("cpu")[0]) if backend.on_apple(device) else nullcontext()
@@ -31,7 +31,7 @@ def known_memory(config: Config, device: jax.Device, show: Show) -> Memory:
         found = step_memory(config, compile_step(config))
     if found is None:
         return least_memory(config)
-    user_cache.remember("memory", key, dataclasses.asdict(found))
+    user_cache.put("memory", key, dataclasses.asdict(found))
     return found
 
 
@@ -90,6 +90,6 @@ def check_memory(config: Config, device: jax.Device, compiled: Any = None) -> No
 def memory_at_hand(config: Config, device: jax.Device, compiled: Any) -> Memory:
     """By the compiled step; else what is remembered; else the least. Compiles nothing."""
     found = step_memory(config, compiled) if compiled is not None else None
-    if found is None and (known := user_cache.recall("memory", measure.key(config, device))):
+    if found is None and (known := user_cache.get("memory", measure.key(config, device))):
         found = Memory(**known)
     return found or least_memory(config)

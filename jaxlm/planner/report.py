@@ -13,7 +13,7 @@ from jaxlm.data.token_files import TOKEN_DTYPE, TRAIN, VAL, data_directory
 from jaxlm.device import backend, numerics
 from jaxlm.errors import RunError
 from jaxlm.planner import estimate, measure
-from jaxlm.planner.estimate import Seconds
+from jaxlm.planner.estimate import Timings
 from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.planner.memory import Show, better_setting, known_memory, memory_at_hand, process_bytes
 from jaxlm.run.resume import RECORD_BYTES
@@ -48,7 +48,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) 
     available = backend.available_memory(device)
     memory = known_memory(config, device, show)
     key, problem, unsound, found = measure.key(config, device), "", "", None
-    if not measured and (known := user_cache.recall("measured", key)):
+    if not measured and (known := user_cache.get("measured", key)):
         found = BenchmarkResult(**known)
     elif measured is not False and memory.total > available:
         problem = "it does not fit"
@@ -63,7 +63,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) 
                 config, device, _existing(workdir), lambda share: show("measuring a short run", share)
             )
             if not unsound:
-                user_cache.remember("measured", key, dataclasses.asdict(found))
+                user_cache.put("measured", key, dataclasses.asdict(found))
         except RunError as error:
             problem = str(error)
     by_part = estimate.parameters_by_part(config.model)
@@ -109,7 +109,7 @@ def in_short(config: Config, device: jax.Device, workdir: Path, compiled: Any, s
     """The plan in three lines, for the start of a run that has done `step` steps; of what is remembered or known
     without a measurement."""
     memory = memory_at_hand(config, device, compiled)
-    known = user_cache.recall("measured", measure.key(config, device))
+    known = user_cache.get("measured", measure.key(config, device))
     found = BenchmarkResult(**known) if known else None
     disk = _disk(config, workdir, found, memory.weights // 4, memory.checkpoint_copy, 0)
     lines = [
@@ -126,7 +126,7 @@ def in_short(config: Config, device: jax.Device, workdir: Path, compiled: Any, s
     return "\n".join(lines)
 
 
-def _speed(config: Config, m: BenchmarkResult, flops: int, s: Seconds) -> dict[str, Any]:
+def _speed(config: Config, m: BenchmarkResult, flops: int, s: Timings) -> dict[str, Any]:
     rate = config.tokens_per_step / s.step
     return {
         "tokens_per_second": rate,
@@ -185,7 +185,7 @@ def _schedule(config: Config, speed: dict[str, Any] | None) -> dict[str, Any]:
     }
     if not speed:
         return schedule
-    seconds = Seconds(**{field.name: speed[f"{field.name}_seconds"] for field in dataclasses.fields(Seconds)})
+    seconds = Timings(**{field.name: speed[f"{field.name}_seconds"] for field in dataclasses.fields(Timings)})
 
     def at(step: int, took: str = "step_seconds") -> float:
         return estimate.seconds_at(config, dataclasses.replace(seconds, step=speed[took]), step)

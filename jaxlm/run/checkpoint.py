@@ -131,7 +131,7 @@ class Checkpoints:
             f"no checkpoint in {self.directory.parent} can be used ({'; '.join(skipped)}): choose another --workdir"
         )
 
-    def tidy(self, newest: int) -> list[str]:
+    def clean_up(self, newest: int) -> list[str]:
         """Moves checkpoints after step `newest` aside and deletes what unfinished saves left; says what it did.
 
         Raises OSError.

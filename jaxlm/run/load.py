@@ -10,7 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.core.model import init_params, prepare_decode_params
-from jaxlm.data.tokenizer import Codec
+from jaxlm.data.tokenizer import TokenizerProtocol
 from jaxlm.device import backend
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer
@@ -27,12 +27,12 @@ class Checkpoint(NamedTuple):
     params: Any
 
 
-class Writer(NamedTuple):
+class LoadedModel(NamedTuple):
     """All that writing takes."""
 
     config: ModelConfig  # with the device's dtype and attention
     weights: Any  # as `model.prepare_decode_params` gives them
-    tokenizer: Codec
+    tokenizer: TokenizerProtocol
 
 
 def restore(workdir: Path, step: int | None, platform: str, precision: str = "auto") -> Checkpoint:
@@ -65,7 +65,7 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
     return restored
 
 
-def load(folder: Path, platform: str, precision: str = "auto") -> Writer:
+def load(folder: Path, platform: str, precision: str = "auto") -> LoadedModel:
     """The Llama in a Hugging Face folder; `precision` is of the computation, not the folder's.
 
     Raises:
@@ -76,7 +76,7 @@ def load(folder: Path, platform: str, precision: str = "auto") -> Writer:
     params = read_params(folder, config)
     device = backend.start(platform)
     model = _as_fits(config, device, precision)
-    return Writer(model, prepare_decode_params(model, jax.device_put(params, device)), tokenizer)
+    return LoadedModel(model, prepare_decode_params(model, jax.device_put(params, device)), tokenizer)
 
 
 def _as_fits(model: ModelConfig, device: jax.Device, precision: str) -> ModelConfig:

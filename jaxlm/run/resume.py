@@ -68,9 +68,9 @@ def restore_or_init(
         if config.init_from:
             check_init(config)
             state = state._replace(params=read_params(Path(config.init_from), config.model))
-        return jax.device_put(state, device), 0.0, checkpoints.tidy(0)
+        return jax.device_put(state, device), 0.0, checkpoints.clean_up(0)
     (state, seconds), skipped = checkpoints.newest(load, steps)
-    notes = [f"Skipped {reason}" for reason in skipped] + checkpoints.tidy(int(state.step))
+    notes = [f"Skipped {reason}" for reason in skipped] + checkpoints.clean_up(int(state.step))
     return state, seconds, notes
 
 

@@ -32,7 +32,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EARLY_LINES = (1, 2, 5, 10, 20, 50)  # steps with a console line before the first interval ends
 
 
-class Run:
+class Trainer:
     """One session of training on one work directory.
 
     The host counts the micro-batches that it has handed to the device, and takes each to be good until the device

@@ -21,7 +21,7 @@ def directory() -> Path | None:
     return place if os.access(place, os.W_OK | os.X_OK) else None
 
 
-def recall(kind: str, key: Any) -> Any:
+def get(kind: str, key: Any) -> Any:
     """What was remembered of `key`, as JSON gives it back; None for nothing, or nothing that can be read."""
     file = _file(kind, key)
     try:
@@ -33,7 +33,7 @@ def recall(kind: str, key: Any) -> Any:
     return found.get("value")
 
 
-def remember(kind: str, key: Any, value: Any) -> None:
+def put(kind: str, key: Any, value: Any) -> None:
     """Keeps `value` for `key`, both as JSON has them; where nothing can be written, does nothing."""
     if file := _file(kind, key):
         try:

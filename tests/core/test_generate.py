@@ -10,12 +10,12 @@ import pytest
 from jaxlm.core import sampling
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import Decoder, prepare_decode_params
-from jaxlm.core.sampling import Choice
+from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
 
-CHOICE = Choice(1.2)
-GREEDY = Choice(0.0)
+CHOICE = SamplingParams(1.2)
+GREEDY = SamplingParams(0.0)
 SHORT, LONG = [7, 8, 9], list(range(30, 42))
 NEVER = -1  # no token is the end of a text
 
@@ -91,9 +91,9 @@ def test_texts_end_where_the_context_is_full(small_model):
 def test_prompts_of_like_lengths_share_one_program_also_where_the_context_ends(small_model, chunk):
     tokens = 2 * small_model[0].context
     pieces(small_model, [SHORT], tokens=tokens, chunk=chunk)
-    compiled = sampling.read._cache_size(), sampling._decode_on_device._cache_size()
+    compiled = sampling.prefill._cache_size(), sampling._decode_on_device._cache_size()
     pieces(small_model, [LONG], tokens=tokens, chunk=chunk)
-    assert (sampling.read._cache_size(), sampling._decode_on_device._cache_size()) == compiled
+    assert (sampling.prefill._cache_size(), sampling._decode_on_device._cache_size()) == compiled
 
 
 def test_chunks_stop_coming_once_all_texts_have_ended(small_model):
@@ -106,7 +106,7 @@ def test_chunks_stop_coming_once_all_texts_have_ended(small_model):
         np.testing.assert_array_equal(up_to_end(text, end_of_text), free[0, :end])
 
 
-@pytest.mark.parametrize("choice", [CHOICE, GREEDY, Choice(1.5, 40, 0.9)])
+@pytest.mark.parametrize("choice", [CHOICE, GREEDY, SamplingParams(1.5, 40, 0.9)])
 def test_the_host_writes_token_by_token_what_the_device_writes_at_once(small_model, choice):
     config, params = small_model
     by_host = replace(config, loops="unrolled"), params

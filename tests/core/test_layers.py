@@ -199,7 +199,7 @@ def test_gated_between_its_products(width, hidden):
     arrays = draw(2, 3, width), draw(width, hidden, seed=1), draw(width, hidden, seed=2), draw(hidden, width, seed=3)
 
     def swiglu(x, gate, up, down):
-        return layers.linear(layers.gated(layers.linear(x, gate), layers.linear(x, up)), down)
+        return layers.linear(layers.swiglu_activation(layers.linear(x, gate), layers.linear(x, up)), down)
 
     assert_matches(swiglu, swiglu_64, *arrays)
 

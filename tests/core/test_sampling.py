@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from jaxlm.core.model import Decoder, prepare_decode_params
-from jaxlm.core.sampling import Choice, choose, decode_step, read, top_k_top_p_mask, write
+from jaxlm.core.sampling import SamplingParams, decode, decode_step, prefill, sample_tokens, top_k_top_p_mask
 
-GREEDY = Choice(0.0)
-VARIED = Choice(1.5, 40, 0.95)
+GREEDY = SamplingParams(0.0)
+VARIED = SamplingParams(1.5, 40, 0.95)
 LENGTHS = np.array([1, 5, 12, 8])
 NEW = 10
 NEVER = np.int32(-1)  # no token is the end of a text
 
-quick_likeliest, quick_choose = jax.jit(top_k_top_p_mask, static_argnames="unroll"), jax.jit(choose)
+quick_likeliest, quick_choose = jax.jit(top_k_top_p_mask, static_argnames="unroll"), jax.jit(sample_tokens)
 
 
 def kept_by_sorting(logits, top_k, top_p):
@@ -60,7 +60,7 @@ def continued(small_model, prompts, choice, end_of_text=NEVER, lengths=LENGTHS):
     config, params = small_model
     ids, keys = prompts
     weights = prepare_decode_params(config, params)
-    texts, tokens = write(config, weights, read(config, weights, ids, lengths, keys, NEW), choice, end_of_text, NEW)
+    texts, tokens = decode(config, weights, prefill(config, weights, ids, lengths, keys, NEW), choice, end_of_text, NEW)
     return texts, np.asarray(tokens)
 
 
@@ -93,13 +93,20 @@ def test_minus_infinity_is_never_kept_by_a_cut_nor_drawn():
         expected = [kept_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
         kept = np.asarray(quick_likeliest(logits, top_k, top_p))
         np.testing.assert_array_equal(kept & (logits > -np.inf), expected & (logits > -np.inf))
-    for choice in (GREEDY, VARIED, Choice(1.0)):
+    for choice in (GREEDY, VARIED, SamplingParams(1.0)):
         tokens = quick_choose(logits, jax.random.split(jax.random.key(0), 60), choice)
         assert (logits[range(60), tokens] > -np.inf).all()
 
 
 @pytest.mark.parametrize(
-    "choice", [GREEDY, Choice(0.0, 3, 0.5), Choice(1e-38), Choice(2.0, 1), Choice(2.0, None, 1e-6)]
+    "choice",
+    [
+        GREEDY,
+        SamplingParams(0.0, 3, 0.5),
+        SamplingParams(1e-38),
+        SamplingParams(2.0, 1),
+        SamplingParams(2.0, None, 1e-6),
+    ],
 )
 def test_no_temperature_or_one_token_or_a_tiny_nucleus_is_the_likeliest_token(choice):
     logits = np.random.default_rng(0).normal(size=(200, 31)).astype(np.float32)
@@ -111,11 +118,22 @@ def test_no_temperature_or_one_token_or_a_tiny_nucleus_is_the_likeliest_token(ch
 @pytest.mark.parametrize(
     ("choice", "wrong"),
     [
-        (Choice(1.0), [Choice(0.9), Choice(1.1), Choice(1.0, 7)]),
-        (Choice(0.7), [Choice(0.77), Choice(1 / 0.7)]),
-        (Choice(1.5, 5), [Choice(1.5, 4), Choice(1.5, 6), Choice(1.35, 5)]),
-        (Choice(1.0, None, 0.8), [Choice(1.0, None, 0.7), Choice(1.0, None, 0.9), Choice(1.0)]),
-        (Choice(2.0, 6, 0.8), [Choice(2.0, None, 0.8), Choice(2.0, 6, 0.65), Choice(1.0, 6, 0.8), Choice(2.0, 6)]),
+        (SamplingParams(1.0), [SamplingParams(0.9), SamplingParams(1.1), SamplingParams(1.0, 7)]),
+        (SamplingParams(0.7), [SamplingParams(0.77), SamplingParams(1 / 0.7)]),
+        (SamplingParams(1.5, 5), [SamplingParams(1.5, 4), SamplingParams(1.5, 6), SamplingParams(1.35, 5)]),
+        (
+            SamplingParams(1.0, None, 0.8),
+            [SamplingParams(1.0, None, 0.7), SamplingParams(1.0, None, 0.9), SamplingParams(1.0)],
+        ),
+        (
+            SamplingParams(2.0, 6, 0.8),
+            [
+                SamplingParams(2.0, None, 0.8),
+                SamplingParams(2.0, 6, 0.65),
+                SamplingParams(1.0, 6, 0.8),
+                SamplingParams(2.0, 6),
+            ],
+        ),
     ],
 )
 def test_draws_follow_the_exact_distribution_and_no_other(choice, wrong):
@@ -133,7 +151,7 @@ def test_successive_tokens_are_drawn_afresh(small_model, prompts):
     config, params = small_model
     blank = config, params | {"norm": jnp.zeros_like(params["norm"])}
     keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(50)]
-    tokens_KBN = np.array([continued(blank, (prompts[0], k), Choice(1.0))[1] for k in keys])
+    tokens_KBN = np.array([continued(blank, (prompts[0], k), SamplingParams(1.0))[1] for k in keys])
     assert chi_square(tokens_KBN.ravel(), np.full(257, 1 / 257)) < 256 + 5 * (2 * 256) ** 0.5
     for axis in range(3):
         assert np.mean(np.diff(tokens_KBN, axis=axis) == 0) < 3 / 257
@@ -142,10 +160,10 @@ def test_successive_tokens_are_drawn_afresh(small_model, prompts):
 def test_cached_logits_equal_the_forward_pass_at_every_position(small_model, prompts, forward):
     config, params = small_model
     weights = prepare_decode_params(config, params)
-    texts = read(config, weights, prompts[0], LENGTHS, prompts[1], NEW)
+    texts = prefill(config, weights, prompts[0], LENGTHS, prompts[1], NEW)
     logits, tokens = [np.asarray(texts.logits_BV)], []
     for _ in range(NEW):
-        texts, token = write(config, weights, texts, VARIED, NEVER, 1)
+        texts, token = decode(config, weights, texts, VARIED, NEVER, 1)
         logits.append(np.asarray(texts.logits_BV))
         tokens.append(np.asarray(token))
     tokens = np.concatenate(tokens, axis=1)
@@ -163,7 +181,7 @@ def test_weights_of_16_bits_give_the_logits_to_their_rounding_for_one_text_and_f
     assert weights["head"].dtype == weights["blocks"][0]["down"].dtype == jnp.bfloat16
     for count in (4, 1):
         ids, keys, lengths = prompts[0][:count], prompts[1][:count], LENGTHS[:count]
-        texts, tokens = write(config, weights, read(config, weights, ids, lengths, keys, NEW), VARIED, NEVER, NEW)
+        texts, tokens = decode(config, weights, prefill(config, weights, ids, lengths, keys, NEW), VARIED, NEVER, NEW)
         expected = forward(whole_texts(prompts, np.asarray(tokens)))[range(count), lengths + NEW - 1]
         error = np.linalg.norm(texts.logits_BV - expected) / np.linalg.norm(expected)
         assert 1e-5 < error < 0.03
@@ -173,7 +191,7 @@ def test_a_token_at_a_time_is_the_same_text(small_model, prompts):
     config, params = small_model
     weights = prepare_decode_params(config, params)
     one_more = jax.jit(decode_step, static_argnums=0)
-    texts, tokens = read(config, weights, prompts[0], LENGTHS, prompts[1], NEW), []
+    texts, tokens = prefill(config, weights, prompts[0], LENGTHS, prompts[1], NEW), []
     for _ in range(NEW):
         texts, token_B = one_more(config, weights, texts, VARIED, NEVER)
         tokens.append(np.asarray(token_B))
@@ -225,6 +243,6 @@ def test_writing_stops_once_all_texts_have_ended(small_model, prompts):
     texts, tokens = continued(small_model, same, GREEDY, np.int32(free[0, end]), lengths=np.full(4, 12))
     assert texts.slot == 12 + end + 1
     assert (tokens[:, end:] == free[0, end]).all()
-    texts, tokens = write(config, prepare_decode_params(config, params), texts, GREEDY, np.int32(free[0, end]), NEW)
+    texts, tokens = decode(config, prepare_decode_params(config, params), texts, GREEDY, np.int32(free[0, end]), NEW)
     assert texts.slot == 12 + end + 1
     assert (np.asarray(tokens) == free[0, end]).all()

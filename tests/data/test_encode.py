@@ -16,7 +16,7 @@ import pytest
 from jaxlm.data import encode
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import find_prepared, write_token_files
-from jaxlm.data.readers import PIECE_CHARACTERS, Piece
+from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
 from jaxlm.data.token_files import open_tokens
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError
@@ -122,13 +122,13 @@ def test_a_bounded_amount_is_in_memory():
     def endless_text():
         nonlocal ahead, most
         for i in range(60):
-            ahead += PIECE_CHARACTERS
+            ahead += CHUNK_CHARACTERS
             most = max(most, ahead)
-            yield "train.bin", Piece(" word" * (PIECE_CHARACTERS // 5 + 1), i == 0)
+            yield "train.bin", TextChunk(" word" * (CHUNK_CHARACTERS // 5 + 1), i == 0)
 
     for _, encoded in encode._encode_all(endless_text(), load_tokenizer(), workers=2):
         ahead -= encoded.text_bytes
-    assert most < 7 * PIECE_CHARACTERS
+    assert most < 7 * CHUNK_CHARACTERS
 
 
 def test_what_is_whole_is_left_alone(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxlm.data import readers
-from jaxlm.data.readers import read_pieces, read_text
+from jaxlm.data.readers import read_chunks, read_text
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import UsageError
 
@@ -54,7 +54,7 @@ def as_documents(pieces):
 
 
 def pieces_of(text, piece, longest):
-    with mock.patch.multiple(readers, PIECE_CHARACTERS=piece, _LONGEST_PIECE=longest):
+    with mock.patch.multiple(readers, CHUNK_CHARACTERS=piece, _LONGEST_CHUNK=longest):
         return list(read_text(io.StringIO(text, newline="\n")))
 
 
@@ -91,7 +91,7 @@ def test_plain_and_packed_files(tmp_path, suffix, pack):
     (tmp_path / f"a.txt{suffix}").write_bytes(pack(f"\ufeffOne.\r\nTwo é\n\n{MARK}\nThree\n".encode()))
     rows = [{"text": f"in one line {MARK} \n\u2028 é", "more": 1}, {"text": ""}, {"text": "\ud800!"}]
     (tmp_path / f"b.jsonl{suffix}").write_bytes(pack("\n\n".join(map(json.dumps, rows)).encode()))
-    pieces = read_pieces([tmp_path / f"a.txt{suffix}", tmp_path / f"b.jsonl{suffix}"])
+    pieces = read_chunks([tmp_path / f"a.txt{suffix}", tmp_path / f"b.jsonl{suffix}"])
     assert as_documents(pieces) == ["One.\r\nTwo é", "Three\n", rows[0]["text"], "?!"]
 
 
@@ -100,18 +100,18 @@ def test_zst_files_of_several_frames(tmp_path):
     path = tmp_path / "a.txt.zst"
     packed = zstd.compress(b"one ") + zstd.compress(b"two")
     path.write_bytes(packed)
-    assert as_documents(read_pieces([path])) == ["one two"]
+    assert as_documents(read_chunks([path])) == ["one two"]
     for bad in (packed[:-3], b"not zstd"):
         path.write_bytes(bad)
         with pytest.raises(UsageError, match="check the file"):
-            list(read_pieces([path]))
+            list(read_chunks([path]))
 
 
 def test_parquet_rows_are_documents(tmp_path):
     texts = [f"document {i}\n" for i in range(3000)]
     table = pyarrow.table({"id": list(range(3000)), "text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500)
-    assert as_documents(read_pieces([tmp_path / "a.parquet"])) == texts
+    assert as_documents(read_chunks([tmp_path / "a.parquet"])) == texts
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there, names of files are UTF-8")
@@ -119,14 +119,14 @@ def test_parquet_of_a_name_that_is_not_utf8(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.parquet")
     with path.open("wb") as file:
         pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), file)
-    assert as_documents(read_pieces([path])) == ["one"]
+    assert as_documents(read_chunks([path])) == ["one"]
 
 
 def test_a_long_document_is_never_in_memory_whole(tmp_path):
     path = tmp_path / "long.txt.gz"
     path.write_bytes(gzip.compress(b"It was the best of times, it was the worst of times. " * 600_000, compresslevel=1))
     tracemalloc.start()
-    characters = sum(len(piece.text) for piece in read_pieces([path]))
+    characters = sum(len(piece.text) for piece in read_chunks([path]))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert characters == 53 * 600_000
@@ -165,7 +165,7 @@ GOOD_LINE = b'{"text": "good"}\n'
 def test_bad_files_are_refused_in_one_line(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=says) as refused:
-        list(read_pieces([tmp_path / name]))
+        list(read_chunks([tmp_path / name]))
     assert str(tmp_path / name) in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -177,7 +177,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, content, says):
 def test_parquet_without_text_is_refused(tmp_path, columns, says):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=says):
-        list(read_pieces([tmp_path / "a.parquet"]))
+        list(read_chunks([tmp_path / "a.parquet"]))
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
@@ -186,4 +186,4 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     for name, says in (("a.parquet", r'pip install "jaxlm\[parquet\]"'), ("a.txt.zst", "pip install backports.zstd")):
         (tmp_path / name).write_bytes(b"anything")
         with pytest.raises(UsageError, match=says):
-            list(read_pieces([tmp_path / name]))
+            list(read_chunks([tmp_path / name]))

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.readers import Piece
+from jaxlm.data.readers import TextChunk
 from jaxlm.data.split import measure, split
 from jaxlm.errors import UsageError
 
 
 def corpus_of(documents, piece=5):
     """A corpus of these texts, each in pieces of so many characters."""
-    pieces = [Piece(text[i : i + piece], i == 0) for text in documents for i in range(0, len(text), piece)]
+    pieces = [TextChunk(text[i : i + piece], i == 0) for text in documents for i in range(0, len(text), piece)]
     return Corpus("", (), lambda: iter(pieces))
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxlm.device.isolated import attempt
+from jaxlm.device.isolated import run_isolated
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from jaxlm.device.isolated import attempt
     ],
 )
 def test_what_a_process_printed_and_how_it_failed(program, limit, lines, failure):
-    assert attempt(["-c", program], limit) == (lines, failure)
+    assert run_isolated(["-c", program], limit) == (lines, failure)
 
 
 def test_no_platform_is_chosen_for_it_and_it_finds_the_same_modules(monkeypatch, tmp_path):
@@ -23,4 +23,4 @@ def test_no_platform_is_chosen_for_it_and_it_finds_the_same_modules(monkeypatch,
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "only_here.py").touch()
     program = "import os, only_here; print(os.environ.get('JAX_PLATFORMS'), os.environ['X'])"
-    assert attempt(["-c", program], 60, {"X": "y"}) == (["None y"], "")
+    assert run_isolated(["-c", program], 60, {"X": "y"}) == (["None y"], "")

@@ -9,7 +9,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.core.layers import rope, rope_cos_sin
 from jaxlm.core.model import init_params
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.interop.gguf import neighbours, write_gguf
+from jaxlm.interop.gguf import interleave_rope_rows, write_gguf
 from jaxlm.interop.huggingface import named_tensors
 
 gguf = pytest.importorskip("gguf")
@@ -75,8 +75,8 @@ def test_every_tensor_is_there_and_says_what_the_parameters_say(written, params)
         "blk.1.ffn_down.weight": params["blocks"]["down"][1].T,
         "blk.0.ffn_norm.weight": params["blocks"]["mlp_norm"][0],
         "blk.0.attn_v.weight": params["blocks"]["value"][0].T,
-        "blk.1.attn_k.weight": neighbours(ours["model.layers.1.self_attn.k_proj.weight"], 2),
-        "blk.1.attn_q.weight": neighbours(ours["model.layers.1.self_attn.q_proj.weight"], 4),
+        "blk.1.attn_k.weight": interleave_rope_rows(ours["model.layers.1.self_attn.k_proj.weight"], 2),
+        "blk.1.attn_q.weight": interleave_rope_rows(ours["model.layers.1.self_attn.q_proj.weight"], 4),
     }
     for name, value in expected.items():
         tensor = tensors[name]
@@ -91,7 +91,7 @@ def test_turning_neighbours_of_the_rows_in_their_new_order_is_turning_halves():
     halves = np.asarray(rope(jnp.float32(w_QD @ x_D).reshape(1, 1, 2, 8), rope_cos_sin(np.array([[5]]), 8, 100.0)))[
         0, 0
     ]
-    pairs = (neighbours(w_QD, 2) @ x_D).reshape(2, 4, 2)
+    pairs = (interleave_rope_rows(w_QD, 2) @ x_D).reshape(2, 4, 2)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(5j * 100.0 ** (-np.arange(4) / 4))
     np.testing.assert_allclose(np.concatenate([turned.real, turned.imag], axis=-1), halves, rtol=1e-4)
 

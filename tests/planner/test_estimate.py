@@ -11,7 +11,7 @@ from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.core.train_step import init_state
 from jaxlm.device.backend import APPLE, resolve_run
 from jaxlm.planner import estimate
-from jaxlm.planner.estimate import Seconds
+from jaxlm.planner.estimate import Timings
 from jaxlm.run.memory import compile_step, least_memory, step_memory
 
 PRESET = from_config_dict(m2_60m.get_config())
@@ -78,7 +78,7 @@ def test_a_platform_without_an_analysis_gives_none():
     assert step_memory(SMALL, SimpleNamespace(memory_analysis=lambda: None)) is None
 
 
-SECONDS = Seconds(5.0, 0.75, 0.5, 4.0, 0.25, 0.125, 2.0, 1.5)
+SECONDS = Timings(5.0, 0.75, 0.5, 4.0, 0.25, 0.125, 2.0, 1.5)
 SCHEDULES = [(50, 100, 300, 1000, 5), (7, 5, 3, 40, 2), (10, 10, 10, 60, 3), (4, 6, 9, 9, 1), (50, 60, 70, 20, 5)]
 
 
@@ -151,7 +151,7 @@ def test_the_timeline_has_few_rows_and_ends_with_the_last_step(step, unit, rows)
 
 def test_the_users_own_table_follows_from_26_seconds_a_step():
     """Step 29,700 on day 9, and 15 days in all: not 8 to 9."""
-    bare = Seconds(0.0, 26.18, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    bare = Timings(0.0, 26.18, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     assert estimate.step_at(PRESET, bare, 9 * 86400) == pytest.approx(29_700, abs=5)
     unit, passed = estimate.timeline(PRESET, bare)
     assert (unit, len(passed)) == ("day", 16)

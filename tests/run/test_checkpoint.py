@@ -293,7 +293,7 @@ def test_when_none_is_whole_each_is_named_with_its_reason_and_left_alone(three, 
 
 def test_what_is_moved_aside_gives_its_place_to_a_new_save_and_crowds_out_no_good_one(three, tmp_path, trained):
     empty(tmp_path, 3, 5)
-    said = three.tidy(1)
+    said = three.clean_up(1)
     assert len(said) == 2
     assert three.steps() == [1]
     for step in (3, 5):
@@ -310,7 +310,7 @@ def test_a_save_that_was_broken_off_is_none_and_is_cleared_away(three, tmp_path)
     (folder / "5").rename(folder / "5.orbax-checkpoint-tmp")
     again = Checkpoints(tmp_path)
     assert again.steps() == [1, 3]
-    (said,) = again.tidy(3)
+    (said,) = again.clean_up(3)
     assert "5.orbax-checkpoint-tmp" in said
     assert sorted(path.name for path in folder.iterdir()) == ["1", "3"]
 

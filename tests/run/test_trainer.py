@@ -289,8 +289,8 @@ def test_a_second_ctrl_c_leaves_at_once_though_python_is_deep_in_other_code():
     """As in a compilation; there the handlers of the main thread have to wait."""
     code = """
 import hashlib, os, threading
-from jaxlm.run.trainer import Run
-run = object.__new__(Run)
+from jaxlm.run.trainer import Trainer
+run = object.__new__(Trainer)
 run.stop_signal, run.monitor = 0, type("Monitor", (), {"abandon": staticmethod(lambda: None)})
 with run._signals():
     for seconds in (0.2, 0.6):

@@ -4,8 +4,8 @@ The element-wise work behind the two largest products of a training step (exp be
 gate and up matrices) costs more in memory traffic than in arithmetic. Here it is done on each tile of the product
 while the tile is in registers. One kernel, `_product`, multiplies; what then happens to a tile is its argument.
 
-`cross_entropy` computes what `loss.cross_entropy` does, `swiglu` what `layers.gated` does with its three products; from
-bfloat16, with float32 sums.
+`cross_entropy` computes what `loss.cross_entropy` does, `swiglu` what `layers.swiglu_activation` does with its
+three products; from bfloat16, with float32 sums.
 """
 
 import functools
@@ -229,7 +229,7 @@ def _product(
         def scope(allocations, tile_smem, out_smem, arrived):
             @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
             def each_tile(loop):
-                m, n = plgpu.planar_snake(loop.index[0], grid, longer, 8)  # neighbours in time share operands
+                m, n = plgpu.planar_snake(loop.index[0], grid, longer, 8)  # interleave_rope_rows in time share operands
                 first_row = m * ROWS + group * HALF
                 mine = pl.ds(first_row, HALF)
 

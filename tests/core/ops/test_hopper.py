@@ -49,7 +49,7 @@ def test_swiglu_and_its_gradients(interpreted, N, D, F):
     found, pull = jax.vjp(hopper.swiglu, x.astype(jnp.bfloat16), *weights)
 
     def swiglu(x, gate, up, down):
-        return layers.gated(x @ gate, x @ up) @ down
+        return layers.swiglu_activation(x @ gate, x @ up) @ down
 
     expected, exact_pull = jax.vjp(swiglu, x, *weights)
     gradients = pull(d_out.astype(jnp.bfloat16))
