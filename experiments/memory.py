@@ -25,7 +25,7 @@ from configs import m2_60m
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core import layers
 from jaxlm.core.model import Decoder, init_params, parameter_count
-from jaxlm.core.optimizer import make_inner
+from jaxlm.core.optimizer import make_transformation
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.device import backend
 from jaxlm.run.checkpoint import checkpoint_bytes
@@ -61,7 +61,7 @@ def size(tree: Any) -> int:
 
 def plain(config: Config) -> jax.stages.Compiled:
     """The compiled step as one writes it first."""
-    optimizer = optax.MultiSteps(make_inner(config), config.grad_accum_steps)
+    optimizer = optax.MultiSteps(make_transformation(config), config.grad_accum_steps)
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     model = Decoder(dataclasses.replace(config.model, remat=False, attention="plain", kernels="plain"))
 

@@ -21,6 +21,8 @@ FIXED = {"fixed": True}
 
 PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
 PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
+OPTIMIZERS = ("adamw", "muon")  # the functions are in core/optimizer.py
+LR_SCHEDULES = ("cosine", "linear")  # likewise
 
 # settings that earlier versions called otherwise, and what their values became
 OLD_NAMES = {
@@ -133,23 +135,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon on the blocks' matrices with AdamW on the rest; one schedule for both."""
+    """AdamW, or Muon on the blocks' matrices and AdamW on the rest. Both follow one schedule."""
 
     name: str = field(default="adamw", metadata=FIXED)
     learning_rate: float = 3e-4  # peak
-    muon_learning_rate: float = 6e-3  # peak, of the blocks' matrices under muon
+    muon_learning_rate: float = 6e-3  # peak, of the matrices that Muon updates
     warmup_steps: int = 100
-    lr_schedule: str = "cosine"
-    lr_decay_fraction: float = 1.0  # of the steps after the warm-up, at the end; before it the rate is constant
-    min_lr_ratio: float = 0.1  # learning rate that max_steps reaches, as a share of the peak
-    b1: float = 0.9  # Adam's first moment; Muon's momentum
-    b2: float = 0.95  # Adam's second moment
-    weight_decay: float = 0.1  # decoupled, on matrices only
-    clip_norm: float = 1.0
+    lr_schedule: str = "cosine"  # how the learning rate falls: cosine or linear
+    lr_decay_fraction: float = 1.0  # it falls over this fraction of the steps after the warm-up, the last ones
+    min_lr_ratio: float = 0.1  # learning rate at max_steps, as a fraction of the peak
+    b1: float = 0.9  # decay of Adam's first moment; Muon's momentum
+    b2: float = 0.95  # decay of Adam's second moment
+    weight_decay: float = 0.1  # decoupled; on all parameters but norm scales
+    clip_norm: float = 1.0  # the largest global norm of a gradient; a larger one is scaled down
 
     def __post_init__(self):
-        _one_of("optimizer.name", self.name, ("adamw", "muon"))
-        _one_of("optimizer.lr_schedule", self.lr_schedule, ("cosine", "linear"))
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        _one_of("optimizer.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         for name in ("learning_rate", "muon_learning_rate", "clip_norm"):
             _require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}: it must be above 0")
         for name in ("warmup_steps", "weight_decay"):
@@ -184,14 +186,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """The texts written while training."""
+    """The samples that a run writes while it trains."""
 
     prompts: tuple[str, ...] = PROMPTS
-    texts: int = 10  # per block of samples
-    tokens: int = 60  # per text
+    texts: int = 10  # samples at a time
+    tokens: int = 60  # of each sample
     temperature: float = 0.8  # 0: greedy
-    top_k: int = 50  # 0: all
-    top_p: float = 1.0
+    top_k: int = 50  # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # sample from the fewest tokens that have this probability together; 1: from all
 
     def __post_init__(self):
         _require(len(self.prompts) >= 1, "sample.prompts is empty: give at least one prompt")
