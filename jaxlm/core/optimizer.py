@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import Config, OptimizerConfig
+from jaxlm.core.ops import get as get_ops
 from jaxlm.core.parameters import Params, tree_of
 
 SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # (end value, steps) -> from 1 down to the end value
@@ -82,7 +83,7 @@ def make_transformation(config: Config) -> optax.GradientTransformation:
 
 
 class Optimizer(NamedTuple):
-    """`init` makes a state for parameters; `step` applies one micro-batch: (grads, state, params) -> (params, state)."""
+    """`init` makes a state for parameters. `step` (grads, state, params) -> (params, state) applies one micro-batch."""
 
     init: Callable[[Params], optax.MultiStepsState]
     step: Callable[[Params, optax.MultiStepsState, Params], tuple[Params, optax.MultiStepsState]]
@@ -93,20 +94,21 @@ def make_optimizer(config: Config) -> Optimizer:
 
     A micro-batch whose gradient norm is not finite is skipped: the state and the parameters stay as they are.
     """
-    return multi_steps(make_transformation(config), config.grad_accum_steps, conditional=not config.model.unrolled)
+    cond = get_ops(config.model.implementation).cond
+    return multi_steps(make_transformation(config), config.grad_accum_steps, cond)
 
 
-def multi_steps(inner: optax.GradientTransformation, every: int, conditional: bool = True) -> Optimizer:
+def multi_steps(inner: optax.GradientTransformation, every: int, cond: Callable = jax.lax.cond) -> Optimizer:
     """`optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)`, in place.
 
     The state and, up to rounding, the numbers are those of optax, with four differences. Gradients whose norm
-    overflows are skipped too. The update is computed only when it is due. It is applied to the parameters directly, so
-    there is no tree of updates. With `every` 1 there is no accumulator.
+    overflows are skipped too. The update is computed only when it is due, if `cond` branches. It is applied to the
+    parameters directly, so there is no tree of updates. With `every` 1 there is no accumulator.
 
     Args:
         inner: the transformation of the mean gradient.
         every: micro-batches of an update.
-        conditional: False computes the update each time and selects, so that the program has no branch.
+        cond: `jax.lax.cond`, or a function with its arguments that has no branch.
     """
     reference = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)
 
@@ -127,11 +129,7 @@ def multi_steps(inner: optax.GradientTransformation, every: int, conditional: bo
             weight = 1 / (state.mini_step + 1)
             mean = jax.tree.map(lambda a, g: jnp.where(skip, a, a + (g - a) * weight), state.acc_grads, grads)
         operands = params, state.inner_opt_state, mean
-        if conditional:
-            outputs = jax.lax.cond(due, apply, lambda *operands: operands, *operands)
-        else:
-            outputs = jax.tree.map(lambda new, old: jnp.where(due, new, old), apply(*operands), operands)
-        params, inner_state, acc_grads = outputs
+        params, inner_state, acc_grads = cond(due, apply, lambda *operands: operands, *operands)
         state = optax.MultiStepsState(
             mini_step=jnp.where(skip, state.mini_step, (state.mini_step + 1) % every),
             gradient_step=state.gradient_step + due,
@@ -169,9 +167,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def orthogonalize() -> optax.GradientTransformation:
-    """Replaces each matrix of stacks [L, inputs, outputs] by `newton_schulz` of it, scaled to the RMS of Adam's updates.
+    """Replaces each matrix of stacks [L, D, F] by `newton_schulz` of it, scaled to the RMS of Adam's updates.
 
-    The scale is 0.2 sqrt(longer side) (Liu et al. 2025, arXiv 2502.16982).
+    The scale is 0.2 sqrt(max(D, F)) (Liu et al. 2025, arXiv 2502.16982).
     """
     return optax.stateless(
         lambda updates, params: jax.tree.map(
