@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.layers import GPU_MULTIPLE
 from jaxlm.core.sampling import SamplingParams, decode, prefill, sequence_keys
+
+GPU_MULTIPLE = 8
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
 
