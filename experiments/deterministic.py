@@ -77,13 +77,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder, rng = Path(tempfile.mkdtemp(prefix="deterministic-")), random.Random(args.seed)
-    for name, deterministic in (
-        ("default", False),
-        ("default again", False),
-        ("deterministic", True),
-        ("deterministic again", True),
-    ):
-        train(folder / name, deterministic)
+    for name in ("default", "default again", "deterministic", "deterministic again"):
+        train(folder / name, name.startswith("deterministic"))
     for after_step in sorted(rng.randint(0, STEPS - 2) for _ in range(args.kills)):
         kill(folder / "killed", after_step, rng.uniform(0, 0.15))
     train(folder / "killed", True)

@@ -94,9 +94,8 @@ def main() -> None:
 
     machine = f"{platform.system()} {platform.machine()}, {CORES} cores"
     print(f"tiktoken {tiktoken.__version__}, Python {platform.python_version()}, {machine}; {args.rounds} rounds")
-    print(
-        "| | MB of text | MB/s | ratio to encode_ordinary | ratio to the batch | cores | peak MB |\n|---|---|---|---|---|---|---|"
-    )
+    print("| | MB of text | MB/s | ratio to encode_ordinary | ratio to the batch | cores | peak MB |")
+    print("|---|---|---|---|---|---|---|")
     for name, size, rate, column in zip(names, sizes, rates, costs, strict=True):
         ratios = f"{rate / rates[2]:.2f} | {rate / rates[3]:.2f}"
         cores = median(cost.processor_seconds / cost.seconds for cost in column)

@@ -23,20 +23,30 @@ PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
 PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
 OPTIMIZERS = ("adamw", "muon")  # the functions are in core/optimizer.py
 LR_SCHEDULES = ("cosine", "linear")  # likewise
+IMPLEMENTATIONS = ("auto", "xla", "cpu", "cuda", "hopper", "apple")
 
-# settings that earlier versions called otherwise, and what their values became
+# settings with another name in old checkpoints and config files; where several became one, the last that is set wins
 OLD_NAMES = {
     "slices": "microbatch_chunks",
     "max_skipped": "max_nonfinite_microbatches",
     "model.hidden": "model.mlp_width",
     "model.dtype": "model.precision",
+    "model.attention": "model.implementation",
+    "model.kernels": "model.implementation",
+    "model.loops": "model.implementation",
     "optimizer.decay": "optimizer.lr_schedule",
     "optimizer.decay_fraction": "optimizer.lr_decay_fraction",
     "optimizer.floor": "optimizer.min_lr_ratio",
     "data.validation": "data.val_fraction",
     "data.eval_windows": "data.eval_sequences",
 }
-OLD_VALUES = {"model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"}}
+OLD_VALUES = {  # and their values; DROPPED: all others leave the default
+    "model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"},
+    "model.attention": {"cudnn": "cuda"},
+    "model.kernels": {"fused": "hopper"},
+    "model.loops": {"unrolled": "apple"},
+}
+DROPPED = ("model.attention", "model.kernels", "model.loops")
 
 PROMPTS = (
     "Once upon a time",
@@ -92,17 +102,15 @@ class ModelConfig:
     tied: bool = field(default=True, metadata=FIXED)  # the head reads the input embedding; False: one of its own
     output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
     precision: str = "auto"  # float32, bf16 (mixed precision) or bf16_matmul; weights are always float32
-    attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
-    kernels: str = "auto"  # fused (bfloat16 on a Hopper GPU, 1.2 times as fast) or plain; auto: fused where it fits
-    loops: str = "auto"  # compiled into the programs or unrolled; auto: unrolled on an Apple GPU, compiled elsewhere
-    remat: bool = True  # recompute each block backward: less memory, a fifth more work. On a GPU only with `slices`
+    implementation: str = "auto"  # of jaxlm/core/ops: xla (plain JAX), cpu, cuda, hopper (H100, H200) or apple
+    remat: bool = True  # recompute each block backward: less memory, a fifth more work. GPU: needs microbatch_chunks
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "layers", "heads", "width", "mlp_width"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1")
         _require(
             self.width % (2 * self.heads) == 0,
-            f"model.width {self.width} does not divide into {self.heads} heads of an even size (RoPE turns pairs):"
+            f"model.width {self.width} does not divide into {self.heads} heads of an even size (RoPE rotates pairs):"
             f" choose a multiple of {2 * self.heads}",
         )
         _require(
@@ -113,23 +121,21 @@ class ModelConfig:
         _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
         _one_of("model.output_init", self.output_init, ("scaled", "zero"))
         _one_of("model.precision", self.precision, PRECISIONS)
-        _one_of("model.attention", self.attention, ("auto", "plain", "cudnn"))
-        _one_of("model.kernels", self.kernels, ("auto", "plain", "fused"))
-        _one_of("model.loops", self.loops, ("auto", "compiled", "unrolled"))
+        _one_of("model.implementation", self.implementation, IMPLEMENTATIONS)
 
     @property
     def matmul_dtype(self) -> str:
-        """The dtype that matrix products read; they sum in float32."""
+        """The dtype that matmuls read; they sum in float32."""
         return "bfloat16" if self.precision in ("bf16", "bf16_matmul") else "float32"
 
     @property
     def unrolled(self) -> bool:
         """Whether no program may hold a loop or a conditional."""
-        return self.loops == "unrolled"
+        return self.implementation == "apple"
 
     @property
     def activation_dtype(self) -> str:
-        """The dtype of everything between two products."""
+        """The dtype of everything between two matmuls."""
         return "bfloat16" if self.precision == "bf16" else "float32"
 
 
@@ -238,7 +244,8 @@ class Config:
         )
         _require(
             self.microbatch_chunks == 0 or self.batch_size % self.microbatch_chunks == 0,
-            f"batch_size {self.batch_size} is not divisible by microbatch_chunks {self.microbatch_chunks}: choose a divisor",
+            f"batch_size {self.batch_size} is not divisible by microbatch_chunks {self.microbatch_chunks}:"
+            " choose a divisor",
         )
         _require(
             257 <= self.model.vocab_size <= 50_257,
@@ -312,10 +319,11 @@ def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
             old[name] = value
         else:
             renamed[name] = value
-    for name, value in old.items():
+    for name in (name for name in OLD_NAMES if name in old):
+        value = OLD_VALUES.get(name, {}).get(old[name], None if name in DROPPED else old[name])
         group_name, _, inner = OLD_NAMES[name].rpartition(".")
-        place: dict[str, Any] = renamed[group_name] if group_name else renamed
-        place[inner] = OLD_VALUES.get(name, {}).get(value, value)
+        group = renamed[group_name] if group_name else renamed
+        group |= {} if value is None else {inner: value}
     return renamed
 
 

@@ -224,9 +224,7 @@ def _cpu() -> jax.Device:
 
 def _plain(config: Config) -> Config:
     """The same run in float32 and plain forms, as the CPU computes it best."""
-    model = dataclasses.replace(
-        config.model, precision="float32", attention="plain", kernels="plain", loops="compiled", remat=True
-    )
+    model = dataclasses.replace(config.model, precision="float32", implementation="cpu", remat=True)
     return dataclasses.replace(config, model=model)
 
 

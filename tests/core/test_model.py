@@ -80,7 +80,7 @@ def test_each_position_depends_on_every_earlier_input_and_on_no_later_one(small_
     direction = np.random.default_rng(0).normal(size=config.width).astype(np.float32)
 
     def outputs(embedding):
-        hidden = Decoder(config).apply({"params": params | {"embedding": embedding}}, ids, method="hidden")
+        hidden = Decoder(config).apply({"params": params | {"embedding": embedding}}, ids, method="final_hidden")
         return hidden[0] @ direction
 
     jacobian_TVD = jax.jit(jax.jacrev(outputs))(params["embedding"])
@@ -152,7 +152,7 @@ def test_remat_keeps_less_and_changes_no_number(small_model, loss_and_gradients)
 
     def kept(config):
         def hidden(params, ids):
-            return Decoder(config).apply({"params": params}, ids, method="hidden")
+            return Decoder(config).apply({"params": params}, ids, method="final_hidden")
 
         ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
         backward = jax.eval_shape(lambda p, i: jax.vjp(lambda p: hidden(p, i), p)[1], small_model[1], ids)
