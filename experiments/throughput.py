@@ -74,11 +74,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         state = train(state, args.steps)
         timings.append((time.perf_counter() - began) / (args.steps * args.accum))
-    peak = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if on_cpu
-        else device.memory_stats()["peak_bytes_in_use"]
-    )
+    if on_cpu:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        peak = device.memory_stats()["peak_bytes_in_use"]
     seconds = median(timings)
     matrix_size = parameter_count(state.params) - (2 * model.layers + 1) * model.width  # all but the norms
     flops = 6 * matrix_size + 6 * model.layers * model.context * model.width

@@ -129,11 +129,6 @@ class ModelConfig:
         return "bfloat16" if self.precision in ("bf16", "bf16_matmul") else "float32"
 
     @property
-    def unrolled(self) -> bool:
-        """Whether no program may hold a loop or a conditional."""
-        return self.implementation == "apple"
-
-    @property
     def activation_dtype(self) -> str:
         """The dtype of everything between two matmuls."""
         return "bfloat16" if self.precision == "bf16" else "float32"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.ops import get as get_ops
+from jaxlm.core import ops
 from jaxlm.core.sampling import SamplingParams, decode, prefill, sequence_keys
 
 PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -45,7 +45,7 @@ def generate(
     # as for the shortest prompt of this width, so that all of its prompts share a program
     max_count = min(tokens, config.context - 1 - (width - PROMPT_BUCKET))
     chunk = chunk or max_count
-    rows = len(prompts) + -len(prompts) % get_ops(config.implementation).row_multiple
+    rows = len(prompts) + -len(prompts) % ops.get(config.implementation).row_multiple
     ids_BP = np.zeros((rows, width), np.int32)
     for row, ids in zip(ids_BP, prompts, strict=False):
         row[width - len(ids) :] = ids

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import Config, OptimizerConfig
-from jaxlm.core.ops import get as get_ops
+from jaxlm.core import ops
 from jaxlm.core.parameters import Params, tree_of
 
 SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # (end value, steps) -> from 1 down to the end value
@@ -94,7 +94,7 @@ def make_optimizer(config: Config) -> Optimizer:
 
     A micro-batch whose gradient norm is not finite is skipped: the state and the parameters stay as they are.
     """
-    cond = get_ops(config.model.implementation).cond
+    cond = ops.get(config.model.implementation).cond
     return multi_steps(make_transformation(config), config.grad_accum_steps, cond)
 
 

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
+from jaxlm.core import ops
 from jaxlm.core.model import Cache, empty_cache, forward_with_cache
-from jaxlm.core.ops import Ops
-from jaxlm.core.ops import get as get_ops
 
 SEARCH_FAN_OUT = 8  # parts into which a round of the threshold search divides its interval
 SEARCH_ROUNDS = 10  # at most; the interval is then 2**-30 of the logits' range
@@ -50,14 +49,16 @@ class DecodeState(NamedTuple):
     keys_B: jax.Array  # a random key for each sequence
 
 
-def top_k_top_p_mask(ops: Ops, logits_BV: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
+def top_k_top_p_mask(
+    device_ops: ops.Ops, logits_BV: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
+) -> jax.Array:
     """Which tokens may be sampled: those with the top_k largest logits, and of these the nucleus.
 
     The nucleus is the smallest set of most likely tokens whose probability, renormalised over the top_k, reaches top_p
     (Holtzman et al. 2020, arXiv 1904.09751). Both are thresholds on the logits, so nothing is sorted.
 
     Args:
-        ops: the operations of the device.
+        device_ops: the operations of the device.
         logits_BV: float32; -inf is never sampled.
         top_k: [] integer, at least 1; None keeps all.
         top_p: [] float in (0, 1]; None keeps all.
@@ -67,12 +68,12 @@ def top_k_top_p_mask(ops: Ops, logits_BV: jax.Array, top_k: jax.Array | None, to
     """
     mask_BV = logits_BV > -jnp.inf
     if top_k is not None:
-        mask_BV &= logits_BV >= _threshold(ops, logits_BV, None, top_k)
+        mask_BV &= logits_BV >= _threshold(device_ops, logits_BV, None, top_k)
     if top_p is None:
         return mask_BV
     weights_BV = jnp.where(mask_BV, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
     target_B1 = top_p * jnp.sum(weights_BV, axis=-1, keepdims=True)
-    return mask_BV & (logits_BV >= _threshold(ops, logits_BV, weights_BV, target_B1))
+    return mask_BV & (logits_BV >= _threshold(device_ops, logits_BV, weights_BV, target_B1))
 
 
 class _Search(NamedTuple):
@@ -85,7 +86,7 @@ class _Search(NamedTuple):
     count_high_B1: jax.Array
 
 
-def _threshold(ops: Ops, logits_BV: jax.Array, weights_BV: jax.Array | None, target: jax.Array) -> jax.Array:
+def _threshold(device_ops: ops.Ops, logits_BV: jax.Array, weights_BV: jax.Array | None, target: jax.Array) -> jax.Array:
     """The largest x such that the weights (None: 1 each) of the logits at or above x sum to at least `target`, [B, 1].
 
     Each round divides the interval into SEARCH_FAN_OUT parts and keeps the one with the threshold, until it holds one
@@ -93,9 +94,9 @@ def _threshold(ops: Ops, logits_BV: jax.Array, weights_BV: jax.Array | None, tar
     """
     steps_W = jnp.arange(1, SEARCH_FAN_OUT) / SEARCH_FAN_OUT
     parts = [logits_BV]
-    if ops.search_parts > 1:  # counted in one expression: XLA for the CPU stores the operand of one large sum
-        padding = ((0, 0), (0, -logits_BV.shape[1] % ops.search_parts))
-        parts = jnp.split(jnp.pad(logits_BV, padding, constant_values=-jnp.inf), ops.search_parts, axis=1)
+    if device_ops.search_parts > 1:  # counted in one expression: XLA for the CPU stores the operand of one large sum
+        padding = ((0, 0), (0, -logits_BV.shape[1] % device_ops.search_parts))
+        parts = jnp.split(jnp.pad(logits_BV, padding, constant_values=-jnp.inf), device_ops.search_parts, axis=1)
 
     def search(s: _Search) -> _Search:
         cuts_BW = s.low_B1 + (s.high_B1 - s.low_B1) * steps_W
@@ -120,15 +121,16 @@ def _threshold(ops: Ops, logits_BV: jax.Array, weights_BV: jax.Array | None, tar
     low_B1 = jnp.min(jnp.where(logits_BV > -jnp.inf, logits_BV, high_B1), axis=-1, keepdims=True)
     counts_B1 = (jnp.full(low_B1.shape, count, jnp.int32) for count in (logits_BV.shape[1], 0))
     start = _Search(jnp.int32(SEARCH_ROUNDS), low_B1, high_B1, *counts_B1)
-    return ops.search_loop(unfinished, search, start, SEARCH_ROUNDS).low_B1
+    return device_ops.search_loop(unfinished, search, start, SEARCH_ROUNDS).low_B1
 
 
-def sample_tokens(ops: Ops, logits_BV: jax.Array, keys_B: jax.Array, params: SamplingParams) -> jax.Array:
-    """A token for each sequence: greedy at temperature 0, else sampled from softmax(logits / temperature), restricted
-    by `top_k_top_p_mask`.
+def sample_tokens(device_ops: ops.Ops, logits_BV: jax.Array, keys_B: jax.Array, params: SamplingParams) -> jax.Array:
+    """A token for each sequence: the most likely one at temperature 0, else a random one.
+
+    The probabilities are softmax(logits / temperature), restricted by `top_k_top_p_mask`.
 
     Args:
-        ops: the operations of the device.
+        device_ops: the operations of the device.
         logits_BV: float32.
         keys_B: a random key for each sequence.
         params: temperature, top_k, top_p.
@@ -142,12 +144,12 @@ def sample_tokens(ops: Ops, logits_BV: jax.Array, keys_B: jax.Array, params: Sam
         padding = ((0, 0), (0, side**2 - logits_BV.shape[1]))
         square_BV = jnp.pad(logits_BV, padding, constant_values=-jnp.inf)
         scaled_BV = (square_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / params.temperature
-        mask_BV = top_k_top_p_mask(ops, scaled_BV, params.top_k, params.top_p)
+        mask_BV = top_k_top_p_mask(device_ops, scaled_BV, params.top_k, params.top_p)
         weights_BV = jnp.where(mask_BV, jnp.exp(scaled_BV), 0)
         with counts_of_32_bits():
             return jax.vmap(_sample_index)(weights_BV.reshape(-1, side, side), keys_B)
 
-    return ops.sampling_cond(params.temperature > 0, sample, lambda: _argmax(logits_BV))
+    return device_ops.sampling_cond(params.temperature > 0, sample, lambda: _argmax(logits_BV))
 
 
 def _sample_index(weights_RC: jax.Array, key: jax.Array) -> jax.Array:
@@ -217,7 +219,7 @@ def decode_step(
     s, slots_S = state, jnp.arange(state.cache.keys_GSK[0].shape[1])
     positions_B = s.slot - s.first_B
     keys_B = jax.vmap(jax.random.fold_in)(s.keys_B, positions_B)
-    token_B = sample_tokens(get_ops(config.implementation), s.logits_BV, keys_B, params)
+    token_B = sample_tokens(ops.get(config.implementation), s.logits_BV, keys_B, params)
     token_B = jnp.where(s.done_B, end_of_text, token_B)
     mask_B1S = ((slots_S[None] <= s.slot) & (slots_S[None] >= s.first_B[:, None]))[:, None]
     logits_BV, cache = forward_with_cache(
@@ -238,7 +240,7 @@ def decode(
         The next state (`state` is donated), and the tokens, [B, count] int32: `end_of_text` from the end of each
         sequence on.
     """
-    if get_ops(config.implementation).decode_on_device:
+    if ops.get(config.implementation).decode_on_device:
         return _decode_on_device(config, weights, state, params, end_of_text, count)
     tokens_BN = np.full((len(state.done_B), count), end_of_text, np.int32)
     for i in range(count):
