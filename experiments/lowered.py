@@ -93,7 +93,8 @@ def lowered(function: Any, arguments: tuple[Any, ...], platform: str) -> str:
     if "wgmma" in (jaxpr := str(traced.jaxpr)):
         text = re.sub(r"(?m) at 0x[0-9a-f]+|/\S+\.py:\d+|(name|fwd|bwd)=\S+|debug_info=.*", "", jaxpr)
         numbers = {name: f"f{i}" for i, name in enumerate(re.findall(r"(?m)^\s*let ([A-Za-z_]\w*) = \{", text))}
-        return "\n".join(re.sub(r"[A-Za-z_]\w*", lambda m: numbers.get(m[0], m[0]), text).split())
+        words = re.sub(r"([][])", r" \1 ", re.sub(r"[A-Za-z_]\w*", lambda m: numbers.get(m[0], m[0]), text)).split()
+        return "\n".join(words)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
