@@ -1,19 +1,18 @@
 """Gradients that are added to an accumulator inside the backward pass.
 
-Adding up the gradients of many chunks the usual way, `total + jax.grad(loss)(params)`, holds two sets of gradients at
-once: the sum, and those of the chunk. The functions here hold one. Each also returns the parameters it has used:
+`grads = add(grads, jax.grad(loss)(params, chunk))` holds two whole sets of gradients: the sum, and those of one chunk.
+The functions here need only one. Each also returns the parameters that it has used, for their "next use":
 
-    def scale_with_accumulator(x, w):  # w x, and w again
+    def scale(x, w):
         return w * x, w
 
-The second output is an alias of w for its "next use". Its cotangent is whatever the caller gives to the backward pass,
-so the caller gives the sum so far. The backward pass must return one gradient for w, which is the sum over both uses,
-so a custom rule adds this use's gradient to the accumulator in place (d_out * x, to what arrives for the alias):
+    (y, _), vjp_fn = jax.vjp(scale, 3.0, 2.0)
+    _, accumulator = vjp_fn((1.0, 10.0))  # 10 + 1 * 3 = 13
 
-    (y, _), vjp_fn = jax.vjp(scale_with_accumulator, 3.0, 2.0)  # x = 3, w = 2
-    _, accumulator = vjp_fn((1.0, 10.0))  # 10 so far: 10 + 1 * 3 = 13
-
-A block's gradient is added as soon as the block's backward pass has run, so only one block's gradient exists at a time.
+The gradient of w is the sum over its uses. The caller gives the sum so far (10) as the gradient of the next use, so the
+backward pass adds the gradient of this use (3) to it. JAX's own rules would first collect the gradients of all blocks.
+The custom rules below add to the accumulator in place and, under `remat_blocks`, block by block, so that the gradient
+of only one block exists at a time.
 """
 
 from collections.abc import Callable

@@ -13,14 +13,7 @@ from tests.core.float64 import draw
 
 
 def test_the_example_of_the_docstring():
-    @jax.custom_vjp
-    def scale_with_accumulator(x, w):
-        return w * x, w
-
-    scale_with_accumulator.defvjp(
-        lambda x, w: (scale_with_accumulator(x, w), (x, w)), lambda xw, d: (d[0] * xw[1], d[1] + d[0] * xw[0])
-    )
-    _, vjp_fn = jax.vjp(scale_with_accumulator, 3.0, 2.0)
+    _, vjp_fn = jax.vjp(lambda x, w: (w * x, w), 3.0, 2.0)
     assert [float(d) for d in vjp_fn((1.0, 10.0))] == [2.0, 13.0]
 
 
