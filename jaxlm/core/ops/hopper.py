@@ -8,6 +8,7 @@ The kernels read bfloat16 and sum in float32.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -36,7 +37,7 @@ def fits(width: int, mlp_width: int) -> bool:
 
 
 def _whole_tiles(x_BTD: jax.Array) -> bool:
-    return x_BTD[..., 0].size % BLOCK_M == 0
+    return math.prod(x_BTD.shape[:-1]) % BLOCK_M == 0
 
 
 def fused_linear(ops: Ops, x_BTD: jax.Array, weights: Sequence[jax.Array], matmul_dtype: Any) -> list[jax.Array]:
@@ -277,10 +278,10 @@ def _matmul(
             allocations=pipeline(lambda *_: None, lambda _: None).get_allocations(x, w),
             tile_smem=[smem((2, HALF_M, width)) for width in tile_widths],
             out_smem=smem((2, 2, 64, 64)),
-            tile_barrier=plgpu.Barrier(num_barriers=2 * max(1, len(tiles))),
+            barriers=plgpu.Barrier(num_barriers=2 * max(1, len(tiles))),
             collective_axes="group",
         )
-        def scope(allocations, tile_smem, out_smem, tile_barrier):
+        def scope(allocations, tile_smem, out_smem, barriers):
             @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
             def each_tile(loop):
                 m, n = plgpu.planar_snake(loop.index[0], grid, longer, 8)  # programs that run together share operands
@@ -297,7 +298,7 @@ def _matmul(
                         plgpu.copy_gmem_to_smem(
                             tile_refs[i].at[my_rows, pl.ds(n * width, width)],
                             tile_smem[i].at[group],
-                            tile_barrier.at[2 * i + group],
+                            barriers.at[2 * i + group],
                         )
                     by_row = plgpu.Layout.WGMMA.reduce(1)
                     inputs = [plgpu.load(ref.at[my_rows], layout=by_row, optimized=False) for ref in row_refs]
@@ -309,7 +310,7 @@ def _matmul(
 
                     half_tile = pl.run_scoped(half_of_tile, plgpu.ACC((HALF_M, columns), jnp.float32))
                     for i in range(len(tiles)):
-                        plgpu.barrier_wait(tile_barrier.at[2 * i + group])
+                        plgpu.barrier_wait(barriers.at[2 * i + group])
                         inputs.append(tile_smem[i][group].astype(jnp.float32))
                     outs, row_terms = epilogue(half_tile, n * columns, *inputs)
                     if sum_rows:
