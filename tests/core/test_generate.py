@@ -22,8 +22,10 @@ def chunks_of(model, prompts, *, params=SAMPLED, key=0, tokens=10, end_of_text=N
     return list(generate(model[0], weights, prompts, params, jax.random.key(key), tokens, end_of_text, chunk))
 
 
-def with_implementation(model, name):
-    return replace(model[0], implementation=name), model[1]
+@pytest.fixture(scope="module")
+def padded_model(small_model):
+    """`small_model` as on a GPU, where batches are padded to eight rows."""
+    return replace(small_model[0], implementation="cuda"), small_model[1]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def both(small_model):
     return tokens
 
 
-def test_chunks_join_to_what_one_call_gives(small_model, both):
-    chunks = chunks_of(small_model, [SHORT, LONG], chunk=3)
+def test_neither_chunks_nor_padding_rows_change_a_token(padded_model, both):
+    chunks = chunks_of(padded_model, [SHORT, LONG], chunk=3)
     assert [chunk.shape for chunk in chunks] == [(2, 3), (2, 3), (2, 3), (2, 1)]
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both)
 
@@ -46,22 +48,19 @@ def test_each_sequence_has_its_own_random_numbers(small_model, both):
     assert (twins[1] != twins[0]).any()
 
 
-def test_a_prompt_alone_gives_the_same_tokens(small_model, both):
-    [alone] = chunks_of(small_model, [SHORT])
-    np.testing.assert_array_equal(alone[0], both[0])
+def test_a_prompt_alone_gives_the_same_tokens(padded_model, both):
+    chunks = chunks_of(padded_model, [SHORT], chunk=3)
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both[:1])
 
 
-def test_padding_rows_for_a_gpu_change_no_token_and_delay_no_end(small_model, both):
-    on_gpu = with_implementation(small_model, "cuda")
-    chunks = chunks_of(on_gpu, [SHORT, LONG], chunk=3)
-    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both)
-    first = int(both[0, 0])
-    assert [chunk.shape for chunk in chunks_of(on_gpu, [SHORT], end_of_text=first, chunk=3)] == [(1, 3)]
+def test_padding_rows_delay_no_end(padded_model, both):
+    chunks = chunks_of(padded_model, [SHORT], end_of_text=int(both[0, 0]), chunk=3)
+    assert [chunk.shape for chunk in chunks] == [(1, 3)]
 
 
 @pytest.mark.parametrize("params", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 def test_the_host_loop_gives_the_tokens_of_the_device_loop(small_model, params):
-    on_host = with_implementation(small_model, "apple")
+    on_host = replace(small_model[0], implementation="apple"), small_model[1]
     [tokens] = chunks_of(small_model, [SHORT, LONG], params=params)
     chunks = chunks_of(on_host, [SHORT, LONG], params=params, chunk=4)
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens)
@@ -72,24 +71,17 @@ def test_the_host_loop_gives_the_tokens_of_the_device_loop(small_model, params):
     assert (expected[:, 4 * len(ended) :] == end_of_text).all()
 
 
-def test_shared_key_value_heads_are_cached_as_others(small_shared_model):
+def test_greedy_tokens_fill_the_context_also_with_shared_key_value_heads(small_shared_model):
     config, params = small_shared_model
-    [tokens] = chunks_of(small_shared_model, [LONG, SHORT], params=GREEDY)
     forward = jax.jit(Decoder(config).apply)
-    for prompt, new_tokens in zip([LONG, SHORT], tokens.tolist(), strict=True):
-        ids = np.zeros((1, 22), np.int32)
-        ids[0, : len(prompt) + 10] = prompt + new_tokens
+    prompts = [list(range(30, 44)), SHORT]
+    [tokens] = chunks_of(small_shared_model, prompts, params=GREEDY, tokens=100)
+    assert tokens.shape == (2, config.context - 14)
+    for prompt, new_tokens in zip(prompts, tokens.tolist(), strict=True):
+        ids = np.zeros((1, config.context), np.int32)
+        ids[0, : len(prompt) + len(new_tokens)] = prompt + new_tokens
         logits = forward({"params": params}, ids)[0]
-        np.testing.assert_array_equal(np.argmax(logits[len(prompt) - 1 :][:10], axis=-1), new_tokens)
-
-
-def test_generation_ends_where_the_context_is_full(small_model):
-    config, params = small_model
-    longest = np.random.default_rng(0).integers(0, 257, config.context - 1).tolist()
-    [tokens] = chunks_of(small_model, [longest, SHORT], params=GREEDY)
-    assert tokens.shape == (2, 1)
-    logits = jax.jit(Decoder(config).apply)({"params": params}, np.array([longest]))
-    assert tokens[0, 0] == np.argmax(logits[0, -1])
+        np.testing.assert_array_equal(np.argmax(logits[len(prompt) - 1 :][: len(new_tokens)], axis=-1), new_tokens)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -106,29 +98,29 @@ def test_prompts_of_one_bucket_share_a_program_also_where_the_context_ends(small
 
     monkeypatch.setattr(generate_module, "prefill", prefill)
     monkeypatch.setattr(generate_module, "decode", decode)
-    programs = []
-    for prompt in (SHORT, LONG):
+    programs, context = [], small_model[0].context
+    for length in (3, 12, 17, context - 1):
         calls.clear()
-        generated = chunks_of(small_model, [prompt], tokens=2 * small_model[0].context, chunk=chunk)
-        assert sum(part.shape[1] for part in generated) == small_model[0].context - len(prompt)
+        generated = chunks_of(small_model, [[7] * length], tokens=2 * context, chunk=chunk)
+        assert sum(tokens.shape[1] for tokens in generated) == context - length
         programs.append(set(calls))
-    assert programs[0] == programs[1]
-    assert len(programs[0]) == 2
+        assert len(programs[-1]) == 2
+    assert programs[0] == programs[1] != programs[2] == programs[3]
 
 
-def test_chunks_stop_once_all_sequences_have_ended(small_model):
+def test_chunks_stop_once_all_sequences_have_ended(small_model, padded_model):
     [endless] = chunks_of(small_model, [SHORT, SHORT], params=GREEDY)
     end_of_text = int(endless[0, 4])
     end = endless[0].tolist().index(end_of_text)
-    chunks = chunks_of(small_model, [SHORT, SHORT], params=GREEDY, end_of_text=end_of_text, chunk=3)
+    chunks = chunks_of(padded_model, [SHORT, SHORT], params=GREEDY, end_of_text=end_of_text, chunk=3)
     assert len(chunks) == end // 3 + 1 < 4
     for tokens in np.concatenate(chunks, axis=1):
         np.testing.assert_array_equal(up_to_end(tokens, end_of_text), endless[0, :end])
 
 
-def test_chunks_continue_while_one_sequence_has_not_ended(small_model, both):
+def test_chunks_continue_while_one_sequence_has_not_ended(padded_model, both):
     end = next(i for i, token in enumerate(both[0]) if token not in both[1])
-    chunks = chunks_of(small_model, [SHORT, LONG], end_of_text=int(both[0, end]), chunk=3)
+    chunks = chunks_of(padded_model, [SHORT, LONG], end_of_text=int(both[0, end]), chunk=3)
     ended, whole = np.concatenate(chunks, axis=1)
     np.testing.assert_array_equal(whole, both[1])
     np.testing.assert_array_equal(ended, [*both[0, :end], *[both[0, end]] * (10 - end)])
