@@ -77,7 +77,7 @@ def gradients(subject: Subject, ids: np.ndarray) -> dict[str, np.ndarray]:
     run = jax.jit(partial(loss_and_gradient, subject.config))
     none = jax.tree.map(jnp.zeros_like, subject.params)
     _, found = run(subject.params, ids[None, :-1], ids[None, 1:], 1.0, none)
-    return named_tensors(found)
+    return named_tensors(subject.config, found)
 
 
 def greedy(subject: Subject, prompt: np.ndarray) -> list[int]:

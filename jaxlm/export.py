@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
         "--format",
         choices=("hf", "gguf"),
         default="hf",
-        help="hf for transformers and mlx-lm, gguf for llama.cpp (%(default)s)",
+        help="(%(default)s)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices in a GGUF file (f16)")
     parser.add_argument("--step", type=int, help="step of the checkpoint (the newest)")

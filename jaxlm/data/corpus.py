@@ -126,8 +126,8 @@ def _download_tinystories(filename: str) -> Path:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise RunError(f"cannot store tinystories ({error.strerror}): set HF_HOME to a disk with room") from error
         raise UsageError(
-            f"tinystories cannot be downloaded ({type(error).__name__}): connect to the internet and run again, use the "
-            f"corpus novels or text of your own, or copy {filename} in a Hugging Face cache, or train.bin and val.bin"
+            f"tinystories cannot be downloaded ({type(error).__name__}): connect to the internet, use the corpus "
+            f"novels or text of your own, or copy {filename} in a Hugging Face cache, or train.bin and val.bin"
         ) from error
 
 

@@ -58,7 +58,7 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
     ):
         if prepared != requested:
             raise UsageError(
-                f"{directory} was prepared with {name} {prepared}, not {requested}: choose another directory or delete it"
+                f"{directory} was prepared with {name} {prepared}, not {requested}: delete it or choose another place"
             )
     if not meta.fits_files(directory):
         return None

@@ -124,7 +124,7 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
     for path, ids in ((directory / TRAIN, train), (directory / VAL, val)):
         if len(ids) < context + 1:
             raise UsageError(
-                f"{path} holds {len(ids)} tokens, fewer than one sequence of {context + 1}: use more text or a shorter context"
+                f"{path} holds {len(ids)} tokens, fewer than a sequence of {context + 1}: use more text or less context"
             )
         if (largest := int(ids.max())) >= vocab_size:
             raise UsageError(
