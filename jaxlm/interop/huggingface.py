@@ -111,9 +111,7 @@ def _write_files(folder: Path, config: Config, params: Params, card: str) -> Non
     texts["README.md"] = card
     for name, text in texts.items():
         (folder / name).write_bytes(f"{text.rstrip()}\n".encode(errors="replace"))  # the card may name any file
-    shutil.copymode(
-        folder / "README.md", folder / "model.safetensors"
-    )  # safetensors makes it readable by its owner only
+    shutil.copymode(folder / "README.md", folder / "model.safetensors")  # save_file restricts it to its owner
 
 
 def named_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
