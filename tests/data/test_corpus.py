@@ -1,5 +1,6 @@
 """Corpora by name and by path; tinystories is served from the loopback interface."""
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -18,7 +19,7 @@ import pytest
 from jaxlm.data import corpus
 from jaxlm.data.corpus import corpus_source, files_sha256, open_corpus, source_changed
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import UsageError
+from jaxlm.errors import RunError, UsageError
 
 
 def text_of(chunks):
@@ -53,6 +54,13 @@ def test_paths_and_patterns(tmp_path, monkeypatch):
     assert files_sha256(open_corpus("?.txt").files) == hashlib.sha256(b"a.txt b.txt ").hexdigest()
 
 
+def test_patterns_search_folders_and_names_are_case_sensitive(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("Deep/Er").mkdir(parents=True)
+    Path("Deep/Er/A.txt").write_text("text")
+    assert open_corpus("Deep/**/*.txt").files == (Path("Deep/Er/A.txt"),)
+
+
 def test_changed_files_are_detected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path("a.txt")
@@ -61,8 +69,10 @@ def test_changed_files_are_detected(tmp_path, monkeypatch):
     assert not source_changed(str(path), before)
     path.write_text("after!")
     assert source_changed(str(path), before)
+    Path("b.txt").write_text("still here")
     path.unlink()
     assert not source_changed(str(path), before)
+    assert not source_changed("a.txt,b.txt", before)
     assert not source_changed("x" * 5000, before)
     Path("tinystories").write_text("a file with the name of a corpus")
     assert not source_changed("tinystories", before)
@@ -89,6 +99,26 @@ def test_unknown_names_are_refused(tmp_path, monkeypatch, source, message):
 def test_missing_hub_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match=re.escape('pip install "jaxlm[hub]"')):
+        open_corpus("tinystories")
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (errno.ENOSPC, RunError, "cannot store tinystories .*HF_HOME"),
+        (errno.EACCES, RunError, "cannot store tinystories"),
+        (errno.ECONNRESET, UsageError, "cannot be downloaded"),
+    ],
+)
+def test_a_full_disk_is_not_a_missing_network(tmp_path, monkeypatch, number, error, message):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(error, match=message):
         open_corpus("tinystories")
 
 
