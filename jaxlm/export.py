@@ -18,12 +18,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m jaxlm.export", description="Exports a run's model to other programs.")
     parser.add_argument("--workdir", type=Path, required=True, help="the run's work directory")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, or a file named *.gguf")
-    parser.add_argument(
-        "--format",
-        choices=("hf", "gguf"),
-        default="hf",
-        help="(%(default)s)",
-    )
+    parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="of the export (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices in a GGUF file (f16)")
     parser.add_argument("--step", type=int, help="step of the checkpoint (the newest)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxlm.cli import ArgumentParser, run
-from jaxlm.data.corpus import corpus_source, open_corpus
+from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import find_prepared, write_token_files
 from jaxlm.data.token_files import FileMeta, Meta
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--validation", type=float, default=0.01, help="fraction held out for validation (%(default)s)")
     args = parser.parse_args(argv)
-    meta = prepare(corpus_source(args.corpus), args.out, args.vocab_size, args.validation)
+    meta = prepare(",".join(args.corpus), args.out, args.vocab_size, args.validation)
     print(f"{args.out}: {_describe(meta.train)} for training, {_describe(meta.val)} for validation")
 
 

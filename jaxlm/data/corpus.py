@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,13 +35,8 @@ class Corpus:
     validation: Callable[[], Iterator[TextChunk]] | None = None
 
 
-def corpus_source(corpus: str | Sequence[str]) -> str:
-    """A corpus as one string: its name, or its paths and patterns separated by commas."""
-    return corpus if isinstance(corpus, str) else ",".join(corpus)
-
-
 def open_corpus(source: str) -> Corpus:
-    """Opens the corpus `source`, and downloads it if needed.
+    """Opens the corpus `source`: a name, or paths and patterns separated by commas. Downloads it if needed.
 
     Raises UsageError if there is no such name or file, or the corpus is not available.
     """

@@ -73,17 +73,12 @@ def write_token_files(
     vocab_size: int,
     validation_fraction: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    workers: int | None = None,
 ) -> Meta:
     """Encodes a corpus into `directory`, which must have passed `find_prepared`.
 
-    Args:
-        on_progress: called with the bytes of text encoded and their total; the total is 0 while they are counted.
-        workers: encoding threads. Default: one for each core, at most 12.
+    `on_progress` is called with the bytes of text encoded and their total; the total is 0 while they are counted.
 
-    Raises:
-        UsageError: the corpus cannot be read or split.
-        RunError: the disk fails.
+    Raises UsageError if the corpus cannot be read or split, RunError if the disk fails.
     """
     tokenizer = load_tokenizer(vocab_size)
     size = measure(corpus, lambda counted: on_progress(counted, 0))
@@ -92,7 +87,7 @@ def write_token_files(
     with _new_files(directory) as (train_file, val_file, meta_file):
         writers = {TRAIN: _Writer(train_file), VAL: _Writer(val_file)}
         done = 0
-        for name, encoded in _encode_all(chunks, tokenizer, workers or min(os.cpu_count() or 1, _MAX_WORKERS)):
+        for name, encoded in _encode_all(chunks, tokenizer, min(os.cpu_count() or 1, _MAX_WORKERS)):
             writers[name].write(encoded)
             done += encoded.text_bytes
             on_progress(done, size.bytes)

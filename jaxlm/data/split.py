@@ -1,6 +1,7 @@
 """The split of a corpus into training and validation text."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from jaxlm.data.corpus import Corpus
@@ -43,7 +44,7 @@ def split(corpus: Corpus, size: Size, fraction: float) -> Iterator[tuple[str, Te
     Raises UsageError if one of the two would be empty.
     """
     if corpus.validation:
-        return _label(corpus.train(), corpus.validation())
+        return chain(zip(repeat(TRAIN), corpus.train()), zip(repeat(VAL), corpus.validation()))
     if size.documents >= _MANY_DOCUMENTS:
         if int(size.documents * fraction) == 0:
             raise UsageError(f"validation {fraction} of {size.documents} documents is 0: choose a larger fraction")
@@ -52,11 +53,6 @@ def split(corpus: Corpus, size: Size, fraction: float) -> Iterator[tuple[str, Te
     if not 0 < train_characters < size.characters:
         raise UsageError(f"{size.characters} characters of text are too few to split: use more text")
     return _split_characters(corpus.train(), train_characters)
-
-
-def _label(train: Iterable[TextChunk], validation: Iterable[TextChunk]) -> Iterator[tuple[str, TextChunk]]:
-    yield from ((TRAIN, chunk) for chunk in train)
-    yield from ((VAL, chunk) for chunk in validation)
 
 
 def _split_documents(chunks: Iterable[TextChunk], fraction: float) -> Iterator[tuple[str, TextChunk]]:

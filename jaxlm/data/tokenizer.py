@@ -82,10 +82,11 @@ class Tokenizer:
         names = [token.decode("latin-1").translate(_BYTE_CHARACTERS) for token in self.vocabulary[:-1]]
         return [*names, END_OF_TEXT]
 
-    def merges(self) -> list[tuple[int, int]]:
-        """The pairs of ids that byte-pair encoding merges, in order of priority; each pair makes the next new token."""
+    def merges(self) -> list[str]:
+        """The lines of GPT-2's merges.txt: the names of two tokens that are merged into the next one."""
+        names = self.names()
         ids = {token: index for index, token in enumerate(self.vocabulary[:-1])}
-        return [_parents(token, ids) for token in ids if len(token) > 1]
+        return [" ".join([names[i] for i in _parents(token, ids)]) for token in ids if len(token) > 1]
 
 
 def _parents(token: bytes, ids: dict[bytes, int]) -> tuple[int, int]:

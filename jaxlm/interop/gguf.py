@@ -14,7 +14,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.core.parameters import Params
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError
-from jaxlm.interop.huggingface import layer_tensors, merge_lines
+from jaxlm.interop.huggingface import layer_tensors
 from jaxlm.storage import atomic
 
 DTYPES = ("f32", "f16", "q8_0")
@@ -66,7 +66,7 @@ def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokenizer.names())
     writer.add_token_types([gguf.TokenType.NORMAL] * tokenizer.end_of_text + [gguf.TokenType.CONTROL])
-    writer.add_token_merges(merge_lines(tokenizer))
+    writer.add_token_merges(tokenizer.merges())
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)

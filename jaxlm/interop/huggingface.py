@@ -90,7 +90,7 @@ def write_model(folder: Path, config: Config, params: Params, card: str) -> Path
 
 def _write_files(folder: Path, config: Config, params: Params, card: str) -> None:
     tokenizer = load_tokenizer(config.model.vocab_size)
-    vocabulary, merges = _vocabulary(tokenizer), merge_lines(tokenizer)
+    vocabulary, merges = _vocabulary(tokenizer), tokenizer.merges()
     save_file(named_tensors(config.model, params), folder / "model.safetensors", metadata={"format": "pt"})
     files = {
         "config.json": _config_json(config.model, tokenizer),
@@ -136,12 +136,6 @@ def layer_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[Paramet
             raise ValueError(f"{'/'.join(parameter.path)} has the shape {leaf.shape}, not {parameter.shape}")
         tensors = list(leaf) if parameter.stacked else [leaf]
         yield parameter, [np.ascontiguousarray(each.T) if parameter.hf_transposed else each for each in tensors]
-
-
-def merge_lines(tokenizer: Tokenizer) -> list[str]:
-    """The merges in the format of GPT-2's merges.txt."""
-    names = tokenizer.names()
-    return [f"{names[a]} {names[b]}" for a, b in tokenizer.merges()]
 
 
 def _config_json(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

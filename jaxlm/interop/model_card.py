@@ -49,12 +49,7 @@ The run's settings:
 
 
 def model_card(workdir: Path, config: Config, step: int, tokens: Mapping[str, Any], parameters: int) -> str:
-    """The card, in Markdown, of the model after `step` of the run in `workdir`.
-
-    Args:
-        tokens: the hashes of the run's token files.
-        parameters: the number of parameters.
-    """
+    """The card, in Markdown, of the model after `step` of the run in `workdir`; `tokens` has its files' hashes."""
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
     hashes = ", ".join(f"{name} {value}" for name, value in tokens.items())
     return _CARD.format(

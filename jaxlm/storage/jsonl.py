@@ -63,22 +63,21 @@ def keep_up_to(path: Path, step: int) -> bool:
     """
     if not path.exists():
         return False
-    lines = path.read_bytes().splitlines(keepends=True)
-    steps = [_step_of(line) for line in lines]
-    damaged = any(row_step is None and line.endswith(b"\n") for line, row_step in zip(lines, steps, strict=True))
+    content = path.read_bytes()
+    lines = [(line, _step_of(line)) for line in content.splitlines(keepends=True)]
+    damaged = any(line_step is None and line.endswith(b"\n") for line, line_step in lines)
     if damaged:
-        atomic.write_file(path.with_name(path.name + ".damaged"), b"".join(lines))
-    kept = [line for line, row_step in zip(lines, steps, strict=True) if row_step is not None and row_step <= step]
-    if len(kept) < len(lines):
-        atomic.write_file(path, b"".join(kept))
+        atomic.write_file(path.with_name(path.name + ".damaged"), content)
+    kept = b"".join([line for line, line_step in lines if line_step is not None and line_step <= step])
+    if kept != content:
+        atomic.write_file(path, kept)
     return damaged
 
 
 def rows_up_to(path: Path, step: int) -> Iterator[dict[str, Any]]:
     """The rows of a .jsonl file up to `step`, without damaged lines; none if there is no file. Raises OSError."""
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        row_step = _step_of(line)
-        if row_step is not None and row_step <= step:
+        if (line_step := _step_of(line)) is not None and line_step <= step:
             yield json.loads(line)
 
 

@@ -18,7 +18,6 @@ from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import (
     ForeignTokenizer,
     check_init,
-    merge_lines,
     read_params,
     read_sizes,
     read_tokenizer,
@@ -123,7 +122,7 @@ def test_the_tokenizer_files_give_the_ids_of_gpt2(size, tmp_path):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert tokenizer.encode("a<|endoftext|>").ids[-1] == size - 1
     assert json.loads((folder / "vocab.json").read_text()) == {name: i for i, name in enumerate(own.names())}
-    assert (folder / "merges.txt").read_text().splitlines()[1:] == merge_lines(own)
+    assert (folder / "merges.txt").read_text().splitlines()[1:] == own.merges()
 
 
 @pytest.mark.parametrize(
