@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxlm.config import Config, ModelConfig, SampleConfig
@@ -64,6 +65,41 @@ def test_the_folder_has_the_files_that_other_programs_read(written):
     assert {path.name for path in folder.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
     assert (folder / "README.md").read_text(encoding="utf-8") == "# A card of ? 日\n"
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+def test_the_json_files_describe_the_model(written):
+    model, _, folder = written
+    assert json.loads((folder / "config.json").read_text()) == {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "vocab_size": 300,
+        "max_position_embeddings": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if model.tied else 2,
+        "head_dim": 4,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "rms_norm_eps": 1e-6 if model.tied else 1e-5,
+        "rope_theta": 10_000.0 if model.tied else 500_000.0,
+        "tie_word_embeddings": model.tied,
+        "bos_token_id": 299,
+        "eos_token_id": 299,
+        "torch_dtype": "float32",
+    }
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 16,
+    }
+    with safe_open(folder / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_matrices_are_transposed_and_each_layer_has_its_own(written):
@@ -127,14 +163,13 @@ def test_the_tokenizer_files_give_the_ids_of_gpt2(size, tmp_path):
 
 @pytest.mark.parametrize(
     ("temperature", "expected"),
-    [(0.7, {"do_sample": True, "temperature": 0.7, "top_k": 5}), (0, {"do_sample": False})],
+    [(0.7, {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9}), (0, {"do_sample": False})],
 )
 def test_generation_config_has_the_runs_sampling_settings(tmp_path, temperature, expected):
-    config = Config(model=MODELS["tied"], sample=SampleConfig(temperature=temperature, top_k=5))
+    config = Config(model=MODELS["tied"], sample=SampleConfig(temperature=temperature, top_k=5, top_p=0.9))
     folder = write_model(tmp_path / "model", config, random_params(config.model), "")
     fields = json.loads((folder / "generation_config.json").read_text())
-    assert fields["eos_token_id"] == 299
-    assert {name: fields.get(name) for name in expected} == expected
+    assert fields == expected | {"bos_token_id": 299, "eos_token_id": 299, "pad_token_id": 299}
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -270,6 +305,22 @@ def test_a_run_cannot_start_with_another_tokenizer(folder):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match="tokenizer"):
         check_init(Config(model=MODELS["tied"], init_from=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("eos_token_id", "end_of_text"),
+    [(5, 5), ([7, 8], 7), (299, 299), (300, None), (-1, None), (None, None), ("5", None)],
+)
+def test_the_end_of_text_of_another_tokenizer_is_its_first_eos_token(folder, eos_token_id, end_of_text):
+    pytest.importorskip("tokenizers")
+    change(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+    change(folder / "config.json", eos_token_id=eos_token_id)
+    if end_of_text is not None:
+        assert read_tokenizer(folder, 300).end_of_text == end_of_text
+        return
+    with pytest.raises(UsageError, match="eos_token_id") as caught:
+        read_tokenizer(folder, 300)
+    assert is_one_line(caught.value)
 
 
 def test_another_tokenizer_without_its_package_names_the_package(folder, monkeypatch):
