@@ -24,6 +24,7 @@ from jaxlm.interop.huggingface import (
     read_tokenizer,
     write_model,
 )
+from jaxlm.storage import atomic
 from tests.tiny_run import disk_room, is_one_line, listing
 
 SIZES = {"vocab_size": 300, "context": 16, "layers": 3, "heads": 4, "width": 16, "mlp_width": 24}
@@ -338,6 +339,7 @@ def test_another_tokenizer_without_its_package_names_the_package(folder, monkeyp
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
         {"pre_tokenizer": None},
+        {"post_processor": {"type": "BertProcessing", "sep": ["<|endoftext|>", 299], "cls": ["<|endoftext|>", 299]}},
     ],
 )
 def test_the_same_tokens_with_other_processing_are_another_tokenizer(folder, fields):
@@ -353,6 +355,17 @@ def test_the_whole_folder_is_replaced(folder):
     assert not (folder / "stale.txt").exists()
     jax.tree.map(np.testing.assert_array_equal, read_params(folder, MODELS["tied"]), doubled)
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_exports_are_synced_before_they_replace_earlier_ones(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    synced = []
+    monkeypatch.setattr(atomic, "sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(atomic, "sync_tree", lambda path: synced.append(path.name))
+    model, params = MODELS["tied"], random_params(MODELS["tied"])
+    write_model(tmp_path / "model", Config(model=model), params, "")
+    write_gguf(tmp_path / "model.gguf", model, params, "f32")
+    assert synced == ["model.tmp", tmp_path.name, "model.gguf.tmp", tmp_path.name]
 
 
 @pytest.mark.parametrize("room", [100, 15_000])

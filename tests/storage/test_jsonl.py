@@ -23,21 +23,23 @@ def test_entries_are_written_at_once(tmp_path):
 @pytest.mark.parametrize("room", [0, 5, 8, 9, 20, 30])
 def test_entries_wait_whole_and_in_order_while_the_disk_is_full(tmp_path, room):
     path = tmp_path / "a"
+    earlier = b"of an earlier session\n"
+    path.write_bytes(earlier)
     file = AppendOnlyFile(path)
-    entries = [f"entry {number}\n".encode() for number in range(5)]
-    with disk_room(room):
-        for entry in entries[:3]:
+    entries = [earlier, *(f"entry {number}\n".encode() for number in range(5))]
+    with disk_room(len(earlier) + room):
+        for entry in entries[1:4]:
             file.append(entry)
             content = path.read_bytes()
             assert b"".join(entries).startswith(content)
-            assert content == b"" or content.endswith(b"\n")
+            assert content.startswith(earlier) and content.endswith(b"\n")
         if room < 24:
             with pytest.raises(OSError):
                 file.sync()
-    file.append(entries[3])
-    assert path.read_bytes() == b"".join(entries[:4])
-    file.sync()
     file.append(entries[4])
+    assert path.read_bytes() == b"".join(entries[:5])
+    file.sync()
+    file.append(entries[5])
     file.close()
     assert path.read_bytes() == b"".join(entries)
 
