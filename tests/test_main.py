@@ -200,7 +200,7 @@ def test_an_accelerator_that_computes_wrong_is_refused_before_anything_is_writte
     device = SimpleNamespace(platform="mps")
 
     def refuse(config, device_given, say):
-        assert (config.model.loops, device_given) == ("unrolled", device)
+        assert (config.model.implementation, device_given) == ("apple", device)
         raise RunError("sort differs")
 
     monkeypatch.setattr(backend, "start", lambda *_: device)

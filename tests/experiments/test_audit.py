@@ -46,7 +46,7 @@ def test_the_arrays_of_a_step_of_the_preset_and_of_a_checkpoints_copy_take_less_
 @pytest.mark.parametrize("platform", APPLE)
 def test_the_step_of_other_devices_is_refused_by_the_lines_of_its_loops_and_branches(platform):
     config = preset(platform)
-    config = replace(config, model=replace(config.model, loops="compiled", remat=True))
+    config = replace(config, model=replace(config.model, implementation="xla", remat=True))
     state = jax.eval_shape(lambda: init_state(config))
     ids = array(config.batch_size, config.model.context + 1, dtype=np.int32)
     wrong = found(make_train_step(config), state, ids, platform=platform)

@@ -47,9 +47,10 @@ def test_the_presets_least_memory_is_that_computed_by_hand():
     assert least.temporaries == 0
 
 
-@pytest.mark.parametrize("loops", ["compiled", "unrolled"])
-def test_the_memory_of_a_step_is_that_of_all_it_holds(loops):
-    config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, loops=loops, remat=False))
+@pytest.mark.parametrize("implementation", ["cpu", "apple"])
+def test_the_memory_of_a_step_is_that_of_all_it_holds(implementation):
+    model = dataclasses.replace(SMALL.model, implementation=implementation, remat=False)
+    config = dataclasses.replace(SMALL, model=model)
     memory = step_memory(config, compile_step(config))
     state = jax.eval_shape(lambda: init_state(config))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
