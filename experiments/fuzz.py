@@ -1,10 +1,11 @@
-"""Random and damaged things that people hand in: each is taken, or refused in one line with nothing left behind.
+"""Fuzzing: random and damaged inputs must be accepted, or refused in one line without a trace on the disk.
 
     python -m experiments.fuzz --cases 10000 --seed 0
 
-Each goes to the function that reads it, under `jaxlm.cli.status` as in every command. A case fails when it ends in
-anything but success or one line of a UsageError or RunError, takes too long, leaves a *.partial, changes what it
-refuses, or takes what then does not hold (the `_take_` functions). What makes a failure again is printed.
+Each case calls the function that reads the input, under `jaxlm.cli.status` as in every command. A case fails if it
+ends in anything but success or one line of a UsageError or RunError, takes too long, leaves a *.partial file, changes
+files although it is refused, or is accepted but inconsistent (see the `_take_` functions). The command that repeats a
+failure is printed.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from experiments.fuzz_cases import KINDS
 from jaxlm import cli
 from jaxlm.errors import RunError, UsageError
 
-CODE = ("jaxlm", "experiments")
-SECONDS, CHARACTERS = 10.0, 5_000  # at most, of a case and of a message, for a path may have 4,096
+PACKAGES = ("jaxlm", "experiments")
+MAX_SECONDS, MAX_CHARACTERS = 10.0, 5_000  # of a case; of a message, as a path may have 4,096
 
 
 def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
-    """Makes a case from nothing but the arguments, two directories deep, and tries it. Gives verdict, why and more."""
+    """Makes a case from the arguments alone, in a directory two levels deep, and runs it: verdict, reason, details."""
     with tempfile.TemporaryDirectory() as outer, contextlib.chdir(tempfile.mkdtemp(dir=outer)):
         call, refusal, details = KINDS[kind](Random(f"{seed} {kind} {number}")), None, ""
 
@@ -46,7 +47,7 @@ def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
 
         before, console, screen = _listing(), io.StringIO(), io.TextIOWrapper(io.BytesIO(), "utf-8")
         signal.signal(signal.SIGALRM, _stop)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
         try:
             with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(console):
                 cli.status(take, [])
@@ -54,16 +55,16 @@ def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
             return "failed", f"{type(error).__name__} {_place(error)}", f"{call}\n{traceback.format_exc()}"
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        after, said = _listing(), console.getvalue().partition("error: ")[2]
+        after, message = _listing(), console.getvalue().partition("error: ")[2]
     if any(path.endswith(".partial") for path in after):
-        return "failed", "a *.partial is left", details
+        return "failed", "a *.partial file is left", details
     if refusal is None:
         return "accepted", "", details
     if after != before:
-        return "failed", f"files changed by what was refused {_place(refusal)}", details
-    if len(said.splitlines()) != 1 or not said.strip() or len(said) > CHARACTERS:
-        return "failed", f"a message of no line, several or a long one {_place(refusal)}", details
-    return "refused", _shape(said), details
+        return "failed", f"refused but files changed {_place(refusal)}", details
+    if len(message.splitlines()) != 1 or not message.strip() or len(message) > MAX_CHARACTERS:
+        return "failed", f"a message that is not one line of normal length {_place(refusal)}", details
+    return "refused", _shape(message), details
 
 
 class TimeLimit(BaseException):
@@ -75,18 +76,18 @@ def _stop(*_: object) -> None:
 
 
 def _place(error: BaseException) -> str:
-    """The deepest line of jaxlm, or of this file, that the error came through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.name in CODE]
+    """The innermost line of jaxlm or this file in the traceback."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.name in PACKAGES]
     return f"in {Path(frames[-1].filename).name}, {frames[-1].name}: {frames[-1].line}"
 
 
 def _shape(text: str) -> str:
-    """A message without what was handed in, as far as that can be told: alike for alike refusals."""
+    """A message with its values replaced, so that refusals for the same reason are counted together."""
     return re.sub(r"'[^']*'|\"[^\"]*\"|[\d.]+|[^\x20-\x7e]+|\S{40,}", "_", text[:2000])[:100]
 
 
 def _listing() -> dict[str, Any]:
-    """Every path here, with what files hold."""
+    """Every path, with the contents of files."""
     return {str(path): path.read_bytes() if path.is_file() else path.is_dir() for path in Path("..").rglob("*")}
 
 

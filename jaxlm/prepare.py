@@ -1,4 +1,4 @@
-"""The command that turns text into token files: python -m jaxlm.prepare --corpus NAME-OR-PATHS --out DIR"""
+"""Encodes text into token files: python -m jaxlm.prepare --corpus NAME-OR-PATHS --out DIR"""
 
 import time
 from pathlib import Path
@@ -7,22 +7,22 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxlm.cli import ArgumentParser, run
-from jaxlm.data.corpus import corpus_source, open_corpus
+from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import find_prepared, write_token_files
 from jaxlm.data.token_files import FileMeta, Meta
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
 
 
 def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta:
-    """Makes the token files of a corpus, showing progress, unless `directory` holds just these.
+    """Prepares the token files of a corpus and shows progress; does nothing if `directory` already holds them.
 
-    Raises UsageError when the corpus, or what `directory` holds, does not fit; RunError when the disk fails.
+    Raises UsageError if the corpus or the contents of `directory` do not fit, RunError if the disk fails.
     """
     if meta := find_prepared(source, directory, vocab_size, validation_fraction):
         return meta
     console = Console()
     console.out(f"Preparing {source} in {directory}", highlight=False)
-    corpus = open_corpus(source)  # a download shows a bar of its own
+    corpus = open_corpus(source)  # a download shows its own progress bar
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
@@ -40,8 +40,8 @@ def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: 
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises UsageError and RunError."""
-    parser = ArgumentParser(prog="python -m jaxlm.prepare", description="Turns text into token files to train on.")
+    """Runs the command with the arguments `argv`. Raises UsageError and RunError."""
+    parser = ArgumentParser(prog="python -m jaxlm.prepare", description="Encodes text into token files.")
     parser.add_argument(
         "--corpus", nargs="+", required=True, help="novels, tinystories, or paths or patterns of text files"
     )
@@ -49,10 +49,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--vocab_size", type=int, default=GPT2_VOCAB_SIZE, help="tokens in the vocabulary (%(default)s)"
     )
-    parser.add_argument("--validation", type=float, default=0.01, help="fraction kept to validate on (%(default)s)")
+    parser.add_argument("--validation", type=float, default=0.01, help="fraction held out for validation (%(default)s)")
     args = parser.parse_args(argv)
-    meta = prepare(corpus_source(args.corpus), args.out, args.vocab_size, args.validation)
-    print(f"{args.out} holds {_describe(meta.train)} to train on and {_describe(meta.val)} to validate on")
+    meta = prepare(",".join(args.corpus), args.out, args.vocab_size, args.validation)
+    print(f"{args.out}: {_describe(meta.train)} for training, {_describe(meta.val)} for validation")
 
 
 def _describe(file: FileMeta) -> str:

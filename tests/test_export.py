@@ -1,4 +1,4 @@
-"""The command that hands a model on."""
+"""The command that exports a model."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxlm.errors import RunError, UsageError
@@ -27,7 +28,7 @@ def export(*flags, workdir="run"):
     main(["--workdir", workdir, *map(str, flags)])
 
 
-def test_the_folder_is_the_one_that_the_run_left(tmp_path, capsys):
+def test_the_exported_folder_is_the_runs_final_model(tmp_path, capsys):
     export("--out", tmp_path / "deep" / "model")
     assert capsys.readouterr().out == f"{tmp_path / 'deep' / 'model'} holds the model of step 12\n"
     written = {path.name: path.read_bytes() for path in (tmp_path / "deep" / "model").iterdir()}
@@ -35,36 +36,37 @@ def test_the_folder_is_the_one_that_the_run_left(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
 
 
-def test_a_step_names_its_checkpoint(tmp_path):
+def test_a_step_selects_its_checkpoint(tmp_path):
     export("--out", tmp_path / "model", "--step", 6)
     saved = tiny_run.saved_state("run", 6).params
     tiny_run.assert_same_bits(read_params(tmp_path / "model", config_of("run").model), saved)
-    assert "| 6 of 12 steps, 384 tokens |" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_the_card_says_how_the_model_came_about(tmp_path):
+def test_the_card_describes_the_training(tmp_path):
     export("--out", tmp_path / "model", "--step", 9)
     card = (tmp_path / "model" / "README.md").read_text()
+    table = dict(re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \|$", card))
     recorded = {row["step"]: row for row in rows("run/metrics.jsonl")}
-    assert f"| {recorded[9]['loss']:.4f} nats a token (step 9) |" in card
-    assert f"| {recorded[8]['val_loss']:.4f} nats a token, {recorded[8]['val_bits_per_byte']:.4f} bits a byte" in card
-    assert json.loads((Path("tokens") / "meta.json").read_text())["train"]["sha256"] in card
+    bits = recorded[8]["val_bits_per_byte"]
+    meta = json.loads(Path("tokens/meta.json").read_text())
+    train, val = meta["train"]["sha256"], meta["val"]["sha256"]
+    assert table == {
+        "sizes": "2 layers, 2 heads, width 16, hidden width 24, context 16, vocabulary 300 (GPT-2's)",
+        "initialised from": "random weights, seed 0",
+        "text": f"text.txt (tokenizer gpt2, train_sha256 {train}, val_sha256 {val})",
+        "trained": "9 of 12 steps, 576 tokens",
+        "training loss": f"{recorded[9]['loss']:.4f} nats per token (step 9)",
+        "validation loss": f"{recorded[8]['val_loss']:.4f} nats per token, {bits:.4f} bits per byte (step 8)",
+    }
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(tiny_run.saved_state("run", 9).params))
+    assert f"# A language model of {parameters:,} parameters\n" in card
     settings = json.loads(re.search("```json\n(.*?)```", card, re.DOTALL)[1])
     assert settings["max_steps"] == 12
     assert card.startswith("---\n")
 
 
-def test_a_card_without_records_says_so(tmp_path):
-    Path("run/metrics.jsonl").rename("run/aside")
-    try:
-        export("--out", tmp_path / "model")
-    finally:
-        Path("run/aside").rename("run/metrics.jsonl")
-    assert (tmp_path / "model" / "README.md").read_text().count("not recorded") == 2
-
-
 @pytest.mark.parametrize("form", ["hf", "gguf"])
-def test_nothing_is_overwritten_unless_told(tmp_path, form):
+def test_an_export_is_replaced_only_with_overwrite(tmp_path, form):
     pytest.importorskip("gguf")
     out = tmp_path / {"hf": "model", "gguf": "model.gguf"}[form]
     export("--format", form, "--out", out, "--step", 3)
@@ -79,7 +81,7 @@ def test_nothing_is_overwritten_unless_told(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
-def test_what_is_no_exported_model_is_never_overwritten(tmp_path, form):
+def test_other_files_are_never_overwritten(tmp_path, form):
     pytest.importorskip("gguf")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "of.gguf").mkdir()
@@ -93,7 +95,7 @@ def test_what_is_no_exported_model_is_never_overwritten(tmp_path, form):
     assert listing(tmp_path) == before
 
 
-def test_an_empty_folder_is_free(tmp_path, monkeypatch):
+def test_an_empty_folder_is_used(tmp_path, monkeypatch):
     run = Path("run").absolute()
     export("--out", tmp_path)
     assert (tmp_path / "model.safetensors").exists()
@@ -103,7 +105,7 @@ def test_an_empty_folder_is_free(tmp_path, monkeypatch):
     assert (tmp_path / "here" / "model.safetensors").exists()
 
 
-def test_a_gguf_file_lands_where_it_is_told_or_in_the_folder(tmp_path):
+def test_a_gguf_file_is_written_to_the_file_or_folder_of_out(tmp_path):
     pytest.importorskip("gguf")
     export("--format", "gguf", "--out", tmp_path / "new" / "mine.gguf")
     export("--format", "gguf", "--out", tmp_path, "--dtype", "q8_0")
@@ -141,14 +143,14 @@ def test_a_wrong_request_is_refused_in_one_line(flags, named):
     assert set(os.listdir()) == before
 
 
-def test_without_the_package_gguf_is_refused_at_once(tmp_path, monkeypatch):
+def test_without_its_package_gguf_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UsageError, match="pip install"):
         export("--format", "gguf", "--out", tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_a_run_with_shared_keys_and_a_head_of_its_own_trains_and_travels(tmp_path, capsys):
+def test_a_run_with_kv_heads_and_an_untied_head_is_exported_and_imported(tmp_path, capsys):
     shape = ("--config.model.kv_heads=1", "--config.model.tied=False")
     tiny_run.train("other", *shape, "--config.optimizer.name=muon", "--config.max_steps=3")
     export("--out", tmp_path / "model", workdir="other")

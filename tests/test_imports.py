@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "cli": {"config", "errors"},
     "core": {"config"},
     "data": {"config", "errors", "storage"},
-    "interop": {"config", "errors", "storage", "data"},
+    "interop": {"config", "errors", "storage", "data", "core"},  # the table of parameters
     "device": {"config", "errors", "storage", "core"},
     "run": {"config", "errors", "storage", "core", "data", "interop", "device", "units"},
 }

@@ -1,6 +1,6 @@
-"""The same numbers in the programs that people use: pip install -e ".[interop]" && python -m pytest -m interop
+"""The same numbers in other programs: pip install -e ".[interop]" && python -m pytest -m interop
 
-llama.cpp is compared where it is installed, which takes five minutes:
+llama.cpp is compared if it is installed, which takes five minutes:
 CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36
 """
 
@@ -35,7 +35,7 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.py"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, optimized_compilation):
-    """A short run of the quickstart: its place, checkpoint and tokens."""
+    """A short run of the quickstart: its directory, checkpoint and tokens."""
     place, before = tmp_path_factory.mktemp("quickstart"), Path.cwd()
     os.chdir(place)
     every = [f"--config.{name}={STEPS}" for name in ("max_steps", "save_interval", "generation_interval")]
@@ -48,7 +48,7 @@ def run(tmp_path_factory, optimized_compilation):
 
 @pytest.fixture(scope="module", params=["quickstart", "preset", "shared"])
 def subject(request, tmp_path_factory, optimized_compilation):
-    """A model as others see it, and ids for it to read."""
+    """An exported model, and input ids for it."""
     place = tmp_path_factory.mktemp("subject")
     if request.param == "quickstart":
         _, checkpoint, tokens = request.getfixturevalue("run")
@@ -77,18 +77,18 @@ def subject(request, tmp_path_factory, optimized_compilation):
 
 
 @pytest.mark.parametrize("program", interop.PEERS)
-def test_it_gives_the_logits_the_gradients_the_texts_and_the_token_ids_of_jaxlm(subject, program):
+def test_logits_gradients_texts_and_token_ids_are_those_of_jaxlm(subject, program):
     pytest.importorskip(program)
     model, ids = subject
-    found = dict(interop.PEERS[program](model, ids, ids[:128]))
-    assert found.pop("logits") < 1e-4
-    assert found.pop("gradients", 0) < 1e-4
-    assert len(found) == 2
-    assert set(found.values()) == {0}  # tokens, and texts, that differ
+    differences = dict(interop.PEERS[program](model, ids, ids[:128]))
+    assert differences.pop("logits") < 1e-4
+    assert differences.pop("gradients", 0) < 1e-4
+    assert len(differences) == 2
+    assert set(differences.values()) == {0}  # tokens and texts that differ
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("f16", 2e-3), ("q8_0", 5e-2)])
-def test_llama_cpp_reads_the_smaller_files(run, tmp_path, dtype, most):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 2e-3), ("q8_0", 5e-2)])
+def test_llama_cpp_reads_the_smaller_files(run, tmp_path, dtype, tolerance):
     llama_cpp = pytest.importorskip("llama_cpp")
     _, checkpoint, tokens = run
     write_gguf(tmp_path / "model.gguf", checkpoint.model, checkpoint.params, dtype)
@@ -96,41 +96,42 @@ def test_llama_cpp_reads_the_smaller_files(run, tmp_path, dtype, most):
     ids = np.array(tokens.val[:128], np.int64)
     model.eval(ids.tolist())
     ours = interop.logits(interop.Subject(checkpoint.model, checkpoint.params, Path(), Path()), ids)
-    assert interop.worst(model.scores[:128], ours) < most
+    assert interop.worst(model.scores[:128], ours) < tolerance
 
 
-def test_bits_a_byte_are_what_the_run_says(run):
+def test_bits_per_byte_are_those_of_the_run(run):
     pytest.importorskip("transformers")
     workdir, checkpoint, tokens = run
     *_, last = rows_up_to(workdir / "metrics.jsonl", STEPS)
-    found = interop.bits_per_byte_of_transformers(workdir / "final_model", tokens, checkpoint.config.model.context)
-    assert found == pytest.approx(last["val_bits_per_byte"], abs=1e-4)
+    bits = interop.bits_per_byte_of_transformers(workdir / "final_model", tokens, checkpoint.config.model.context)
+    assert bits == pytest.approx(last["val_bits_per_byte"], abs=1e-4)
 
 
-def test_lm_eval_finds_the_bits_a_byte_of_jaxlm(run):
+def test_lm_eval_gives_the_bits_per_byte_of_jaxlm(run):
     pytest.importorskip("lm_eval")
     workdir, checkpoint, tokens = run
     model, tokenizer = checkpoint.config.model, load_tokenizer(checkpoint.config.model.vocab_size)
-    whole = (tokens.val[1 : 1 + windows * model.context] for windows in range(40, 0, -1))  # it may stretch the last one
-    ids = next(ids for ids in whole if np.array_equal(tokenizer.encode(tokenizer.decode(ids)), ids))
+    # whole sequences only, as lm-eval may extend the last one
+    candidates = (tokens.val[1 : 1 + count * model.context] for count in range(40, 0, -1))
+    ids = next(ids for ids in candidates if np.array_equal(tokenizer.encode(tokenizer.decode(ids)), ids))
     Path("my.txt").write_text(tokenizer.decode(ids), newline="")
     inputs = np.concatenate([[tokenizer.end_of_text], ids[:-1]]).reshape(-1, model.context)
     targets = ids.reshape(-1, model.context).astype(np.int32)
-    nats = Decoder(model).apply({"params": checkpoint.params}, inputs, targets, method="loss")
+    loss_sum = Decoder(model).apply({"params": checkpoint.params}, inputs, targets, method="loss")
 
     task = ["--tasks", "my_text", "--include_path", str(Path(interop.__file__).parent / "lm_eval")]
     model_args = f"pretrained={workdir / 'final_model'},dtype=float32"
-    command = ["run", "--model", "hf", "--model_args", model_args, *task, "--device", "cpu", "--output_path", "found"]
+    command = ["run", "--model", "hf", "--model_args", model_args, *task, "--device", "cpu", "--output_path", "results"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-m", "lm_eval", *command], env=environment, check=True)
-    (results,) = Path("found").rglob("results*.json")
-    found = json.loads(results.read_text())["results"]["my_text"]["bits_per_byte,none"]
-    assert found == pytest.approx(float(nats) / np.log(2) / len(tokenizer.decode_bytes(ids)), abs=1e-4)
+    (file,) = Path("results").rglob("results*.json")
+    bits = json.loads(file.read_text())["results"]["my_text"]["bits_per_byte,none"]
+    assert bits == pytest.approx(float(loss_sum) / np.log(2) / len(tokenizer.decode_bytes(ids)), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """A Llama that transformers drew and wrote, in bfloat16 and several files, with a tokenizer of its own."""
+    """A random Llama saved by transformers in bfloat16 and several files, with its own tokenizer."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import tokenizers
 
@@ -153,7 +154,7 @@ def foreign(tmp_path_factory):
     return folder, transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def test_a_foreign_llama_gives_the_logits_that_it_gives_there(foreign):
+def test_a_foreign_llama_has_the_logits_of_transformers(foreign):
     import torch
 
     folder, theirs = foreign
@@ -167,7 +168,7 @@ def test_a_foreign_llama_gives_the_logits_that_it_gives_there(foreign):
     assert interop.worst(np.asarray(Decoder(config).apply({"params": params}, ids)), expected) < 1e-4
 
 
-def test_a_foreign_llama_writes_the_text_that_it_writes_there(foreign, capsys):
+def test_a_foreign_llama_writes_the_text_of_transformers(foreign, capsys):
     import torch
     from transformers import AutoTokenizer
 

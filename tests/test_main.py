@@ -274,7 +274,7 @@ def test_a_run_begins_with_the_model_of_a_folder_and_needs_it_no_more():
     shutil.rmtree("begin")
     train("begun", "--config.max_steps=6", *begin, "--config.optimizer.learning_rate=1e-9")
     assert rows("begun/metrics.jsonl")[-1]["step"] == 6
-    assert "| began with | begin |" in Path("begun/final_model/README.md").read_text()
+    assert "| initialised from | begin |" in Path("begun/final_model/README.md").read_text()
     assert "init_from" in refused(["--config", "tiny.py", "--workdir", "begun", "--config.init_from=elsewhere"])
 
 

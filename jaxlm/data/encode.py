@@ -1,4 +1,4 @@
-"""Documents to token files: encode on all cores, write beside and rename."""
+"""Encodes a corpus into token files, on all cores; the files appear only when they are complete."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ from jaxlm.errors import RunError, UsageError
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 
-_MOST_WORKERS = 12
+_MAX_WORKERS = 12  # one thread reads; more workers than this wait for it
 
 
 class _Encoded(NamedTuple):
@@ -31,10 +31,10 @@ class _Encoded(NamedTuple):
 
 
 def find_prepared(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta | None:
-    """What `directory` holds if it is just this, whole; None when there is nothing yet, or an unfinished attempt.
+    """The meta.json of `directory` if it holds exactly these token files; None if they are missing or incomplete.
 
-    Raises UsageError when the settings make no sense or `directory` holds token files of another source, other
-    settings or another program.
+    Raises UsageError if a setting is out of bounds, or `directory` holds token files of another source, of other
+    settings or of another program.
     """
     load_tokenizer(vocab_size)
     if not 0 < validation_fraction < 1:
@@ -43,27 +43,27 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
         raise UsageError(f"{directory} is a file: choose another directory")
     for path in (directory / name for name in (TRAIN, VAL, META)):
         if os.path.isdir(path):
-            raise UsageError(f"{path} is a directory: choose another place or delete it")
+            raise UsageError(f"{path} is a directory: delete it or choose another place")
     meta = read_meta(directory)
     if meta is None:
         for path in (directory / TRAIN, directory / VAL):
             if os.path.exists(path):
-                raise UsageError(f"{path} is there already, without {META}: choose another directory or delete it")
+                raise UsageError(f"{path} exists without {META}: choose another directory or delete it")
         return None
-    for what, there, asked in (
+    for name, prepared, requested in (
         ("source", meta.source, source),
         ("tokenizer", meta.tokenizer, TOKENIZER_NAME),
         ("vocab_size", meta.vocab_size, vocab_size),
         ("validation", meta.validation_fraction, None if source in WITH_OWN_VALIDATION else validation_fraction),
     ):
-        if there != asked:
+        if prepared != requested:
             raise UsageError(
-                f"{directory} was prepared with {what} {there}, not {asked}: choose another directory or delete it"
+                f"{directory} was prepared with {name} {prepared}, not {requested}: delete it or choose another place"
             )
     if not meta.fits_files(directory):
         return None
     if source_changed(source, meta.source_sha256):
-        raise UsageError(f"{source} has changed since {directory} was prepared: choose another place or delete it")
+        raise UsageError(f"{source} has changed since {directory} was prepared: delete it or choose another place")
     return meta
 
 
@@ -73,23 +73,21 @@ def write_token_files(
     vocab_size: int,
     validation_fraction: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    workers: int | None = None,
 ) -> Meta:
-    """Encodes a corpus into `directory`, which `find_prepared` has found to be free for it.
+    """Encodes a corpus into `directory`, which must have passed `find_prepared`.
 
-    `on_progress` is told the bytes of text done and in all; in all is 0 while they are being counted. `workers` is
-    the number of encoding threads; unless told, one for each core, up to 12, which take all that one thread reads.
+    `on_progress` is called with the bytes of text encoded and their total; the total is 0 while they are counted.
 
-    Raises UsageError when the corpus cannot be read or split, RunError when the disk fails.
+    Raises UsageError if the corpus cannot be read or split, RunError if the disk fails.
     """
     tokenizer = load_tokenizer(vocab_size)
     size = measure(corpus, lambda counted: on_progress(counted, 0))
-    pieces = split(corpus, size, validation_fraction)
+    chunks = split(corpus, size, validation_fraction)
     sha256 = files_sha256(corpus.files)
     with _new_files(directory) as (train_file, val_file, meta_file):
         writers = {TRAIN: _Writer(train_file), VAL: _Writer(val_file)}
         done = 0
-        for name, encoded in _encode_all(pieces, tokenizer, workers or min(os.cpu_count() or 1, _MOST_WORKERS)):
+        for name, encoded in _encode_all(chunks, tokenizer, min(os.cpu_count() or 1, _MAX_WORKERS)):
             writers[name].write(encoded)
             done += encoded.text_bytes
             on_progress(done, size.bytes)
@@ -102,39 +100,39 @@ def write_token_files(
 
 @contextmanager
 def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
-    """TRAIN, VAL and META, open beside their places; all are moved there at the end, or nothing is left of them.
+    """Opens TRAIN, VAL and META as temporary files, and renames all of them at the end or deletes them on failure.
 
-    META moves first: so no part of the set passes for whole, nor for token files from elsewhere, which have none.
+    META is renamed first, so that an incomplete set is never mistaken for token files without META.
     """
     names = (TRAIN, VAL, META)
-    beside = {name: directory / f"{name}.partial" for name in names}
-    made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
+    partial = {name: directory / f"{name}.partial" for name in names}
+    created = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with only_writer(directory), ExitStack() as stack:
-            for path in beside.values():
+            for path in partial.values():
                 stack.callback(path.unlink, missing_ok=True)
-            files = [stack.enter_context(beside[name].open("wb")) for name in names]
+            files = [stack.enter_context(partial[name].open("wb")) for name in names]
             yield files
             for file in files:
                 file.flush()
                 atomic.sync_descriptor(file.fileno())
             for name in reversed(names):
-                beside[name].replace(directory / name)
+                partial[name].replace(directory / name)
             atomic.sync(directory)
-            made.clear()
+            created.clear()
     except OSError as error:
         raise RunError(
             f"cannot write to {directory} ({error.strerror}): make room or choose another directory"
         ) from error
     finally:
-        for path in made:
-            with suppress(OSError):  # not empty, so no longer ours alone
+        for path in created:
+            with suppress(OSError):  # not empty: another program uses it
                 path.rmdir()
 
 
 class _Writer:
-    """Writes a token file, counting and hashing what goes in."""
+    """Writes a token file, and counts and hashes its contents."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sha256 = file, hashlib.sha256()
@@ -152,35 +150,35 @@ class _Writer:
 
 
 def _encode_all(
-    pieces: Iterable[tuple[str, TextChunk]], tokenizer: Tokenizer, workers: int
+    chunks: Iterable[tuple[str, TextChunk]], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[str, _Encoded]]:
-    """Encodes on all cores, for tiktoken lets go of Python's lock; the order within each file is kept."""
-    waiting: deque[tuple[str, Future[_Encoded]]] = deque()
-    own = threading.local()
+    """Encodes in threads, as tiktoken releases Python's lock, and preserves the order within each file."""
+    pending: deque[tuple[str, Future[_Encoded]]] = deque()
+    local = threading.local()
 
-    def begin() -> None:
-        own.tokenizer = tokenizer.copy()
+    def copy_tokenizer() -> None:
+        local.tokenizer = tokenizer.copy()
 
     def encode(group: list[TextChunk]) -> _Encoded:
-        return _encode(own.tokenizer, group)
+        return _encode(local.tokenizer, group)
 
-    with ThreadPoolExecutor(workers, initializer=begin) as pool:
-        for name, group in _groups(pieces):
-            waiting.append((name, pool.submit(encode, group)))
-            if len(waiting) > 2 * workers:
-                name, encoded = waiting.popleft()
+    with ThreadPoolExecutor(workers, initializer=copy_tokenizer) as pool:
+        for name, group in _groups(chunks):
+            pending.append((name, pool.submit(encode, group)))
+            if len(pending) > 2 * workers:
+                name, encoded = pending.popleft()
                 yield name, encoded.result()
-        for name, encoded in waiting:
+        for name, encoded in pending:
             yield name, encoded.result()
 
 
-def _groups(pieces: Iterable[tuple[str, TextChunk]]) -> Iterator[tuple[str, list[TextChunk]]]:
-    """Gathers pieces that go to the same file, small ones many together."""
+def _groups(chunks: Iterable[tuple[str, TextChunk]]) -> Iterator[tuple[str, list[TextChunk]]]:
+    """Groups the chunks of each file, so that many small documents are encoded in one call."""
     groups: dict[str, list[TextChunk]] = {TRAIN: [], VAL: []}
     characters = {TRAIN: 0, VAL: 0}
-    for name, piece in pieces:
-        groups[name].append(piece)
-        characters[name] += len(piece.text)
+    for name, chunk in chunks:
+        groups[name].append(chunk)
+        characters[name] += len(chunk.text)
         if characters[name] >= CHUNK_CHARACTERS:
             yield name, groups[name]
             groups[name], characters[name] = [], 0
@@ -189,15 +187,15 @@ def _groups(pieces: Iterable[tuple[str, TextChunk]]) -> Iterator[tuple[str, list
 
 def _encode(tokenizer: Tokenizer, group: list[TextChunk]) -> _Encoded:
     """The ids of `group`, with the end-of-text id before each document."""
-    if any(END_OF_TEXT in piece.text for piece in group):  # it is ordinary text there, so each piece by itself
+    if any(END_OF_TEXT in chunk.text for chunk in group):  # there it is ordinary text: encode the chunks one by one
         mark = np.full(1, tokenizer.end_of_text, np.uint16)
-        parts = [part for piece in group for part in (mark[: piece.starts_document], tokenizer.encode(piece.text))]
+        parts = [part for chunk in group for part in (mark[: chunk.starts_document], tokenizer.encode(chunk.text))]
         ids = np.concatenate(parts)
     else:
-        text = "".join([END_OF_TEXT * piece.starts_document + piece.text for piece in group])
+        text = "".join([END_OF_TEXT * chunk.starts_document + chunk.text for chunk in group])
         ids = tokenizer.encode(text, marked=True)
     return _Encoded(
         ids.astype(TOKEN_DTYPE).tobytes(),
-        sum(len(piece.text.encode()) for piece in group),
-        sum(piece.starts_document for piece in group),
+        sum(len(chunk.text.encode()) for chunk in group),
+        sum(chunk.starts_document for chunk in group),
     )

@@ -1,4 +1,4 @@
-"""Files of text, read as a stream of documents in bounded memory."""
+"""Readers of text files: a stream of documents in bounded memory."""
 
 import gzip
 import importlib
@@ -23,10 +23,10 @@ _LAST_BREAK = re.compile(r".*\S(?=[ \r\n])", re.DOTALL)
 
 
 class TextChunk(NamedTuple):
-    """A stretch of a document, never empty; the document goes on until a piece starts the next one.
+    """A part of a document, never empty. The document ends where a chunk starts the next one.
 
-    Pieces are cut between a non-space and a space or line end. No token of GPT-2 spans that place, so the ids of the
-    pieces, joined, are the ids of the document.
+    Chunks are cut between a non-space and a space or line end. No token of GPT-2 crosses such a boundary, so the
+    concatenated ids of the chunks are the ids of the document.
     """
 
     text: str
@@ -36,17 +36,17 @@ class TextChunk(NamedTuple):
 def read_chunks(paths: Iterable[Path]) -> Iterator[TextChunk]:
     """The documents of all files, in order.
 
-    A .txt file is one document, or several with END_OF_TEXT between them (the line breaks around it go with it). A
-    line of .jsonl or a row of .parquet is a document, its text under the key or column `text`. Files are UTF-8; a
-    byte order mark at the start is dropped and everything else, line ends included, kept.
+    A .txt file is one document, or several separated by END_OF_TEXT and the line breaks around it. Each line of a
+    .jsonl file or row of a .parquet file is a document, with its text under the key or in the column `text`. Files are
+    UTF-8. A byte order mark at the start is skipped; all else, including line ends, is preserved.
 
-    Raises UsageError for a file that cannot be read, is of another kind, is not UTF-8 or holds no text.
+    Raises UsageError for a file that cannot be read, is of another kind, is not UTF-8 or contains no text.
     """
     for path in paths:
-        piece = None
+        chunk = None
         try:
-            for piece in _read_file(path):
-                yield piece
+            for chunk in _read_file(path):
+                yield chunk
         except UsageError:
             raise
         except UnicodeDecodeError as error:
@@ -54,22 +54,21 @@ def read_chunks(paths: Iterable[Path]) -> Iterator[TextChunk]:
                 f"{path} is not UTF-8 text: convert it first, for example with iconv -f latin1 -t utf-8"
             ) from error
         except _reading_errors(path) as error:
-            reason = getattr(error, "strerror", None) or f"damaged or cut short, {error}"
+            reason = getattr(error, "strerror", None) or f"damaged or incomplete, {error}"
             raise UsageError(f"cannot read {path} ({reason}): check the file") from error
-        if piece is None:
-            raise UsageError(f"{path} holds no text: name a file that does")
+        if chunk is None:
+            raise UsageError(f"{path} contains no text: choose another file")
 
 
 def read_text(stream: TextIO) -> Iterator[TextChunk]:
-    """The documents of a .txt file that is open without newline translation; see `read_chunks`.
+    """The documents of a .txt file that was opened without newline translation; see `read_chunks`.
 
-    Half a million characters without a space or line end after another character are cut all the same, to stay in
-    bounded memory: there a token may come out as two.
+    To bound memory, half a million characters without a place to cut are cut anyway. A token may be split there.
     """
     text, starts_document, blank = "", True, ""
-    while chunk := stream.read(CHUNK_CHARACTERS):
-        *ended, text = (text + chunk).split(END_OF_TEXT)
-        for document in ended:
+    while block := stream.read(CHUNK_CHARACTERS):
+        *finished, text = (text + block).split(END_OF_TEXT)
+        for document in finished:
             if document := document.lstrip(blank).rstrip("\r\n"):
                 yield TextChunk(document, starts_document)
             starts_document, blank = True, "\r\n"
@@ -82,9 +81,9 @@ def read_text(stream: TextIO) -> Iterator[TextChunk]:
 
 
 def _last_cut(text: str) -> int:
-    """Where to cut `text`, 0 for nowhere; never inside an END_OF_TEXT that its end may have begun."""
-    if place := _LAST_BREAK.match(text):
-        return place.end()
+    """The last index at which `text` can be cut, or 0. It is never inside the beginning of an END_OF_TEXT."""
+    if match := _LAST_BREAK.match(text):
+        return match.end()
     return len(text) - len(END_OF_TEXT) if len(text) > _LONGEST_CHUNK else 0
 
 
@@ -99,7 +98,7 @@ def _read_file(path: Path) -> Iterator[TextChunk]:
         with _open_text(path) as stream:
             yield from read_text(stream)
     else:
-        raise UsageError(f"{path} is of no kind that can be read: use {READABLE}")
+        raise UsageError(f"{path} is not a file type that can be read: use {READABLE}")
 
 
 def _open_text(path: Path) -> TextIO:
@@ -112,7 +111,7 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _zstd_module(path: Path) -> ModuleType:
-    for name in ("compression.zstd", "backports.zstd"):  # Python 3.14 has it; backports brings it to the others
+    for name in ("compression.zstd", "backports.zstd"):  # Python 3.14 and later; earlier ones
         try:
             return importlib.import_module(name)
         except ImportError:
@@ -132,7 +131,7 @@ def _read_jsonl(path: Path, stream: TextIO) -> Iterator[TextChunk]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}, line {number} is not JSON ({error}): mend or remove the line") from error
+            raise UsageError(f"{path}, line {number} is not JSON ({error}): correct or remove the line") from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UsageError(f"{path}, line {number} has no text under `text`: add it or remove the line")
@@ -147,7 +146,7 @@ def _read_parquet(path: Path) -> Iterator[TextChunk]:
     except ImportError as error:
         raise UsageError(f'reading {path} needs pyarrow: pip install "jaxlm[parquet]"') from error
     try:
-        with path.open("rb") as stream:  # pyarrow takes no path that is not UTF-8
+        with path.open("rb") as stream:  # pyarrow accepts only UTF-8 paths
             file = pyarrow.parquet.ParquetFile(stream)
             if "text" not in (names := file.schema_arrow.names):
                 raise UsageError(f"{path} has no column `text`, only {', '.join(names)}: rename one")
@@ -159,9 +158,9 @@ def _read_parquet(path: Path) -> Iterator[TextChunk]:
                 if text:
                     yield TextChunk(text, starts_document=True)
     except pyarrow.ArrowException as error:
-        raise UsageError(f"{path} is not a sound parquet file: check it") from error
+        raise UsageError(f"{path} is not a valid parquet file: check it") from error
 
 
 def _without_surrogates(text: str) -> str:
-    """A lone surrogate, which JSON can name but UTF-8 cannot hold, becomes "?"."""
+    """Replaces lone surrogates, which JSON allows and UTF-8 does not, by "?"."""
     return text if text.isascii() else text.encode(errors="replace").decode()

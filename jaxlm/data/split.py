@@ -1,6 +1,7 @@
-"""Which text trains and which validates."""
+"""The split of a corpus into training and validation text."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from jaxlm.data.corpus import Corpus
@@ -18,60 +19,56 @@ class Size(NamedTuple):
 
 
 def measure(corpus: Corpus, on_bytes: Callable[[int], None]) -> Size:
-    """Reads the whole text once, telling `on_bytes` every megabyte how many bytes so far.
+    """Counts documents, characters and UTF-8 bytes; calls `on_bytes` with the bytes so far after each megabyte.
 
-    That is much quicker than encoding it, and shows bad input before anything is written. Raises what reading raises.
+    This pass is much faster than encoding, and detects bad input before anything is written. Raises what the readers
+    raise.
     """
-    documents = characters = size = told = 0
-    for pieces in (corpus.train, corpus.validation):
-        for piece in pieces() if pieces else ():
-            documents += piece.starts_document
-            characters += len(piece.text)
-            size += len(piece.text.encode())
-            if size - told >= 1e6:
-                on_bytes(told := size)
+    documents = characters = size = reported = 0
+    for read in (corpus.train, corpus.validation):
+        for chunk in read() if read else ():
+            documents += chunk.starts_document
+            characters += len(chunk.text)
+            size += len(chunk.text.encode())
+            if size - reported >= 1e6:
+                on_bytes(reported := size)
     return Size(documents, characters, size)
 
 
 def split(corpus: Corpus, size: Size, fraction: float) -> Iterator[tuple[str, TextChunk]]:
-    """Each piece of a corpus with the name of the file it belongs to, TRAIN or VAL; each file starts a document.
+    """Labels each chunk of a corpus with its file, TRAIN or VAL. Each file begins with a new document.
 
-    A corpus with validation documents of its own keeps them apart. Of many documents, `fraction` go to VAL, evenly
-    spread. Where documents are few, what follows the first int(characters * (1 - fraction)) characters goes to VAL.
+    A corpus with its own validation documents keeps this split. With 200 documents or more, `fraction` of them go to
+    VAL, evenly spaced. With fewer, the text after the first int(characters * (1 - fraction)) characters goes to VAL.
 
-    Raises UsageError when nothing would be left for one of the two.
+    Raises UsageError if one of the two would be empty.
     """
     if corpus.validation:
-        return _label(corpus.train(), corpus.validation())
+        return chain(zip(repeat(TRAIN), corpus.train()), zip(repeat(VAL), corpus.validation()))
     if size.documents >= _MANY_DOCUMENTS:
         if int(size.documents * fraction) == 0:
-            raise UsageError(f"validation {fraction} of {size.documents} documents is none: choose a larger fraction")
-        return _spread(corpus.train(), fraction)
+            raise UsageError(f"validation {fraction} of {size.documents} documents is 0: choose a larger fraction")
+        return _split_documents(corpus.train(), fraction)
     train_characters = int(size.characters * (1 - fraction))
     if not 0 < train_characters < size.characters:
         raise UsageError(f"{size.characters} characters of text are too few to split: use more text")
-    return _end(corpus.train(), train_characters)
+    return _split_characters(corpus.train(), train_characters)
 
 
-def _label(train: Iterable[TextChunk], validation: Iterable[TextChunk]) -> Iterator[tuple[str, TextChunk]]:
-    yield from ((TRAIN, piece) for piece in train)
-    yield from ((VAL, piece) for piece in validation)
-
-
-def _spread(pieces: Iterable[TextChunk], fraction: float) -> Iterator[tuple[str, TextChunk]]:
+def _split_documents(chunks: Iterable[TextChunk], fraction: float) -> Iterator[tuple[str, TextChunk]]:
     document = 0
-    for piece in pieces:
-        document += piece.starts_document
-        yield VAL if int(document * fraction) > int((document - 1) * fraction) else TRAIN, piece
+    for chunk in chunks:
+        document += chunk.starts_document
+        yield VAL if int(document * fraction) > int((document - 1) * fraction) else TRAIN, chunk
 
 
-def _end(pieces: Iterable[TextChunk], train_characters: int) -> Iterator[tuple[str, TextChunk]]:
-    left, val_begun = train_characters, False
-    for text, starts_document in pieces:
-        head, tail = text[:left], text[left:]
-        left -= len(head)
-        if head:
-            yield TRAIN, TextChunk(head, starts_document)
-        if tail:
-            yield VAL, TextChunk(tail, starts_document or not val_begun)
-            val_begun = True
+def _split_characters(chunks: Iterable[TextChunk], train_characters: int) -> Iterator[tuple[str, TextChunk]]:
+    remaining, val_started = train_characters, False
+    for text, starts_document in chunks:
+        train_text, val_text = text[:remaining], text[remaining:]
+        remaining -= len(train_text)
+        if train_text:
+            yield TRAIN, TextChunk(train_text, starts_document)
+        if val_text:
+            yield VAL, TextChunk(val_text, starts_document or not val_started)
+            val_started = True

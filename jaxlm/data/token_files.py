@@ -1,4 +1,4 @@
-"""Token files: what they are, what fits, and the batches they give. data/README.md describes the format."""
+"""Token files and the batches read from them. data/README.md describes the format."""
 
 import dataclasses
 import hashlib
@@ -23,16 +23,16 @@ TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
 TOKEN_DTYPE = np.dtype("<u2")
 TOKENIZER_NAME = "gpt2"
 IGNORED_TARGET = -1
-_EPOCHS = 2**31  # no end, but one that grain can count to, whatever the batch size
+_EPOCHS = 2**31  # practically endless, and within grain's integers for any batch size
 
-_Said = typing.TypeVar("_Said")
+_Record = typing.TypeVar("_Record")
 Ids = npt.NDArray[np.uint16]
 Batch = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class FileMeta:
-    """One token file: ids in it, UTF-8 bytes of text they stand for (without end-of-text marks), documents, sha256."""
+    """One token file: its number of ids, the UTF-8 bytes of their text (without end-of-text), documents, sha256."""
 
     tokens: int
     bytes: int
@@ -42,7 +42,7 @@ class FileMeta:
 
 @dataclass(frozen=True)
 class Meta:
-    """What meta.json says; `validation_fraction` is None where the corpus brings its own validation text."""
+    """The contents of meta.json. `validation_fraction` is None if the corpus has its own validation text."""
 
     tokenizer: str
     vocab_size: int
@@ -53,7 +53,7 @@ class Meta:
     val: FileMeta
 
     def fits_files(self, directory: Path) -> bool:
-        """Whether both token files are there in the size that this says."""
+        """Whether both token files exist and have the recorded size."""
         sizes = {TRAIN: self.train.tokens, VAL: self.val.tokens}
         paths = {directory / name: tokens * TOKEN_DTYPE.itemsize for name, tokens in sizes.items()}
         return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
@@ -63,34 +63,34 @@ class Meta:
 
 
 def read_meta(directory: Path) -> Meta | None:
-    """What `directory`/meta.json says, None without one. Raises UsageError when it is no meta.json of ours."""
+    """Reads `directory`/meta.json; None if it does not exist. Raises UsageError if it is damaged."""
     path = directory / META
     if not os.path.isfile(path):
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: _typed(FileMeta, said[name]) for name in ("train", "val")}
-        return _typed(Meta, said | files)
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: _typed(FileMeta, fields[name]) for name in ("train", "val")}
+        return _typed(Meta, fields | files)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: delete {directory} and prepare it again") from error
 
 
-def _typed(cls: type[_Said], said: dict[str, Any]) -> _Said:
-    """`cls(**said)`. Raises TypeError when a name or the type of a value is not that of a field."""
+def _typed(cls: type[_Record], fields: dict[str, Any]) -> _Record:
+    """`cls(**fields)`. Raises TypeError or KeyError if a name or type is not that of `cls`."""
     for name, kind in typing.get_type_hints(cls).items():
-        if not isinstance(said[name], kind):
+        if not isinstance(fields[name], kind):
             raise TypeError(name)
-    return cls(**said)
+    return cls(**fields)
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Token ids of a corpus, read-only and memory-mapped.
+    """The token ids of a corpus, memory-mapped and read-only.
 
-    `val_bytes` counts the UTF-8 bytes of the validation tokens that are predicted, which are all but the first.
-    `sha256` is of the contents of train.bin and val.bin. `meta` is None for files from elsewhere.
+    `val_bytes` is the number of UTF-8 bytes of all validation tokens but the first, which is not predicted. `sha256`
+    holds the hashes of train.bin and val.bin. `meta` is None for files without meta.json.
     """
 
     directory: Path
@@ -101,35 +101,35 @@ class TokenFiles:
     meta: Meta | None
 
     def bits_per_byte(self, val_loss: float) -> float:
-        """Bits per byte of a mean loss per predicted validation token, in nats."""
+        """Converts the mean validation loss, in nats per predicted token, to bits per byte."""
         return val_loss / np.log(2) * (len(self.val) - 1) / self.val_bytes
 
 
 def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
-    """Opens train.bin and val.bin; without meta.json they are taken for GPT-2 tokens of `vocab_size`.
+    """Opens and checks train.bin and val.bin. Without meta.json, they are taken as GPT-2 tokens of `vocab_size`.
 
-    Reads the files once, to check them. Raises UsageError when one is missing, does not fit `vocab_size` or its
-    meta.json, holds less than one window of `context` + 1 tokens, or no text to validate on.
+    Raises UsageError if a file is missing, does not fit `vocab_size` or its meta.json, holds fewer than `context` + 1
+    tokens, or holds no text to validate on.
     """
     train, val = _open_ids(directory / TRAIN), _open_ids(directory / VAL)
     meta = read_meta(directory)
     if meta and (meta.tokenizer, meta.vocab_size) != (TOKENIZER_NAME, vocab_size):
         raise UsageError(
             f"{directory} was prepared with tokenizer {meta.tokenizer} of {meta.vocab_size} tokens, not "
-            f"{TOKENIZER_NAME} of {vocab_size}: set the model's vocabulary to match or prepare the text again"
+            f"{TOKENIZER_NAME} of {vocab_size}: set model.vocab_size to match or prepare the text again"
         )
     sha256 = hashlib.sha256(train.data).hexdigest(), hashlib.sha256(val.data).hexdigest()
     if meta and (meta.train.sha256, meta.val.sha256) != sha256:
-        raise UsageError(f"the token files in {directory} are not those that {META} tells of: delete and prepare again")
+        raise UsageError(f"the token files in {directory} do not match {META}: delete them and prepare again")
     for path, ids in ((directory / TRAIN, train), (directory / VAL, val)):
         if len(ids) < context + 1:
             raise UsageError(
-                f"{path} holds {len(ids)} tokens, less than one window of {context + 1}: use more text or less context"
+                f"{path} holds {len(ids)} tokens, fewer than a sequence of {context + 1}: use more text or less context"
             )
         if (largest := int(ids.max())) >= vocab_size:
             raise UsageError(
-                f"{path} has token id {largest}, above the vocabulary of {vocab_size}: raise the model's vocabulary "
-                "or prepare the text again"
+                f"{path} has token id {largest}, outside the vocabulary of {vocab_size}: raise model.vocab_size or "
+                "prepare the text again"
             )
     val_bytes = _text_bytes(val[1:], vocab_size)
     if not val_bytes:
@@ -139,7 +139,7 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
 
 def _open_ids(path: Path) -> Ids:
     if not os.path.isfile(path):
-        raise UsageError(f"{path} is missing: make it with python -m jaxlm.prepare --corpus TEXT --out {path.parent}")
+        raise UsageError(f"{path} is missing: create it with python -m jaxlm.prepare --corpus TEXT --out {path.parent}")
     size = path.stat().st_size
     if size == 0 or size % TOKEN_DTYPE.itemsize:
         raise UsageError(f"{path} is {size} bytes, not a file of 2-byte tokens: delete it and prepare again")
@@ -151,14 +151,14 @@ def _open_ids(path: Path) -> Ids:
 
 def _text_bytes(ids: Ids, vocab_size: int) -> int:
     tokenizer = load_tokenizer(vocab_size)
-    uses = np.bincount(ids, minlength=vocab_size)
-    uses[tokenizer.end_of_text] = 0
-    return int(uses @ np.array([len(token) for token in tokenizer.vocabulary]))
+    counts = np.bincount(ids, minlength=vocab_size)
+    counts[tokenizer.end_of_text] = 0
+    return int(counts @ np.array([len(token) for token in tokenizer.vocabulary]))
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Windows of `context` + 1 ids, each beginning on the last id of the one before; a grain data source."""
+    """A grain data source: windows of `context` + 1 ids, each of which starts with the last id of the previous one."""
 
     ids: Ids
     context: int
@@ -172,13 +172,13 @@ class _Windows:
 
 
 def train_batch_stream(ids: Ids, context: int, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
-    """Batches `start_batch`, `start_batch` + 1, ... without end, [batch_size, context + 1], read ahead by a thread.
+    """An endless stream of batches [batch_size, context + 1] from number `start_batch` on, prefetched by a thread.
 
-    Batch n is a pure function of the arguments and n. The text is cut into windows of `context` + 1 tokens, so that
-    each token is a target once; each epoch goes through all windows in an order of its own, and the next follows
-    without a gap, inside a batch if need be. `seed` is 0 to 2**32 - 1.
+    Batch n is a pure function of the arguments and n. The ids are cut into windows of `context` + 1, which overlap by
+    one, so that each token is a target once per epoch. Each epoch visits all windows in a new random order. A batch
+    may span two epochs. `seed` is 0 to 2**32 - 1.
     """
-    import grain  # takes more than a second
+    import grain  # imported here because it takes more than a second
 
     windows = grain.MapDataset.source(_Windows(ids, context)).shuffle(seed=seed).repeat(_EPOCHS)
     batches = windows.batch(batch_size)[start_batch:]
@@ -186,18 +186,18 @@ def train_batch_stream(ids: Ids, context: int, batch_size: int, seed: int, start
 
 
 def val_batches(ids: Ids, context: int, batch_size: int, limit: int = 0) -> Iterator[tuple[Batch, Batch]]:
-    """Inputs and targets, [batch_size, context] each, in which every token but the first is a target once.
+    """Inputs and targets, [batch_size, context] each. Every token but the first is a target exactly once.
 
-    `limit` takes at most that many windows of `context` tokens, evenly spread; 0 takes all. Past the end of the text
-    and past the last window, inputs are 0 and targets IGNORED_TARGET.
+    A positive `limit` selects at most that many sequences of `context` tokens, evenly spaced. The last sequence and
+    the last batch are padded with input 0 and target IGNORED_TARGET.
     """
-    windows = -(-(len(ids) - 1) // context)
-    taken = min(limit or windows, windows)
-    starts = (index * windows // taken * context for index in range(taken))
-    while batch := list(itertools.islice(starts, batch_size)):
+    available = -(-(len(ids) - 1) // context)
+    count = min(limit or available, available)
+    starts = (index * available // count * context for index in range(count))
+    while batch_starts := list(itertools.islice(starts, batch_size)):
         inputs = np.zeros((batch_size, context), np.int32)
         targets = np.full((batch_size, context), IGNORED_TARGET, np.int32)
-        for row, start in enumerate(batch):
+        for row, start in enumerate(batch_starts):
             window = ids[start : start + context + 1]
             inputs[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
@@ -205,6 +205,6 @@ def val_batches(ids: Ids, context: int, batch_size: int, limit: int = 0) -> Iter
 
 
 def data_directory(config: Config) -> Path:
-    """Where the token files of the config are, or will be."""
+    """The directory of the config's token files: `data.dir`, or one named after the corpus and vocabulary."""
     name = re.sub(r"\W+", "-", config.data.corpus).strip("-")[:60]
     return Path(config.data.dir or Path("data", f"{name}-{config.model.vocab_size}"))

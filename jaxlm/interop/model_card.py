@@ -1,4 +1,4 @@
-"""The model card: what those who find an exported model should know of it."""
+"""The model card of an exported model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ tags:
 
 # A language model of {parameters:,} parameters
 
-Llama's architecture, trained by jaxlm. `transformers` loads this folder as it is:
+Llama's architecture, trained with jaxlm. Load this folder with `transformers`:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,13 +31,14 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 |---|---|
 | sizes | {model.layers} layers, {model.heads} heads, width {model.width}, hidden width {model.mlp_width}, \
 context {model.context}, vocabulary {model.vocab_size:,} (GPT-2's) |
-| began with | {start} |
+| initialised from | {start} |
 | text | {text} |
 | trained | {step:,} of {config.max_steps:,} steps, {tokens:,} tokens |
 | training loss | {loss} |
 | validation loss | {val_loss} |
 
-It continues texts like those it was trained on. It follows no instructions, and what it says need not be so.
+The model continues texts like those it was trained on. It does not follow instructions, and its statements may be
+false.
 
 The run's settings:
 
@@ -48,7 +49,7 @@ The run's settings:
 
 
 def model_card(workdir: Path, config: Config, step: int, tokens: Mapping[str, Any], parameters: int) -> str:
-    """The card, in Markdown, of the model after `step` of the run in `workdir`, which read these token files."""
+    """The card, in Markdown, of the model after `step` of the run in `workdir`; `tokens` has its files' hashes."""
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
     hashes = ", ".join(f"{name} {value}" for name, value in tokens.items())
     return _CARD.format(
@@ -59,16 +60,16 @@ def model_card(workdir: Path, config: Config, step: int, tokens: Mapping[str, An
         text=f"{config.data.corpus or config.data.dir} ({hashes})",
         step=step,
         tokens=step * config.tokens_per_step,
-        loss=_last(rows, {"loss": "nats a token"}),
-        val_loss=_last(rows, {"val_loss": "nats a token", "val_bits_per_byte": "bits a byte"}),
+        loss=_last(rows, {"loss": "nats per token"}),
+        val_loss=_last(rows, {"val_loss": "nats per token", "val_bits_per_byte": "bits per byte"}),
         settings=json.dumps(to_dict(config), indent=2, ensure_ascii=False),
     )
 
 
 def _last(rows: Sequence[Mapping[str, Any]], units: Mapping[str, str]) -> str:
-    """The last recorded values of these keys, each with its unit, and their step."""
-    having = [row for row in rows if row.keys() >= units.keys()]
-    if not having:
+    """The last recorded values of these keys with their units, and the step at which they were recorded."""
+    last = next((row for row in reversed(rows) if row.keys() >= units.keys()), None)
+    if last is None:
         return "not recorded"
-    values = [f"{having[-1][key]:.4f} {unit}" for key, unit in units.items()]
-    return f"{', '.join(values)} (step {having[-1]['step']:,})"
+    values = [f"{last[key]:.4f} {unit}" for key, unit in units.items()]
+    return f"{', '.join(values)} (step {last['step']:,})"

@@ -11,7 +11,7 @@ from statistics import median, median_low
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jaxlm.storage.jsonl import Journal, keep_up_to, to_line
+from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, to_line
 from jaxlm.storage.tensorboard import EventFile
 from jaxlm.units import duration
 
@@ -90,7 +90,7 @@ class Monitor:
         """Opens the files and drops what an earlier session recorded after `step`, where this one goes on."""
         files = [workdir / "metrics.jsonl", workdir / "samples.jsonl"]
         self.damaged = [path for path in files if keep_up_to(path, step)]
-        self._metrics, self._samples = map(Journal, files)
+        self._metrics, self._samples = map(AppendOnlyFile, files)
         self._events = EventFile(workdir / "tensorboard", step + 1)
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._bar = Progress(

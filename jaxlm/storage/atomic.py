@@ -1,4 +1,4 @@
-"""Writing that a power cut cannot undo by half: data reach the disk before a name points to them."""
+"""Atomic replacement of files and folders: the data reach the disk before the name points to them."""
 
 import contextlib
 import fcntl
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Returns once the disk holds what the file or directory at `path` holds. Raises OSError."""
+    """Flushes the file or directory at `path` to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync_descriptor(descriptor)
@@ -18,8 +18,8 @@ def sync(path: Path) -> None:
 
 def sync_descriptor(descriptor: int) -> None:
     """As `sync`, for an open file."""
-    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: there fsync leaves the data in the drive's own cache
-        with contextlib.suppress(OSError):  # network file systems know fsync only
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves the data in the drive's cache
+        with contextlib.suppress(OSError):  # network file systems support fsync only
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
     os.fsync(descriptor)
@@ -28,31 +28,31 @@ def sync_descriptor(descriptor: int) -> None:
 def sync_tree(directory: Path) -> None:
     """As `sync`, for a directory and everything in it."""
     for path in [*directory.rglob("*"), directory]:
-        with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+        with contextlib.suppress(FileNotFoundError):  # removed after it was listed
             sync(path)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replaces a file as a whole: whatever happens, it holds the old bytes or the new. Raises OSError."""
-    beside = path.with_name(path.name + ".tmp")
+    """Replaces a file atomically: after a crash it holds the old bytes or the new. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        beside.write_bytes(data)
-        replace_file(beside, path)
+        temporary.write_bytes(data)
+        replace_file(temporary, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def replace_file(beside: Path, path: Path) -> None:
-    """Moves the finished file `beside` into the place of `path`. Raises OSError."""
-    sync(beside)
-    beside.replace(path)
+def replace_file(temporary: Path, path: Path) -> None:
+    """Moves the finished file `temporary` to `path`. Raises OSError."""
+    sync(temporary)
+    temporary.replace(path)
     sync(path.parent)
 
 
-def replace_folder(beside: Path, folder: Path) -> None:
-    """Moves the finished folder `beside` into the place of `folder`. Raises OSError."""
-    sync_tree(beside)
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Moves the finished folder `temporary` to `folder`, whose old contents are deleted. Raises OSError."""
+    sync_tree(temporary)
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    temporary.rename(folder)
     sync(folder.parent)

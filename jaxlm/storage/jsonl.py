@@ -1,4 +1,4 @@
-"""Files that only grow: what is appended goes in whole, and waits in memory while the disk is full."""
+"""Append-only files: each entry is written whole, and waits in memory while the disk is full."""
 
 import errno
 import json
@@ -10,22 +10,22 @@ from typing import Any
 from jaxlm.storage import atomic
 
 
-class Journal:
+class AppendOnlyFile:
     """One append-only file."""
 
     def __init__(self, path: Path):
-        """Opens `path`, made if missing. Raises OSError."""
+        """Opens `path`, and creates it if missing. Raises OSError."""
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._whole = os.fstat(self._descriptor).st_size  # bytes, all of them of whole entries
-        self._waiting = b""
+        self._size = os.fstat(self._descriptor).st_size  # bytes; a multiple of whole entries
+        self._pending = b""
 
     def append(self, entry: bytes) -> None:
-        """Adds an entry; where there is no room for it, it is written with a later one."""
-        self._waiting += entry
+        """Writes an entry. If the disk is full, the entry is written together with a later one."""
+        self._pending += entry
         self._write()
 
     def sync(self) -> None:
-        """Returns once the disk holds every entry for good. Raises OSError while it cannot."""
+        """Flushes every entry to the disk. Raises OSError if it cannot."""
         if failure := self._write():
             raise failure
         atomic.sync_descriptor(self._descriptor)
@@ -36,54 +36,53 @@ class Journal:
         os.close(self._descriptor)
 
     def _write(self) -> OSError | None:
-        if not self._waiting:
+        if not self._pending:
             return None
         try:
-            written = os.write(self._descriptor, self._waiting)
-            if written < len(self._waiting):
+            written = os.write(self._descriptor, self._pending)
+            if written < len(self._pending):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            os.ftruncate(self._descriptor, self._whole)
+            os.ftruncate(self._descriptor, self._size)
             return error
-        self._whole += written
-        self._waiting = b""
+        self._size += written
+        self._pending = b""
         return None
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:
-    """A row of a .jsonl file."""
+    """A row as a line of a .jsonl file."""
     return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 def keep_up_to(path: Path, step: int) -> bool:
-    """Keeps of a .jsonl file the rows of steps up to `step`, and no line that was cut off while being written.
+    """Deletes the rows after `step` from a .jsonl file, and an incomplete last line.
 
     Returns:
-        Whether there were damaged lines besides; then the file as it was stays beside it as *.damaged.
+        Whether there were other damaged lines. They are deleted too, and the original file is kept as *.damaged.
     """
     if not path.exists():
         return False
-    lines = path.read_bytes().splitlines(keepends=True)
-    steps = [_step_of(line) for line in lines]
-    damaged = any(its is None and line.endswith(b"\n") for line, its in zip(lines, steps, strict=True))
+    content = path.read_bytes()
+    lines = [(line, _step_of(line)) for line in content.splitlines(keepends=True)]
+    damaged = any(line_step is None and line.endswith(b"\n") for line, line_step in lines)
     if damaged:
-        atomic.write_file(path.with_name(path.name + ".damaged"), b"".join(lines))
-    kept = [line for line, its in zip(lines, steps, strict=True) if its is not None and its <= step]
-    if len(kept) < len(lines):
-        atomic.write_file(path, b"".join(kept))
+        atomic.write_file(path.with_name(path.name + ".damaged"), content)
+    kept = b"".join([line for line, line_step in lines if line_step is not None and line_step <= step])
+    if kept != content:
+        atomic.write_file(path, kept)
     return damaged
 
 
 def rows_up_to(path: Path, step: int) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl file, of steps up to `step`; none where there is no file. Raises OSError."""
+    """The rows of a .jsonl file up to `step`, without damaged lines; none if there is no file. Raises OSError."""
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        its = _step_of(line)
-        if its is not None and its <= step:
+        if (line_step := _step_of(line)) is not None and line_step <= step:
             yield json.loads(line)
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a row, None for what is none."""
+    """The step of a row; None if the line is incomplete or not a row."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError, RecursionError):

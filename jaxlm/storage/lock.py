@@ -1,4 +1,4 @@
-"""One writer for a directory."""
+"""A lock on a directory, so that only one process writes to it."""
 
 import contextlib
 import fcntl
@@ -14,26 +14,26 @@ from jaxlm.errors import UsageError
 
 @contextlib.contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Holds `directory`/lock, in which the holder's pid and host stand, and removes it afterwards.
+    """Locks `directory`/lock, writes the pid and host of this process into it, and deletes it at the end.
 
-    The lock is the kernel's, which frees it when its process ends in whatever way: a file left behind locks nobody out.
+    This is a lock of the kernel (flock), which is released however the process ends. A leftover file locks nobody out.
 
     Raises:
-        UsageError: another process holds it.
-        OSError: the file cannot be made.
+        UsageError: another process holds the lock.
+        OSError: the file cannot be created.
     """
     path = directory / "lock"
-    with _locked(path) as held:
-        held.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, held)
-        held.flush()
+    with _lock(path) as file:
+        file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+        file.flush()
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def _locked(path: Path) -> TextIO:
+def _lock(path: Path) -> TextIO:
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -43,14 +43,14 @@ def _locked(path: Path) -> TextIO:
         except BlockingIOError as error:
             file.close()
             raise UsageError(f"{path.parent} is in use by {_holder(path)}: wait for it or stop it") from error
-        except FileNotFoundError:  # the holder removed it since it was opened here
+        except FileNotFoundError:  # the holder deleted the file after it was opened here
             pass
         file.close()
 
 
-def _holder(lock: Path) -> str:
+def _holder(path: Path) -> str:
     try:
-        said = json.loads(lock.read_text(encoding="utf-8"))
-        return f"process {said['pid']} on {said['host']}"
-    except (OSError, ValueError, TypeError, KeyError):  # caught between taking it and saying so
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, TypeError, KeyError):  # locked, but its pid is not written yet
         return "another process"

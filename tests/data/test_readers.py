@@ -1,4 +1,4 @@
-"""Reading files: the documents are those of the whole text, whatever the pieces; bad files get one line."""
+"""Readers: the documents do not depend on the chunks, and bad files are one-line errors."""
 
 import gzip
 import io
@@ -22,77 +22,59 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import UsageError
 
 MARK = "<|endoftext|>"
-WORDS = [
-    "the",
-    " the",
-    "don't",
-    "'ll",
-    " '",
-    "\n",
-    "\n\n",
-    "\r\n",
-    "  ",
-    " ",
-    "\t",
-    "\u2003",
-    "\x1c",
-    "42",
-    "…",
-    "é",
-    "漢字",
-    "<|end",
-]
+WORDS = ["the", " the", "don't", "'ll", " '", "\n", "\n\n", "\r\n", "  ", " ", "\t"]
+WORDS += ["\u2003", "\x1c", "42", "…", "é", "漢字", "<|end"]
 
 
-def as_documents(pieces):
-    """Pieces put together to the texts of whole documents."""
-    found = []
-    for text, starts_document in pieces:
+def as_documents(chunks):
+    """The texts of whole documents."""
+    documents = []
+    for text, starts_document in chunks:
         assert text
-        found = [*found, text] if starts_document else [*found[:-1], found[-1] + text]
-    return found
+        documents = [*documents, text] if starts_document else [*documents[:-1], documents[-1] + text]
+    return documents
 
 
-def pieces_of(text, piece, longest):
-    with mock.patch.multiple(readers, CHUNK_CHARACTERS=piece, _LONGEST_CHUNK=longest):
+def chunks_of(text, size, longest):
+    with mock.patch.multiple(readers, CHUNK_CHARACTERS=size, _LONGEST_CHUNK=longest):
         return list(read_text(io.StringIO(text, newline="\n")))
 
 
 @example(f"one{MARK}two\nthree", 10)
 @given(st.lists(st.sampled_from([*WORDS, MARK]), max_size=60).map("".join), st.integers(1, 40))
-def test_documents_do_not_depend_on_the_pieces(text, piece):
-    whole = [part for part in re.split(r"[\r\n]*<\|endoftext\|>[\r\n]*", text) if part]
-    assert as_documents(pieces_of(text, piece, 1000)) == whole
+def test_documents_do_not_depend_on_the_chunks(text, size):
+    documents = [part for part in re.split(r"[\r\n]*<\|endoftext\|>[\r\n]*", text) if part]
+    assert as_documents(chunks_of(text, size, 1000)) == documents
 
 
 @given(st.lists(st.sampled_from(["a", "漢", "<|end", MARK]), max_size=60).map("".join), st.integers(1, 40))
-def test_text_without_spaces_is_cut_and_kept(text, piece):
-    pieces = pieces_of(text, piece, 30)
-    assert as_documents(pieces) == [part for part in text.split(MARK) if part]
-    assert max((len(text) for text, _ in pieces), default=0) <= 30 + piece
+def test_text_without_spaces_is_cut(text, size):
+    chunks = chunks_of(text, size, 30)
+    assert as_documents(chunks) == [part for part in text.split(MARK) if part]
+    assert max((len(text) for text, _ in chunks), default=0) <= 30 + size
 
 
 @given(st.lists(st.sampled_from(WORDS), max_size=80).map("".join), st.integers(1, 40))
-def test_ids_of_the_pieces_are_ids_of_the_whole(text, piece):
+def test_ids_of_the_chunks_are_those_of_the_whole_text(text, size):
     tokenizer = load_tokenizer()
-    pieces = pieces_of(text, piece, 1000)
-    assert [i for text, _ in pieces for i in tokenizer.encode(text).tolist()] == tokenizer.encode(text).tolist()
+    chunks = chunks_of(text, size, 1000)
+    assert [i for text, _ in chunks for i in tokenizer.encode(text).tolist()] == tokenizer.encode(text).tolist()
 
 
-def test_pieces_are_cut_in_a_long_document():
+def test_a_long_document_is_cut():
     text = "It was the best of times. " * 40_000
-    pieces = list(read_text(io.StringIO(text)))
-    assert len(pieces) > 2
-    assert "".join(piece.text for piece in pieces) == text
+    chunks = list(read_text(io.StringIO(text)))
+    assert len(chunks) > 2
+    assert "".join(chunk.text for chunk in chunks) == text
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
-def test_plain_and_packed_files(tmp_path, suffix, pack):
-    (tmp_path / f"a.txt{suffix}").write_bytes(pack(f"\ufeffOne.\r\nTwo é\n\n{MARK}\nThree\n".encode()))
+@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_plain_and_compressed_files(tmp_path, suffix, compress):
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(f"\ufeffOne.\r\nTwo é\n\n{MARK}\nThree\n".encode()))
     rows = [{"text": f"in one line {MARK} \n\u2028 é", "more": 1}, {"text": ""}, {"text": "\ud800!"}]
-    (tmp_path / f"b.jsonl{suffix}").write_bytes(pack("\n\n".join(map(json.dumps, rows)).encode()))
-    pieces = read_chunks([tmp_path / f"a.txt{suffix}", tmp_path / f"b.jsonl{suffix}"])
-    assert as_documents(pieces) == ["One.\r\nTwo é", "Three\n", rows[0]["text"], "?!"]
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(compress("\n\n".join(map(json.dumps, rows)).encode()))
+    chunks = read_chunks([tmp_path / f"a.txt{suffix}", tmp_path / f"b.jsonl{suffix}"])
+    assert as_documents(chunks) == ["One.\r\nTwo é", "Three\n", rows[0]["text"], "?!"]
 
 
 def test_zst_files_of_several_frames(tmp_path):
@@ -114,22 +96,22 @@ def test_parquet_rows_are_documents(tmp_path):
     assert as_documents(read_chunks([tmp_path / "a.parquet"])) == texts
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="there, names of files are UTF-8")
-def test_parquet_of_a_name_that_is_not_utf8(tmp_path):
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8")
+def test_parquet_with_a_name_that_is_not_utf8(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.parquet")
     with path.open("wb") as file:
         pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), file)
     assert as_documents(read_chunks([path])) == ["one"]
 
 
-def test_a_long_document_is_never_in_memory_whole(tmp_path):
+def test_a_long_document_is_not_read_into_memory(tmp_path):
     path = tmp_path / "long.txt.gz"
-    path.write_bytes(gzip.compress(b"It was the best of times, it was the worst of times. " * 600_000, compresslevel=1))
+    path.write_bytes(gzip.compress(b"It was the best of times, it was the worst of times. " * 300_000, compresslevel=1))
     tracemalloc.start()
-    characters = sum(len(piece.text) for piece in read_chunks([path]))
+    characters = sum(len(chunk.text) for chunk in read_chunks([path]))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert characters == 53 * 600_000
+    assert characters == 53 * 300_000
     assert peak < 8e6
 
 
@@ -137,14 +119,14 @@ GOOD_LINE = b'{"text": "good"}\n'
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
-        ("a.txt", b"", "holds no text"),
-        ("a.txt", b"\xef\xbb\xbf", "holds no text"),
-        ("a.txt", f"\n{MARK}\n".encode(), "holds no text"),
+        ("a.txt", b"", "contains no text"),
+        ("a.txt", b"\xef\xbb\xbf", "contains no text"),
+        ("a.txt", f"\n{MARK}\n".encode(), "contains no text"),
         ("a.txt", "café".encode("latin1"), "not UTF-8"),
         ("a.txt", "text".encode("utf-16"), "not UTF-8"),
-        ("a.jsonl", b"", "holds no text"),
+        ("a.jsonl", b"", "contains no text"),
         ("a.jsonl", GOOD_LINE + b"\n" + b'{"body": "x"}\n', "line 3 has no text"),
         ("a.jsonl", GOOD_LINE + b'{"text": null}\n', "line 2 has no text"),
         ("a.jsonl", GOOD_LINE + b'["text"]\n', "line 2 has no text"),
@@ -155,35 +137,38 @@ GOOD_LINE = b'{"text": "good"}\n'
         ("a.txt.gz", gzip.compress(b"text" * 1000, mtime=0)[:20] + b"\xff" * 20, "cannot read"),
         ("a.txt.xz", b"not xz", "cannot read"),
         ("a.txt.xz", lzma.compress(b"text" * 1000)[:-20], "cannot read"),
-        ("a.parquet", b"not parquet", "not a sound parquet"),
-        ("a.parquet", b"", "not a sound parquet"),
-        ("a.csv", b"text", "no kind that can be read"),
-        ("a.parquet.gz", b"text", "no kind that can be read"),
-        ("a", b"text", "no kind that can be read"),
+        ("a.parquet", b"not parquet", "not a valid parquet"),
+        ("a.parquet", b"", "not a valid parquet"),
+        ("a.csv", b"text", "not a file type that can be read"),
+        ("a.parquet.gz", b"text", "not a file type that can be read"),
+        ("a", b"text", "not a file type that can be read"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(tmp_path, name, content, says):
+def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=says) as refused:
+    with pytest.raises(UsageError, match=message) as refused:
         list(read_chunks([tmp_path / name]))
     assert str(tmp_path / name) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("columns", "says"),
+    ("columns", "message"),
     [({"body": ["x"]}, "no column `text`, only body"), ({"text": ["x", None]}, "row 2 has no text")],
 )
-def test_parquet_without_text_is_refused(tmp_path, columns, says):
+def test_parquet_without_text_is_refused(tmp_path, columns, message):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(UsageError, match=message):
         list(read_chunks([tmp_path / "a.parquet"]))
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     for name in ("pyarrow", "pyarrow.parquet", "backports.zstd", "compression.zstd"):
         monkeypatch.setitem(sys.modules, name, None)
-    for name, says in (("a.parquet", r'pip install "jaxlm\[parquet\]"'), ("a.txt.zst", "pip install backports.zstd")):
+    for name, message in (
+        ("a.parquet", r'pip install "jaxlm\[parquet\]"'),
+        ("a.txt.zst", "pip install backports.zstd"),
+    ):
         (tmp_path / name).write_bytes(b"anything")
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=message):
             list(read_chunks([tmp_path / name]))

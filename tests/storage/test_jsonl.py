@@ -1,59 +1,61 @@
-"""Files that only grow, on disks that fill up and after ends in the middle of a line."""
+"""Append-only files on full disks and after crashes in the middle of a line."""
 
 import json
 import os
 
 import pytest
 
-from jaxlm.storage.jsonl import Journal, keep_up_to, rows_up_to, to_line
+from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, rows_up_to, to_line
 from tests.tiny_run import disk_room
 
 
-def test_entries_are_there_as_soon_as_they_are_appended(tmp_path):
+def test_entries_are_written_at_once(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"before ")
-    journal = Journal(path)
+    file = AppendOnlyFile(path)
     for entry in (b"one ", b"two "):
-        journal.append(entry)
+        file.append(entry)
         assert path.read_bytes().endswith(entry)
-    journal.close()
+    file.close()
     assert path.read_bytes() == b"before one two "
 
 
 @pytest.mark.parametrize("room", [0, 5, 8, 9, 20, 30])
-def test_what_finds_no_room_waits_whole_and_comes_in_order_when_there_is_some(tmp_path, room):
+def test_entries_wait_whole_and_in_order_while_the_disk_is_full(tmp_path, room):
     path = tmp_path / "a"
-    journal = Journal(path)
-    entries = [f"entry {number}\n".encode() for number in range(5)]
-    with disk_room(room):
-        for entry in entries[:3]:
-            journal.append(entry)
-            held = path.read_bytes()
-            assert b"".join(entries).startswith(held)
-            assert held == b"" or held.endswith(b"\n")
+    earlier = b"of an earlier session\n"
+    path.write_bytes(earlier)
+    file = AppendOnlyFile(path)
+    entries = [earlier, *(f"entry {number}\n".encode() for number in range(5))]
+    with disk_room(len(earlier) + room):
+        for entry in entries[1:4]:
+            file.append(entry)
+            content = path.read_bytes()
+            assert b"".join(entries).startswith(content)
+            assert content.startswith(earlier) and content.endswith(b"\n")
         if room < 24:
             with pytest.raises(OSError):
-                journal.sync()
-    journal.append(entries[3])
-    assert path.read_bytes() == b"".join(entries[:4])
-    journal.sync()
-    journal.append(entries[4])
-    journal.close()
+                file.sync()
+    file.append(entries[4])
+    assert path.read_bytes() == b"".join(entries[:5])
+    file.sync()
+    file.append(entries[5])
+    file.close()
     assert path.read_bytes() == b"".join(entries)
 
 
-def test_sync_is_of_everything_appended(tmp_path, monkeypatch):
+def test_sync_flushes_every_entry(tmp_path, monkeypatch):
     path, on_disk, fsync = tmp_path / "a", [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), on_disk.append(path.read_bytes())))
-    journal = Journal(path)
-    journal.append(b"one")
-    journal.append(b"two")
+    file = AppendOnlyFile(path)
+    file.append(b"one")
+    file.append(b"two")
     assert on_disk == []
-    journal.sync()
+    file.sync()
     assert on_disk == [b"onetwo"]
 
 
-def test_a_line_holds_its_row():
+def test_a_row_is_one_line_of_json():
     row = {"step": 3, "text": 'é "\n\u2028'}
     line = to_line(row)
     assert line.count(b"\n") == 1
@@ -67,7 +69,7 @@ LINES = [
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (9, 4)])
-def test_later_lines_are_dropped_and_earlier_ones_kept_byte_for_byte(tmp_path, step, kept):
+def test_later_rows_are_deleted_and_earlier_ones_unchanged(tmp_path, step, kept):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b"".join(LINES))
     assert not keep_up_to(file, step)
@@ -76,7 +78,7 @@ def test_later_lines_are_dropped_and_earlier_ones_kept_byte_for_byte(tmp_path, s
 
 
 @pytest.mark.parametrize("cut", [b'{"step": 2, "lo', b'{"step": 2}', b"{", b'{"step": 2, "text": "\xc3', b"\0" * 50])
-def test_a_last_line_cut_off_is_dropped(tmp_path, cut):
+def test_an_incomplete_last_line_is_deleted(tmp_path, cut):
     file = tmp_path / "samples.jsonl"
     file.write_bytes(LINES[0] + cut)
     assert not keep_up_to(file, 5)
@@ -88,7 +90,7 @@ def test_a_last_line_cut_off_is_dropped(tmp_path, cut):
     "damage",
     [b"{}\n", b"\n", b"[1]\n", b"nan\n", b'{"step": "2"}\n', b'{"step": 1.5}\n', b"\xff\n", b"[" * 9999 + b"\n"],
 )
-def test_damaged_lines_go_and_the_file_as_it_was_stays_beside(tmp_path, damage):
+def test_damaged_lines_are_deleted_and_the_original_file_kept(tmp_path, damage):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(LINES[0] + damage + LINES[1])
     assert keep_up_to(file, 5)
@@ -96,12 +98,12 @@ def test_damaged_lines_go_and_the_file_as_it_was_stays_beside(tmp_path, damage):
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == LINES[0] + damage + LINES[1]
 
 
-def test_no_file_stays_no_file(tmp_path):
+def test_a_missing_file_is_not_created(tmp_path):
     assert not keep_up_to(tmp_path / "metrics.jsonl", 5)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_up_to_a_step_leave_out_what_is_damaged(tmp_path):
+def test_rows_up_to_a_step_skip_damaged_lines(tmp_path):
     path = tmp_path / "a"
     assert list(rows_up_to(path, 9)) == []
     rows = [{"step": step, "loss": step / 2} for step in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""One writer for a directory, among real processes."""
+"""The lock on a directory, among real processes."""
 
 import fcntl
 import os
@@ -34,7 +34,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_the_second_is_refused_with_the_pid_and_host_of_the_first(holder, tmp_path):
+def test_a_second_process_is_told_the_pid_and_host_of_the_holder(holder, tmp_path):
     for _ in range(2):
         with pytest.raises(UsageError) as caught, only_writer(tmp_path):
             pass
@@ -43,14 +43,14 @@ def test_the_second_is_refused_with_the_pid_and_host_of_the_first(holder, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_lock_of_a_dead_process_is_taken_over(holder, tmp_path, number):
+def test_the_lock_of_a_dead_process_is_free(holder, tmp_path, number):
     holder.send_signal(number)
     holder.wait()
     with only_writer(tmp_path):
         assert str(os.getpid()) in (tmp_path / "lock").read_text()
 
 
-def test_it_is_free_again_afterwards_whatever_happened_inside(tmp_path):
+def test_an_exception_releases_the_lock(tmp_path):
     with pytest.raises(ZeroDivisionError), only_writer(tmp_path):
         raise ZeroDivisionError
     with only_writer(tmp_path):
@@ -58,7 +58,7 @@ def test_it_is_free_again_afterwards_whatever_happened_inside(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_is_removed_between_opening_and_locking_it_is_taken_anew(tmp_path, monkeypatch):
+def test_a_lock_file_deleted_between_open_and_flock_is_created_again(tmp_path, monkeypatch):
     flock, removed = fcntl.flock, []
 
     def remove_first(file, operation):
@@ -74,7 +74,7 @@ def test_a_lock_that_is_removed_between_opening_and_locking_it_is_taken_anew(tmp
             pass
 
 
-def test_a_child_that_outlives_the_holder_does_not_hold_it(tmp_path):
+def test_a_child_process_does_not_inherit_the_lock(tmp_path):
     with only_writer(tmp_path):
         child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     with only_writer(tmp_path):
@@ -83,7 +83,7 @@ def test_a_child_that_outlives_the_holder_does_not_hold_it(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["", "not json", "[]", '{"pid": 1}'])
-def test_a_lock_file_that_says_nothing_useful_refuses_all_the_same(holder, tmp_path, left):
+def test_a_lock_without_a_readable_pid_still_holds(holder, tmp_path, left):
     (tmp_path / "lock").write_text(left)
     with pytest.raises(UsageError, match="another process"), only_writer(tmp_path):
         pass

@@ -1,4 +1,4 @@
-"""The event file, read back with TensorFlow's framing and TensorBoard's own messages."""
+"""The event file, read back as TFRecords of TensorBoard's messages."""
 
 import struct
 
@@ -10,7 +10,7 @@ from tests.tiny_run import disk_room
 
 
 def crc32c(data):
-    """Castagnoli's, bit by bit (RFC 3720, appendix B.4)."""
+    """Castagnoli's CRC, bit by bit (RFC 3720, appendix B.4)."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -25,41 +25,41 @@ def masked(data):
 
 
 def events(directory):
-    """Every record of the one file there, its checksums checked."""
+    """Every record of the only file in `directory`; checks their checksums."""
     (path,) = directory.iterdir()
     assert ".tfevents." in path.name
-    data, found = path.read_bytes(), []
+    data, records = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
         body, end = data[12 : 12 + length], 12 + length
         assert struct.unpack("<I", data[8:12])[0] == masked(data[:8])
         assert struct.unpack("<I", data[end : end + 4])[0] == masked(body)
-        found.append(Event.FromString(body))
+        records.append(Event.FromString(body))
         data = data[end + 4 :]
-    return found
+    return records
 
 
 def test_crc32c_is_that_of_the_standard():
     assert crc32c(b"123456789") == 0xE3069283
 
 
-def test_a_session_says_where_it_begins_and_then_its_numbers_and_texts(tmp_path):
+def test_a_session_has_its_first_step_scalars_and_texts(tmp_path):
     file = EventFile(tmp_path / "tensorboard", 7)
     file.scalars(7, {"loss": 1.5, "lr": 0.25})
     file.text(8, "samples", "Once é")
     file.close()
-    version, start, numbers, text = events(tmp_path / "tensorboard")
+    version, start, scalars, text = events(tmp_path / "tensorboard")
     assert version.file_version == "brain.Event:2"
     assert (start.step, start.session_log.status) == (7, SessionLog.START)
-    assert numbers.step == 7
-    assert {value.tag: value.simple_value for value in numbers.summary.value} == {"loss": 1.5, "lr": 0.25}
+    assert scalars.step == 7
+    assert {value.tag: value.simple_value for value in scalars.summary.value} == {"loss": 1.5, "lr": 0.25}
     (value,) = text.summary.value
     assert (text.step, value.tag, value.tensor.string_val[0].decode()) == (8, "samples/text_summary", "Once é")
     assert value.metadata.plugin_data.plugin_name == "text"
 
 
 @pytest.mark.parametrize("room", [60, 150, 200])
-def test_a_full_disk_tears_no_record(tmp_path, room):
+def test_a_full_disk_leaves_no_incomplete_record(tmp_path, room):
     file = EventFile(tmp_path, 1)
     with disk_room(room):
         for step in range(1, 6):

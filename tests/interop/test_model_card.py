@@ -1,0 +1,52 @@
+import dataclasses
+import json
+import re
+
+import pytest
+
+from jaxlm.config import Config, DataConfig, from_config_dict
+from jaxlm.interop.model_card import model_card
+from jaxlm.storage.jsonl import to_line
+
+CONFIG = Config(max_steps=2000, data=DataConfig(corpus="mine.txt,ours.txt", dir="tokens"))
+ROWS = [
+    {"step": 1100, "loss": 2.5, "val_loss": 3.0, "val_bits_per_byte": 1.25},
+    {"step": 1101, "loss": 2.25},
+    {"step": 1102, "loss": 9.0, "val_loss": 9.0, "val_bits_per_byte": 9.0},
+]
+
+
+def table_of(workdir, config):
+    card = model_card(workdir, config, 1101, {"train_sha256": "ab", "val_sha256": "cd"}, 59_294_720)
+    assert "# A language model of 59,294,720 parameters\n" in card
+    assert from_config_dict(json.loads(re.search("```json\n(.*?)```", card, re.DOTALL)[1])) == config
+    return dict(re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \|$", card))
+
+
+def test_the_card_describes_the_training_up_to_its_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(to_line, ROWS)))
+    assert table_of(tmp_path, CONFIG) == {
+        "sizes": "8 layers, 8 heads, width 512, hidden width 2048, context 1024, vocabulary 50,257 (GPT-2's)",
+        "initialised from": "random weights, seed 0",
+        "text": "mine.txt,ours.txt (train_sha256 ab, val_sha256 cd)",
+        "trained": "1,101 of 2,000 steps, 72,155,136 tokens",
+        "training loss": "2.2500 nats per token (step 1,101)",
+        "validation loss": "3.0000 nats per token, 1.2500 bits per byte (step 1,100)",
+    }
+
+
+def test_losses_without_metrics_are_not_recorded(tmp_path):
+    table = table_of(tmp_path, CONFIG)
+    assert (table["training loss"], table["validation loss"]) == ("not recorded", "not recorded")
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "expected"),
+    [
+        ("initialised from", {"init_from": "models/llama"}, "models/llama"),
+        ("initialised from", {"seed": 7}, "random weights, seed 7"),
+        ("text", {"data": DataConfig(corpus="", dir="tokens")}, "tokens (train_sha256 ab, val_sha256 cd)"),
+    ],
+)
+def test_the_card_names_the_first_weights_and_the_text(tmp_path, row, changes, expected):
+    assert table_of(tmp_path, dataclasses.replace(CONFIG, **changes))[row] == expected
