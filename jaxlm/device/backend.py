@@ -63,7 +63,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
         os.environ.setdefault(name, value)
     by_environment = jax.config.jax_platforms if platform == "auto" else None  # type: ignore[attr-defined]
     if by_environment:
-        plugins.refuse_unfit(by_environment)
+        plugins.refuse_wrong_versions(by_environment)
         names, plugin = by_environment, ""
     else:
         names, plugin = plugins.choose(platform)
