@@ -19,6 +19,7 @@ LIMIT = 120.0  # seconds for a plugin to start, compile and run a small model; t
 _GROUP = "jax_plugins"  # the package and the group of entry points in which jax looks
 _WORDS = {"cuda": ("cuda",), "mps": ("mps",), "metal": ("metal", "mtl")}  # in the names of a platform's plugins
 _METAL_JAX = "0.4.34"  # beside a newer one, jax-metal asks for ENABLE_PJRT_COMPATIBILITY=1
+_MPS_VERSIONS = {"0.10": "0.10.11", "0.11": "0.11.1"}  # the jax-mps for a minor version of jaxlib
 
 
 class PluginError(Exception):
@@ -133,13 +134,18 @@ def verify(plugin: Plugin, refresh: bool = False) -> str:
 
 
 def check_versions(plugin: Plugin) -> None:
-    """Raises PluginError if jax-metal is made for another jax than is installed."""
+    """Raises PluginError if jax-metal or jax-mps is made for another jax than is installed."""
     jax, jaxlib = version_of("jax"), version_of("jaxlib")
     if plugin.distribution == "jax-metal" and (jax, jaxlib) != (_METAL_JAX, _METAL_JAX):
         raise PluginError(
             f"is made for jax {_METAL_JAX}: have jax=={_METAL_JAX} jaxlib=={_METAL_JAX} by"
             " pip install -e '.[metal]', or take jax-mps"
         )
+    minor, jaxlib_minor = (".".join(version.split(".")[:2]) for version in (plugin.version, jaxlib))
+    if plugin.distribution == "jax-mps" and minor != jaxlib_minor:
+        target = next(name for name in (jaxlib_minor, minor, *reversed(_MPS_VERSIONS)) if name in _MPS_VERSIONS)
+        jax_pins = f" 'jax=={target}.*' 'jaxlib=={target}.*'" if target != jaxlib_minor else ""
+        raise PluginError(f"is made for another jaxlib: pip install jax-mps=={_MPS_VERSIONS[target]}{jax_pins}")
 
 
 def version_of(distribution: str) -> str:

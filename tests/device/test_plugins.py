@@ -282,9 +282,37 @@ def test_jax_metal_is_refused_beside_any_other_jax(install, monkeypatch, jax, ja
     assert is_one_line(caught.value)
 
 
+@pytest.mark.parametrize(("version", "jaxlib"), [("0.10.11", "0.10.0"), ("0.10.11", "0.10.2"), ("0.11.1", "0.11.3")])
+def test_jax_mps_is_made_for_one_minor_version_of_jaxlib(install, version, jaxlib):
+    install("jaxlib", jaxlib)
+    check_versions(MPS._replace(version=version))
+
+
+@pytest.mark.parametrize(
+    ("version", "jaxlib", "pins"),
+    [
+        ("0.10.11", "0.11.2", "jax-mps==0.11.1"),
+        ("0.11.1", "0.10.2", "jax-mps==0.10.11"),
+        ("0.11.1", "0.12.0", "jax-mps==0.11.1 'jax==0.11.*' 'jaxlib==0.11.*'"),
+        ("0.10.11", "0.4.34", "jax-mps==0.10.11 'jax==0.10.*' 'jaxlib==0.10.*'"),
+        ("0.1.1", "0.12.0", "jax-mps==0.11.1 'jax==0.11.*' 'jaxlib==0.11.*'"),
+    ],
+)
+def test_jax_mps_is_refused_beside_any_other_jaxlib(install, monkeypatch, version, jaxlib, pins):
+    install("jax-mps", version, "mps")
+    install("jax", jaxlib)
+    install("jaxlib", jaxlib)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(UsageError) as caught:
+        choose("mps")
+    versions = f"jax-mps {version} (with jax {jaxlib}, jaxlib {jaxlib})"
+    assert str(caught.value).startswith(f"{versions}, which is made for another jaxlib: pip install {pins}, or try ")
+    assert is_one_line(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "version", "module", "platform", "pin"),
-    [("jax-metal", "0.1.1", "metal_plugin", "METAL", "jax==0.4.34")],
+    [("jax-metal", "0.1.1", "metal_plugin", "METAL", "jax==0.4.34"), ("jax-mps", "0.1.1", "mps", "mps", "jax-mps==")],
 )
 def test_versions_are_checked_if_the_environment_names_the_platform(install, name, version, module, platform, pin):
     install(name, version, module)
