@@ -174,7 +174,7 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
     state = _trained(config)
     parts: list[Part] = []
     groups = {
-        "random numbers and draws": _random(config, device),
+        "random numbers": _random(config, device),
         "sampling": _sampling(config, device, state),
         "training": _training(config, device, state),
     }
@@ -315,7 +315,7 @@ def _random(config: Config, device: jax.Device) -> Iterator[Part]:
         compute(jax.jit(partial(sample_tokens, record)), where, logits_BV, expected[0], sampling)
         for where, record in ((device, device_ops), (_cpu(), ops.get("xla")))
     )
-    yield Part("tokens drawn", float(np.mean(actual_B != expected_B)), _NEAR_TIE)
+    yield Part("sampled tokens", float(np.mean(actual_B != expected_B)), _NEAR_TIE)
 
 
 def _expected_mask(logits_BV: np.ndarray, sorted_BV: np.ndarray) -> np.ndarray:

@@ -104,6 +104,7 @@ def cache_hits_of_a_process(home: Path, **settings: str) -> int:
     return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 @caches
 def test_a_process_reads_what_another_compiled(tmp_path):
     assert cache_hits_of_a_process(tmp_path) == 0

@@ -278,7 +278,7 @@ def test_a_device_is_checked_until_it_passes_for_each_shape_and_version(monkeypa
     assert checked[5:] == [CONFIG, CONFIG]
 
 
-def test_a_device_that_raises_fails_with_its_other_parts_listed(monkeypatch, trained):
+def test_a_device_that_raises_fails_with_its_other_parts_listed(monkeypatch):
     def compute(function, device, *arguments):
         if device is STAND_IN and function is jnp.sort:
             raise NotImplementedError("no rule for sort\nand more")
@@ -286,25 +286,25 @@ def test_a_device_that_raises_fails_with_its_other_parts_listed(monkeypatch, tra
 
     original = numerics.compute
     monkeypatch.setattr(numerics, "compute", compute)
-    monkeypatch.setattr(numerics, "_trained", trained)
+    monkeypatch.setattr(numerics, "_trained", lambda config: None)
     monkeypatch.setattr(numerics, "_sampling", lambda *_: [Part("sampling", 0.0, 0.0)])
     monkeypatch.setattr(numerics, "_training", lambda *_: [])
     parts = check(CONFIG, STAND_IN)
     assert [(part.name, part.ok) for part in parts] == [
         ("random bits", True),
-        ("random numbers and draws", False),
+        ("random numbers", False),
         ("sampling", True),
     ]
     assert "FAILED: NotImplementedError: no rule for sort\n" in numerics.table(parts)
-    with pytest.raises(RunError, match=r"fails in the check of random numbers and draws \(NotImpl.*platform=cpu"):
+    with pytest.raises(RunError, match=r"fails in the check of random numbers \(NotImpl.*platform=cpu"):
         refuse_wrong(parts, STAND_IN)
 
 
-def test_out_of_memory_is_raised(monkeypatch, trained):
+def test_out_of_memory_is_raised(monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(numerics, "_trained", trained)
+    monkeypatch.setattr(numerics, "_trained", lambda config: None)
     monkeypatch.setattr(numerics, "compute", exhausted)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         check(CONFIG, STAND_IN)
