@@ -1,13 +1,13 @@
-"""The command whose report tells how jaxlm does on a machine: python -m jaxlm.doctor [--out jaxlm-doctor.txt]
+"""The command that reports how jaxlm runs on a machine: python -m jaxlm.doctor [--out jaxlm-doctor.txt]
 
-Made for a first day on a Mac. Writes down the versions, tries each plugin of jax, checks that the one to be used
-computes what the CPU does, and plans the run, which measures its speed: about two minutes in all. Takes the flags of
-jaxlm.main; the settings are those of configs/m2_60m.py unless --config names others. Each part has a process of its
-own, so that a part that fails, hangs or takes the machine down leaves a report of the others.
+Writes the versions, tests each plugin of jax, runs the numerics check on the platform to be used, and plans the run,
+which measures its speed: about two minutes in all. Takes the flags of jaxlm.main; the settings are those of
+configs/m2_60m.py unless --config names others. Each part runs in a process of its own, so that the report has the other
+parts even if one fails, hangs or crashes the machine.
 """
 
 import os
-import platform
+import platform as machine
 import subprocess
 import sys
 import time
@@ -24,8 +24,8 @@ from jaxlm.errors import UsageError
 from jaxlm.storage import atomic
 
 PRESET = Path(__file__).parent.parent / "configs" / "m2_60m.py"
-LIMIT = 3600.0  # seconds for one part
-LAST_LINES = 200  # of a part that fails: the check's whole table too
+LIMIT = 3600.0  # seconds for a part
+LAST_LINES = 200  # of a part that fails: enough for the whole table of the check
 DISTRIBUTIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-dtypes")
 
 
@@ -38,24 +38,28 @@ def main(argv: list[str]) -> None:
     flags = [f"--config={args.config}", *others]
     config, _ = read_config(flags)
     if os.path.lexists(args.out):
-        raise UsageError(f"{args.out} is there already: move it, or name another file with --out")
+        raise UsageError(f"{args.out} already exists: move it, or name another file with --out")
     write_report(args.out, _parts(config, flags))
     print(f"The report is in {args.out}")
 
 
 def write_report(out: Path, parts: Iterator[tuple[str, Callable[[], str]]]) -> None:
-    """Writes down what each part, a title and what gives its text, has to say, the file whole after each.
+    """Writes the report again after each part.
+
+    Args:
+        out: the file.
+        parts: the title of each part, and a function that returns its text.
 
     Raises:
         UsageError: the file cannot be written.
     """
     report = f"jaxlm doctor, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n"
     _write(out, report)
-    for title, tell in parts:
-        began = time.monotonic()
+    for title, compute in parts:
+        start = time.monotonic()
         print(f"{title} ...", flush=True)
-        text = tell()
-        report += f"\n== {title} ({time.monotonic() - began:.0f} s)\n\n{text}\n"
+        text = compute()
+        report += f"\n== {title} ({time.monotonic() - start:.0f} s)\n\n{text}\n"
         _write(out, report)
 
 
@@ -68,42 +72,42 @@ def _write(out: Path, report: str) -> None:
 
 def _parts(config: Config, flags: Sequence[str]) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "Machine and versions", versions
-    fit: list[str] = []
+    usable: list[str] = []  # platforms, to which _verify adds
     for plugin in plugins.installed():
         if plugin.platform and config.platform in ("auto", plugin.platform):
-            yield f"Plugin {plugin}", partial(_try, plugin, fit)
-    chosen = fit[0] if fit else "cpu"
-    flags = [*flags, f"--config.platform={chosen}"]
-    if fit:
-        yield f"What {chosen} computes", partial(told, ["-m", "jaxlm.plan", "--check", *flags])
-    yield f"Plan of the run on {chosen}, with its speed", partial(told, ["-m", "jaxlm.plan", "--measure", *flags])
+            yield f"Plugin {plugin}", partial(_verify, plugin, usable)
+    platform = usable[0] if usable else "cpu"
+    flags = [*flags, f"--config.platform={platform}"]
+    if usable:
+        yield f"Numerics check on {platform}", partial(run_part, ["-m", "jaxlm.plan", "--check", *flags])
+    yield f"Plan of the run on {platform}, with its speed", partial(run_part, ["-m", "jaxlm.plan", "--measure", *flags])
 
 
 def versions() -> str:
-    """The machine, the system, and what is installed, a line each."""
+    """The machine, the system and the installed versions, a line each. Starts no part of jax, which could fail."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    words = ["sysctl", "-n", "machdep.cpu.brand_string"]
-    chip = subprocess.run(words, capture_output=True, text=True).stdout.strip() if sys.platform == "darwin" else ""
+    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    chip = subprocess.run(command, capture_output=True, text=True).stdout.strip() if sys.platform == "darwin" else ""
     lines = [
-        f"{platform.platform()}, {chip or platform.machine()}, {os.cpu_count()} cores, {memory / 1e9:.1f} GB",
+        f"{machine.platform()}, {chip or machine.machine()}, {os.cpu_count()} cores, {memory / 1e9:.1f} GB",
         f"Python {sys.version}",
     ]
     lines += [f"{name} {plugins.version_of(name) or 'is not installed'}" for name in DISTRIBUTIONS]
     return "\n".join(lines + [f"{plugin} (plugin {plugin.module})" for plugin in plugins.installed()])
 
 
-def _try(plugin: plugins.Plugin, fit: list[str]) -> str:
-    """Says how a plugin did; the platform of a fit one is added to `fit`."""
+def _verify(plugin: plugins.Plugin, usable: list[str]) -> str:
+    """Tests a plugin and adds its platform to `usable` if it passes; returns the result in words."""
     try:
-        name = plugins.try_out(plugin, anew=True)
+        name = plugins.verify(plugin, refresh=True)
     except plugins.PluginError as error:
         return f"UNFIT: {error}"
-    fit.append(plugin.platform)
-    return f"computes a small model's logits, loss and gradients as NumPy does, as jax's platform {name}"
+    usable.append(plugin.platform)
+    return f"computes a small model's logits, loss and gradients as the CPU does, as jax's platform {name}"
 
 
-def told(arguments: Sequence[str], limit: float = LIMIT) -> str:
-    """What a Python of its own prints; where it fails, that it does and the end of it."""
+def run_part(arguments: Sequence[str], limit: float = LIMIT) -> str:
+    """Runs Python in a process of its own; returns what it prints, or how it failed and its last lines."""
     lines, failure = run_isolated(arguments, limit)
     return "\n".join([f"FAILED, {failure}", *lines[-LAST_LINES:]] if failure else lines)
 

@@ -1,4 +1,4 @@
-"""Which device computes, and how."""
+"""Starts jax on a device, and decides what depends on the device."""
 
 import ctypes
 import dataclasses
@@ -17,58 +17,60 @@ from jaxlm.device import plugins
 from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
-# jax's defaults for this differ between versions; one seed must give one model
+# the default differs between versions of jax; one seed must give one model
 jax.config.update("jax_threefry_partitionable", True)
 
-# what jax 0.4.34 reads back from this cache for the CPU corrupts memory
+# jax 0.4.34 corrupts memory when it reads CPU programs from this cache
 if jax.__version_info__ < (0, 5):
     jax.config.update("jax_enable_compilation_cache", False)
 
-_WORTH_KEEPING = 0.1  # seconds of compilation
-CHUNK_TOKENS = 1024  # tokens in a chunk, at most, where the device shares the memory of the machine
+CHUNK_TOKENS = 1024  # tokens in a chunk, at most, on devices that share the machine's memory
+APPLE = ("mps", "METAL")  # jax's names for the platforms of an Apple GPU
+WRONG_FROM = 32_767  # matmuls on M1 and M2 that contract so many numbers or more read past their operands
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-_SPARE = (2**26, *[2**20] * 64)  # bytes of each piece: for a small model's copy or samples, and for what is small
-_SLACK = 2**21  # bytes, more than the smaller pieces: what remains is not taken before them
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-_CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # what XLA's own matrix products save elsewhere they lose themselves
-APPLE = ("mps", "METAL")  # the platforms, by jax's names, that compute on an Apple GPU
-_ALSO_APPLE = ("metal", "mtl", "iree_metal")  # those of other plugins
-_MLX = {  # what jax-mps and the library below it read as they load, unless whoever started us has set it
-    "JAX_MPS_CACHE_LIMIT_BYTES": str(256 * 10**6),  # of freed buffers kept; without it they may fill the shared memory
-    "MLX_ENABLE_TF32": "0",  # soundness allows 0.001 in float32, and TF32's products are rounded to as much
+_ALSO_APPLE = ("metal", "mtl", "iree_metal")  # the platforms of other plugins
+_MIN_COMPILE_SECONDS = 0.1  # of a program that is worth caching
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container
+_XLA_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_XLA_CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # Triton's matmuls lose the time that they save elsewhere
+_MPS_ENVIRONMENT = {  # what jax-mps and MLX read when they load
+    "JAX_MPS_CACHE_LIMIT_BYTES": str(256 * 10**6),  # of freed buffers; the default may fill the shared memory
+    "MLX_ENABLE_TF32": "0",  # the numerics check allows 0.001 in float32; TF32 rounds to that
 }
-WRONG_FROM = 32_767  # from so many contracted numbers on, matmuls on M1 and M2 read past their operands
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_SPARE_CHUNKS = (2**26, *[2**20] * 64)  # bytes: one for a small model's samples, and one for each small buffer
+_SLACK = 2**21  # bytes; larger than the small chunks, so that malloc does not take them from the rest of the large one
 
 
 def start(platform: str, deterministic: bool = False) -> jax.Device:
-    """Starts jax on a platform: auto (the best that is there and fit), cpu, cuda, mps or metal.
+    """Starts jax.
 
-    `deterministic` has an NVIDIA GPU give the same bits in every session; the other platforms do so anyway. Whoever
-    sets JAX_PLATFORMS has chosen: auto then leaves it to jax.
+    Args:
+        platform: cpu, cuda, mps, metal, or auto for the best that works here. If JAX_PLATFORMS is set, auto uses that.
+        deterministic: makes an NVIDIA GPU compute the same bits in every session, as the other platforms do.
 
     Returns:
-        The device that will compute.
+        The device to compute on.
 
     Raises:
-        UsageError: a platform named outright is not there, or unfit, or does not start.
+        UsageError: the named platform is not here, cannot be used, or does not start.
     """
-    _keep_compilations()
+    _cache_compilations()
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # for keep_freed_memory
-    flags = [_CUBLAS] * (platform in ("auto", "cuda")) + [_DETERMINISTIC] * deterministic
-    given = os.environ.get("XLA_FLAGS", "").split()
-    # each once, though a process that did this has started this one: what is compiled is kept under these words
-    os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in given), *given])
-    for name, value in _MLX.items():
+    flags = [_XLA_CUBLAS] * (platform in ("auto", "cuda")) + [_XLA_DETERMINISTIC] * deterministic
+    inherited = os.environ.get("XLA_FLAGS", "").split()
+    # each flag once, even if the parent process has set it: the compilation cache depends on this string
+    os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in inherited), *inherited])
+    for name, value in _MPS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     by_environment = jax.config.jax_platforms if platform == "auto" else None  # type: ignore[attr-defined]
     if by_environment:
-        plugins.refuse_unfit(by_environment)
+        plugins.refuse_wrong_versions(by_environment)
         names, plugin = by_environment, ""
     else:
         names, plugin = plugins.choose(platform)
     if "cpu" not in names.split(","):
-        names += ",cpu"  # which draws the parameters
+        names += ",cpu"  # to draw the parameters
     jax.config.update("jax_platforms", names)
     try:
         device = jax.devices()[0]
@@ -86,31 +88,30 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     return device
 
 
-def _keep_compilations() -> None:
-    """Has the next start read what this one compiles, from the user's cache directory.
+def _cache_compilations() -> None:
+    """Caches compiled programs in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR names another.
 
-    A cache that jax has been given already (JAX_COMPILATION_CACHE_DIR) is left as it is, and one that cannot be written
-    is done without; what is damaged in it, jax compiles anew.
+    Without a directory that can be written, nothing is cached. jax compiles again what it cannot read.
     """
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     if directory := user_cache.directory():
         jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
 
 
 def keep_freed_memory(temporaries: int) -> None:
-    """Has the C library keep what a step on a CPU frees for the next one, where that is glibc's.
+    """Makes glibc's malloc keep freed memory for the next step of a CPU. Call it after compilation.
 
-    For after compilation, what is left of which is given back first: jax's notes of what it traced, for one.
+    By default, malloc returns large chunks to the system. Getting them back costs about a microsecond a page, a tenth
+    of a step. malloc keeps them for the main thread only, so `start` makes the CPU compute in it.
 
-    As it comes, glibc gives large pieces back to the system, and to have them again costs about a microsecond a page: a
-    tenth of a step. It can only keep them for the main thread, which therefore is the one that runs what a CPU computes
-    (`start` sees to it); the others go on meanwhile.
+    malloc reuses the smallest free chunk that fits. One chunk of the step's size and some small ones are allocated and
+    freed here, so that later allocations do not fragment the large one. They use no memory until they are written.
+    Before that, jax's caches of traced functions are freed.
 
-    Of what is free it takes the smallest piece that is large enough. A place for the bytes of a step's `temporaries`,
-    and spare ones, so that nothing which stays breaks that one and the next step needs another, are made here; they are
-    no memory until something lies there.
+    Args:
+        temporaries: bytes that a step allocates and frees.
     """
     jax.clear_caches()
     libc = ctypes.CDLL(None)
@@ -119,9 +120,10 @@ def keep_freed_memory(temporaries: int) -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.malloc.restype = ctypes.c_void_p
-        pieces = [libc.malloc(ctypes.c_size_t(size)) for size in (temporaries + _SLACK, *_SPARE) for _ in range(2)]
-        for piece in pieces[::2]:  # with one that stays between two: they would become one
-            libc.free(ctypes.c_void_p(piece))
+        sizes = (temporaries + _SLACK, *_SPARE_CHUNKS)
+        chunks = [libc.malloc(ctypes.c_size_t(size)) for size in sizes for _ in range(2)]
+        for chunk in chunks[::2]:  # those between them stay allocated, or malloc would merge the free ones
+            libc.free(ctypes.c_void_p(chunk))
 
 
 def on_apple(device: jax.Device) -> bool:
@@ -193,28 +195,27 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
 
 
 def available_memory(device: jax.Device) -> int:
-    """Bytes that one process may have on a device.
+    """Bytes that a process can use on a device.
 
-    On an NVIDIA GPU what jax's allocator may take, on a CPU the machine's memory, or the container's limit. On an Apple
-    GPU two thirds of it: Metal's recommendedMaxWorkingSetSize, as reported 10.67 of 16 GB (exo-explore/exo#1672) and
-    11.84 of 16 (AlexsJones/llmfit#754), three quarters on larger machines (gpustack/gpustack#1375).
+    On an NVIDIA GPU, the limit of jax's allocator. On a CPU, the machine's memory or the container's limit. On an Apple
+    GPU two thirds of that, as Metal's recommendedMaxWorkingSetSize: 10.67 of 16 GB (exo-explore/exo#1672), 11.84 of 16
+    (AlexsJones/llmfit#754), three quarters on larger machines (gpustack/gpustack#1375).
     """
     if device.platform == "gpu":
         return device.memory_stats()["bytes_limit"]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (said := limit.read_text().strip()).isdigit():
-        memory = min(memory, int(said))
+    if _MEMORY_LIMIT.is_file() and (limit := _MEMORY_LIMIT.read_text().strip()).isdigit():
+        memory = min(memory, int(limit))
     return memory * 2 // 3 if on_apple(device) else memory
 
 
 def identity(device: jax.Device) -> list[str]:
-    """What decides what a device computes, and how fast: its kind, the system, the versions, our own source."""
+    """What the numbers and the speed of a device depend on: its kind, the system, the versions, jaxlm's source."""
     source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))
     versions = [machine.platform(), device.client.platform_version, jax.__version__, jaxlib.__version__]
     return [device.device_kind, *versions, hashlib.sha256(source).hexdigest()]
 
 
 def describe(device: jax.Device) -> str:
-    """The device in words, for a person."""
+    """A device's name for messages."""
     return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind

@@ -1,4 +1,4 @@
-"""A process of its own for what may hang or crash."""
+"""Runs what may hang or crash in a process of its own."""
 
 import contextlib
 import os
@@ -10,23 +10,27 @@ from collections.abc import Mapping, Sequence
 
 
 def run_isolated(
-    arguments: Sequence[str], limit: float, changes: Mapping[str, str] | None = None
+    arguments: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
 ) -> tuple[list[str], str]:
-    """Runs this Python with `arguments`, such as -m MODULE, for `limit` seconds at most, and with no choice of platform
-    in its environment but for what `changes` adds to that.
+    """Runs this Python in a new process and stops it, with all that it started, after `limit` seconds.
+
+    Args:
+        arguments: of Python, such as -m MODULE.
+        limit: in seconds.
+        environment: variables to set. The others are inherited, but for JAX_PLATFORMS.
 
     Returns:
-        The lines that it printed, on stdout and stderr, and how it failed, in words; empty for status 0.
+        The lines that it printed on stdout and stderr, and how it failed, in words; empty if it ended with status 0.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **(changes or {})}
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    path = {"PYTHONPATH": os.pathsep.join(directory for directory in sys.path if directory)}
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=environment,
+            env=inherited | path | dict(environment or {}),
             start_new_session=True,
         )
         try:
@@ -37,9 +41,9 @@ def run_isolated(
         except subprocess.TimeoutExpired:
             failure = f"hangs: no end after {limit:g} s"
         finally:
-            with contextlib.suppress(OSError):  # none is left; on macOS a group of zombies may not be signalled
-                os.killpg(child.pid, signal.SIGKILL)  # and what it started
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the system may be stuck in the driver
+            with contextlib.suppress(OSError):  # no process is left; macOS refuses to signal a group of zombies
+                os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the process may be stuck in the driver
                 child.wait(1)
         output.seek(0)
         return output.read().decode(errors="replace").splitlines(), failure

@@ -1,23 +1,25 @@
-"""Whether a device computes what a CPU does, at the very shapes of a run, before days are spent on it.
+"""The numerics check: compares what a device computes with the CPU, at the shapes of a run, before the run starts.
 
-Accelerators have silently computed wrong numbers at such sizes: MPS logits of more than 8 x 1024 tokens at 50,304
-entries (pytorch/pytorch#109457), products over 32,767 or more numbers on M1 and M2 (pytorch/pytorch#195163).
+Accelerators have silently computed wrong numbers at such shapes: MPS logits of more than 8 x 1024 tokens with 50,304
+entries (pytorch/pytorch#109457), matmuls that contract 32,767 or more numbers on M1 and M2 (pytorch/pytorch#195163).
 
-| part | on the device | held against |
+| part | on the device | compared with |
 |---|---|---|
-| random bits | threefry, as a text's draws take it | the CPU's, bit by bit |
+| random bits | threefry, as sampling uses it | the CPU's bits |
 | sort; top-k and top-p | `jnp.sort`; `top_k_top_p_mask` | NumPy's sort |
-| tokens drawn | `sample_tokens` | the CPU's tokens |
-| sampling | prompts, then greedy tokens, with a cache | the CPU's logits in one pass over both, without one |
-| losses | of a training and of an evaluation step | the CPU's |
-| gradients | the training step's, as accumulated | the CPU's |
-| updates, with moments | by the training step that ends a step | the CPU's, from what was accumulated |
+| sampled tokens | `sample_tokens` | the CPU's tokens |
+| generation | prefill, then greedy tokens, with a cache | one pass of the CPU over the same tokens, without a cache |
+| losses | of a training and of an evaluation step | the CPU's losses |
+| gradients | accumulated by the training step | the CPU's gradients |
+| updates and moments | by the training step that ends an optimizer step | the CPU's, from the device's gradients |
 
-The device runs the programs of the run itself, but for the number of micro-batches of a step: its forms, its slices
-(two at most, one on a CPU), its texts. The CPU is slow, so the micro-batch holds two sequences only, each in half of
-its rows (one, if it has but one row): the CPU computes these, in float32 and in plain forms. The micro-batch is the
-second of its step; the first is taken to have left three times the gradient that the CPU finds, so that what is
-accumulated tells how it is averaged. A single row that is wrong shows by its share of the mean.
+The device runs the programs of the run: its precision, its implementation, its chunk size, its number of samples. Two
+things differ. A micro-batch has two chunks at most, one on a CPU, and a step has many micro-batches. The CPU computes
+in float32, with its own implementation. Because it is slow, the micro-batch holds two different sequences only, each in
+half of its rows (one sequence if it has one row).
+
+The micro-batch is the second of its step. The gradient of the first is set to three times the CPU's, so that the
+accumulated mean shows how the device averages. A single wrong row shows through its share of the mean.
 """
 
 import dataclasses
@@ -30,11 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import Config
+from jaxlm.config import Config, ModelConfig
 from jaxlm.core import ops
 from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
+from jaxlm.core.parameters import Params, tree_of
 from jaxlm.core.sampling import (
     SamplingParams,
     counts_of_32_bits,
@@ -45,52 +48,53 @@ from jaxlm.core.sampling import (
     top_k_top_p_mask,
 )
 from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
-from jaxlm.device.backend import describe, identity
+from jaxlm.device.backend import describe, identity, resolve
 from jaxlm.errors import RunError
 from jaxlm.storage import user_cache
 
-# How much the worst row or column of a gradient may differ, of its own size, by what the products read. Rounded to
-# bfloat16 (2**-9), those of the 60M preset differ by up to 0.22 on an H100, as the numbers happen to be drawn; TF32,
-# which an NVIDIA GPU makes of float32, rounds four times as finely. In float32 it is the order of the sums and the
-# exponentials. What is wrong differs by 1. Of a greedy token: how much less likely than the best, in deviations.
+# The largest relative error allowed in a row or column of a gradient, by what the matmuls read. A wrong row differs by
+# about 1. bfloat16 rounds to 2**-9, and a row of the 60M preset differs by up to 0.22 on an H100. TF32, which an NVIDIA
+# GPU uses for float32, rounds four times as finely. In float32 only the order of sums and the exponentials differ. For
+# a greedy token: how far its logit lies below the largest, in standard deviations.
 ALLOWED = {"bfloat16": 0.4, "tf32": 0.1, "float32": 0.001}
-LOSS_SHARE = 0.01  # of that, for a loss: the roundings of thousands of tokens cancel
-DRAWS = 16  # texts
-LONGEST = 64  # tokens of each text: the CPU's logits of all of them lie whole in memory
-NEAR_TIE = 1 / DRAWS  # one draw may fall on the other side of a rounding
-TOP_K, TOP_P = 50, 0.9
-MICRO_BATCHES = 10**6  # of a step: its update is that of gradients seen before, as its last ones weigh nothing
-BEFORE = 3.0  # times the gradient: what was accumulated before the micro-batch
-LAST_PLACES = np.float32(2**-22)  # of a number: two to four units of float32's last place
-SPREAD = 2  # times the initial weights: as trained ones, they make attention choose and logits differ
+SMALL_MODEL = ModelConfig(vocab_size=257, context=24, layers=2, heads=2, width=32, mlp_width=48, precision="float32")
+_LOSS_SHARE = 0.01  # of ALLOWED, for a loss: the rounding errors of thousands of tokens average out
+_SAMPLES = 16
+_MAX_NEW_TOKENS = 64  # of each sample: the CPU's logits of all of them are in memory at once
+_NEAR_TIE = 1 / _SAMPLES  # rounding may change one sampled token
+_TOP_K, _TOP_P = 50, 0.9
+_MICRO_BATCHES = 10**6  # of a step: so many that the last one has negligible weight
+_FIRST_GRADIENT = 3.0  # the gradient of the first micro-batch, as a multiple of the CPU's gradient
+_LAST_PLACES = np.float32(2**-22)  # of a number: two to four units of float32's last place
+_WEIGHT_SCALE = 2  # times the initial weights: as in a trained model, attention is uneven and logits differ
 
 
 class Part(NamedTuple):
-    """One thing compared."""
+    """One comparison."""
 
     name: str
-    difference: float  # relative, 0 for none; NaN and infinite where the device's numbers are
+    difference: float  # relative, 0 for none; NaN or infinite where the device's numbers are
     allowed: float
-    failure: str = ""  # what the device raised instead of computing
+    failure: str = ""  # what the device raised
 
     @property
     def ok(self) -> bool:
-        """Whether the device computes this part right."""
+        """Whether the difference is allowed."""
         return not self.failure and self.difference <= self.allowed
 
 
 def require(config: Config, device: jax.Device, say: Callable[[str], None] = lambda line: None) -> None:
-    """Checks a device once for each run's shapes and each version of what computes; then remembers that it passed.
+    """Checks a device unless it has passed the check before, with the same shapes, versions and source.
 
     Args:
-        config: the settings, as `backend.resolve_run` gives them.
-        device: what is to train.
-        say: told a line before the check begins.
+        config: the settings, as `backend.resolve_run` returns them.
+        device: the device to train on.
+        say: called with one line before a check starts.
 
     Raises:
-        RunError: a part differs by more than is allowed.
+        RunError: a part failed.
     """
-    if user_cache.get("sound", _key(config, device)):
+    if user_cache.get("numerics", _cache_key(config, device)):
         return
     say(f"Checking once that {describe(device)} computes what the CPU does")
     parts = check(config, device)
@@ -99,45 +103,46 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
 
 
 def remember(config: Config, device: jax.Device, parts: Sequence[Part]) -> None:
-    """Has `require` know whether a device passed the check of a run."""
-    user_cache.put("sound", _key(config, device), all(part.ok for part in parts))
+    """Stores for `require` whether the device passed."""
+    user_cache.put("numerics", _cache_key(config, device), all(part.ok for part in parts))
 
 
 def refuse_wrong(parts: Sequence[Part], device: jax.Device) -> None:
-    """Raises RunError, with the name of the part that failed or is furthest off, if a part is not as it should be."""
-    what_to_do = (
-        "update the system, the driver and jax, or train with --config.platform=cpu"
-        " (python -m jaxlm.plan --check shows all parts)"
-    )
-    for part in parts:
-        if part.failure:
-            raise RunError(f"{describe(device)} fails in the check of {part.name} ({part.failure}): {what_to_do}")
-    if wrong := [part for part in parts if not part.ok]:
-        worst = max(wrong, key=lambda part: np.nan_to_num(part.difference, nan=np.inf) / max(part.allowed, 1e-9))
-        others = f" (and {len(wrong) - 1} other parts)" if wrong[1:] else ""
+    """Raises RunError if a part failed. The message names the part that raised, or has the largest difference."""
+    if text := failure(parts):
         raise RunError(
-            f"{describe(device)} computes wrong numbers: {worst.name} differs by {worst.difference:.2g} from the CPU's,"
-            f" {worst.allowed:.2g} is allowed{others}: {what_to_do}"
+            f"{describe(device)} {text}: update the system, the driver and jax, or train with --config.platform=cpu"
+            " (python -m jaxlm.plan --check shows all parts)"
         )
 
 
-def _key(config: Config, device: jax.Device) -> Any:
-    """All that the outcome hangs on: what computes, and how; shapes and forms."""
-    c, text = config, config.sample
+def failure(parts: Sequence[Part]) -> str:
+    """Returns what is wrong, as the end of a sentence about the device; empty if all parts are right."""
+    for part in parts:
+        if part.failure:
+            return f"fails in the check of {part.name} ({part.failure})"
+    wrong = [part for part in parts if not part.ok]
+    if not wrong:
+        return ""
+    worst = max(wrong, key=lambda part: np.nan_to_num(part.difference, nan=np.inf) / max(part.allowed, 1e-9))
+    others = f" (and {len(wrong) - 1} other parts)" if wrong[1:] else ""
+    return (
+        f"computes wrong numbers: {worst.name} differs by {worst.difference:.2g} from the CPU's,"
+        f" {worst.allowed:.2g} is allowed{others}"
+    )
+
+
+def _cache_key(config: Config, device: jax.Device) -> Any:
+    """Everything that the result depends on."""
+    c, sample = config, config.sample
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "MLX_ENABLE_TF32", "JAX_DEFAULT_MATMUL_PRECISION")]
-    shapes = [
-        dataclasses.asdict(c.model),
-        c.chunk_size,
-        c.microbatch_chunks > 1,
-        c.optimizer.name,
-        text.texts,
-        text.tokens,
-    ]
+    model, chunked = dataclasses.asdict(c.model), c.microbatch_chunks > 1
+    shapes = [model, c.chunk_size, chunked, c.optimizer.name, sample.texts, sample.tokens]
     return [*identity(device), *flags, c.deterministic, *shapes]
 
 
 def table(parts: Sequence[Part]) -> str:
-    """A line for each part, 80 columns at most, but for what a device raised."""
+    """Formats a line for each part, of 80 columns at most except for what a device raised."""
     lines = [f"{'':44}{'differs by':>12}{'allowed':>12}"]
     for p in parts:
         numbers = f"{p.difference:12.1e}{p.allowed:12.1e}  {'ok' if p.ok else 'WRONG'}"
@@ -146,30 +151,30 @@ def table(parts: Sequence[Part]) -> str:
 
 
 def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
-    """Compares all parts.
+    """Runs the whole check.
 
     Args:
-        config: the settings, as `backend.resolve_run` gives them.
-        device: what is to train; the CPU too.
+        config: the settings, as `backend.resolve_run` returns them.
+        device: the device to train on; may be the CPU.
 
     Returns:
-        The parts in the order of the table above; nothing is raised for those that differ, nor for what a device
-        raises, which ends its group of parts.
+        The parts in the order of the table above, wrong ones too. If the device raises, the failed part takes the place
+        of the rest of its group.
 
     Raises:
         jax.errors.JaxRuntimeError: the device is out of memory.
     """
-    slices = 1 if device.platform == "cpu" else min(config.microbatch_chunks, 2)
+    chunks = 1 if device.platform == "cpu" else min(config.microbatch_chunks, 2)
     config = dataclasses.replace(
         config,
-        batch_size=config.chunk_size * slices,
-        microbatch_chunks=slices,
-        grad_accum_steps=MICRO_BATCHES,
+        batch_size=config.chunk_size * chunks,
+        microbatch_chunks=chunks,
+        grad_accum_steps=_MICRO_BATCHES,
     )
     state = _trained(config)
     parts: list[Part] = []
     groups = {
-        "random numbers and draws": _random(config, device),
+        "random numbers": _random(config, device),
         "sampling": _sampling(config, device, state),
         "training": _training(config, device, state),
     }
@@ -177,44 +182,70 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
         try:
             parts += group
         except Exception as error:
-            if "RESOURCE_EXHAUSTED" in str(error):  # the callers know what to do
+            if "RESOURCE_EXHAUSTED" in str(error):  # callers advise on memory
                 raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             parts.append(Part(name, np.inf, 0, reason))
     return tuple(parts)
 
 
+def check_small_model(device: jax.Device) -> tuple[Part, ...]:
+    """Compares the logits, the loss and the gradient of a small float32 model: one program, compiled in seconds.
+
+    The limits leave room for matmuls that read TF32 or bfloat16. A run checks its own precision with `require`.
+    """
+    rng = np.random.default_rng(0)
+    params = tree_of(SMALL_MODEL, lambda parameter: rng.normal(0, 0.3, parameter.shape).astype(np.float32))
+    ids_BT = rng.integers(0, SMALL_MODEL.vocab_size, (2, SMALL_MODEL.context + 1), np.int32)
+
+    def outputs(model: ModelConfig, params: Params, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array, Params]:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        logits_BTV: Any = Decoder(model).apply({"params": params}, ids_BT[:, :-1])
+        return logits_BTV, *loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], 1.0, zeros)
+
+    (logits_BTV, loss_sum, grads), (expected_BTV, expected_sum, expected_grads) = (
+        compute(jax.jit(partial(outputs, model)), place, params, ids_BT)
+        for model, place in ((resolve(SMALL_MODEL, device), device), (_plain(SMALL_MODEL), _cpu()))
+    )
+    limit = ALLOWED["tf32"]
+    return (
+        Part("logits", difference(logits_BTV, expected_BTV), limit),
+        Part("loss", abs(float(loss_sum) / float(expected_sum) - 1), _LOSS_SHARE * limit),
+        *(Part(f"gradient of {name}", difference(a, b), limit) for name, a, b in _by_parameter(grads, expected_grads)),
+    )
+
+
 def compute(function: Callable[..., Any], device: jax.Device, *arguments: Any) -> Any:
-    """What a function makes of arrays of the host on a device, back on the host."""
+    """Calls a function on a device with arrays of the host; returns its result on the host."""
     return jax.device_get(function(*jax.device_put(arguments, device)))
 
 
 def allowed(device: jax.Device, dtype: str) -> float:
-    """How much a row or column of what came from products of `dtype` may differ."""
+    """Returns the entry of ALLOWED for matmuls that read `dtype` on a device."""
     return ALLOWED["tf32" if dtype == "float32" and device.platform == "gpu" else dtype]
 
 
-def difference(a: np.ndarray, b: np.ndarray, before: np.ndarray | float = 0.0) -> float:
-    """The largest relative error of a row or a column, so that one that is wrong shows in a matrix of any size.
+def difference(actual: np.ndarray, expected: np.ndarray, before: np.ndarray | float = 0.0) -> float:
+    """Returns the largest relative error of a row or a column, which shows a wrong one in a matrix of any size.
+
+    The error of a row is |actual - expected| / |expected - before|, with Euclidean norms. Numbers that differ in their
+    last places only count as equal.
 
     Args:
-        a: [..., R, C], what is in question.
-        b: the same as it should be. What differs in its last places only counts as equal.
-        before: what b was changed from; the error is relative to the change.
-
-    Returns:
-        The largest |a - b| / |b - before| (Euclidean norms) of all rows, and of all columns where there are as many
-        rows as in a matrix of weights (stacked vectors have none).
+        actual, expected: [..., R, C]. Columns count in matrices of weights, but not in stacked vectors [L, C] with
+            fewer rows than columns.
+        before: what `expected` was updated from; makes the error relative to the update.
     """
-    a, b = (np.atleast_1d(np.asarray(array, np.float32)) for array in (a, b))
-    error, change = np.abs(a - b), b - before
-    error -= LAST_PLACES * np.abs(b)
+    actual, expected = (np.atleast_1d(np.asarray(array, np.float32)) for array in (actual, expected))
+    error, change = np.abs(actual - expected), expected - before
+    error -= _LAST_PLACES * np.abs(expected)
     np.maximum(error, 0, out=error)
-    columns = b.ndim == 3 or (b.ndim == 2 and len(b) > b.shape[1])
+    has_columns = expected.ndim == 3 or (expected.ndim == 2 and len(expected) > expected.shape[1])
     largest = []
-    for sums in ("...c,...c->...", "...rc,...rc->...c")[: 1 + columns]:
-        wrong, size = (np.sqrt(np.einsum(sums, array, array)) for array in (error, change))
-        largest.append(np.max(np.divide(wrong, size, out=np.where(wrong == 0, 0, np.inf), where=size > 0)))
+    for sums in ("...c,...c->...", "...rc,...rc->...c")[: 1 + has_columns]:
+        error_norm, change_norm = (np.sqrt(np.einsum(sums, array, array)) for array in (error, change))
+        if_zero = np.where(error_norm == 0, 0, np.inf)
+        largest.append(np.max(np.divide(error_norm, change_norm, out=if_zero, where=change_norm > 0)))
     return float(np.max(largest))
 
 
@@ -222,181 +253,187 @@ def _cpu() -> jax.Device:
     return jax.devices("cpu")[0]
 
 
-def _plain(config: Config) -> Config:
-    """The same run in float32 and plain forms, as the CPU computes it best."""
-    model = dataclasses.replace(config.model, precision="float32", implementation="cpu", remat=True)
-    return dataclasses.replace(config, model=model)
+def _plain(model: ModelConfig) -> ModelConfig:
+    """The same model in float32, as the CPU computes it best."""
+    return dataclasses.replace(model, precision="float32", implementation="cpu", remat=True)
+
+
+def _plain_run(config: Config) -> Config:
+    return dataclasses.replace(config, model=_plain(config.model))
 
 
 def _trained(config: Config) -> TrainState:
-    """A state as training leaves it: no gradient is small and no moment zero. Drawn by NumPy, on the host."""
+    """A state like that of a trained model: no gradient is small and no moment zero. NumPy draws it on the host."""
     rng = np.random.default_rng(0)
-    plain = _plain(config)
+    plain = _plain_run(config)
     shapes = jax.eval_shape(lambda: init_state(plain))
 
-    def draw(leaf: Any) -> np.ndarray:  # of deviation 1; normal ones take three times as long
+    def draw(leaf: Any) -> np.ndarray:  # uniform, of standard deviation 1: three times as fast as a normal one
         return 12**0.5 * (rng.random(leaf.shape, np.float32) - 0.5)
 
-    def param(path: Any, leaf: Any) -> np.ndarray:
-        return 1 + 0.1 * draw(leaf) if path[-1].key.endswith("norm") else 0.02 * SPREAD * draw(leaf)
+    def draw_parameter(leaf: Any, kind: str) -> np.ndarray:
+        return 1 + 0.1 * draw(leaf) if kind == "norm_scale" else 0.02 * _WEIGHT_SCALE * draw(leaf)
 
-    params = jax.tree_util.tree_map_with_path(param, shapes.params)
-    drawn = jax.tree.map(draw, shapes.params)
+    kinds = tree_of(config.model, lambda parameter: parameter.kind)
+    params = jax.tree.map(draw_parameter, shapes.params, kinds)
+    grads = jax.tree.map(draw, shapes.params)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    last = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
-    params, opt_state = compute(jax.jit(make_optimizer(plain).step), _cpu(), drawn, last, params)
-    warm = jax.tree.map(
+    opt_state = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
+    params, opt_state = compute(jax.jit(make_optimizer(plain).step), _cpu(), grads, opt_state, params)
+    inner_opt_state = jax.tree.map(
         lambda leaf: np.full_like(leaf, config.optimizer.warmup_steps) if leaf.dtype == np.int32 else leaf,
         opt_state.inner_opt_state,
     )
-    return state._replace(params=params, opt_state=opt_state._replace(inner_opt_state=warm))
+    return state._replace(params=params, opt_state=opt_state._replace(inner_opt_state=inner_opt_state))
 
 
 def _random(config: Config, device: jax.Device) -> Iterator[Part]:
-    """Random bits, sort, top-k and top-p, draws."""
+    """Random bits, sort, top-k and top-p, sampled tokens."""
 
-    def bits(key: jax.Array) -> Any:
+    def bits(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         with counts_of_32_bits():
-            return sequence_keys(key, DRAWS), jax.random.bits(key, (2**16 + 1,))
+            return sequence_keys(key, _SAMPLES), jax.random.bits(key, (2**16 + 1,))
 
     key = np.array([3, 5], np.uint32)
-    ours, theirs = compute(bits, device, key), compute(bits, _cpu(), key)
-    yield Part("random bits", _share(np.concatenate([(a != b).ravel() for a, b in zip(ours, theirs, strict=True)])), 0)
+    actual, expected = compute(bits, device, key), compute(bits, _cpu(), key)
+    differs = [(a != b).ravel() for a, b in zip(actual, expected, strict=True)]
+    yield Part("random bits", float(np.mean(np.concatenate(differs))), 0)
 
-    logits_BV = 3 * np.random.default_rng(1).standard_normal((DRAWS, config.model.vocab_size), np.float32)
+    logits_BV = 3 * np.random.default_rng(1).standard_normal((_SAMPLES, config.model.vocab_size), np.float32)
     sorted_BV = np.sort(logits_BV, axis=-1)
-    yield Part("sort", _share(compute(jnp.sort, device, logits_BV) != sorted_BV), 0)
+    yield Part("sort", float(np.mean(compute(jnp.sort, device, logits_BV) != sorted_BV)), 0)
 
     device_ops = ops.get(config.model.implementation)
-    kept_BV = compute(
-        jax.jit(partial(top_k_top_p_mask, device_ops)), device, logits_BV, np.int32(TOP_K), np.float32(TOP_P)
+    mask_BV = compute(
+        jax.jit(partial(top_k_top_p_mask, device_ops)), device, logits_BV, np.int32(_TOP_K), np.float32(_TOP_P)
     )
-    best_BK = sorted_BV[:, : -TOP_K - 1 : -1].astype(np.float64)
-    share_BK = np.exp(best_BK - best_BK[:, :1])
-    before_BK = np.cumsum(share_BK, axis=-1) - share_BK
-    needed_B = np.sum(before_BK < TOP_P * share_BK.sum(axis=-1, keepdims=True), axis=-1)
-    smallest_B1 = np.take_along_axis(best_BK, needed_B[:, None] - 1, axis=-1)
-    yield Part("top-k and top-p", _share(kept_BV != (logits_BV >= smallest_B1)), 0)
+    expected_BV = _expected_mask(logits_BV, sorted_BV)
+    yield Part("top-k and top-p", float(np.mean(mask_BV != expected_BV)), 0)
 
-    choice = SamplingParams(np.float32(0.8), np.int32(TOP_K), np.float32(TOP_P))
-    drawn, expected = (
-        compute(jax.jit(partial(sample_tokens, form)), where, logits_BV, theirs[0], choice)
-        for where, form in ((device, device_ops), (_cpu(), ops.get("xla")))
+    sampling = SamplingParams(np.float32(0.8), np.int32(_TOP_K), np.float32(_TOP_P))
+    actual_B, expected_B = (
+        compute(jax.jit(partial(sample_tokens, record)), where, logits_BV, expected[0], sampling)
+        for where, record in ((device, device_ops), (_cpu(), ops.get("xla")))
     )
-    yield Part("tokens drawn", _share(drawn != expected), NEAR_TIE)
+    yield Part("sampled tokens", float(np.mean(actual_B != expected_B)), _NEAR_TIE)
 
 
-def _share(different: np.ndarray) -> float:
-    return float(np.mean(different))
+def _expected_mask(logits_BV: np.ndarray, sorted_BV: np.ndarray) -> np.ndarray:
+    """`top_k_top_p_mask` in float64: the fewest largest logits of the top k whose share of their sum reaches top p."""
+    top_BK = sorted_BV[:, : -_TOP_K - 1 : -1].astype(np.float64)
+    weights_BK = np.exp(top_BK - top_BK[:, :1])
+    before_BK = np.cumsum(weights_BK, axis=-1) - weights_BK
+    counts_B = np.sum(before_BK < _TOP_P * weights_BK.sum(axis=-1, keepdims=True), axis=-1)
+    return logits_BV >= np.take_along_axis(top_BK, counts_B[:, None] - 1, axis=-1)
 
 
 def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
-    """The run's texts, written greedily with a cache, against one pass over what was written."""
+    """Greedy generation with a cache, at the shapes of the run's samples; the CPU computes the logits in one pass."""
     model, B, V = config.model, config.sample.texts, config.model.vocab_size
     rng = np.random.default_rng(2)
-    longest = min(PROMPT_BUCKET, model.context // 2)
-    N = min(config.sample.tokens, LONGEST, model.context - longest)
-    prompts = [rng.integers(0, V, 1 + i % longest) for i in range(B)]
+    max_prompt = min(PROMPT_BUCKET, model.context // 2)
+    N = min(config.sample.tokens, _MAX_NEW_TOKENS, model.context - max_prompt)
+    prompts = [rng.integers(0, V, 1 + i % max_prompt) for i in range(B)]
     lengths_B = np.array([len(ids) for ids in prompts], np.int32)
     ids_BP = np.zeros((B, PROMPT_BUCKET), np.int32)
     for row, ids in zip(ids_BP, prompts, strict=True):
         row[PROMPT_BUCKET - len(ids) :] = ids
 
-    def write_greedily(params: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
+    def generate(params: Params, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
         weights = prepare_decode_params(model, params)
-        texts = prefill(model, weights, ids_BP, lengths_B, keys_B, N)
-        first_BV = np.asarray(texts.logits_BV)
-        greedy = SamplingParams(np.float32(0))
-        texts, tokens_BN = decode(model, weights, texts, greedy, np.int32(-1), N)
-        return first_BV, tokens_BN, texts.logits_BV
+        state = prefill(model, weights, ids_BP, lengths_B, keys_B, N)
+        first_BV = np.asarray(state.logits_BV)
+        state, tokens_BN = decode(model, weights, state, SamplingParams(np.float32(0)), np.int32(-1), N)
+        return first_BV, tokens_BN, state.logits_BV
 
     keys_B = np.zeros((B, 2), np.uint32)
-    first_BV, tokens_BN, last_BV = compute(write_greedily, device, state.params, ids_BP, lengths_B, keys_B)
+    first_BV, tokens_BN, last_BV = compute(generate, device, state.params, ids_BP, lengths_B, keys_B)
 
-    plain = Decoder(_plain(config).model)
-    whole_BT = np.zeros((B, longest + N), np.int32)
-    for row, ids, tokens_N in zip(whole_BT, prompts, tokens_BN, strict=True):
+    plain = Decoder(_plain(model))
+    ids_BT = np.zeros((B, max_prompt + N), np.int32)
+    for row, ids, tokens_N in zip(ids_BT, prompts, tokens_BN, strict=True):
         row[: len(ids) + N] = [*ids, *tokens_N]
     forward = jax.jit(lambda params, ids_BT: plain.apply({"params": params}, ids_BT))
-    logits_BTV = compute(forward, _cpu(), state.params, whole_BT)
-    after = lengths_B[:, None] - 1 + np.arange(N + 1)
-    expected_BNV = np.take_along_axis(logits_BTV, after[:, :, None], axis=1)
+    logits_BTV = compute(forward, _cpu(), state.params, ids_BT)
+    positions = lengths_B[:, None] - 1 + np.arange(N + 1)
+    expected_BNV = np.take_along_axis(logits_BTV, positions[:, :, None], axis=1)
 
     limit = allowed(device, model.matmul_dtype)
     yield Part("sampling: logits after the prompts", difference(first_BV, expected_BNV[:, 0]), limit)
     yield Part(f"sampling: logits after {N} more tokens", difference(last_BV, expected_BNV[:, N]), limit)
-    chosen_BN1 = np.take_along_axis(expected_BNV[:, :N], np.clip(tokens_BN, 0, V - 1)[..., None], axis=-1)
-    behind_BN = (expected_BNV[:, :N].max(axis=-1) - chosen_BN1[..., 0]) / expected_BNV[:, :N].std(axis=-1)
-    yield Part("sampling: greedy tokens", float(behind_BN.max()), limit)
+    token_logits_BN1 = np.take_along_axis(expected_BNV[:, :N], np.clip(tokens_BN, 0, V - 1)[..., None], axis=-1)
+    gap_BN = (expected_BNV[:, :N].max(axis=-1) - token_logits_BN1[..., 0]) / expected_BNV[:, :N].std(axis=-1)
+    yield Part("sampling: greedy tokens", float(gap_BN.max()), limit)
 
 
 def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
     """The losses, the gradients and the update."""
     rng, B = np.random.default_rng(3), config.batch_size
-    some_2T = config.model.vocab_size * rng.random((2, config.model.context + 1)) ** 3  # as in text, few often
-    ids_2T, row_B = some_2T.astype(np.int32), rng.permutation(np.arange(B) < B / 2).astype(int)
-    expected_loss, expected_grads = _expected(config, state.params, ids_2T, np.bincount(row_B, minlength=2) / B)
-    acc_grads = jax.tree.map(lambda g: BEFORE * g, expected_grads)
+    ids_2T = config.model.vocab_size * rng.random((2, config.model.context + 1)) ** 3  # as in text, few ids are common
+    ids_2T, rows_B = ids_2T.astype(np.int32), rng.permutation(np.arange(B) < B / 2).astype(int)
+    shares_2 = np.bincount(rows_B, minlength=2) / B
+    expected_loss, expected_grads = _expected_training(config, state.params, ids_2T, shares_2)
+    acc_grads = jax.tree.map(lambda g: _FIRST_GRADIENT * g, expected_grads)
     second = state._replace(opt_state=state.opt_state._replace(mini_step=np.int32(1), acc_grads=acc_grads))
-    loss, acc_grads, after, eval_loss = compute(partial(_two_micro_batches, config), device, second, ids_2T[row_B])
+    loss, acc_grads, after, eval_loss = compute(partial(_two_micro_batches, config), device, second, ids_2T[rows_B])
 
     limit = allowed(device, config.model.matmul_dtype)
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
-        yield Part(name, abs(float(value) / float(expected_loss) - 1), LOSS_SHARE * limit)
-    for name, ours, theirs in _by_parameter(acc_grads, expected_grads):
-        yield Part(f"gradient of {name}", difference(2 * ours - BEFORE * theirs, theirs), limit)
+        yield Part(name, abs(float(value) / float(expected_loss) - 1), _LOSS_SHARE * limit)
+    for name, mean, expected in _by_parameter(acc_grads, expected_grads):
+        yield Part(f"gradient of {name}", difference(2 * mean - _FIRST_GRADIENT * expected, expected), limit)
 
     last = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1), acc_grads=acc_grads)
-    step = make_optimizer(_plain(config)).step
+    step = make_optimizer(_plain_run(config)).step
     params, opt_state = compute(jax.jit(step), _cpu(), acc_grads, last, state.params)
-    has_products = config.optimizer.name == "muon"
-    limit = allowed(device, "float32") if has_products else ALLOWED["float32"]
+    has_matmuls = config.optimizer.name == "muon"
+    limit = allowed(device, "float32") if has_matmuls else ALLOWED["float32"]
     updates: dict[str, list[float]] = {}
-    for name, ours, theirs, before in _by_parameter(after.params, params, state.params):
-        updates[name] = [difference(ours, theirs, before)]
-    for name, ours, theirs in _by_parameter(after.opt_state.inner_opt_state, opt_state.inner_opt_state):
-        counts = theirs.dtype == np.int32
-        updates.setdefault(name, []).append(float(ours != theirs) if counts else difference(ours, theirs))
+    for name, actual, expected, before in _by_parameter(after.params, params, state.params):
+        updates[name] = [difference(actual, expected, before)]
+    for name, actual, expected in _by_parameter(after.opt_state.inner_opt_state, opt_state.inner_opt_state):
+        is_counter = expected.dtype == np.int32
+        updates.setdefault(name, []).append(float(actual != expected) if is_counter else difference(actual, expected))
     for name, differences in updates.items():
         what = f"update of {name}" if name else "counters of the optimizer"
         yield Part(what, float(np.max(differences)), limit)
 
 
-def _expected(config: Config, params: Any, ids_2T: np.ndarray, share_2: np.ndarray) -> tuple[Any, Any]:
-    """The mean loss of a micro-batch that holds each of two sequences in a share of its rows, and its gradient."""
-    model, scale = _plain(config).model, 1 / config.model.context
+def _expected_training(config: Config, params: Params, ids_2T: np.ndarray, shares_2: np.ndarray) -> tuple[Any, Params]:
+    """The mean loss of a micro-batch of which each of two sequences fills a share of the rows, and its gradient."""
+    model, scale = _plain(config.model), 1 / config.model.context
 
     @jax.jit
-    def alone(params: Any, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
-        none = jax.tree.map(jnp.zeros_like, params)
-        nats, grads = loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], scale, none)
-        return nats * scale, grads
+    def one_sequence(params: Params, ids_BT: jax.Array) -> tuple[jax.Array, Params]:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        loss_sum, grads = loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], scale, zeros)
+        return loss_sum * scale, grads
 
-    each = [compute(alone, _cpu(), params, ids_2T[i : i + 1]) for i in np.flatnonzero(share_2)]
-    shares = share_2[share_2 > 0].astype(np.float32)
-    return jax.tree.map(lambda *leaves: sum(s * leaf for s, leaf in zip(shares, leaves, strict=True)), *each)
+    results = [compute(one_sequence, _cpu(), params, ids_2T[i : i + 1]) for i in np.flatnonzero(shares_2)]
+    shares = shares_2[shares_2 > 0].astype(np.float32)
+    return jax.tree.map(lambda *leaves: sum(s * leaf for s, leaf in zip(shares, leaves, strict=True)), *results)
 
 
-def _two_micro_batches(config: Config, state: TrainState, ids_BT: jax.Array) -> tuple[Any, Any, TrainState, Any]:
-    """The second micro-batch of a step and, the same again, its last.
+def _two_micro_batches(config: Config, state: TrainState, ids_BT: jax.Array) -> tuple[Any, Params, TrainState, Any]:
+    """Runs the second micro-batch of a step, and the same micro-batch again as the last of the step.
 
     Returns:
-        The second's mean loss, and the mean gradient of the first two; the state after the last; and the second's mean
-        loss by the evaluation step.
+        The second's mean loss; the mean gradient of the first two; the state after the last; and the second's mean loss
+        by the evaluation step.
     """
     S, evaluate, step = config.chunk_size, make_eval_step(config), make_train_step(config)
-    parts = [ids_BT[start : start + S] for start in range(0, config.batch_size, S)]
-    nats = sum(evaluate(state.params, part_ST[:, :-1], part_ST[:, 1:]) for part_ST in parts)
-    eval_loss = nats / (config.batch_size * config.model.context)
+    chunks = [ids_BT[start : start + S] for start in range(0, config.batch_size, S)]
+    loss_sum = sum(evaluate(state.params, chunk_ST[:, :-1], chunk_ST[:, 1:]) for chunk_ST in chunks)
+    eval_loss = loss_sum / (config.batch_size * config.model.context)
     state, _ = step(state, ids_BT)
     loss, acc_grads = jax.device_get((state.loss_sum, state.opt_state.acc_grads))
-    to_the_last = state.opt_state.mini_step + (config.grad_accum_steps - 3)
-    state, _ = step(state._replace(opt_state=state.opt_state._replace(mini_step=to_the_last)), ids_BT)
+    last = state.opt_state.mini_step + (config.grad_accum_steps - 3)
+    state, _ = step(state._replace(opt_state=state.opt_state._replace(mini_step=last)), ids_BT)
     return loss, acc_grads, state, eval_loss
 
 
 def _by_parameter(*trees: Any) -> Iterator[tuple[Any, ...]]:
-    """The name of each leaf's parameter (none: "") and the leaf of every tree."""
+    """Yields the name of each leaf's parameter ("" if it has none) and the leaf of every tree."""
     flat = [jax.tree_util.tree_leaves_with_path(tree) for tree in trees]
     for leaves in zip(*flat, strict=True):
         keys = [entry.key for entry in leaves[0][0] if isinstance(entry, jax.tree_util.DictKey)]

@@ -1,4 +1,4 @@
-"""Which of the plugins that bring jax a GPU is fit to compute here. A plugin that is not chosen is never loaded."""
+"""Finds the plugins that bring jax a GPU, and chooses one that computes right. No other plugin is loaded."""
 
 import importlib.metadata
 import importlib.util
@@ -14,11 +14,12 @@ from jaxlm.device.isolated import run_isolated
 from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
-LIMIT = 120.0  # seconds for a plugin to start, compile and compute a small model; the first time takes longest
+LIMIT = 120.0  # seconds for a plugin to start, compile and run a small model; the first time takes longest
 
-_GROUP = "jax_plugins"  # what jax itself looks under
-_NAMES = {"cuda": ("cuda",), "mps": ("mps",), "metal": ("metal", "mtl")}  # a platform's, in the names of its plugins
+_GROUP = "jax_plugins"  # the package and the group of entry points in which jax looks
+_WORDS = {"cuda": ("cuda",), "mps": ("mps",), "metal": ("metal", "mtl")}  # in the names of a platform's plugins
 _METAL_JAX = "0.4.34"  # beside a newer one, jax-metal asks for ENABLE_PJRT_COMPATIBILITY=1
+_MPS_VERSIONS = {"0.10": "0.10.11", "0.11": "0.11.1"}  # the jax-mps for a minor version of jaxlib
 
 
 class PluginError(Exception):
@@ -26,11 +27,11 @@ class PluginError(Exception):
 
 
 class Plugin(NamedTuple):
-    """A plugin that is installed."""
+    """An installed plugin."""
 
     module: str
-    platform: str  # as `config.platform` has it; empty for one that jaxlm does not know
-    distribution: str  # empty when it was not installed by pip
+    platform: str  # as in `config.platform`; empty if jaxlm does not know it
+    distribution: str  # empty if pip did not install it
     version: str
 
     def __str__(self) -> str:
@@ -38,60 +39,61 @@ class Plugin(NamedTuple):
 
 
 def installed() -> list[Plugin]:
-    """The plugins that jax would load, those of NVIDIA GPUs first; none is loaded."""
-    found = {}
+    """The plugins that jax would load, those for NVIDIA GPUs first; loads none."""
+    by_module = {}
     package = importlib.util.find_spec(_GROUP)
-    places = package.submodule_search_locations if package else None
-    for _, module, _ in pkgutil.iter_modules(places or [], f"{_GROUP}."):
-        found[module] = Plugin(module, _platform_of(module), "", "")
+    directories = package.submodule_search_locations if package else None
+    for _, module, _ in pkgutil.iter_modules(directories or [], f"{_GROUP}."):
+        by_module[module] = Plugin(module, _platform_of(module), "", "")
     for entry in importlib.metadata.entry_points(group=_GROUP):
-        by = entry.dist
-        found[entry.value] = Plugin(
-            entry.value, _platform_of(f"{entry.name} {entry.value}"), by.name if by else "", by.version if by else ""
-        )
-    order = list(_NAMES)
-    return sorted(found.values(), key=lambda plugin: (order.index(plugin.platform) if plugin.platform else 9, plugin))
+        platform = _platform_of(f"{entry.name} {entry.value}")
+        name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("", "")
+        by_module[entry.value] = Plugin(entry.value, platform, name, version)
+    order = [*_WORDS, ""]
+    return sorted(by_module.values(), key=lambda plugin: (order.index(plugin.platform), plugin))
 
 
 def _platform_of(name: str) -> str:
-    fitting = [platform for platform, words in _NAMES.items() if any(word in name.lower() for word in words)]
-    return fitting[0] if fitting else ""
+    return next((platform for platform, words in _WORDS.items() if any(word in name.lower() for word in words)), "")
 
 
 def choose(platform: str) -> tuple[str, str]:
-    """The platform to compute on, the CPU's where no plugin is fit, after a line on stderr.
+    """Chooses the first plugin that computes right, else the CPU, and prints a line on stderr for each one left out.
 
     Args:
-        platform: auto, cpu, or the platform whose plugin is the only one that will do.
+        platform: auto, cpu, or the platform of the only plugins to consider.
 
     Returns:
-        jax's name for the platform, and that of its plugin with all versions; empty for the CPU's.
+        jax's name for the platform, and the plugin with all versions (empty for the CPU).
 
     Raises:
-        UsageError: the platform that is named has no plugin here, or an unfit one.
+        UsageError: the named platform has no plugin that can be used.
     """
-    found = installed()
+    plugins = installed()
     reasons = []
-    for plugin in found:
+    name, chosen = "cpu", None
+    for plugin in plugins:
         if plugin.platform and platform in ("auto", plugin.platform):
             try:
-                name = try_out(plugin)
+                name, chosen = verify(plugin), plugin
+                break
             except PluginError as error:
                 reasons.append(f"{_with_versions(plugin)}, which {error}")
-            else:
-                _tell(reasons)
-                leave_out(other for other in found if other != plugin)
-                return name, _with_versions(plugin)
-    if platform not in ("auto", "cpu"):
+    if not chosen and platform not in ("auto", "cpu"):
         reason = "; ".join(reasons) or f"platform {platform} is not here: install its plugin"
         raise UsageError(f"{reason}, or try --config.platform=auto")
-    _tell(reasons)
-    leave_out(found)
-    return "cpu", ""
+    for reason in reasons:
+        print(f"Computing without {reason}", file=sys.stderr)
+    disable(plugin for plugin in plugins if plugin != chosen)
+    return name, _with_versions(chosen) if chosen else ""
 
 
-def refuse_unfit(names: str) -> None:
-    """Raises UsageError if a plugin of these platforms, jax's names with commas between them, is not made for jax."""
+def refuse_wrong_versions(names: str) -> None:
+    """Raises UsageError if a plugin is made for another jax.
+
+    Args:
+        names: the value of JAX_PLATFORMS, which names the plugins' platforms.
+    """
     platforms = [_platform_of(name) for name in names.split(",")]
     for plugin in installed():
         if plugin.platform in platforms:
@@ -105,29 +107,24 @@ def _with_versions(plugin: Plugin) -> str:
     return f"{plugin} (with jax {version_of('jax')}, jaxlib {version_of('jaxlib')})"
 
 
-def _tell(reasons: list[str]) -> None:
-    for reason in reasons:
-        print(f"Computing without {reason}", file=sys.stderr)
-
-
-def leave_out(plugins: Iterable[Plugin]) -> None:
-    """Has jax, which loads all plugins that it finds, find empty modules in these plugins' places."""
+def disable(plugins: Iterable[Plugin]) -> None:
+    """Puts empty modules in the place of plugins, as jax loads all that it finds."""
     for plugin in plugins:
         empty = ModuleType(plugin.module)
         empty.initialize = lambda: None  # type: ignore[attr-defined]
         sys.modules[plugin.module] = empty
 
 
-def try_out(plugin: Plugin, anew: bool = False) -> str:
-    """jax's name for a plugin's platform; what was found fit once is remembered, unless it is to be tried `anew`.
+def verify(plugin: Plugin, refresh: bool = False) -> str:
+    """Returns jax's name for a plugin's platform, from the user's cache unless `refresh` is set.
 
     Raises:
-        PluginError: it must not compute here.
+        PluginError: the plugin cannot be used. This is not cached.
     """
     check_versions(plugin)
     versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
     key = [plugin, versions, sys.version, machine.platform()]
-    if anew:
+    if refresh:
         user_cache.put("plugin", key, None)
     name = user_cache.get("plugin", key)
     if not isinstance(name, str):
@@ -137,19 +134,22 @@ def try_out(plugin: Plugin, anew: bool = False) -> str:
 
 
 def check_versions(plugin: Plugin) -> None:
-    """Raises PluginError if the plugin is Apple's and jax is not the one that it is made for, which no pip sees to."""
-    if plugin.distribution != "jax-metal":
-        return
-    for name in ("jax", "jaxlib"):
-        if version_of(name) != _METAL_JAX:
-            raise PluginError(
-                f"is made for jax {_METAL_JAX}: have jax=={_METAL_JAX} jaxlib=={_METAL_JAX} by"
-                " pip install -e '.[metal]', or take jax-mps"
-            )
+    """Raises PluginError if jax-metal or jax-mps is made for another jax than is installed."""
+    jax, jaxlib = version_of("jax"), version_of("jaxlib")
+    if plugin.distribution == "jax-metal" and (jax, jaxlib) != (_METAL_JAX, _METAL_JAX):
+        raise PluginError(
+            f"is made for jax {_METAL_JAX}: have jax=={_METAL_JAX} jaxlib=={_METAL_JAX} by"
+            " pip install -e '.[metal]', or take jax-mps"
+        )
+    minor, jaxlib_minor = (".".join(version.split(".")[:2]) for version in (plugin.version, jaxlib))
+    if plugin.distribution == "jax-mps" and minor != jaxlib_minor:
+        target = next(name for name in (jaxlib_minor, minor, *reversed(_MPS_VERSIONS)) if name in _MPS_VERSIONS)
+        jax_pins = f" 'jax=={target}.*' 'jaxlib=={target}.*'" if target != jaxlib_minor else ""
+        raise PluginError(f"is made for another jaxlib: pip install jax-mps=={_MPS_VERSIONS[target]}{jax_pins}")
 
 
 def version_of(distribution: str) -> str:
-    """Which version of a distribution is installed; empty for none."""
+    """The version of an installed distribution; empty if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -157,13 +157,13 @@ def version_of(distribution: str) -> str:
 
 
 def probe(plugin: Plugin) -> str:
-    """Has a process of its own load this plugin alone and compute with it (`jaxlm.device.probe`).
+    """Loads a plugin in a process of its own and compares a small model with the CPU (`jaxlm.device.probe`).
 
     Returns:
         jax's name for its platform.
 
     Raises:
-        PluginError: it raises, hangs, crashes, finds no device or computes something else than NumPy.
+        PluginError: it raises, hangs, crashes, finds no device or computes wrong numbers.
     """
     command = ["-m", "jaxlm.device.probe", plugin.module]
     lines, failure = run_isolated(command, LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})

@@ -1,6 +1,7 @@
-"""What is compiled is kept for the next start, in the user's cache, and nothing about that place stops a program."""
+"""How jax starts: the compilation cache, the environment, the memory, and what is resolved for each device."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,106 +9,143 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.device import backend
-from jaxlm.device.backend import APPLE, CHUNK_TOKENS, available_memory, resolve_run
+from jaxlm.device.backend import APPLE, CHUNK_TOKENS, available_memory, identity, resolve_run
 from jaxlm.errors import UsageError
 from tests.tiny_run import is_one_line
 
-PROGRAM = """
-import warnings, jax, jax.numpy as jnp
-from jaxlm.device import backend
-warnings.simplefilter("ignore")
-backend._WORTH_KEEPING = 0.0
-backend.start("cpu")
-found = []
-jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
-print(jax.jit(lambda x: jnp.sort(x) @ jnp.cumsum(x))(jnp.arange(9.0)))
-print(sum(name.endswith("/cache_hits") for name in found))
-"""
-EXPECTED = np.arange(9.0) @ np.cumsum(np.arange(9.0))
-sound = pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="this jax's cache corrupts memory on the CPU")
+EVENTS: list[str] = []
+jax.monitoring.register_event_listener(lambda name, **_: EVENTS.append(name))
+caches = pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="this jax's cache corrupts memory on the CPU")
+CPU = jax.devices("cpu")[0]
+CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
-def compute(home: Path, **settings: str) -> int:
-    """Computes in a process of its own whose home is `home`; gives how much of it the cache held."""
-    usual = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
-    environment = usual | {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(home)} | settings
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
-    result, hits = done.stdout.split()
-    assert float(result) == EXPECTED
-    return int(hits)
+def cache_hits() -> int:
+    """Compiles and runs a program; returns how many of its parts came from the cache."""
+    compilation_cache.reset_cache()
+    EVENTS.clear()
+    assert jax.jit(lambda x: jnp.sort(x) @ jnp.cumsum(x))(jnp.arange(9.0)) == 750
+    return sum(name.endswith("/cache_hits") for name in EVENTS)
 
 
 def files(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if path.is_file()]
 
 
-@sound
+@pytest.fixture
+def new_start(monkeypatch, tmp_path):
+    """jax as in a new process without settings, whose home is an empty directory."""
+    before = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(backend, "_MIN_COMPILE_SECONDS", 0.0)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@caches
 @pytest.mark.parametrize("variable", [None, "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
-def test_the_next_start_reads_what_this_one_compiled(tmp_path, variable):
-    home, named = tmp_path / "home", tmp_path / "named"
-    settings = {variable: str(named)} if variable else {}
-    if variable == "JAX_COMPILATION_CACHE_DIR":
-        settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    assert compute(home, **settings) == 0
-    assert compute(home, **settings) > 0
-    place = next((home / name for name in (".cache/jaxlm", "Library/Caches/jaxlm") if (home / name).exists()), named)
-    assert files(tmp_path) == files(place) != []
+def test_programs_are_cached_in_the_users_directory(new_start, monkeypatch, tmp_path, variable):
+    if variable == "XDG_CACHE_HOME":
+        monkeypatch.setenv(variable, str(tmp_path / "named"))
+    elif variable:  # jax reads it when it is imported
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "named"))
+    backend.start("cpu")
+    assert cache_hits() == 0
+    assert cache_hits() > 0
+    homes = [tmp_path / "home" / name for name in (".cache/jaxlm", "Library/Caches/jaxlm")]
+    directory = tmp_path / "named" if variable else next(home for home in homes if home.exists())
+    assert files(tmp_path) == files(directory) != []
 
 
-@sound
-@pytest.mark.parametrize("damage", [lambda held: held[:100], lambda held: b"", lambda held: bytes(len(held))])
-def test_what_is_damaged_is_compiled_anew(tmp_path, damage):
-    compute(tmp_path)
+@caches
+@pytest.mark.filterwarnings("ignore:Error reading")
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", lambda data: bytes(len(data))])
+def test_damaged_programs_are_compiled_again(new_start, tmp_path, damage):
+    backend.start("cpu")
+    cache_hits()
     for path in files(tmp_path):
         path.write_bytes(damage(path.read_bytes()))
-    assert compute(tmp_path) == 0
+    assert cache_hits() == 0
 
 
-def test_a_place_that_cannot_be_written_is_done_without(tmp_path):
-    (tmp_path / "file").touch()
-    assert compute(tmp_path / "file") == 0
+def test_a_directory_that_cannot_be_written_is_no_error(new_start, tmp_path):
+    (tmp_path / "home").touch()
+    backend.start("cpu")
+    assert cache_hits() == 0
+    assert jax.config.jax_compilation_cache_dir is None
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 5), reason="this jax's cache is sound")
-def test_a_jax_whose_cache_is_unsound_keeps_nothing(tmp_path):
-    assert compute(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "named")) == 0
+PROGRAM = """
+import jax, jax.numpy as jnp
+from jaxlm.device import backend
+backend._MIN_COMPILE_SECONDS = 0.0
+backend.start("cpu")
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+jax.jit(lambda x: jnp.sort(x) @ jnp.cumsum(x))(jnp.arange(9.0))
+print(sum(name.endswith("/cache_hits") for name in events))
+"""
+
+
+def cache_hits_of_a_process(home: Path, **settings: str) -> int:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
+    environment = inherited | {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(home)} | settings
+    command = [sys.executable, "-c", PROGRAM]
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.slow
+@caches
+def test_a_process_reads_what_another_compiled(tmp_path):
+    assert cache_hits_of_a_process(tmp_path) == 0
+    assert cache_hits_of_a_process(tmp_path) > 0
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 5), reason="this jax's cache works")
+def test_a_jax_whose_cache_corrupts_memory_caches_nothing(tmp_path):
+    assert cache_hits_of_a_process(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "named")) == 0
     assert not files(tmp_path)
 
 
 @pytest.mark.parametrize(("batch", "context"), [(32, 1024), (12, 300), (7, 500), (2, 4096), (16, 128), (1, 8)])
-def test_without_slices_as_few_are_taken_as_fit(batch, context):
+def test_a_cpu_gets_the_largest_chunks_that_fit(batch, context):
     config = Config(batch_size=batch, model=ModelConfig(context=context))
-    found = resolve_run(config, jax.devices("cpu")[0])
-    assert found.chunk_size * found.microbatch_chunks == batch
-    assert found.chunk_size == 1 or found.chunk_size * context <= CHUNK_TOKENS
-    larger = [size for size in range(found.chunk_size + 1, batch + 1) if batch % size == 0]
+    resolved = resolve_run(config, CPU)
+    assert resolved.chunk_size * resolved.microbatch_chunks == batch
+    assert resolved.chunk_size == 1 or resolved.chunk_size * context <= CHUNK_TOKENS
+    larger = [size for size in range(resolved.chunk_size + 1, batch + 1) if batch % size == 0]
     assert all(size * context > CHUNK_TOKENS for size in larger)
-    assert (found.model.precision, found.model.remat) == ("float32", True)
+    model = resolved.model
+    assert (model.precision, model.remat, model.implementation) == ("float32", True, "cpu")
 
 
 @pytest.mark.parametrize("platform", APPLE)
-def test_an_apple_gpu_takes_a_sequence_at_a_time_recomputes_nothing_and_gets_no_loops(platform):
+def test_an_apple_gpu_gets_chunks_of_one_sequence_and_no_remat(platform):
     device = SimpleNamespace(platform=platform)
-    found = resolve_run(Config(), device)
-    assert (found.chunk_size, found.model.remat, found.model.implementation) == (1, False, "apple")
-    assert found.model.precision == "float32"
-    told = resolve_run(Config(microbatch_chunks=8, model=ModelConfig(implementation="xla")), device)
-    assert (told.microbatch_chunks, told.model.remat, told.model.implementation) == (8, True, "xla")
-    assert resolve_run(Config(), jax.devices("cpu")[0]).model.implementation == "cpu"
+    resolved = resolve_run(Config(), device)
+    assert (resolved.chunk_size, resolved.model.remat) == (1, False)
+    assert (resolved.model.precision, resolved.model.implementation) == ("float32", "apple")
+    explicit = Config(microbatch_chunks=8, model=ModelConfig(precision="float32", implementation="xla"))
+    assert resolve_run(explicit, device) == explicit
 
 
 @pytest.mark.parametrize("platform", APPLE)
-def test_sums_that_an_apple_gpu_computes_wrong_are_refused_by_the_setting_to_change(platform):
-    device, cpu = SimpleNamespace(platform=platform), jax.devices("cpu")[0]
+def test_sums_that_an_apple_gpu_computes_wrong_are_refused(platform):
+    device = SimpleNamespace(platform=platform)
 
-    def run(**sizes):
-        slices = sizes.pop("microbatch_chunks", 1)
-        return Config(batch_size=7, microbatch_chunks=slices, model=ModelConfig(**{"context": 31, "heads": 1} | sizes))
+    def run(microbatch_chunks=1, **sizes):
+        model = ModelConfig(**{"context": 31, "heads": 1} | sizes)
+        return Config(batch_size=7, microbatch_chunks=microbatch_chunks, model=model)
 
     for wrong, setting in (
         (run(context=4681), "microbatch_chunks"),  # 7 x 4681
@@ -118,13 +156,13 @@ def test_sums_that_an_apple_gpu_computes_wrong_are_refused_by_the_setting_to_cha
         with pytest.raises(UsageError, match=rf"32,767 .* set .*{setting}") as caught:
             resolve_run(wrong, device)
         assert is_one_line(caught.value)
-        assert resolve_run(wrong, cpu).model.implementation == "cpu"
+        resolve_run(wrong, CPU)
     for right in (run(context=4680), run(width=32764), run(mlp_width=32766), run(context=32766, microbatch_chunks=7)):
         resolve_run(right, device)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_matmul"])
-def test_jax_metal_is_asked_for_nothing_in_bfloat16(precision):
+def test_jax_metal_refuses_bfloat16(precision):
     config = Config(model=ModelConfig(precision=precision))
     with pytest.raises(UsageError, match="set it to float32") as caught:
         resolve_run(config, SimpleNamespace(platform="METAL"))
@@ -132,42 +170,63 @@ def test_jax_metal_is_asked_for_nothing_in_bfloat16(precision):
     assert resolve_run(config, SimpleNamespace(platform="mps")).model.precision == precision
 
 
-@pytest.mark.parametrize("set_before", [None, "1"])
-def test_jax_mps_keeps_few_freed_buffers_and_rounds_no_float32_unless_it_is_told_to(monkeypatch, set_before):
-    for name in ("JAX_MPS_CACHE_LIMIT_BYTES", "MLX_ENABLE_TF32"):
-        monkeypatch.setenv(name, set_before or "")
-        if set_before is None:
-            monkeypatch.delenv(name)
-    backend.start("cpu")
-    assert os.environ["MLX_ENABLE_TF32"] == (set_before or "0")
-    assert os.environ["JAX_MPS_CACHE_LIMIT_BYTES"] == (set_before or "256000000")
-
-
 @pytest.mark.parametrize("remat", [True, False])
-def test_a_gpu_takes_a_micro_batch_at_once_unless_told_otherwise(remat):
+def test_an_nvidia_gpu_computes_a_micro_batch_at_once(remat):
     gpu = SimpleNamespace(platform="gpu", compute_capability="8.0")
     config = Config(model=ModelConfig(remat=remat))
-    found = resolve_run(config, gpu)
-    assert (found.microbatch_chunks, found.model.remat, found.model.precision) == (1, False, "bf16")
-    told = resolve_run(replace(config, microbatch_chunks=8), gpu)
-    assert (told.microbatch_chunks, told.model.remat) == (8, remat)
+    resolved = resolve_run(config, gpu)
+    assert (resolved.microbatch_chunks, resolved.model.remat, resolved.model.precision) == (1, False, "bf16")
+    explicit = resolve_run(replace(config, microbatch_chunks=8), gpu)
+    assert (explicit.microbatch_chunks, explicit.model.remat) == (8, remat)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux tells there what memory it has")
-def test_a_process_may_have_a_part_of_the_memory_that_an_apple_gpu_shares():
-    with open("/proc/meminfo") as file:
-        memory = int(file.readline().split()[1]) * 1024
-    assert available_memory(jax.devices("cpu")[0]) == pytest.approx(memory, rel=0.01)
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux tells its memory there")
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(None, 1), ("max\n", 1), ("3000000000000000\n", 1), ("123000000\n", 123_000_000)],
+)
+def test_a_process_can_use_the_memory_or_the_containers_limit(monkeypatch, tmp_path, limit, expected):
+    monkeypatch.setattr(backend, "_MEMORY_LIMIT", tmp_path / "memory.max")
+    if limit:
+        (tmp_path / "memory.max").write_text(limit)
+    if expected == 1:  # all of the machine's
+        expected = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert available_memory(CPU) == pytest.approx(expected, rel=0.01)
     for platform in APPLE:
-        share = available_memory(SimpleNamespace(platform=platform)) / memory
-        assert share == pytest.approx(2 / 3, rel=0.01)
+        assert available_memory(SimpleNamespace(platform=platform)) == pytest.approx(expected * 2 / 3, rel=0.01)
     assert available_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 7})) == 7
 
 
-def test_a_process_started_by_another_compiles_under_the_same_words(monkeypatch):
+def test_a_change_of_any_source_file_changes_the_identity(monkeypatch, tmp_path):
+    package = Path(backend.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "jaxlm", ignore=shutil.ignore_patterns("__pycache__", "*.tiktoken"))
+    original = identity(CPU)
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "jaxlm" / "device" / "backend.py"))
+    assert identity(CPU) == original
+    for name in ("config.py", "core/model.py", "core/ops/hopper.py"):
+        file = tmp_path / "jaxlm" / name
+        source = file.read_bytes()
+        file.write_bytes(source + b"\n")
+        assert identity(CPU) != original
+        file.write_bytes(source)
+    assert identity(CPU) == original
+
+
+@pytest.mark.parametrize("inherited", [None, "1"])
+def test_jax_mps_gets_its_environment_unless_it_is_set(monkeypatch, inherited):
+    for name in ("JAX_MPS_CACHE_LIMIT_BYTES", "MLX_ENABLE_TF32"):
+        monkeypatch.setenv(name, inherited or "")
+        if inherited is None:
+            monkeypatch.delenv(name)
+    backend.start("cpu")
+    assert os.environ["MLX_ENABLE_TF32"] == (inherited or "0")
+    assert os.environ["JAX_MPS_CACHE_LIMIT_BYTES"] == (inherited or "256000000")
+
+
+def test_a_child_process_compiles_with_the_same_flags(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
     backend.start("cpu", deterministic=True)
-    once = os.environ["XLA_FLAGS"]
+    flags = os.environ["XLA_FLAGS"]
     backend.start("cpu", deterministic=True)
-    assert os.environ["XLA_FLAGS"] == once
-    assert once.split()[-1] == "--xla_cpu_multi_thread_eigen=true"
+    assert os.environ["XLA_FLAGS"] == flags
+    assert flags.split()[-1] == "--xla_cpu_multi_thread_eigen=true"

@@ -14,11 +14,11 @@ from jaxlm.device.isolated import run_isolated
         ("import sys; print(sys.stdin.read())", 60, [""], ""),
     ],
 )
-def test_what_a_process_printed_and_how_it_failed(program, limit, lines, failure):
+def test_the_output_and_the_failure_of_a_process(program, limit, lines, failure):
     assert run_isolated(["-c", program], limit) == (lines, failure)
 
 
-def test_no_platform_is_chosen_for_it_and_it_finds_the_same_modules(monkeypatch, tmp_path):
+def test_a_process_gets_the_same_modules_and_no_platform(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "only_here.py").touch()

@@ -1,7 +1,7 @@
-"""The soundness check: planted faults are caught and named, and what is sound passes.
+"""The numerics check: finds and names planted faults, and passes a device without any.
 
-The device that computes wrong is a stand-in: each operation of what it is given is run on its own, on the CPU, and the
-result of one of them is damaged. What the check gives to the CPU runs as usual.
+The faulty device is a stand-in. It runs each operation by itself on the CPU, and damages the result of one of them.
+What the check computes on the CPU runs as usual.
 """
 
 import contextlib
@@ -18,26 +18,28 @@ from jax.extend.random import threefry2x32_p
 
 from jaxlm.config import Config, ModelConfig, OptimizerConfig, SampleConfig
 from jaxlm.core import model
+from jaxlm.core.parameters import by_path
 from jaxlm.device import numerics
-from jaxlm.device.numerics import Part, check, difference, refuse_wrong, require
+from jaxlm.device.numerics import Part, allowed, check, check_small_model, difference, refuse_wrong, require
 from jaxlm.errors import RunError
 
+SIZES = {"vocab_size": 700, "context": 20, "layers": 2, "heads": 2, "width": 16, "mlp_width": 24}
 CONFIG = Config(
     batch_size=4,
     microbatch_chunks=2,
     grad_accum_steps=3,
     max_steps=60,
-    model=ModelConfig(vocab_size=700, context=20, layers=2, heads=2, width=16, mlp_width=24, precision="float32"),
+    model=ModelConfig(**SIZES, precision="float32", implementation="cpu"),
     optimizer=OptimizerConfig(warmup_steps=3),
     sample=SampleConfig(texts=3, tokens=4),
 )
 UNROLLED = replace(CONFIG, model=replace(CONFIG.model, implementation="apple", remat=False))
 CPU = jax.devices("cpu")[0]
 STAND_IN = SimpleNamespace(platform="mps", device_kind="a stand-in", client=SimpleNamespace(platform_version="1"))
-TOKENS = CONFIG.chunk_size * CONFIG.model.context  # that a weight's gradient is summed over
+TOKENS = CONFIG.chunk_size * CONFIG.model.context  # that a weight's gradient sums over
 
 
-def forms(**model):
+def with_model(**model):
     return replace(CONFIG, model=replace(CONFIG.model, **model))
 
 
@@ -45,9 +47,9 @@ def forms(**model):
 @pytest.mark.parametrize(
     "config",
     [
-        forms(precision="bf16"),
+        with_model(precision="bf16"),
         replace(
-            forms(implementation="apple", remat=False, output_init="zero", tied=False, kv_heads=1),
+            with_model(implementation="apple", remat=False, output_init="zero", tied=False, kv_heads=1),
             microbatch_chunks=1,
             grad_accum_steps=1,
             optimizer=OptimizerConfig("muon", warmup_steps=0),
@@ -55,7 +57,7 @@ def forms(**model):
     ],
     ids=["bfloat16", "unrolled, muon"],
 )
-def test_a_sound_device_passes_with_every_parameter_compared(config):
+def test_the_cpu_passes_and_every_parameter_is_compared(config):
     parts = check(config, CPU)
     assert [part for part in parts if not part.ok] == []
     names = {part.name for part in parts}
@@ -68,18 +70,18 @@ def test_a_sound_device_passes_with_every_parameter_compared(config):
 
 @contextlib.contextmanager
 def broken(primitive, damage):
-    """One operation gives damage(result, operands, parameters) instead of its result."""
-    sound = primitive.impl
+    """One operation returns damage(result, operands, parameters)."""
+    original = primitive.impl
 
     def impl(*operands, **parameters):
-        result = sound(*operands, **parameters)
+        result = original(*operands, **parameters)
         return damage(result, operands, parameters)
 
     primitive.def_impl(impl)
     try:
         yield
     finally:
-        primitive.def_impl(sound)
+        primitive.def_impl(original)
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +89,18 @@ def trained():
     return functools.cache(numerics._trained)
 
 
-def failing(monkeypatch, trained, config, kind, primitive, damage):
-    """The names of the parts that differ where the stand-in computes: of the random, sampling or training ones."""
-    sound = numerics.compute
+def failing_parts(monkeypatch, trained, config, kind, primitive, damage):
+    """The names of the parts that fail on the stand-in, of one group: random, sampling or training."""
+    original = numerics.compute
 
     def compute(function, device, *arguments):
         if device is not STAND_IN:
-            return sound(function, device, *arguments)
+            return original(function, device, *arguments)
         with jax.disable_jit(), broken(primitive, damage):
-            return sound(function, CPU, *arguments)
+            return original(function, CPU, *arguments)
 
     monkeypatch.setattr(numerics, "_trained", trained)
-    # flax draws the parameters that it is given once more, to see their shapes: not jitted, row by row
+    # flax draws the parameters again to see their shapes: slow without jit
     monkeypatch.setattr(model, "approx_normal_init", lambda key, shape, std: jnp.zeros(shape))
     for other in {"random", "sampling", "training"} - {kind}:
         monkeypatch.setattr(numerics, f"_{other}", lambda *_: ())
@@ -106,23 +108,19 @@ def failing(monkeypatch, trained, config, kind, primitive, damage):
     return {part.name for part in check(config, STAND_IN) if not part.ok}
 
 
-def unharmed(result, operands, parameters):
-    return result
-
-
-def product_over_many(result, operands, parameters):
-    """As on M1 and M2: numbers behind the operands are added, where so many are contracted."""
+def matmul_over_many(result, operands, parameters):
+    """As on M1 and M2: matmuls that contract many numbers add what lies behind the operands."""
     (axes, _), _ = parameters["dimension_numbers"]
     many = np.prod([operands[0].shape[axis] for axis in axes]) >= TOKENS
     return result + 0.01 if many else result
 
 
-def one_row_of_a_product(result, operands, parameters):
+def one_row_of_a_matmul(result, operands, parameters):
     return result.at[-1].multiply(0.5) if result.shape == (CONFIG.model.width, CONFIG.model.mlp_width) else result
 
 
 def sum_of_many(result, operands, parameters):
-    """A sum over as many numbers as there are tokens loses the last."""
+    """A sum over all tokens loses the last one."""
     (array,), axes = operands, parameters["axes"]
     many = array.shape[:1] == (TOKENS,) and axes == (0,)
     return result - array[-1] if many else result
@@ -137,7 +135,7 @@ def order(result, operands, parameters):
     return [array.at[..., :2].set(array[..., 1::-1]) for array in result]
 
 
-def place_in_the_cache(result, operands, parameters):
+def cache_position(result, operands, parameters):
     """The cached value of one head at one position."""
     cached = result.ndim == 3 and result.shape[1] == 16 + CONFIG.sample.tokens and operands[1].shape[1] == 1
     return result.at[0, 15, 0].add(1.0) if cached else result
@@ -149,7 +147,7 @@ def root_of_a_moment(result, operands, parameters):
 
 
 def cosine(result, operands, parameters):
-    """As by a range reduction that goes wrong for large angles."""
+    """As if large angles were reduced wrong."""
     return jnp.where(operands[0] > 3, 1 - result, result)
 
 
@@ -157,8 +155,8 @@ def row_of_the_embedding(result, operands, parameters):
     return result.at[0].multiply(1.5) if operands[0].ndim == 2 else result
 
 
-def share_of_the_second(result, operands, parameters):
-    """The second micro-batch's gradient is taken off the mean, not added."""
+def second_share(result, operands, parameters):
+    """The second micro-batch's gradient is subtracted from the mean."""
     return -result if result.shape == () and operands[1] == 2 else result
 
 
@@ -166,21 +164,27 @@ def share_of_the_second(result, operands, parameters):
 @pytest.mark.parametrize(
     ("config", "kind", "primitive", "damage", "named", "only"),
     [
-        (CONFIG, "training", lax.dot_general_p, unharmed, set(), "nothing"),
-        (UNROLLED, "training", lax.dot_general_p, product_over_many, {"gradient of blocks/down"}, "gradient"),
-        (CONFIG, "training", lax.dot_general_p, product_over_many, {"gradient of embedding"}, "gradient"),
-        (CONFIG, "training", lax.dot_general_p, one_row_of_a_product, {"gradient of blocks/gate"}, "gradient"),
+        (UNROLLED, "training", lax.dot_general_p, matmul_over_many, {"gradient of blocks/down"}, "gradient"),
+        (CONFIG, "training", lax.dot_general_p, matmul_over_many, {"gradient of embedding"}, "gradient"),
+        (
+            with_model(precision="bf16"),
+            "training",
+            lax.dot_general_p,
+            one_row_of_a_matmul,
+            {"gradient of blocks/gate"},
+            "gradient",
+        ),
         (CONFIG, "training", lax.reduce_sum_p, sum_of_many, {"training loss", "evaluation loss"}, ""),
         (CONFIG, "training", lax.scatter_add_p, row_of_the_embedding, {"gradient of embedding"}, "gradient of emb"),
         (CONFIG, "training", lax.sqrt_p, root_of_a_moment, {"update of embedding"}, "update of embedding"),
-        (CONFIG, "training", lax.div_p, share_of_the_second, {"gradient of norm", "gradient of embedding"}, ""),
+        (CONFIG, "training", lax.div_p, second_share, {"gradient of norm", "gradient of embedding"}, ""),
         (CONFIG, "random", threefry2x32_p, random_stream, {"random bits"}, "random bits"),
         (CONFIG, "random", lax.sort_p, order, {"sort"}, "sort"),
         (
             CONFIG,
             "sampling",
             lax.dynamic_update_slice_p,
-            place_in_the_cache,
+            cache_position,
             {f"sampling: logits after {CONFIG.sample.tokens} more tokens"},
             "sampling",
         ),
@@ -195,13 +199,27 @@ def share_of_the_second(result, operands, parameters):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_planted_fault_is_caught_and_named(monkeypatch, trained, config, kind, primitive, damage, named, only):
-    found = failing(monkeypatch, trained, config, kind, primitive, damage)
-    assert found >= named
-    assert [name for name in found if not name.startswith(only)] == []
+def test_a_planted_fault_is_found_and_named(monkeypatch, trained, config, kind, primitive, damage, named, only):
+    """All parts in `named` fail, and only parts whose names start with `only`."""
+    failing = failing_parts(monkeypatch, trained, config, kind, primitive, damage)
+    assert failing >= named
+    assert [name for name in failing if not name.startswith(only)] == []
 
 
-def test_one_row_or_column_that_is_wrong_shows_in_full():
+@pytest.mark.parametrize(
+    ("platform", "dtype", "rounding"),
+    [("cpu", "float32", 1e-4), ("cpu", "bfloat16", 0.22), ("gpu", "float32", 0.22 / 4), ("gpu", "bfloat16", 0.22)],
+)
+def test_the_limit_allows_rounding_and_finds_a_halved_row(platform, dtype, rounding):
+    limit = allowed(SimpleNamespace(platform=platform), dtype)
+    expected = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)
+    halved = expected.copy()
+    halved[7] *= 0.5
+    for actual, ok in ((halved, False), (expected * (1 + rounding), True)):
+        assert Part("gradient", difference(actual, expected), limit).ok is ok
+
+
+def test_one_wrong_row_or_column_shows_in_full():
     right = np.random.default_rng(0).normal(size=(3, 40, 1000)).astype(np.float32)
     for place in ((1, 7), (2, slice(None), 9)):
         wrong = right.copy()
@@ -214,10 +232,32 @@ def test_one_row_or_column_that_is_wrong_shows_in_full():
     assert difference(np.float32([4.0]), np.float32([2.0]), np.float32([1.0])) == pytest.approx(2, rel=1e-6)
 
 
+def test_the_small_model_compares_logits_loss_and_every_gradient(monkeypatch):
+    shapes = []
+
+    def compute(function, device, *arguments):
+        if not shapes:
+            shapes.extend(jax.tree.flatten(jax.eval_shape(function, *arguments)))
+        leaves = [np.ones(leaf.shape, np.float32) for leaf in shapes[0]]
+        if device is STAND_IN:
+            leaves[faulty] *= 0.5
+        return jax.tree.unflatten(shapes[1], leaves)
+
+    monkeypatch.setattr(numerics, "compute", compute)
+    gradients = sorted(f"gradient of {'/'.join(path)}" for path in by_path(numerics.SMALL_MODEL))
+    for index, name in enumerate(["logits", "loss", *gradients]):
+        faulty = index
+        parts = check_small_model(STAND_IN)
+        assert [part.name for part in parts] == ["logits", "loss", *gradients]
+        assert [part.name for part in parts if not part.ok] == [name]
+        assert numerics.failure(parts).startswith(f"computes wrong numbers: {name} differs by 0.5 from the CPU's")
+    assert numerics.failure(check_small_model(CPU)) == ""
+
+
 WRONG = (Part("sort", 0.0, 0.0), Part("gradient of norm", 0.5, 0.25), Part("update of norm", 0.4, 0.001))
 
 
-def test_a_device_that_passes_is_checked_once_for_its_shapes_and_versions(monkeypatch, tmp_path):
+def test_a_device_is_checked_until_it_passes_for_each_shape_and_version(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     checked = []
     monkeypatch.setattr(numerics, "check", lambda config, device: checked.append(config) or WRONG)
@@ -231,45 +271,45 @@ def test_a_device_that_passes_is_checked_once_for_its_shapes_and_versions(monkey
         require(config, STAND_IN)
     require(CONFIG, newer)
     assert checked == [CONFIG, CONFIG, CONFIG, UNROLLED, CONFIG]
-    numerics.remember(CONFIG, STAND_IN, WRONG)  # by a later check
+    numerics.remember(CONFIG, STAND_IN, WRONG)  # as a later check may find
     require(CONFIG, STAND_IN)
     monkeypatch.setenv("MLX_ENABLE_TF32", "1")
     require(CONFIG, STAND_IN)
     assert checked[5:] == [CONFIG, CONFIG]
 
 
-def test_a_device_that_raises_is_told_with_the_parts_that_it_computed(monkeypatch, trained):
+def test_a_device_that_raises_fails_with_its_other_parts_listed(monkeypatch):
     def compute(function, device, *arguments):
         if device is STAND_IN and function is jnp.sort:
             raise NotImplementedError("no rule for sort\nand more")
-        return sound(function, CPU, *arguments)
+        return original(function, CPU, *arguments)
 
-    sound = numerics.compute
+    original = numerics.compute
     monkeypatch.setattr(numerics, "compute", compute)
-    monkeypatch.setattr(numerics, "_trained", trained)
+    monkeypatch.setattr(numerics, "_trained", lambda config: None)
     monkeypatch.setattr(numerics, "_sampling", lambda *_: [Part("sampling", 0.0, 0.0)])
     monkeypatch.setattr(numerics, "_training", lambda *_: [])
     parts = check(CONFIG, STAND_IN)
     assert [(part.name, part.ok) for part in parts] == [
         ("random bits", True),
-        ("random numbers and draws", False),
+        ("random numbers", False),
         ("sampling", True),
     ]
     assert "FAILED: NotImplementedError: no rule for sort\n" in numerics.table(parts)
-    with pytest.raises(RunError, match=r"fails in the check of random numbers and draws \(NotImpl.*platform=cpu"):
+    with pytest.raises(RunError, match=r"fails in the check of random numbers \(NotImpl.*platform=cpu"):
         refuse_wrong(parts, STAND_IN)
 
 
-def test_a_device_out_of_memory_is_left_to_whoever_asked(monkeypatch, trained):
+def test_out_of_memory_is_raised(monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(numerics, "_trained", trained)
+    monkeypatch.setattr(numerics, "_trained", lambda config: None)
     monkeypatch.setattr(numerics, "compute", exhausted)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         check(CONFIG, STAND_IN)
 
 
-def test_not_a_number_is_the_furthest_off():
+def test_nan_is_the_worst_difference():
     with pytest.raises(RunError, match="embedding differs by nan"):
         refuse_wrong([*WRONG, Part("embedding", float("nan"), 0.25)], STAND_IN)

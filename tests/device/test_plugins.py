@@ -1,6 +1,6 @@
-"""Plugins that do not do what they should, stood in for by small ones that are installed for a test alone.
+"""Plugins that fail, each a small package that is installed for one test.
 
-Each registers a second CPU under the name mps, or fails to in its own way.
+It registers a second CPU client under the name mps, or fails to in its own way. Its faults do not reach the first one.
 """
 
 import os
@@ -12,65 +12,97 @@ import jax
 import pytest
 
 from jaxlm.device import backend, plugins
-from jaxlm.device.plugins import Plugin, PluginError, check_versions, choose, installed
+from jaxlm.device.plugins import Plugin, PluginError, check_versions, choose, installed, probe, verify
 from jaxlm.errors import UsageError
+from tests.tiny_run import is_one_line
 
 REPOSITORY = Path(__file__).parents[2]
+JAX, JAXLIB = plugins.version_of("jax"), plugins.version_of("jaxlib")
+MINOR = ".".join(JAXLIB.split(".")[:2])
+VERSION = f"{MINOR}.11"  # of a jax-mps that is made for this jax
+MPS = Plugin("jax_plugins.mps", "mps", "jax-mps", VERSION)
 
-SOUND = """
+PLUGIN = """
 import os, signal, time
 from jax import lax
 from jax._src.xla_bridge import make_cpu_client
 from jax.extend.backend import register_backend_factory
 from jax.interpreters import mlir
 
+clients = []
 
-def compute_instead(primitive, function):
-    lowering = mlir.lower_fun(function, multiple_results=False)
+
+def compute_instead(primitive, function, shape=None):
+    entry = mlir._platform_specific_lowerings["cpu"].get(primitive) or mlir._lowerings[primitive]
+    right, wrong = getattr(entry, "rule", entry), mlir.lower_fun(function, multiple_results=False)
+
+    def lowering(context, *operands, **parameters):
+        module = context.module_context
+        client = module.backend if hasattr(module, "backend") else module.backend_or_name
+        is_wrong = client in clients and shape in (None, context.avals_out[0].shape)
+        return (wrong if is_wrong else right)(context, *operands, **parameters)
+
     mlir.register_lowering(primitive, lowering, platform="cpu")
 
 
 def start():
-    return make_cpu_client()
+    clients.append(make_cpu_client())
+    return clients[0]
 
 
 def initialize():
     register_backend_factory("mps", start, priority=500, fail_quietly=False)
 """
-START, INITIALIZE = "    return make_cpu_client()", '    register_backend_factory("mps", start'
-BEFORE_INITIALIZING = "def initialize():\n"
-UNFIT = {
-    "import": ("import os", "raise ImportError('no library')\nimport os", "ImportError: no library"),
-    "initialize": (BEFORE_INITIALIZING, BEFORE_INITIALIZING + "    raise OSError('no\\nMetal')\n", "OSError: no Metal"),
-    "start": (START, "    raise RuntimeError('no queue')", "RuntimeError: .*no queue"),
-    "no device": (BEFORE_INITIALIZING, BEFORE_INITIALIZING + "    return\n", "finds no device"),
-    "exit": (START, "    print('lost\\n\\n', flush=True); os._exit(3)", "which ended with status 3 after 'lost'"),
-    "exit, 0": (START, "    os._exit(0)", "crashes: no answer"),
-    "segmentation fault": (START, "    os.kill(os.getpid(), signal.SIGSEGV)", "crashes: .* by SIGSEGV"),
-    "wrong logits": (START, f"    compute_instead(lax.rsqrt_p, lambda x, **_: 1.1 / lax.sqrt(x))\n{START}", "logits"),
-    "wrong loss": (START, f"    compute_instead(lax.max_p, lambda x, y: x)\n{START}", "loss"),
+START, INITIALIZE = "def start():\n", "def initialize():\n"
+
+
+def faulty(where: str, code: str) -> str:
+    """The plugin with code at the start of a function."""
+    assert PLUGIN.count(where) == 1
+    return PLUGIN.replace(where, f"{where}    {code}\n")
+
+
+FAULTS = {
+    "initialize": (faulty(INITIALIZE, "raise OSError('no\\nMetal')"), "raises OSError: no Metal"),
+    "start": (faulty(START, "raise RuntimeError('no queue')"), "raises RuntimeError: .*no queue"),
+    "no device": (faulty(INITIALIZE, "return"), "finds no device"),
+}
+SLOW_FAULTS = {
+    "exit": (faulty(START, "print('lost\\n\\n', flush=True); os._exit(3)"), "ended with status 3 after 'lost'"),
     "wrong gradient": (
-        START,
-        f"    compute_instead(lax.scatter_add_p, lambda x, *_, **__: x)\n{START}",
-        "computes wrong: the gradient of a small model's embedding",
+        faulty(START, "compute_instead(lax.scatter_add_p, lambda x, *_, **__: x)"),
+        "computes wrong numbers: gradient of embedding differs by .* from the CPU's, 0.1 is allowed$",
+    ),
+    "import": (f"raise ImportError('no library')\n{PLUGIN}", "raises ImportError: no library"),
+    "exit, 0": (faulty(START, "os._exit(0)"), "crashes: no answer"),
+    "segmentation fault": (faulty(START, "os.kill(os.getpid(), signal.SIGSEGV)"), "crashes: .* by SIGSEGV"),
+    "wrong logits": (
+        faulty(
+            START, "compute_instead(lax.dot_general_p, lambda x, y, **_: lax.full((2, 24, 257), 0.0), (2, 24, 257))"
+        ),
+        "computes wrong numbers: logits differs",
+    ),
+    "wrong loss": (
+        faulty(START, "compute_instead(lax.max_p, lambda x, y: x)"),
+        "computes wrong numbers: loss differs",
     ),
 }
 
 
 @pytest.fixture(autouse=True)
-def own_place(tmp_path, monkeypatch):
-    """Nothing is remembered, and what is left out is so for one test."""
+def isolate(tmp_path, monkeypatch):
+    """Gives each test an empty cache, and restores the modules of the plugins that it disables."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "modules", sys.modules.copy())
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Has a distribution be found, and its plugin if it is given one."""
+    """Installs a distribution, with a plugin if its name is given."""
     site = tmp_path / "site"
     monkeypatch.syspath_prepend(str(site))
 
-    def install(name: str, version: str, plugin: str = "", source: str = SOUND) -> None:
+    def install(name: str, version: str, plugin: str = "", source: str = PLUGIN) -> None:
         information = site / f"{name.replace('-', '_')}-{version}.dist-info"
         information.mkdir(parents=True)
         (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -93,15 +125,15 @@ print(device.client is not jax.devices("cpu")[0].client, jax.numpy.arange(3).sum
 
 
 def start(platform: str, tmp_path: Path, limit: float = 600) -> tuple[str, str]:
-    """What a command prints that starts on a platform, beside what is installed: on stdout and on stderr."""
-    usual = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    environment = usual | {"PYTHONPATH": f"{tmp_path / 'site'}:{REPOSITORY}"}
+    """Starts a platform in a new process; returns whether a plugin computed, and the process's stderr."""
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment = inherited | {"PYTHONPATH": f"{tmp_path / 'site'}:{REPOSITORY}"}
     command = [sys.executable, "-c", PROGRAM, platform, str(limit)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return done.stdout, done.stderr
 
 
-def test_nothing_is_run_where_there_is_no_plugin(monkeypatch, capsys):
+def test_no_process_starts_without_a_plugin(monkeypatch, capsys):
     monkeypatch.setattr(plugins, "installed", lambda: [])
     monkeypatch.setattr(subprocess, "Popen", None)
     assert choose("auto") == choose("cpu") == ("cpu", "")
@@ -111,7 +143,7 @@ def test_nothing_is_run_where_there_is_no_plugin(monkeypatch, capsys):
             choose(platform)
 
 
-def test_plugins_are_found_by_their_entry_points_and_by_their_modules(install, tmp_path):
+def test_entry_points_and_modules_are_plugins(install, tmp_path):
     install("jax-metal", "0.1.1", "metal_plugin")
     install("jax-cuda13-plugin", "0.11.2", "xla_cuda13")
     install("jax-graft", "1.0", "MTL")
@@ -119,8 +151,7 @@ def test_plugins_are_found_by_their_entry_points_and_by_their_modules(install, t
     (tmp_path / "site" / "jax_plugins" / "iree_metal" / "__init__.py").touch()
     install("jax-mps", "0.10.11", "mps")
     install("another", "1.0", "abacus")
-    found = [(plugin.module.removeprefix("jax_plugins."), plugin.platform, str(plugin)) for plugin in installed()]
-    assert found == [
+    assert [(plugin.module.removeprefix("jax_plugins."), plugin.platform, str(plugin)) for plugin in installed()] == [
         ("xla_cuda13", "cuda", "jax-cuda13-plugin 0.11.2"),
         ("mps", "mps", "jax-mps 0.10.11"),
         ("MTL", "metal", "jax-graft 1.0"),
@@ -130,51 +161,76 @@ def test_plugins_are_found_by_their_entry_points_and_by_their_modules(install, t
     ]
 
 
-@pytest.mark.parametrize("way", UNFIT)
-def test_an_unfit_plugin_is_named_with_the_versions_and_what_it_did(install, way):
-    sound, instead, what = UNFIT[way]
-    assert SOUND.count(sound) == 1
-    install("jax-mps", "0.10.11", "mps", SOUND.replace(sound, instead))
-    version = plugins.version_of("jax")
-    with pytest.raises(UsageError, match=rf"jax-mps 0\.10\.11 \(with jax {version}, jaxlib {version}\).*{what}"):
-        choose("mps")
+def check_fault(install, source, message):
+    install("jax-mps", VERSION, "mps", source)
+    with pytest.raises(PluginError, match=message):
+        verify(MPS)
+    assert not list(plugins.user_cache.directory().iterdir())
 
 
-def test_a_plugin_that_hangs_is_left_out_and_the_cpu_computes(install, tmp_path):
-    install(
-        "jax-mps", "0.10.11", "mps", SOUND.replace(BEFORE_INITIALIZING, f"{BEFORE_INITIALIZING}    time.sleep(600)\n")
-    )
-    out, err = start("auto", tmp_path, limit=3)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_plugin_is_refused(install, fault):
+    check_fault(install, *FAULTS[fault])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", SLOW_FAULTS)
+def test_other_faulty_plugins_are_refused(install, fault):
+    check_fault(install, *SLOW_FAULTS[fault])
+
+
+@pytest.mark.parametrize(
+    ("lines", "failure", "message"),
+    [
+        (["lost", "", ""], "ended with status 3", "ended with status 3 after 'lost'"),
+        ([], "", "crashes: no answer"),
+        (["[1]"], "", "crashes: no answer after '\\[1\\]'"),
+        (["a"], "crashes: its process ended by SIGSEGV", "crashes: its process ended by SIGSEGV after 'a'"),
+        (["", '{"name": "mps", "failure": "computes wrong numbers"}'], "", "computes wrong numbers"),
+    ],
+)
+def test_a_failed_probe_says_what_happened(monkeypatch, lines, failure, message):
+    monkeypatch.setattr(plugins, "run_isolated", lambda *_: (lines, failure))
+    with pytest.raises(PluginError, match=f"^{message}$"):
+        probe(MPS)
+
+
+def test_a_hanging_plugin_is_left_out_and_the_cpu_computes(install, tmp_path):
+    install("jax-mps", VERSION, "mps", faulty(INITIALIZE, "time.sleep(600)"))
+    out, err = start("auto", tmp_path, limit=1)
     assert out == "False 3\n"
-    assert err.count("\n") == 1
-    assert "Computing without jax-mps 0.10.11" in err
-    assert "hangs" in err
+    assert (
+        err == f"Computing without jax-mps {VERSION} (with jax {JAX}, jaxlib {JAXLIB}), which hangs: no end after 1 s\n"
+    )
 
 
-def test_the_cpu_is_had_without_a_look_at_the_plugins(install, tmp_path):
-    install("jax-mps", "0.10.11", "mps", SOUND.replace("import os", "import os\nos._exit(1)\nimport os"))
+def test_the_cpu_needs_no_plugin(install, tmp_path):
+    install("jax-mps", VERSION, "mps", f"import os\nos._exit(1)\n{PLUGIN}")
     assert start("cpu", tmp_path) == ("False 3\n", "")
 
 
-def test_a_fit_plugin_is_tried_once_for_each_version_of_it(install, tmp_path):
-    noting = f"    open({str(tmp_path / 'starts')!r}, 'a').write('.')\n"
-    install("jax-mps", "0.10.11", "mps", SOUND.replace(BEFORE_INITIALIZING, BEFORE_INITIALIZING + noting))
-    for platform, starts in (("auto", 2), ("auto", 3), ("mps", 4)):  # the first time the trial's and the command's own
-        assert start(platform, tmp_path) == ("True 3\n", "")
-        assert (tmp_path / "starts").read_text() == "." * starts
-    (information,) = (tmp_path / "site").glob("*.dist-info")
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: jax-mps\nVersion: 0.10.12\n")
-    assert start("auto", tmp_path) == ("True 3\n", "")
-    assert (tmp_path / "starts").read_text() == "." * 6
+def test_a_plugin_is_probed_once_for_each_version(monkeypatch):
+    probed = []
+    monkeypatch.setattr(plugins, "probe", lambda plugin: probed.append(plugin) or "mps")
+    newer = MPS._replace(version=f"{MINOR}.12")
+    for plugin in (MPS, MPS, newer, newer, MPS):
+        assert verify(plugin) == "mps"
+    assert probed == [MPS, newer]
+    assert verify(MPS, refresh=True) == "mps"
+    assert probed == [MPS, newer, MPS]
+    version_of = plugins.version_of
+    monkeypatch.setattr(plugins, "version_of", lambda name: "2.0" if name == "jaxlm" else version_of(name))
+    assert verify(MPS) == "mps"
+    assert probed == [MPS, newer, MPS, MPS]
 
 
-def test_the_first_fit_plugin_is_taken_and_unfit_ones_are_tried_anew(monkeypatch, capsys):
+def test_the_first_plugin_that_passes_is_chosen_and_a_failure_is_not_cached(monkeypatch, capsys):
     cuda, mps, metal = (Plugin(f"jax_plugins.{name}", name, f"jax-{name}", "1") for name in ("cuda", "mps", "metal"))
     monkeypatch.setattr(plugins, "installed", lambda: [cuda, mps, metal])
-    tried = []
+    probed = []
 
     def probe(plugin):
-        tried.append(plugin)
+        probed.append(plugin)
         if plugin == cuda:
             raise PluginError("finds no device")
         return plugin.platform.upper()
@@ -185,53 +241,87 @@ def test_the_first_fit_plugin_is_taken_and_unfit_ones_are_tried_anew(monkeypatch
         assert choose("auto")[0] == "MPS"
         assert "Computing without jax-cuda 1" in capsys.readouterr().err
     assert choose("metal")[0] == "METAL"
-    with pytest.raises(UsageError, match=r"jax-cuda 1 .* finds no device"):
+    with pytest.raises(UsageError, match=rf"jax-cuda 1 \(with jax {JAX}, jaxlib {JAXLIB}\), which finds no device"):
         choose("cuda")
-    assert tried == [cuda, mps, cuda, metal, cuda]
+    assert probed == [cuda, mps, cuda, metal, cuda]
 
 
-def test_jax_metal_may_try_what_it_is_made_for(install):
+def test_a_plugin_that_passed_and_no_longer_starts_is_named(install, tmp_path):
+    broken, starts = tmp_path / "broken", tmp_path / "starts"
+    code = (
+        f"if os.path.exists({str(broken)!r}): raise RuntimeError('no queue')\n    open({str(starts)!r}, 'a').write('.')"
+    )
+    install("jax-mps", VERSION, "mps", faulty(START, code))
+    assert start("auto", tmp_path) == ("True 3\n", "")
+    assert starts.read_text() == ".."  # the probe, then the command
+    broken.touch()
+    out, err = start("auto", tmp_path)
+    assert out == "False 3\n"
+    assert f"Computing without jax-mps {VERSION} (with jax {JAX}, jaxlib {JAXLIB}), which does not start" in err
+    assert "no queue" in err
+
+
+METAL = Plugin("jax_plugins.metal_plugin", "metal", "jax-metal", "0.1.1")
+
+
+def test_jax_metal_is_made_for_one_jax(install):
     install("jax", "0.4.34")
     install("jaxlib", "0.4.34")
-    assert check_versions(Plugin("jax_plugins.metal_plugin", "metal", "jax-metal", "0.1.1")) is None
+    check_versions(METAL)
 
 
-OTHERS = ["0.4.33", "0.4.35", "0.5.0", "0.10.2", "1.0"]
-
-
-@pytest.mark.parametrize(("jax", "jaxlib"), [*zip(OTHERS, OTHERS, strict=True), ("0.4.34", "0.4.35")])
+@pytest.mark.parametrize(("jax", "jaxlib"), [("0.4.33", "0.4.33"), ("0.10.2", "0.10.2"), ("0.4.34", "0.4.35")])
 def test_jax_metal_is_refused_beside_any_other_jax(install, monkeypatch, jax, jaxlib):
     install("jax-metal", "0.1.1", "metal_plugin")
     install("jax", jax)
     install("jaxlib", jaxlib)
     monkeypatch.setattr(subprocess, "Popen", None)
-    with pytest.raises(
-        UsageError, match=rf"jax-metal 0\.1\.1 \(with jax {jax}, jaxlib {jaxlib}\).* jax==0\.4\.34"
-    ) as caught:
+    message = rf"^jax-metal 0\.1\.1 \(with jax {jax}, jaxlib {jaxlib}\), which .* jax==0\.4\.34 jaxlib==0\.4\.34"
+    with pytest.raises(UsageError, match=message) as caught:
         choose("metal")
-    assert len(str(caught.value).splitlines()) == 1
+    assert is_one_line(caught.value)
 
 
-def test_jax_metal_is_refused_where_the_environment_names_its_platform_too(install, monkeypatch):
-    install("jax-metal", "0.1.1", "metal_plugin")
-    install("jax", "0.10.2")
+@pytest.mark.parametrize(("version", "jaxlib"), [("0.10.11", "0.10.0"), ("0.10.11", "0.10.2"), ("0.11.1", "0.11.3")])
+def test_jax_mps_is_made_for_one_minor_version_of_jaxlib(install, version, jaxlib):
+    install("jaxlib", jaxlib)
+    check_versions(MPS._replace(version=version))
+
+
+@pytest.mark.parametrize(
+    ("version", "jaxlib", "pins"),
+    [
+        ("0.10.11", "0.11.2", "jax-mps==0.11.1"),
+        ("0.11.1", "0.10.2", "jax-mps==0.10.11"),
+        ("0.11.1", "0.12.0", "jax-mps==0.11.1 'jax==0.11.*' 'jaxlib==0.11.*'"),
+        ("0.10.11", "0.4.34", "jax-mps==0.10.11 'jax==0.10.*' 'jaxlib==0.10.*'"),
+        ("0.1.1", "0.12.0", "jax-mps==0.11.1 'jax==0.11.*' 'jaxlib==0.11.*'"),
+    ],
+)
+def test_jax_mps_is_refused_beside_any_other_jaxlib(install, monkeypatch, version, jaxlib, pins):
+    install("jax-mps", version, "mps")
+    install("jax", jaxlib)
+    install("jaxlib", jaxlib)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(UsageError) as caught:
+        choose("mps")
+    versions = f"jax-mps {version} (with jax {jaxlib}, jaxlib {jaxlib})"
+    assert str(caught.value).startswith(f"{versions}, which is made for another jaxlib: pip install {pins}, or try ")
+    assert is_one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "module", "platform", "pin"),
+    [("jax-metal", "0.1.1", "metal_plugin", "METAL", "jax==0.4.34"), ("jax-mps", "0.1.1", "mps", "mps", "jax-mps==")],
+)
+def test_versions_are_checked_if_the_environment_names_the_platform(install, name, version, module, platform, pin):
+    install(name, version, module)
+    install("jax", "0.11.0")
+    install("jaxlib", "0.11.0")
     before = jax.config.jax_platforms
-    jax.config.update("jax_platforms", "METAL")
+    jax.config.update("jax_platforms", platform)
     try:
-        with pytest.raises(UsageError, match=r"jax-metal 0\.1\.1 \(with jax 0\.10\.2,.*JAX_PLATFORMS.* jax==0\.4\.34"):
+        with pytest.raises(UsageError, match=rf"^{name} {version} \(with jax 0\.11\.0,.*JAX_PLATFORMS.* {pin}"):
             backend.start("auto")
     finally:
         jax.config.update("jax_platforms", before)
-
-
-def test_a_plugin_that_was_fit_and_does_not_start_is_named_with_the_versions(install, tmp_path):
-    broken = tmp_path / "broken"
-    failing = f"    if os.path.exists({str(broken)!r}):\n        raise RuntimeError('no queue')\n{START}"
-    install("jax-mps", "0.10.11", "mps", SOUND.replace(START, failing))
-    assert start("auto", tmp_path) == ("True 3\n", "")
-    broken.touch()
-    out, err = start("auto", tmp_path)
-    assert out == "False 3\n"
-    version = plugins.version_of("jax")
-    assert f"Computing without jax-mps 0.10.11 (with jax {version}, jaxlib {version}), which does not start" in err
-    assert "no queue" in err
