@@ -167,9 +167,8 @@ def test_the_benchmark_of_an_unsound_device_is_shown_but_not_cached(monkeypatch,
     device = SimpleNamespace(platform="mps", device_kind="an M2", client=SimpleNamespace(platform_version="1"))
     monkeypatch.setattr(backend, "start", lambda *arguments: device)
     monkeypatch.setattr(numerics, "require", refuse)
-    config = PRESET
     for _ in range(2):
-        planned_run = report.make_plan(config, tmp_path, True, lambda *_: None)
+        planned_run = report.make_plan(PRESET, tmp_path, None, lambda *_: None)
         assert planned_run["speed"]["measured_tokens_per_step"] == 4 * 1024
         assert "A run would be refused: an M2 computes wrong numbers" in tables.tables(planned_run, datetime.now())
     assert len(benchmark_calls) == 2
