@@ -211,7 +211,12 @@ def test_a_work_directory_that_cannot_be_written_is_a_failure_of_one_line(workdi
 
 
 @pytest.mark.parametrize(
-    ("room", "message"), [(200, "full-200"), (4_000, "full-4000"), (20_000, "step 3 is not saved")]
+    ("room", "message"),
+    [
+        (200, "full-200"),
+        pytest.param(4_000, "full-4000", marks=pytest.mark.slow),
+        (20_000, "step 3 is not saved"),
+    ],
 )
 def test_a_full_disk_is_a_failure_of_one_line(room, message, caplog):
     """Whether there is no room for the settings, the metrics or a checkpoint."""

@@ -1,25 +1,20 @@
 """Estimates compared with numbers computed by hand and with a simulation of the run, step by step."""
 
 import dataclasses
-from types import SimpleNamespace
 
-import jax
 import pytest
 
 from configs import m2_60m
 from jaxlm.config import Config, ModelConfig, from_config_dict
-from jaxlm.core.train_step import init_state
-from jaxlm.device.backend import APPLE, resolve_run
 from jaxlm.planner import estimate
 from jaxlm.planner.estimate import Timings
-from jaxlm.run.memory import compile_step, least_memory, step_memory
 
 PRESET = from_config_dict(m2_60m.get_config())
 SMALL = dataclasses.replace(
     Config(),
     batch_size=4,
     microbatch_chunks=2,
-    model=ModelConfig(vocab_size=300, context=16, layers=1, heads=2, width=16, mlp_width=24, precision="float32"),
+    model=ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, mlp_width=24, precision="float32"),
 )
 
 
@@ -36,46 +31,6 @@ def test_an_untied_head_is_a_part_and_its_embedding_needs_no_flops():
     untied = dataclasses.replace(tied, tied=False)
     assert estimate.parameters_by_part(untied) == estimate.parameters_by_part(tied) | {"head": 4800}
     assert estimate.flops_per_token(untied) == estimate.flops_per_token(tied)
-
-
-def test_least_memory_of_the_preset_by_hand():
-    least = least_memory(PRESET)
-    weights = 4 * 59_294_720
-    assert (least.weights, least.accumulated, least.gradients) == (weights,) * 3
-    assert least.moments == pytest.approx(2 * weights, abs=100)  # and counters
-    assert least.checkpoint_copy == pytest.approx(3 * weights, abs=100)
-    assert least.temporaries == 0
-
-
-@pytest.mark.parametrize("loops", ["compiled", "unrolled"])
-def test_memory_of_a_step_holds_state_gradients_and_residual_stream(loops):
-    config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, loops=loops, remat=False))
-    memory = step_memory(config, compile_step(config))
-    state = jax.eval_shape(lambda: init_state(config))
-    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
-    residual_stream = config.model.layers * config.chunk_size * 16 * 16 * 4
-    assert memory.step > state_bytes + gradients + residual_stream
-
-
-def test_fewer_chunks_need_more_memory():
-    config = dataclasses.replace(SMALL, batch_size=64)
-    many, one = (
-        step_memory(other, compile_step(other)).temporaries
-        for other in (dataclasses.replace(config, microbatch_chunks=chunks) for chunks in (64, 1))
-    )
-    assert many < one / 8
-
-
-def test_an_apple_gpu_reuses_no_buffer_so_an_update_holds_two_states():
-    config = resolve_run(SMALL, SimpleNamespace(platform=APPLE[0]))
-    memory = step_memory(config, compile_step(config))
-    assert memory.step >= 2 * (memory.weights + memory.moments + memory.accumulated) + memory.gradients
-
-
-def test_without_an_analysis_there_is_no_step_memory():
-    assert step_memory(SMALL, SimpleNamespace()) is None
-    assert step_memory(SMALL, SimpleNamespace(memory_analysis=lambda: None)) is None
 
 
 SECONDS = Timings(5.0, 0.75, 0.5, 4.0, 0.25, 0.125, 2.0, 1.5)
