@@ -301,16 +301,16 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
 def with_new_names(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings as nested dicts, with the names and values of OLD_NAMES replaced.
 
-    Where a setting is given under both names, the old one wins: the other is a default.
+    If a setting is given under both names, the old one wins, because the other may be a default.
 
     Args:
-        settings: nested mapping of settings.
-        prefix: the name of the group that `settings` are in, with a dot; empty for all settings.
+        settings: all settings, or those of one group.
+        prefix: the group's name with a dot; empty for all settings.
     """
     renamed, old = {}, {}
     for name, value in settings.items():
         full_name = f"{prefix}{name}"
-        if _is_group(value):
+        if not prefix and _is_group(value):
             renamed[name] = with_new_names(value, f"{full_name}.")
         elif full_name in OLD_NAMES:
             old[OLD_NAMES[full_name].removeprefix(prefix)] = _new_value(full_name, value)

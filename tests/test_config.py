@@ -343,9 +343,16 @@ def test_a_renamed_setting_exists_and_stays_in_its_group(old):
     assert OLD_NAMES[old].rpartition(".")[0] == old.rpartition(".")[0]
 
 
-def test_settings_are_refused_that_hold_a_group_under_an_old_name():
-    assert_refused({"model": {"dtype": {}}}, "model.dtype", "model.precision")
-    assert_refused({"model": {"dtype": [1]}}, "model.precision")
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"slices": {}}, "microbatch_chunks"),
+        ({"model": {"dtype": {}}}, "model.precision"),
+        ({"model": {"dtype": [1]}}, "model.precision"),
+    ],
+)
+def test_a_value_of_another_type_under_an_old_name_is_refused(wrong, named):
+    assert_refused(wrong, named)
 
 
 def test_the_page_of_settings_is_that_of_the_code():

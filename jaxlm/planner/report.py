@@ -145,20 +145,12 @@ def _speed(config: Config, benchmark: BenchmarkResult, timings: Timings) -> dict
     flops = estimate.flops_per_token(config.model)
     return {
         "tokens_per_second": rate,
-        "step_seconds": timings.step,
         "step_fast_seconds": timings.step * benchmark.step_fast / benchmark.step,
         "step_slow_seconds": timings.step * benchmark.step_slow / benchmark.step,
         "measured_tokens_per_step": benchmark.batch_size * benchmark.grad_accum_steps * config.model.context,
         "matmul_flops_per_second": benchmark.flops_per_second,
         "utilisation": rate * flops / benchmark.flops_per_second,
-        "start_seconds": timings.start,
-        "evaluation_seconds": timings.evaluation,
-        "last_evaluation_seconds": timings.last_evaluation,
-        "samples_seconds": timings.samples,
-        "save_seconds": timings.save,
-        "saving_seconds": timings.saving,
-        "end_seconds": timings.end,
-    }
+    } | {f"{name}_seconds": seconds for name, seconds in dataclasses.asdict(timings).items()}
 
 
 def _disk(
