@@ -214,19 +214,6 @@ def test_a_run_that_does_not_fit_is_not_measured_and_gets_advice(capsys, monkeyp
     assert setting(10_000, "--config.model.remat=false") is None
 
 
-def test_faster_settings_are_named_on_a_gpu_with_room(monkeypatch):
-    gpu = SimpleNamespace(platform="gpu")
-    replace_memory(monkeypatch, lambda c: Memory(0, 0, 0, 0, 100 * c.chunk_size + c.model.remat, 0))
-
-    def better(chunks, remat, room):
-        model = dataclasses.replace(PRESET.model, remat=remat)
-        config = dataclasses.replace(PRESET, microbatch_chunks=chunks, model=model)
-        return memory.better_setting(config, gpu, room, memory.memory_of(config, gpu, None), lambda *_: None)
-
-    assert better(8, True, 1700) == {"microbatch_chunks": 2, "remat": False, "arrays_bytes": 1600, "fits": True}
-    assert better(1, False, 3300) is None
-
-
 @pytest.mark.parametrize("step", [0.01, 2.0, 3000.0])
 def test_tables_fit_80_columns_without_control_characters(capsys, monkeypatch, fixed_memory, step):
     slow = dataclasses.replace(BENCHMARK, step=step, step_fast=step, step_slow=step * 1.1)
