@@ -24,7 +24,8 @@ FIXED = {"fixed": True}
 PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
 PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
 
-# settings of older config files and checkpoints: their present names, and the present names of their values
+# Names of settings in old config files and checkpoints, and their present names. If several have one present name, the
+# last in this order wins.
 OLD_NAMES = {
     "slices": "microbatch_chunks",
     "max_skipped": "max_nonfinite_microbatches",
@@ -36,7 +37,10 @@ OLD_NAMES = {
     "data.validation": "data.val_fraction",
     "data.eval_windows": "data.eval_sequences",
 }
-OLD_VALUES = {"model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"}}
+# Old values of those settings, and their present values. None: the setting keeps its default.
+OLD_VALUES: dict[str, dict[str, str | None]] = {
+    "model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"},
+}
 
 PROMPTS = (
     "Once upon a time",
@@ -298,29 +302,28 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
     return _build(Config, with_new_names(settings), "")
 
 
-def with_new_names(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def with_new_names(settings: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """The settings as nested dicts, with the names and values of OLD_NAMES replaced.
 
     If a setting is given under both names, the old one wins, because the other may be a default.
 
     Args:
         settings: all settings, or those of one group.
-        prefix: the group's name with a dot; empty for all settings.
+        group: the group's name; empty for all settings.
     """
-    renamed, old = {}, {}
-    for name, value in settings.items():
-        full_name = f"{prefix}{name}"
-        if not prefix and _is_group(value):
-            renamed[name] = with_new_names(value, f"{full_name}.")
-        elif full_name in OLD_NAMES:
-            old[OLD_NAMES[full_name].removeprefix(prefix)] = _new_value(full_name, value)
-        else:
-            renamed[name] = value
-    return renamed | old
-
-
-def _new_value(old_name: str, value: Any) -> Any:
-    return OLD_VALUES.get(old_name, {}).get(value, value) if isinstance(value, str) else value
+    renamed = {
+        name: with_new_names(value, name) if not group and _is_group(value) else value
+        for name, value in settings.items()
+    }
+    for old, new in OLD_NAMES.items():
+        old_group, _, old_name = old.rpartition(".")
+        if old_group == group and old_name in renamed:
+            value = renamed.pop(old_name)
+            if isinstance(value, str):
+                value = OLD_VALUES.get(old, {}).get(value, value)
+            if value is not None:
+                renamed[new.rpartition(".")[2]] = value
+    return renamed
 
 
 def _is_group(value: Any) -> bool:
@@ -337,6 +340,7 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
     arguments = {}
     for name, value in settings.items():
         check_name(prefix + name)
+        _require(name in kinds, f"unknown setting {prefix}{name}: put it into its group")
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
             _require(_is_group(value), f"{prefix}{name} must be a group")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import document_config
+from jaxlm import config as config_module
 from jaxlm.config import OLD_NAMES, Config, check_name, default_config, differences, from_config_dict, to_dict
 from jaxlm.errors import UsageError
 
@@ -341,6 +342,21 @@ def test_a_wrong_value_under_an_old_name_is_refused_under_the_new_one():
 def test_a_renamed_setting_exists_and_stays_in_its_group(old):
     check_name(OLD_NAMES[old])
     assert OLD_NAMES[old].rpartition(".")[0] == old.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("wrong", [{"model.width": 512}, {"model.hidden": 512}, {"data": {"slices": 1}}])
+def test_a_name_outside_its_group_is_refused(wrong):
+    assert_refused(wrong, *wrong)
+
+
+def test_an_old_value_may_leave_the_default_and_the_last_old_name_wins(monkeypatch):
+    old_names = {"data.first": "data.corpus", "data.second": "data.corpus"}
+    monkeypatch.setattr(config_module, "OLD_NAMES", old_names)
+    monkeypatch.setattr(config_module, "OLD_VALUES", {"data.second": {"auto": None}})
+    for values, corpus in (("ab", "b"), (("a", "auto"), "a"), (("a", None), "a")):
+        for order in (1, -1):
+            group = dict(list(zip(("first", "second"), values, strict=True))[::order])
+            assert from_config_dict({"data": group}).data.corpus == corpus
 
 
 @pytest.mark.parametrize(
