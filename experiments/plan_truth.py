@@ -1,14 +1,14 @@
-"""What `python -m jaxlm.plan` says of a run of 200 steps, beside that run:
+"""Compares the plan of a run of 200 steps with that run:
 
-    python -m experiments.plan_truth [--platform auto] [--tokens DIR]
+    python -m experiments.plan_truth [--platform auto] [--tokens DIR] [--repeat N]
 
 The run evaluates five times, samples four times, saves five times and deletes two checkpoints. On an NVIDIA GPU it is
-the 60M preset, elsewhere the quickstart, whose 200 steps take a minute on two CPU cores. Both programs are started as
-a person would, one after the other, the plan with nothing remembered; the compilation cache is empty before it. The
-tokens are random, unless `--tokens` names a directory of train.bin and val.bin.
+the 60M preset, elsewhere the quickstart, whose 200 steps take a minute on two CPU cores. The plan and the run start as
+processes, one after the other, with empty caches. The tokens are random, unless `--tokens` names a directory with
+train.bin and val.bin.
 
-Memory is the peak of the resident set, on an NVIDIA GPU the allocator's; time is from the start of the process to its
-end; disk is what the files in the work directory add up to. `--repeat` takes both in turns so many times.
+Memory is the peak resident set size, on an NVIDIA GPU the allocator's peak. Time is from the start of the process to
+its end. Disk is the size of all files in the work directory. `--repeat` repeats the comparison.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TRAIN_TOKENS, VAL_TOKENS = 2_000_000, 200_000
 
 
 def child(argv: list[str]) -> None:
-    """The training command, and what it took, as the last line."""
+    """Runs the training command and prints its end and its peak memory as the last line."""
     import jax
 
     from jaxlm.main import main
@@ -45,7 +45,7 @@ def child(argv: list[str]) -> None:
 
 
 def run(words: list[str], cache: Path) -> str:
-    """Runs Python with this cache; gives what it printed."""
+    """Runs Python with this cache; returns its output."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True)
@@ -64,7 +64,7 @@ def random_tokens(directory: Path, vocab_size: int) -> Path:
 
 
 def compare(words: list[str], workdir: Path, cache: Path) -> tuple[dict[str, tuple[float, float]], dict[str, Any]]:
-    """Plans and runs; gives (predicted, real) of memory in MB, time in seconds and disk in MB, and the plan."""
+    """Plans and runs. Returns (predicted, real) for memory in MB, time in s and disk in MB; and the plan."""
     words = [*words, "--workdir", str(workdir)]
     plan = json.loads(run(["-m", "jaxlm.plan", "--json", *words], cache))
     if plan["not_measured_because"]:
@@ -80,13 +80,13 @@ def compare(words: list[str], workdir: Path, cache: Path) -> tuple[dict[str, tup
 
 
 def has_nvidia(platform: str) -> bool:
-    """Whether the run will be on an NVIDIA GPU; asks a process of its own, so that this one keeps off the device."""
+    """Whether the run uses an NVIDIA GPU. Another process asks jax, because the device must stay free."""
     if platform != "auto":
         return platform == "cuda"
-    told = subprocess.run(
+    answer = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"], stdout=subprocess.PIPE, text=True
     )
-    return told.stdout.split()[-1:] == ["gpu"]
+    return answer.stdout.split()[-1:] == ["gpu"]
 
 
 def main() -> None:
@@ -99,17 +99,17 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="plan-truth-"))
     tokens = args.tokens or random_tokens(place / "tokens", vocab_size)
     settings = INTERVALS | {"max_steps": STEPS, "platform": args.platform, "data.dir": tokens, "data.corpus": ""}
-    words = ["--config", f"configs/{name}.py", *(f"--config.{key}={value}" for key, value in settings.items())]
-    for turn in range(args.repeat):
-        found, plan = compare(words, place / f"run-{turn}", place / f"cache-{turn}")
+    words = ["--config", name, *(f"--config.{key}={value}" for key, value in settings.items())]
+    for repetition in range(args.repeat):
+        results, plan = compare(words, place / f"run-{repetition}", place / f"cache-{repetition}")
         machine = plan["machine"]
-        print(f"configs/{name}.py, {STEPS} steps, {machine['precision']} on {machine['device']}, jax {machine['jax']}")
-        print("| | predicted | real | predicted too much by | bound |\n|---|---|---|---|---|")
-        for what, (predicted, real) in found.items():
+        print(f"{name}, {STEPS} steps, {machine['precision']} on {machine['device']}, jax {machine['jax']}")
+        print("| | predicted | real | error of the prediction | bound |\n|---|---|---|---|---|")
+        for what, (predicted, real) in results.items():
             unit = "s" if what == "time" else "MB"
-            wrong = f"{predicted / real - 1:+.1%}"
+            error = f"{predicted / real - 1:+.1%}"
             print(
-                f"| {what} | {predicted:,.1f} {unit} | {real:,.1f} {unit} | {wrong} | {BOUNDS[what]:.0%} |", flush=True
+                f"| {what} | {predicted:,.1f} {unit} | {real:,.1f} {unit} | {error} | {BOUNDS[what]:.0%} |", flush=True
             )
         print(json.dumps(plan["speed"] | plan["memory"]), file=sys.stderr)
 

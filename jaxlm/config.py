@@ -1,8 +1,10 @@
-"""Every setting of a run: its name, its default, its bounds. The one home of each.
+"""The settings of a run: names, defaults, bounds.
 
-A config file builds an `ml_collections.ConfigDict` (from `default_config()`), flags override it, and
-`from_config_dict` turns the result, once, into the frozen dataclasses that the rest of the program takes.
-Settings marked `FIXED` decide what the numbers of a checkpoint mean: a run cannot go on with another value.
+A config file returns an `ml_collections.ConfigDict` (from `default_config()`), flags override it, and
+`from_config_dict` checks the result and builds the frozen dataclasses that the rest of the program takes.
+
+A run cannot resume with another value of a setting marked `FIXED`, because it defines what the checkpoint means.
+`python -m experiments.document_config` makes docs/configuration.md from the comments here.
 """
 
 import dataclasses
@@ -25,7 +27,8 @@ OPTIMIZERS = ("adamw", "muon")  # the functions are in core/optimizer.py
 LR_SCHEDULES = ("cosine", "linear")  # likewise
 IMPLEMENTATIONS = ("auto", "xla", "cpu", "cuda", "hopper", "apple")
 
-# settings with another name in old checkpoints and config files; where several became one, the last that is set wins
+# Names of settings in old config files and checkpoints, and their present names. If several have one present name, the
+# last in this order wins.
 OLD_NAMES = {
     "slices": "microbatch_chunks",
     "max_skipped": "max_nonfinite_microbatches",
@@ -40,13 +43,13 @@ OLD_NAMES = {
     "data.validation": "data.val_fraction",
     "data.eval_windows": "data.eval_sequences",
 }
-OLD_VALUES = {  # and their values; DROPPED: all others leave the default
+# Old values of those settings, and their present values. None: the setting keeps its default.
+OLD_VALUES: dict[str, dict[str, str | None]] = {
     "model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"},
-    "model.attention": {"cudnn": "cuda"},
-    "model.kernels": {"fused": "hopper"},
-    "model.loops": {"unrolled": "apple"},
+    "model.attention": {"auto": None, "plain": None, "cudnn": "cuda"},
+    "model.kernels": {"auto": None, "plain": None, "fused": "hopper"},
+    "model.loops": {"auto": None, "compiled": None, "unrolled": "apple"},
 }
-DROPPED = ("model.attention", "model.kernels", "model.loops")
 
 PROMPTS = (
     "Once upon a time",
@@ -205,23 +208,21 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Steps are optimizer steps; an interval of n acts after steps n, 2n, 3n and so on."""
+    """One run. Steps are optimizer steps. An interval of n acts after steps n, 2n, 3n and so on."""
 
     batch_size: int = field(default=32, metadata=FIXED)  # sequences per micro-batch
     grad_accum_steps: int = field(default=2, metadata=FIXED)  # micro-batches per optimizer step
-    microbatch_chunks: int = (
-        0  # parts of a micro-batch, computed one after the other: less memory, the same numbers. 0: as fits
-    )
-    max_steps: int = 50_000
-    eval_interval: int = 100  # a console line and a validation pass
-    save_interval: int = 300
-    generation_interval: int = 50
-    max_checkpoints: int = 5
-    max_nonfinite_microbatches: int = 10  # micro-batches with non-finite gradients in a row before the run stops
-    seed: int = field(default=0, metadata=FIXED)
-    init_from: str = field(default="", metadata=FIXED)  # a Hugging Face folder to begin with; empty: random weights
-    platform: str = "auto"
-    deterministic: bool = False  # on an NVIDIA GPU: the same bits in every session, slower
+    microbatch_chunks: int = 0  # sequential parts of a micro-batch, which need less memory; 0: chosen for the device
+    max_steps: int = 50_000  # optimizer steps of the whole run
+    eval_interval: int = 100  # steps between evaluations, each with a line on the console
+    save_interval: int = 300  # steps between checkpoints
+    generation_interval: int = 50  # steps between blocks of samples
+    max_checkpoints: int = 5  # checkpoints that are kept; older ones are deleted
+    max_nonfinite_microbatches: int = 10  # consecutive micro-batches with non-finite gradients that stop the run
+    seed: int = field(default=0, metadata=FIXED)  # random seed of the initial weights, the data order and the samples
+    init_from: str = field(default="", metadata=FIXED)  # Hugging Face folder with the initial weights; empty: random
+    platform: str = "auto"  # auto (the best that works), cpu, cuda, mps or metal
+    deterministic: bool = False  # bitwise reproducible across sessions on an NVIDIA GPU, but slower
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
@@ -254,17 +255,17 @@ class Config:
 
     @property
     def chunk_size(self) -> int:
-        """Sequences computed at one time."""
+        """Sequences that are computed at once."""
         return self.batch_size // max(self.microbatch_chunks, 1)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step learns from."""
+        """Tokens per optimizer step."""
         return self.batch_size * self.grad_accum_steps * self.model.context
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError, with the nearest known one, if no setting has this name (`group.name` in a group)."""
+    """Raises UsageError, which names the nearest setting, if there is no setting `name` (`group.name` in a group)."""
     kind: Any = Config
     if name in OLD_NAMES:
         raise UsageError(f"the setting {name} is called {OLD_NAMES[name]} now")
@@ -277,51 +278,58 @@ def check_name(name: str) -> None:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All settings at their defaults, for a config file to change."""
+    """All settings with their defaults, for a config file to change."""
     return ml_collections.ConfigDict(to_dict(Config()))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The settings as nested plain dicts (JSON-ready but for tuples)."""
+    """The settings as nested dicts of plain values."""
     return dataclasses.asdict(config)
 
 
 def from_config_dict(settings: Mapping[str, Any]) -> Config:
-    """Checks every setting and freezes them.
+    """Checks all settings and builds the Config.
 
     Args:
-        settings: nested mapping (a ConfigDict, or JSON read back); what it leaves out keeps its default.
+        settings: nested mapping, such as a ConfigDict or parsed JSON. Missing settings get their defaults.
 
     Raises:
-        UsageError: an unknown name (with the nearest known one), a wrong type, a value out of bounds.
+        UsageError: an unknown name (the message has the nearest), a wrong type, a value out of bounds.
     """
-    _require(isinstance(settings, Mapping | ml_collections.ConfigDict), "get_config() of a config file must return one")
+    _require(_is_group(settings), "get_config() of a config file must return a ConfigDict")
     return _build(Config, with_new_names(settings), "")
 
 
-def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same nested settings as plain dicts, in which each of OLD_NAMES has its new name and value."""
-    renamed: dict[str, Any] = {}
-    old: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping | ml_collections.ConfigDict):
-            group = {f"{name}.{inner}": inner_value for inner, inner_value in value.items()}
-            old |= {inner: group.pop(inner) for inner in list(group) if inner in OLD_NAMES}
-            renamed[name] = {inner.partition(".")[2]: inner_value for inner, inner_value in group.items()}
-        elif name in OLD_NAMES:
-            old[name] = value
-        else:
-            renamed[name] = value
-    for name in (name for name in OLD_NAMES if name in old):
-        value = OLD_VALUES.get(name, {}).get(old[name], None if name in DROPPED else old[name])
-        group_name, _, inner = OLD_NAMES[name].rpartition(".")
-        group = renamed[group_name] if group_name else renamed
-        group |= {} if value is None else {inner: value}
+def with_new_names(settings: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """The settings as nested dicts, with the names and values of OLD_NAMES replaced.
+
+    If a setting is given under both names, the old one wins, because the other may be a default.
+
+    Args:
+        settings: all settings, or those of one group.
+        group: the group's name; empty for all settings.
+    """
+    renamed = {
+        name: with_new_names(value, name) if not group and _is_group(value) else value
+        for name, value in settings.items()
+    }
+    for old, new in OLD_NAMES.items():
+        old_group, _, old_name = old.rpartition(".")
+        if old_group == group and old_name in renamed:
+            value = renamed.pop(old_name)
+            if isinstance(value, str):
+                value = OLD_VALUES.get(old, {}).get(value, value)
+            if value is not None:
+                renamed[new.rpartition(".")[2]] = value
     return renamed
 
 
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Mapping | ml_collections.ConfigDict)
+
+
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
-    """As `from_config_dict`, of a model alone, which may have another tokenizer than runs have."""
+    """As `from_config_dict`, for a model alone. Its vocabulary need not be that of our tokenizer."""
     return _build(ModelConfig, settings, "model.")
 
 
@@ -330,9 +338,10 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
     arguments = {}
     for name, value in settings.items():
         check_name(prefix + name)
+        _require(name in kinds, f"unknown setting {prefix}{name}: put it into its group")
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
-            _require(isinstance(value, Mapping | ml_collections.ConfigDict), f"{prefix}{name} must be a group")
+            _require(_is_group(value), f"{prefix}{name} must be a group")
             arguments[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.")
         else:
             arguments[name] = _value(f"{prefix}{name}", kind, value)
@@ -342,21 +351,22 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
 def _value(name: str, kind: Any, value: Any) -> Any:
     if kind == tuple[str, ...]:
         good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        _require(good, f"{name} must be a list of texts")
+        _require(good, f"{name} must be a list of strings")
         return tuple(value)
     if type(value) is int:
-        _require(abs(value) < 2**31, f"{name} is a whole number of more than 31 bits: choose a smaller one")
+        _require(abs(value) < 2**31, f"{name} is an integer of more than 31 bits: choose a smaller one")
         value = float(value) if kind is float else value
     good = type(value) is kind and (kind is not float or math.isfinite(value))
-    described = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    described = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
     _require(good, f"{name} is {value!r:.100}: it must be {described[kind]}")
     return value
 
 
 def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """The FIXED settings in which a saved run (nested dict) and `config` differ, one phrase each.
+    """The FIXED settings that differ between a saved run (nested dict) and `config`, one phrase each.
 
-    Raises UsageError when `saved` does not hold settings.
+    Raises:
+        UsageError: `saved` is not a mapping of settings.
     """
     _require(isinstance(saved, Mapping), "the saved settings are damaged: config must be a group")
     return _differences(with_new_names(saved), config, "")
@@ -364,11 +374,13 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
 
 def _differences(saved: Mapping[str, Any], config: Any, prefix: str) -> list[str]:
     _require(isinstance(saved, Mapping), f"the saved settings are damaged: {prefix[:-1] or 'config'} must be a group")
-    found = []
+    phrases = []
     for setting in dataclasses.fields(config):
-        value = getattr(config, setting.name)
+        name, value = f"{prefix}{setting.name}", getattr(config, setting.name)
         if dataclasses.is_dataclass(value):
-            found += _differences(saved.get(setting.name, {}), value, f"{prefix}{setting.name}.")
-        elif setting.metadata.get("fixed") and saved.get(setting.name, setting.default) != value:
-            found.append(f"{prefix}{setting.name} is {value}, there it is {saved.get(setting.name, setting.default)}")
-    return found
+            phrases += _differences(saved.get(setting.name, {}), value, f"{name}.")
+        elif setting.metadata.get("fixed"):
+            saved_value = saved.get(setting.name, setting.default)
+            if saved_value != value:
+                phrases.append(f"{name} is {value}, the saved run has {saved_value}")
+    return phrases

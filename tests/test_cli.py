@@ -1,4 +1,4 @@
-"""How a command ends."""
+"""How commands find their config file, and how they end."""
 
 import os
 import subprocess
@@ -7,12 +7,66 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.cli import ArgumentParser, status
+from configs import quickstart
+from jaxlm.cli import ArgumentParser, find_config, read_config, status
+from jaxlm.config import from_config_dict
 from jaxlm.errors import RunError, Stopped, UsageError
+
+CONFIGS = Path(quickstart.__file__).parent
+QUICKSTART = from_config_dict(quickstart.get_config())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text((CONFIGS / "quickstart.py").read_text())
+
+
+def test_without_a_config_the_quickstart_runs_from_any_folder(folder):
+    assert read_config([]) == (QUICKSTART, Path("runs/quickstart"))
+
+
+def test_a_preset_is_found_by_name_from_any_folder(folder):
+    config, workdir = read_config(["--config", "m2_60m", "--config.seed=5"])
+    assert (config.data.corpus, config.model.layers, config.seed) == ("tinystories", 8, 5)
+    assert workdir == Path("runs/m2_60m")
+    assert find_config("quickstart") == CONFIGS / "quickstart.py"
+
+
+def test_a_config_file_is_found_by_path(folder):
+    assert read_config(["--config", "mine.py"]) == (QUICKSTART, Path("runs/mine"))
+    assert find_config(str(CONFIGS / "m2_60m.py")) == CONFIGS / "m2_60m.py"
+
+
+def test_a_file_has_precedence_over_a_preset(folder):
+    Path("m2_60m").touch()
+    assert find_config("m2_60m") == Path("m2_60m")
 
 
 @pytest.mark.parametrize(
-    ("error", "its_status"),
+    ("name", "advice"),
+    [
+        ("mine", "did you mean mine.py?"),
+        ("./mien.py", "did you mean mine.py?"),
+        ("m2_6om", "did you mean m2_60m?"),
+        ("configs/m2_60m.py", "did you mean m2_60m?"),
+        ("quickstrat.py", "did you mean quickstart?"),
+        ("no/such/folder/xyzzy.py", "choose from m2_60m, quickstart"),
+        ("xyzzy", "choose from mine.py, m2_60m, quickstart"),
+        ("", "choose from"),
+    ],
+)
+def test_an_unknown_config_is_refused_with_the_nearest(folder, name, advice):
+    with pytest.raises(UsageError) as caught:
+        read_config(["--config", name])
+    message = str(caught.value)
+    assert f"no config file or preset {name}" in message
+    assert advice in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
     [
         (UsageError("no such file"), 2),
         (RunError("the disk is full"), 1),
@@ -21,25 +75,25 @@ from jaxlm.errors import RunError, Stopped, UsageError
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_an_error_is_one_line_and_a_status(error, its_status, capsys):
+def test_an_error_gives_one_line_and_a_status(error, expected, capsys):
     def main(argv):
         raise error
 
-    assert status(main, []) == its_status
+    assert status(main, []) == expected
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.endswith(f"{error}\n")
     assert captured.err.count("\n") == 1
 
 
-def test_success_is_status_0_and_silence(capsys):
+def test_success_is_status_0_without_output(capsys):
     seen = []
     assert status(seen.append, ["--flag", "value"]) == 0
     assert seen == [["--flag", "value"]]
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_defect_keeps_its_traceback():
+def test_an_unexpected_error_keeps_its_traceback():
     def main(argv):
         raise ZeroDivisionError
 
@@ -48,37 +102,37 @@ def test_a_defect_keeps_its_traceback():
 
 
 def command(code, *argv, **options):
-    """A process whose command is this code, with what it wrote."""
+    """Runs a process whose command is this code."""
     program = f"from jaxlm.cli import run\nimport os, sys, time\ndef main(argv):\n    {code}\nrun(main)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     options = {"capture_output": True, "text": True, "timeout": 20, "env": environment} | options
     return subprocess.run([sys.executable, "-c", program, *argv], **options)
 
 
-def test_the_process_ends_with_the_status_and_all_that_was_written():
+def test_the_process_ends_with_the_status_and_all_output():
     done = command("print(argv, 'x' * 9999)", "a", "b")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"['a', 'b'] {'x' * 9999}\n"
 
 
-def test_the_process_ends_with_the_status_of_a_defect():
+def test_the_process_ends_with_status_1_after_an_unexpected_error():
     done = command("1 / 0")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
 
 
 def test_ctrl_c_is_one_line():
-    heed = "signal.signal(2, signal.default_int_handler)"  # a process in the background begins without it
-    done = command(f"import signal; {heed}; os.kill(os.getpid(), 2); time.sleep(20)")
+    handler = "signal.signal(2, signal.default_int_handler)"  # background processes start without it
+    done = command(f"import signal; {handler}; os.kill(os.getpid(), 2); time.sleep(20)")
     assert (done.returncode, done.stderr.count("\n")) == (130, 1)
 
 
-def test_a_reader_that_has_gone_away_gets_no_traceback():
+def test_a_closed_pipe_gives_no_traceback():
     reading, writing = os.pipe()
     os.close(reading)
     done = command("print('x' * 100)", capture_output=False, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
-    assert done.returncode in (0, 128 + 13)  # where it is seen while writing
+    assert done.returncode in (0, 128 + 13)  # the latter if the write fails
     assert done.stderr == ""
 
 
@@ -86,7 +140,7 @@ def test_a_reader_that_has_gone_away_gets_no_traceback():
     ("argv", "named"),
     [(["--coun", "1"], "--coun"), (["--count", "x"], "--count"), (["stray"], "stray"), ([], "--need")],
 )
-def test_wrong_arguments_are_a_request_error_of_one_line_that_names_them(argv, named, capsys):
+def test_wrong_arguments_are_a_usage_error_that_names_them(argv, named, capsys):
     parser = ArgumentParser(prog="command", allow_abbrev=False)
     parser.add_argument("--count", type=int)
     parser.add_argument("--need", required=argv == [])

@@ -1,4 +1,4 @@
-"""Settings: what is refused and how, and that they survive the ways they travel."""
+"""Settings: which values are refused and how, conversions, and the page made from them."""
 
 import dataclasses
 import json
@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.config import Config, check_name, default_config, differences, from_config_dict, to_dict
+from experiments import document_config
+from jaxlm import config as config_module
+from jaxlm.config import OLD_NAMES, Config, check_name, default_config, differences, from_config_dict, to_dict
 from jaxlm.errors import UsageError
 
-CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.py"))
+REPOSITORY = Path(__file__).parent.parent
+CONFIGS = sorted(REPOSITORY.glob("configs/*.py"))
 FIXED = {
     "batch_size",
     "grad_accum_steps",
@@ -136,26 +139,26 @@ def _only(whole, name):
 
 
 @pytest.mark.parametrize(("width", "heads"), [(512, 7), (24, 8), (8, 8), (30, 4)])
-def test_width_that_heads_of_even_size_do_not_divide_is_refused(width, heads):
+def test_width_must_divide_into_heads_of_even_size(width, heads):
     assert_refused({"model": {"width": width, "heads": heads}}, "model.width", str(width), str(heads))
 
 
-def test_batch_that_slices_do_not_divide_is_refused():
+def test_chunks_must_divide_the_batch():
     assert_refused({"batch_size": 32, "microbatch_chunks": 5}, "batch_size", "microbatch_chunks")
 
 
 @pytest.mark.parametrize("max_steps", [100, 99])
-def test_warm_up_that_leaves_no_step_is_refused(max_steps):
+def test_warm_up_must_leave_steps(max_steps):
     assert_refused({"max_steps": max_steps, "optimizer": {"warmup_steps": 100}}, "warmup_steps", "max_steps")
 
 
-def test_data_from_nowhere_is_refused():
+def test_a_corpus_or_a_directory_is_required():
     assert_refused({"data": {"corpus": "", "dir": ""}}, "data.corpus", "data.dir")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", of_type(float))
-def test_what_is_no_finite_number_is_refused(name, value):
+def test_non_finite_numbers_are_refused(name, value):
     assert_refused(settings(name, value), name)
 
 
@@ -174,7 +177,7 @@ def test_value_of_another_type_is_refused_by_name(name, value):
     assert_refused(settings(name, value), name)
 
 
-def test_whole_number_is_taken_for_a_number():
+def test_an_integer_is_a_valid_float():
     learning_rate = from_config_dict({"optimizer": {"learning_rate": 1}}).optimizer.learning_rate
     assert (type(learning_rate), learning_rate) == (float, 1.0)
 
@@ -183,16 +186,16 @@ def test_whole_number_is_taken_for_a_number():
     "value", [2**31, -(2**31), 10**400, 1 << 20_000], ids=["31 bits", "below", "no float", "not to print"]
 )
 @pytest.mark.parametrize("name", [*of_type(int), *of_type(float)])
-def test_whole_number_of_any_length_is_refused(name, value):
+def test_integers_of_more_than_31_bits_are_refused(name, value):
     assert_refused(settings(name, value), name)
 
 
 @pytest.mark.parametrize("name", ["platform", "model.precision", "model.width", "sample.prompts"])
-def test_long_value_is_not_repeated_whole(name):
+def test_messages_shorten_long_values(name):
     assert_refused(settings(name, "x" * 10_000), name)
 
 
-def test_prompts_with_a_number_too_long_to_print_are_refused():
+def test_a_huge_number_among_the_prompts_is_refused():
     assert_refused({"sample": {"prompts": ["Once", 1 << 20_000]}}, "sample.prompts")
 
 
@@ -207,13 +210,13 @@ def test_prompts_with_a_number_too_long_to_print_are_refused():
         ("sample.temprature", "sample.temprature", "temperature"),
     ],
 )
-def test_unknown_name_is_refused_with_the_nearest_known_one(name, unknown, nearest):
+def test_an_unknown_name_is_refused_with_the_nearest(name, unknown, nearest):
     assert_refused(settings(name, 1), unknown, f"did you mean {nearest}?")
     with pytest.raises(UsageError, match=f"{unknown}.*did you mean {nearest}"):
         check_name(name)
 
 
-def test_name_like_no_other_is_refused_without_a_guess():
+def test_a_name_unlike_any_other_is_refused_without_a_guess():
     assert_refused({"xyzzy": 1}, "xyzzy")
     with pytest.raises(UsageError) as caught:
         from_config_dict({"xyzzy": 1})
@@ -221,17 +224,17 @@ def test_name_like_no_other_is_refused_without_a_guess():
 
 
 @pytest.mark.parametrize("name", [name for name, _ in all_settings()])
-def test_every_setting_has_a_known_name_and_its_misspelling_has_none(name):
+def test_only_names_of_settings_are_accepted(name):
     check_name(name)
     with pytest.raises(UsageError, match="unknown setting"):
         check_name(f"{name}x")
 
 
-def test_defaults_come_back_from_a_config_dict():
+def test_a_config_dict_holds_the_defaults():
     assert from_config_dict(default_config()) == Config() == from_config_dict({})
 
 
-def test_changes_of_a_config_dict_arrive():
+def test_changes_of_a_config_dict_reach_the_config():
     changed = default_config()
     changed.batch_size = 8
     changed.model.update(vocab_size=300, precision="bf16")
@@ -248,14 +251,13 @@ def test_settings_survive_json():
 
 
 @pytest.mark.parametrize("name", [name for name, _ in all_settings()])
-def test_only_settings_that_fix_the_meaning_of_a_checkpoint_differ(name):
+def test_only_fixed_settings_differ(name):
     saved = json.loads(json.dumps(to_dict(Config())))
     group, _, last = name.rpartition(".")
     (saved[group] if group else saved)[last] = "something else"
-    found = differences(saved, Config())
-    assert [phrase.split()[0] for phrase in found] == [name] * (name in FIXED)
-    if found:
-        assert "something else" in found[0]
+    phrases = differences(saved, Config())
+    assert [phrase.split()[0] for phrase in phrases] == [name] * (name in FIXED)
+    assert all("something else" in phrase for phrase in phrases)
 
 
 def test_difference_names_both_values():
@@ -263,7 +265,7 @@ def test_difference_names_both_values():
     assert ("3" in phrase, "4" in phrase) == (True, True)
 
 
-def test_saved_settings_older_than_a_setting_count_as_its_default():
+def test_a_setting_missing_in_saved_settings_has_its_default():
     saved = to_dict(Config())
     del saved["seed"], saved["model"]["rope_theta"]
     assert differences(saved, Config()) == []
@@ -271,12 +273,12 @@ def test_saved_settings_older_than_a_setting_count_as_its_default():
 
 
 @pytest.mark.parametrize("saved", [None, [], "text", 3, {"model": None}, {"model": []}, {"data": "novels"}])
-def test_saved_settings_that_are_none_are_refused(saved):
+def test_damaged_saved_settings_are_refused(saved):
     with pytest.raises(UsageError, match=r"damaged: (config|model|data) must be a group"):
         differences(saved, Config())
 
 
-def test_settings_cannot_be_changed_afterwards():
+def test_a_config_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().batch_size = 3
 
@@ -292,7 +294,7 @@ def test_every_file_in_configs_builds(file):
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_the_60m_preset_holds_its_users_settings():
+def test_the_60m_preset_has_the_settings_of_the_design():
     (file,) = (file for file in CONFIGS if file.stem == "m2_60m")
     config = from_config_dict(runpy.run_path(str(file))["get_config"]())
     assert (config.batch_size, config.grad_accum_steps, config.max_steps) == (32, 2, 50_000)
@@ -308,7 +310,7 @@ def test_the_60m_preset_holds_its_users_settings():
     assert config.data.corpus == "tinystories"
 
 
-def test_settings_under_their_old_names_are_understood_in_a_config_file():
+def test_old_names_work_in_a_config_file():
     settings = default_config()
     settings.slices = 4
     settings.max_skipped = 3
@@ -349,3 +351,66 @@ def test_a_wrong_value_under_an_old_name_is_refused_under_the_new_one():
     settings.model.dtype = "float16"
     with pytest.raises(UsageError, match=r"model\.precision is 'float16'"):
         from_config_dict(settings)
+
+
+@pytest.mark.parametrize("old", OLD_NAMES)
+def test_a_renamed_setting_exists_and_stays_in_its_group(old):
+    check_name(OLD_NAMES[old])
+    assert OLD_NAMES[old].rpartition(".")[0] == old.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("wrong", [{"model.width": 512}, {"model.hidden": 512}, {"data": {"slices": 1}}])
+def test_a_name_outside_its_group_is_refused(wrong):
+    assert_refused(wrong, *wrong)
+
+
+def test_an_old_value_may_leave_the_default_and_the_last_old_name_wins(monkeypatch):
+    old_names = {"data.first": "data.corpus", "data.second": "data.corpus"}
+    monkeypatch.setattr(config_module, "OLD_NAMES", old_names)
+    monkeypatch.setattr(config_module, "OLD_VALUES", {"data.second": {"auto": None}})
+    for values, corpus in (("ab", "b"), (("a", "auto"), "a"), (("a", None), "a")):
+        for order in (1, -1):
+            group = dict(list(zip(("first", "second"), values, strict=True))[::order])
+            assert from_config_dict({"data": group}).data.corpus == corpus
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"slices": {}}, "microbatch_chunks"),
+        ({"model": {"dtype": {}}}, "model.precision"),
+        ({"model": {"dtype": [1]}}, "model.precision"),
+    ],
+)
+def test_a_value_of_another_type_under_an_old_name_is_refused(wrong, named):
+    assert_refused(wrong, named)
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    """Run `python -m experiments.document_config > docs/configuration.md` after a change of jaxlm/config.py."""
+    page = "\n".join(document_config.page()) + "\n"
+    assert (REPOSITORY / "docs/configuration.md").read_text() == page
+
+
+def test_the_page_has_the_comments_and_defaults_of_settings():
+    lines = list(document_config.page())
+    for name, value in all_settings():
+        (line,) = (line for line in lines if line.startswith(f"| `{name}`"))
+        assert ("*fixed*" in line) == (name in FIXED)
+        assert name == "sample.prompts" or f"`{value}`" in line or (value == "" and "| empty |" in line)
+    comments = document_config.comments(Config)
+    assert comments["save_interval"] == "steps between checkpoints"
+    assert all(comments[name] for name, value in to_dict(Config()).items() if not isinstance(value, dict))
+
+
+@dataclasses.dataclass
+class Example:
+    short: int = 1  # one # two
+    wrapped: int = dataclasses.field(
+        default=2,  # in parentheses
+    )
+    bare: int = 3
+
+
+def test_a_comment_may_follow_any_line_of_a_field():
+    assert document_config.comments(Example) == {"short": "one # two", "wrapped": "in parentheses", "bare": ""}
