@@ -23,6 +23,7 @@ from jaxlm.core.sampling import sampling_params
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.run.load import LoadedModel, load, restore
+from jaxlm.run.quiet import quiet_libraries
 
 STREAM_CHUNK = 8  # tokens between two looks at the terminal
 TOGETHER = 16  # prompts of stdin that are continued at once
@@ -185,4 +186,5 @@ def _decode(writer: LoadedModel, prompt: str, start: Sequence[int], row: np.ndar
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     run(main)

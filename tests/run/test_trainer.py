@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import resource
@@ -20,17 +21,33 @@ from jaxlm.core.model import Decoder, loss_and_gradient
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.data.token_files import train_batch_stream
 from jaxlm.errors import RunError, Stopped, UsageError
+from jaxlm.main import open_data
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import Checkpoints
-from jaxlm.run.monitor import Monitor
+from jaxlm.run.console import Console
+from jaxlm.run.events import (
+    EvaluationEvent,
+    MessageEvent,
+    PauseEvent,
+    SamplesEvent,
+    SavedEvent,
+    SavingEvent,
+    SkippedEvent,
+    StepEvent,
+    StoppingEvent,
+)
+from jaxlm.run.memory import state_shapes
+from jaxlm.run.records import Records
+from jaxlm.run.signals import STOP_SIGNALS
 from tests import tiny_run
-from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state, train
+from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state
 
 LAST = 12
-HANDLERS = {number: signal.getsignal(number) for number in trainer.STOP_SIGNALS}  # before any run
+HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # before any run
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"]
 VAL_KEYS = ["val_loss", "val_bits_per_byte"]
-NEVER_SAID = 298  # a token that no text here has; the tests make losses of it nan
+POISON = 298  # a token that no text has; the tests make its loss nan
+train = functools.partial(tiny_run.train, share="plain")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,20 +58,36 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def console(place):
-    """What the run in `whole`, which nothing interrupts, shows."""
-    return train("whole")
+    """What the uninterrupted run in `whole` shows."""
+    return train("whole", share="")
 
 
 def at_step(patch, step, do):
-    """Has `do` done while the row of `step` is written."""
-    record = Monitor.record
+    """Calls `do` after the row of `step` is written."""
+    record = Records.__call__
 
-    def record_and_do(self, row):
-        record(self, row)
-        if row["step"] == step:
+    def record_and_do(self, event):
+        record(self, event)
+        if isinstance(event, StepEvent) and event.step == step:
             do()
 
-    patch.setattr(Monitor, "record", record_and_do)
+    patch.setattr(Records, "__call__", record_and_do)
+
+
+def collect_events(patch):
+    """The list to which a run adds its events."""
+    events, record = [], Records.__call__
+
+    def record_and_collect(self, event):
+        events.append(event)
+        record(self, event)
+
+    patch.setattr(Records, "__call__", record_and_collect)
+    return events
+
+
+def of_type(events, *types):
+    return [event for event in events if isinstance(event, types)]
 
 
 def send(number):
@@ -107,7 +140,7 @@ def test_the_model_learns(console):
 
 @pytest.mark.slow
 def test_a_run_of_programs_without_loops_leaves_the_same_losses_and_texts(console):
-    train("written-out", "--config.model.loops=unrolled", "--config.microbatch_chunks=2")
+    train("written-out", "--config.model.loops=unrolled", "--config.microbatch_chunks=2", share="")
     for found, expected in zip(
         rows("written-out/metrics.jsonl"), without_clock(rows("whole/metrics.jsonl")), strict=True
     ):
@@ -227,7 +260,9 @@ def interruptions(console):
     for step, do in ((5, crash), (7, send(signal.SIGTERM)), (9, send(signal.SIGINT))):
         with pytest.MonkeyPatch.context() as patch, pytest.raises((CrashError, Stopped)) as caught:
             at_step(patch, step, do)
+            events = collect_events(patch)
             train("broken", "--config.max_checkpoints=2")
+        caught.value.events = events
         steps = sorted(int(path.name) for path in Path("broken/checkpoints").iterdir())
         found.append((caught.value, steps, len(rows("broken/metrics.jsonl"))))
     found.append((train("broken", "--config.max_checkpoints=2"), None, None))
@@ -243,6 +278,8 @@ def test_a_signal_stops_the_run_with_its_status_and_a_checkpoint_of_the_last_ste
         assert steps[-1] == lines
         assert f"step {lines}" in str(stopped)
         assert f"Saved checkpoint: checkpoints/{lines}" in stopped.console
+        assert of_type(stopped.events, StoppingEvent) == [StoppingEvent(lines, status - 128)]
+        assert stopped.events.index(StoppingEvent(lines, status - 128)) < stopped.events.index(SavingEvent(lines))
 
 
 def test_a_resumed_run_says_so(interruptions):
@@ -268,7 +305,7 @@ def test_an_interrupted_run_writes_the_samples_of_the_uninterrupted_one(interrup
 
 
 def test_the_signals_are_given_back(interruptions):
-    assert {number: signal.getsignal(number) for number in trainer.STOP_SIGNALS} == HANDLERS
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == HANDLERS
 
 
 @pytest.mark.parametrize(("number", "stops"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)])
@@ -285,28 +322,10 @@ def test_a_run_in_the_background_heeds_all_but_a_hangup_that_it_was_told_to_igno
         signal.signal(number, before)
 
 
-def test_a_second_ctrl_c_leaves_at_once_though_python_is_deep_in_other_code():
-    """As in a compilation; there the handlers of the main thread have to wait."""
-    code = """
-import hashlib, os, threading
-from jaxlm.run.trainer import Trainer
-run = object.__new__(Trainer)
-run.stop_signal, run.monitor = 0, type("Monitor", (), {"abandon": staticmethod(lambda: None)})
-with run._signals():
-    for seconds in (0.2, 0.6):
-        threading.Timer(seconds, os.kill, (os.getpid(), 2)).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, env=environment)
-    assert done.returncode == 130
-    assert done.stderr == "Stopping after this step; Ctrl-C again to leave at once, without saving\n"
-
-
 def test_a_finished_run_started_again_does_nothing(console):
     before = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
     again = train("whole")
-    assert "Step " not in again.replace("Going on from step", "")
+    assert "Step " not in again.replace("Resuming from step", "")
     assert "Saved" not in again
     after = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
     assert {path for path in before if after.get(path) != before[path]} == set()
@@ -390,17 +409,18 @@ def test_an_evaluation_step_writes_its_rows_to_the_disk_before_its_checkpoint(mo
 def full_from_to(patch, workdir, first, last):
     """No file has room from the row of step `first`, when the checkpoint of step 3 is there, until that of `last`."""
     room = contextlib.ExitStack()
-    record = Monitor.record
+    record = Records.__call__
 
-    def record_and_fill(self, row):
-        if row["step"] == first:
+    def record_and_fill(self, event):
+        step = event.step if isinstance(event, StepEvent) else 0
+        if step == first:
             wait_for(f"{workdir}/checkpoints/3")
             room.enter_context(tiny_run.disk_room(0))
-        record(self, row)
-        if row["step"] == last:
+        record(self, event)
+        if step == last:
             room.close()
 
-    patch.setattr(Monitor, "record", record_and_fill)
+    patch.setattr(Records, "__call__", record_and_fill)
 
 
 def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_while_and_nothing_else(monkeypatch, console):
@@ -438,9 +458,9 @@ def test_a_run_that_cannot_save_its_last_step_says_so_and_goes_on_from_the_last_
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert is_one_line(caught.value)
-    for part in ("step 12 is not saved", "make room", "goes on from step 3"):
+    for part in ("step 12 is not saved", "make room", "resumes from step 3"):
         assert part in str(caught.value)
-    assert "Going on from step 3" in train("too-full")
+    assert "Resuming from step 3" in train("too-full")
     assert without_clock(rows("too-full/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
     assert_same_bits(saved_state("too-full", LAST), saved_state("whole", LAST))
 
@@ -453,7 +473,7 @@ def test_damage_to_the_newest_checkpoint_costs_the_steps_since_the_one_before(co
     shown = train("hurt")
     skipped = re.findall(r"(?m)^Skipped checkpoints/(\d+): .+$", shown)
     assert skipped == ["12", "9"]
-    assert "Going on from step 6" in shown
+    assert "Resuming from step 6" in shown
     assert without_clock(rows("hurt/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
     assert Path("hurt/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
     assert_same_bits(saved_state("hurt", LAST), saved_state("whole", LAST))
@@ -469,18 +489,18 @@ def test_damaged_lines_of_metrics_are_named_and_stop_nothing(console):
 
 
 def poison(monkeypatch):
-    """Makes the loss of a micro-batch nan, and so its gradients, where its text has the token NEVER_SAID."""
+    """Makes the loss of a micro-batch nan, and so its gradients, where its text has the token POISON."""
 
     def poisoned(config, params, inputs, *others):
         nats, grads = loss_and_gradient(config, params, inputs, *others)
-        factor = jax.numpy.where((inputs == NEVER_SAID).any(), jax.numpy.nan, 1.0)
+        factor = jax.numpy.where((inputs == POISON).any(), jax.numpy.nan, 1.0)
         return nats * factor, jax.tree.map(lambda grad: grad * factor, grads)
 
     monkeypatch.setattr("jaxlm.core.train_step.loss_and_gradient", poisoned)
 
 
 def write_poisoned_tokens(directory, poisoned_batches, windows=60, context=16):
-    """Token files of which just these micro-batches, of two windows each, hold NEVER_SAID."""
+    """Token files of which just these micro-batches, of two windows each, hold POISON."""
     Path(directory).mkdir()
     ids = np.random.default_rng(0).integers(1, 250, windows * context + 1).astype("<u2")
     ids.tofile(f"{directory}/val.bin")
@@ -489,7 +509,7 @@ def write_poisoned_tokens(directory, poisoned_batches, windows=60, context=16):
     for batch in range(max(poisoned_batches) + 1):
         window = next(stream)[0, 1]
         if batch in poisoned_batches:
-            ids[window * context + 5] = NEVER_SAID
+            ids[window * context + 5] = POISON
     ids.tofile(f"{directory}/train.bin")
     return ids
 
@@ -501,10 +521,11 @@ def test_micro_batches_that_are_not_finite_are_skipped_and_the_intervals_stay_ex
     poison(monkeypatch)
     ids = write_poisoned_tokens("poisoned", POISONED)
     flags = ("--config.data.dir=poisoned", "--config.max_nonfinite_microbatches=3")
+    events = collect_events(monkeypatch)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
         at_step(patch, 10, send(signal.SIGTERM))
-        train("skipping", *flags)
-    shown = stopped.value.console + train("skipping", *flags)
+        train("skipping", *flags, share="poisoned")
+    shown = stopped.value.console + train("skipping", *flags, share="poisoned")
 
     metrics = rows("skipping/metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, LAST + 1))
@@ -515,6 +536,7 @@ def test_micro_batches_that_are_not_finite_are_skipped_and_the_intervals_stay_ex
     said = re.findall(r"(?m)^.*not finite.*$", shown)
     assert len(said) == len(POISONED)
     assert f"{len(POISONED)} so far" in said[-1]
+    assert [event.skipped for event in of_type(events, SkippedEvent)] == list(range(1, len(POISONED) + 1))
 
     config = tiny_run.resolved(config_of("skipping"))
     state, losses = jax.device_put(init_state(config), jax.devices()[0]), []
@@ -533,7 +555,7 @@ def given_up(place):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as caught:
         poison(patch)
         write_poisoned_tokens("hopeless", range(7, 30))
-        train("given-up", "--config.data.dir=hopeless", "--config.max_nonfinite_microbatches=5")
+        train("given-up", "--config.data.dir=hopeless", "--config.max_nonfinite_microbatches=5", share="poisoned")
     return caught.value, [path.name for path in Path("given-up/checkpoints").iterdir()]
 
 
@@ -560,9 +582,9 @@ class Pending:
         return np.asarray(self.value)
 
 
-def test_the_host_fetches_a_report_only_after_it_has_handed_out_the_next_step(monkeypatch, console):
+def test_the_host_fetches_a_report_only_after_it_has_handed_out_the_next_step(console):
     """Except at the end of an interval. Else the device would wait for the host."""
-    make_train_step, log = trainer.make_train_step, []
+    log = []
 
     class Compiled:
         def __init__(self, compiled):
@@ -582,11 +604,124 @@ def test_the_host_fetches_a_report_only_after_it_has_handed_out_the_next_step(mo
             self.compiled = self.lowered.compile()
             return self
 
-    monkeypatch.setattr(trainer, "make_train_step", lambda config: Compiled(make_train_step(config)))
-    train("watched")
+    with tiny_run.shared_compilation("plain"), pytest.MonkeyPatch.context() as patch:
+        make_train_step = trainer.make_train_step
+        patch.setattr(trainer, "make_train_step", lambda config: Compiled(make_train_step(config)))
+        train("watched", share="")
     assert without_clock(rows("watched/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
     interval_ends = {2 * step for step in range(1, LAST + 1) if not (step % 4 and step % 3 and step % 6)}
     for micro_step in range(1, 2 * LAST + 1):
         first_fetch = log.index(("fetched", micro_step))
         handed_out = [number for kind, number in log[:first_fetch] if kind == "handed out"]
         assert handed_out[-1] == micro_step + (micro_step not in interval_ends)
+
+
+def test_events_come_in_order_and_hold_what_the_files_hold(monkeypatch, console):
+    events = collect_events(monkeypatch)
+    train("events")
+    expected = []
+    for step in range(1, LAST + 1):
+        expected += [StepEvent] + [EvaluationEvent] * (step % 4 == 0)
+        expected += [SamplesEvent] * (step % 6 == 0) + [SavingEvent] * (step % 3 == 0)
+    at_any_time = (MessageEvent, PauseEvent, SavedEvent)
+    assert [type(event) for event in events if not isinstance(event, at_any_time)] == expected
+    steps = of_type(events, StepEvent)
+    assert [event.row() for event in steps] == rows("events/metrics.jsonl")
+    assert all(type(value) in (int, float) for event in steps for value in event.row().values())
+    assert of_type(events, EvaluationEvent) == [event.evaluation for event in steps if event.step % 4 == 0]
+    samples = [(event.step, *sample) for event in of_type(events, SamplesEvent) for sample in event.samples]
+    assert samples == [tuple(row.values()) for row in rows("events/samples.jsonl")]
+    for step in (3, 6, 9, 12):
+        assert events.index(SavingEvent(step)) < events.index(SavedEvent(step))
+    pauses = [event.kind for event in of_type(events, PauseEvent)]
+    assert pauses[0] == "compilation"
+    assert sorted(pauses[1:]) == ["checkpoint"] * 4 + ["evaluation"] * 3 + ["samples"] * 2
+    messages = [event.text for event in of_type(events, MessageEvent)]
+    assert "parameters in" in messages[0]
+    assert messages[-1].startswith("Done: 12 steps")
+
+
+class Failing:
+    """A listener that raises at the first event of a type, or in `sync`."""
+
+    def __init__(self, at, error):
+        self.at, self.error, self.calls_after = at, error, 0
+        self.failed = False
+
+    def __call__(self, event):
+        self.calls_after += self.failed
+        if isinstance(event, self.at):
+            self.fail()
+
+    def fail(self):
+        self.failed = True
+        raise self.error
+
+    def sync(self):
+        self.calls_after += self.failed
+        if self.at == ():
+            self.fail()
+
+
+@pytest.mark.parametrize(
+    ("at", "error"),
+    [
+        (StepEvent, OSError(errno.ENOSPC, "No space left on device")),
+        (MessageEvent, ValueError("two\nlines")),
+        ((), RuntimeError("cannot sync")),
+    ],
+)
+def test_a_listener_that_raises_is_named_and_left_out(console, tmp_path, capsys, at, error):
+    config, listener, heard = tiny_run.resolved(config_of("whole")), Failing(at, error), []
+    tokens = open_data(config)
+    with tiny_run.shared_compilation("plain"):
+        trainer.Trainer(config, tmp_path, tokens, jax.devices()[0], listeners=[listener, heard.append]).train()
+    shown, err = capsys.readouterr()
+    (named,) = re.findall("(?m)^  → The listener Failing failed and is left out .*$", shown)
+    assert type(error).__name__ in named
+    assert "not saved" not in shown
+    assert (listener.failed, listener.calls_after, err) == (True, 0, "")
+    assert len(of_type(heard, StepEvent)) == LAST
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 9, 12]
+    assert without_clock(rows(tmp_path / "metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+    assert_same_bits(saved_state_of(tmp_path, config), saved_state("whole", LAST))
+
+
+def saved_state_of(workdir, config):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return Checkpoints(workdir).state(LAST, state_shapes(config), sharding)
+
+
+def test_a_console_that_fails_is_named_on_stderr(monkeypatch, console, capfd):
+    def fail(self, event):
+        raise OSError("no console")
+
+    monkeypatch.setattr(Console, "__call__", fail)
+    assert train("mute") == ""
+    assert capfd.readouterr().err == "  → The listener Console failed and is left out (OSError: no console)\n"
+    assert_same_bits(saved_state("mute", LAST), saved_state("whole", LAST))
+
+
+def test_records_that_fail_end_the_run(monkeypatch, console):
+    """A checkpoint without the rows before it would break the resumed run's files."""
+
+    def fail():
+        raise OSError(errno.EIO, "Input/output error")
+
+    at_step(monkeypatch, 5, fail)
+    with pytest.raises(RunError, match="Input/output error"):
+        train("unrecorded")
+    assert len(rows("unrecorded/metrics.jsonl")) == 5
+
+
+def test_importing_the_trainer_changes_no_other_library():
+    code = """
+import logging, sys
+import absl.logging, orbax.checkpoint
+hook, levels = sys.unraisablehook, [logging.getLogger(name).level for name in ("absl", "asyncio")]
+import jaxlm.run.trainer, jaxlm.sample
+assert sys.unraisablehook is hook
+assert [logging.getLogger(name).level for name in ("absl", "asyncio")] == levels
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
