@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.model import Decoder, loss_and_gradient
-from jaxlm.core.train_step import init_state, make_train_step
+from jaxlm.core.train_step import init_state
 from jaxlm.data.token_files import train_batch_stream
 from jaxlm.errors import RunError, Stopped, UsageError
 from jaxlm.main import open_data
@@ -36,7 +36,7 @@ from jaxlm.run.events import (
     StepEvent,
     StoppingEvent,
 )
-from jaxlm.run.memory import state_shapes
+from jaxlm.run.memory import batch_shape, state_shapes
 from jaxlm.run.records import Records
 from jaxlm.run.signals import STOP_SIGNALS
 from tests import tiny_run
@@ -540,7 +540,8 @@ def test_micro_batches_that_are_not_finite_are_skipped_and_the_intervals_stay_ex
 
     config = tiny_run.resolved(config_of("skipping"))
     state, losses = jax.device_put(init_state(config), jax.devices()[0]), []
-    train_step = make_train_step(config).lower(state, jax.ShapeDtypeStruct((2, 17), np.int32)).compile()
+    with tiny_run.shared_compilation("poisoned"):
+        train_step = trainer.make_train_step(config).lower(state, batch_shape(config)).compile()
     for number, batch in zip(range(24 + len(POISONED)), train_batch_stream(ids, 16, 2, seed=0), strict=False):
         if number not in POISONED:
             state, found = train_step(state, batch)
