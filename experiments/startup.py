@@ -76,7 +76,7 @@ def child(began: float, last: str, argv: list[str]) -> None:
     jaxlm.main.open_data = saying(jaxlm.main.open_data, "data opened")
     jaxlm.run.trainer.restore_or_init = saying(jaxlm.run.trainer.restore_or_init, "parameters drawn")
     jaxlm.run.trainer.make_train_step = lambda config: Step(make_train_step(config), say)
-    jaxlm.run.trainer.Run._record = saying(jaxlm.run.trainer.Run._record, "first step computed")
+    jaxlm.run.trainer.Trainer._report_step = saying(jaxlm.run.trainer.Trainer._report_step, "first step computed")
     jaxlm.main.main(argv)
 
 
