@@ -115,7 +115,7 @@ def steps_recorded(workdir: Path) -> int:
 
 def resumed(session: Ended) -> int:
     """The step that a session went on from."""
-    found = re.search(r"Going on from step (\d+)", session.stdout)
+    found = re.search(r"Resuming from step (\d+)", session.stdout)
     return int(found[1]) if found else 0
 
 

@@ -20,7 +20,6 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -33,45 +32,28 @@ from jaxlm.data.token_files import TokenFiles, train_batch_stream
 from jaxlm.device import backend
 from jaxlm.main import open_data
 from jaxlm.run import trainer
-from jaxlm.run.monitor import Clock
+from jaxlm.run.events import Event, PauseEvent, StepEvent
 
 PERIOD = 300  # optimizer steps
 PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # number in a period
 CPU_PERIOD, CPU_WINDOWS = 6, 4
 BATCHES = 32  # the bare step cycles through them
-ROUNDING = 0.001  # seconds; of the times in metrics.jsonl
 
 
-class PeriodIsOver(Exception):
-    pass
+class Stopwatch:
+    """The listener that keeps when each pause ended, its kind and its seconds, and when each period ended."""
 
-
-class RecordingClock(Clock):
-    """A clock that records the start, kind and seconds of each pause."""
-
-    def __init__(self, seconds_before: float):
-        super().__init__(seconds_before)
+    def __init__(self, period: int):
+        self.period = period
+        self.ends: list[float] = []
         self.pauses: list[tuple[float, str, float]] = []
+        self.start = time.monotonic()
 
-    @contextlib.contextmanager
-    def pause(self, kind: str) -> Iterator[None]:
-        start = self.seconds()
-        with super().pause(kind):
-            yield
-        self.pauses.append((start, kind, self.seconds() - start))
-
-
-class MeasuredRun(trainer.Trainer):
-    """A run that ends with its third period."""
-
-    ends: tuple[float, ...] = ()  # of the periods
-
-    def _record(self, row: dict[str, float]) -> None:
-        super()._record(row)
-        if row["step"] % self.config.save_interval == 0:
-            self.ends += (row["seconds"],)
-        if len(self.ends) == 3:
-            raise PeriodIsOver
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PauseEvent):
+            self.pauses.append((time.monotonic() - self.start, event.kind, event.seconds))
+        elif isinstance(event, StepEvent) and event.step % self.period == 0:
+            self.ends.append(time.monotonic() - self.start)
 
 
 def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
@@ -110,12 +92,12 @@ def bare_step(config: Config, state: TrainState, tokens: TokenFiles, device: jax
 def looped_step(config: Config, tokens: TokenFiles, device: jax.Device) -> tuple[float, dict[str, float], TrainState]:
     """Seconds of a step in the third period, without pauses; the median pause of each kind; the final state."""
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
-        run = MeasuredRun(config, Path(workdir), tokens, device)
-        run.clock = clock = RecordingClock(0)
-        with contextlib.suppress(PeriodIsOver):
-            run.train()
-    _, start, end = run.ends
-    pauses = [(kind, seconds) for began, kind, seconds in clock.pauses if start <= began + ROUNDING < end]
+        stopwatch = Stopwatch(config.save_interval)
+        run = trainer.Trainer(config, Path(workdir), tokens, device, listeners=[stopwatch])
+        with contextlib.closing(run):
+            run.run_steps(3 * config.save_interval)
+    _, start, end = stopwatch.ends
+    pauses = [(kind, seconds) for ended, kind, seconds in stopwatch.pauses if start <= ended - seconds < end]
     by_kind = {name: [seconds for kind, seconds in pauses if kind == name] for name in PAUSES}
     assert {name: len(seconds) for name, seconds in by_kind.items()} == PAUSES
     step = (end - start - sum(seconds for _, seconds in pauses)) / config.save_interval

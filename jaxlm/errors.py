@@ -1,8 +1,8 @@
-"""What ends a command early: one line each, no traceback."""
+"""Errors that end a command early with one line and no traceback."""
 
 
 class _OneLine(Exception):
-    """Its text is one line of a screenful at most, whatever names and values it repeats."""
+    """Its text is one line of at most 1,000 characters, whatever names and values the message repeats."""
 
     def __str__(self) -> str:
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
@@ -10,19 +10,19 @@ class _OneLine(Exception):
 
 
 class UsageError(_OneLine):
-    """What was asked for is wrong (a flag, a setting, data that does not fit): the command ends with status 2."""
+    """The request is wrong (a flag, a setting, data that does not fit): the command ends with status 2."""
 
     exit_status = 2
 
 
 class RunError(_OneLine):
-    """A proper request failed on the way (disk, device, diverged training): the command ends with status 1."""
+    """A valid request failed (disk, device, diverged training): the command ends with status 1."""
 
     exit_status = 1
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved: the command ends with status 128 + the signal's number."""
+    """A signal stopped the run after it saved: the command ends with status 128 plus the signal's number."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

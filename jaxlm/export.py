@@ -11,6 +11,7 @@ from jaxlm.errors import UsageError
 from jaxlm.interop.gguf import DTYPES, require_gguf, write_gguf
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
+from jaxlm.run.quiet import quiet_libraries
 
 
 def main(argv: list[str]) -> None:
@@ -54,4 +55,5 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     run(main)

@@ -16,6 +16,7 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import check_init
 from jaxlm.prepare import prepare
+from jaxlm.run.quiet import quiet_libraries
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 
@@ -96,4 +97,5 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     run(main)

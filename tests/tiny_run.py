@@ -1,21 +1,27 @@
 """A run so small that it takes a second: what the tests of the shell train, and how they look at what it left."""
 
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
+import pytest
 
 from jaxlm.config import Config, from_config_dict
-from jaxlm.core.train_step import TrainState, init_state
+from jaxlm.core.train_step import TrainState, make_eval_step, make_train_step
 from jaxlm.device import backend
 from jaxlm.main import main
+from jaxlm.run import trainer
 from jaxlm.run.checkpoint import Checkpoints
+from jaxlm.run.memory import state_shapes
 
 CONFIG = """
 from jaxlm.config import default_config
@@ -61,16 +67,56 @@ def workplace(tmp_path_factory) -> Iterator[Path]:
     os.chdir(before)
 
 
-def train(workdir: str, *flags: str, config: str = "tiny.py") -> str:
-    """Runs the command in the current directory; gives its console output, also to an error's `console`."""
+def train(workdir: str, *flags: str, config: str = "tiny.py", share: str = "") -> str:
+    """Runs the command in the current directory; returns its console output, also as an error's `console`.
+
+    Runs of the same `share` compile once if they differ only in when they evaluate, sample and save.
+    """
     console = io.StringIO()
-    with contextlib.redirect_stdout(console):
+    with contextlib.redirect_stdout(console), shared_compilation(share) if share else contextlib.nullcontext():
         try:
             main(["--config", config, "--workdir", workdir, *flags])
         except BaseException as error:
             error.console = console.getvalue()
             raise
     return console.getvalue()
+
+
+@contextlib.contextmanager
+def shared_compilation(name: str) -> Iterator[None]:
+    """Reuses what runs in contexts of this name compile; training alone would clear it and compile again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_train_step", lambda config: _SharedStep(_key(config), name))
+        patch.setattr(trainer, "make_eval_step", lambda config: _eval_step(_key(config), name))
+        patch.setattr(backend, "keep_freed_memory", lambda temporaries: None)
+        yield
+
+
+class _SharedStep:
+    """A training step that is compiled once for each key."""
+
+    compiled: ClassVar[dict[tuple[Config, str], Any]] = {}
+
+    def __init__(self, config: Config, name: str):
+        self.key = config, name
+
+    def lower(self, *arguments: Any) -> "_SharedStep":
+        if self.key not in self.compiled:
+            self.compiled[self.key] = make_train_step(self.key[0]).lower(*arguments).compile()
+        return self
+
+    def compile(self) -> Any:
+        return self.compiled[self.key]
+
+
+def _key(config: Config) -> Config:
+    names = ("eval_interval", "generation_interval", "save_interval", "max_checkpoints", "max_nonfinite_microbatches")
+    return dataclasses.replace(config, **dict.fromkeys(names, 1))
+
+
+@functools.cache
+def _eval_step(config: Config, name: str) -> Any:
+    return make_eval_step(config)
 
 
 def rows(path: Path | str) -> list[dict]:
@@ -83,7 +129,7 @@ def config_of(workdir: Path | str) -> Config:
 
 
 def saved_state(workdir: Path | str, step: int) -> TrainState:
-    like = jax.eval_shape(lambda: init_state(config_of(workdir)))
+    like = state_shapes(config_of(workdir))
     return Checkpoints(Path(workdir)).state(step, like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 

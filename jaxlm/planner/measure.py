@@ -1,8 +1,8 @@
-"""A short run of the real loop on random tokens, to learn what its steps and pauses take here.
+"""A short run of the real trainer on random tokens, which measures the seconds of its steps and pauses.
 
-It runs in a process of its own, as training does, so that its peak memory and its start are those of a run; and once
-before, briefly, so that it finds compiled what a run finds compiled. Where a step would take minutes, it computes one
-slice of it, and the optimizer's update by itself.
+It runs in its own process, so that its peak memory and its start are those of a run. A brief run comes first and fills
+the compilation cache, as an earlier run would. Where a step would take minutes, the short run measures one chunk of a
+micro-batch, and the optimizer's update separately.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxlm.config import Config, from_config_dict, to_dict
 from jaxlm.core.optimizer import make_optimizer
+from jaxlm.core.train_step import TrainState
 from jaxlm.data.token_files import TokenFiles
 from jaxlm.device import backend
 from jaxlm.errors import RunError, UsageError
@@ -35,99 +36,74 @@ from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
 from jaxlm.planner.estimate import Timings, flops_per_token
 from jaxlm.run import trainer
-from jaxlm.run.monitor import Clock
+from jaxlm.run.events import Event, NotSavedEvent, PauseEvent, SavedEvent, SavingEvent, StepEvent
+from jaxlm.run.quiet import quiet_libraries
 
-CYCLES, SLICE_CYCLES = 3, 2  # the first one's pauses hold what happens only once
+CYCLES, CHUNK_CYCLES = 3, 2  # the first pauses include what happens only once
 CYCLE_SECONDS = 8.0  # of steps, longer than a save
 LEAST_STEPS, MOST_STEPS = 5, 100  # of a cycle
-SLICE_BATCHES = 2  # of an evaluation
-WHOLE_STEP_SECONDS = 4.0  # a step that is expected to take longer is measured by a slice
-EXPECTED_SHARE = 0.4  # of the speed of a matrix product, before anything is measured
+CHUNK_BATCHES = 2  # of an evaluation
+WHOLE_STEP_SECONDS = 4.0  # a step that is expected to take longer is measured by one chunk
+EXPECTED_SHARE = 0.4  # of the speed of a matmul, before anything is measured
 TOKENS = 2**20
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What the short run found; times in seconds, sizes in bytes."""
+    """What the short run measured; times in seconds, sizes in bytes."""
 
-    batch_size: int  # of its settings, where it computed a slice
+    batch_size: int  # of the short run, which may be one chunk
     grad_accum_steps: int
     microbatch_chunks: int
     start: float  # from the command to the first step, compilation included
-    first: float  # what the first evaluation, texts and save took longer than the next ones
+    first: float  # extra time of the first evaluation, samples and save
     step: float
     step_fast: float  # a quarter of the steps took less
     step_slow: float  # and a quarter more
-    update: float  # of the optimizer, by itself; 0 where whole steps were measured
-    evaluation: float  # a batch of it
+    update: float  # of the optimizer alone; 0 if whole steps were measured
+    evaluation: float  # one batch
     samples: float
     save: float
     saving: float
     end: float
-    flops_per_second: float  # of a matrix product
+    flops_per_second: float  # of a matmul
     peak_bytes: int
     checkpoint_bytes: int
     model_bytes: int
 
 
-class _Enough(Exception):
-    pass
+class _Stopwatch:
+    """The listener that keeps the seconds of steps, pauses and saves."""
 
-
-class _RecordingClock(Clock):
-    """A clock that keeps the seconds of each pause, by kind."""
-
-    def __init__(self) -> None:
-        super().__init__(0.0)
+    def __init__(self, last: int, show: Callable[[float], None]):
+        """`show` is called with the share of the steps up to `last` that is done."""
+        self.steps: list[tuple[int, float, bool]] = []  # step, its seconds, whether a save was in progress
         self.pauses: dict[str, list[float]] = {}
+        self.saves: list[float] = []
+        self._last, self._show = last, show
+        self._save_start: float | None = None
 
-    @contextlib.contextmanager
-    def pause(self, kind: str) -> Iterator[None]:
-        start = self.seconds()
-        with super().pause(kind):
-            yield
-        self.pauses.setdefault(kind, []).append(self.seconds() - start)
-
-
-class _MeasuredRun(trainer.Trainer):
-    """A run that ends after some saves, and keeps the seconds of its steps."""
-
-    def __init__(self, *arguments: Any, cycles: int, say: Callable[[int, int], None]):
-        super().__init__(*arguments)
-        self.clock: _RecordingClock = _RecordingClock()
-        self.last, self.say = cycles * self.config.save_interval + 1, say
-        self.rows: list[tuple[int, float, bool]] = []  # step, its seconds, whether a save was under way
-        self.began_saving = 0.0
-        self.savings: list[float] = []
-
-    def _save(self, step: int) -> None:
-        super()._save(step)
-        self.began_saving = self.clock.seconds()
-
-    def _announce_saved(self, wait: bool = False) -> None:
-        before = self.saving
-        super()._announce_saved(wait)
-        if before is not None and self.saving is None:
-            self.savings.append(self.clock.seconds() - self.began_saving)
-
-    def _record(self, row: dict[str, float]) -> None:
-        self.rows.append(
-            (int(row["step"]), self.config.tokens_per_step / row["tokens_per_second"], self.saving is not None)
-        )
-        super()._record(row)
-        self.say(int(row["step"]), self.last)
-        if row["step"] == self.last:
-            self._announce_saved(wait=True)
-            raise _Enough
+    def __call__(self, event: Event) -> None:
+        match event:
+            case StepEvent():
+                self.steps.append((event.step, event.step_seconds, self._save_start is not None))
+                self._show(min(event.step / self._last, 1.0))
+            case PauseEvent(kind, seconds):
+                self.pauses.setdefault(kind, []).append(seconds)
+            case SavingEvent():
+                self._save_start = time.monotonic()
+            case SavedEvent() | NotSavedEvent() if self._save_start is not None:
+                self.saves.append(time.monotonic() - self._save_start)
+                self._save_start = None
 
 
 def seconds(config: Config, m: BenchmarkResult, val_windows: int) -> Timings:
-    """What a resolved config's own steps and pauses take, by what was measured of it or of a slice of it.
+    """Computes the seconds of a config's steps and pauses from a measurement of it, or of one chunk of it.
 
     Args:
-        config: as it was given to `measure`.
-        m: what that found.
-        val_windows: windows of `context` tokens in the validation text; 0: not known.
+        config: the resolved config that `measure` was called with.
+        m: the result of `measure`.
+        val_windows: windows of `context` tokens in the validation data; 0 if unknown.
     """
     step = m.step
     if m.update:
@@ -154,7 +130,7 @@ def reduced(config: Config, m: BenchmarkResult) -> Config:
 
 
 def key(config: Config, device: jax.Device) -> list[Any]:
-    """All that the cost of a step or a pause hangs on: what computes, the machine around it, settings."""
+    """All that the cost of a step or a pause depends on: the device, the machine and the settings."""
     settings = to_dict(dataclasses.replace(config, max_checkpoints=1, seed=0, init_from="", platform="auto"))
     settings["data"] = config.data.eval_sequences
     for name in ("eval_interval", "save_interval", "generation_interval", "max_nonfinite_microbatches"):
@@ -163,27 +139,34 @@ def key(config: Config, device: jax.Device) -> list[Any]:
 
 
 def measure(config: Config, device: jax.Device, place: Path, show: Callable[[float], None]) -> BenchmarkResult:
-    """Measures what a resolved config takes, in processes of its own that write below the directory `place` and leave
-    nothing there; `show` hears which share is done.
+    """Measures a resolved config in subprocesses.
+
+    Args:
+        config: the resolved config.
+        device: the device that will train.
+        place: a directory in which the subprocesses write; they leave nothing there.
+        show: called with the share that is done.
 
     Raises:
-        RunError: the run fails, as for lack of memory.
+        RunError: the run fails, for example for lack of memory.
     """
-    product = _product_speed(config.model.matmul_dtype, device)  # here: a run has no such arrays
+    matmul_speed = _matmul_speed(config.model.matmul_dtype, device)  # in this process: a run has no such arrays
     with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:
         if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
-            _child(config, product, Path(name, "brief"), True, lambda share: show(share / 4))
-        return BenchmarkResult(
-            **_child(config, product, Path(name, "short"), False, lambda share: show(0.25 + 0.75 * share))
-        )
+            _run_child(config, matmul_speed, Path(name, "brief"), True, lambda share: show(share / 4))
+        values = _run_child(config, matmul_speed, Path(name, "short"), False, lambda share: show(0.25 + 0.75 * share))
+        return BenchmarkResult(**values)
 
 
-def _child(config: Config, product: float, workdir: Path, brief: bool, show: Callable[[float], None]) -> dict[str, Any]:
+def _run_child(
+    config: Config, matmul_speed: float, workdir: Path, brief: bool, show: Callable[[float], None]
+) -> dict[str, Any]:
+    """Runs `main` in a subprocess and returns its last line. Raises RunError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    words = [str(workdir), str(int(brief)), str(product), str(time.monotonic()), json.dumps(to_dict(config))]
+    words = [str(workdir), str(int(brief)), str(matmul_speed), str(time.monotonic()), json.dumps(to_dict(config))]
     command = [sys.executable, "-m", "jaxlm.planner.measure", *words]
-    said: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(
@@ -192,45 +175,47 @@ def _child(config: Config, product: float, workdir: Path, brief: bool, show: Cal
     ):
         try:
             for line in child.stdout or ():
-                if not line.startswith("{"):  # a plugin may print as well
+                if not line.startswith("{"):  # printed by a plugin
                     continue
-                said = json.loads(line)
-                if "share" in said:
-                    show(said["share"])
+                message = json.loads(line)
+                if "share" in message:
+                    show(message["share"])
         except BaseException:
             child.kill()
             raise
         child.wait()
         errors.seek(0)
         last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "")
-    if child.returncode or "error" in said or "share" in said:
-        reason = said.get("error") or f"status {child.returncode}, {last[:200]!r}"
+    if child.returncode or "error" in message or "share" in message:
+        reason = message.get("error") or f"status {child.returncode}, {last[:200]!r}"
         raise RunError(f"the short run failed ({reason})")
-    return said
+    return message
 
 
 def main(argv: list[str]) -> None:
-    """The process that measures. Its last line on stdout is a JSON object of all that it found, or of its failure.
+    """Measures in this process. The last line on stdout is a JSON object: the result, or the error.
 
-    `argv` is the directory to make and write in, whether it is for what is compiled alone (0 or 1), the speed of a
-    matrix product, when it was called by the monotonic clock, and the config as JSON. It ends with the process that
-    holds the other end of its stdin.
+    The process ends when the other end of its stdin closes.
+
+    Args:
+        argv: the directory to create and write in; 1 for a brief run that only fills the compilation cache, else 0;
+            the speed of a matmul; the monotonic clock when the process was started; the config as JSON.
     """
-    workdir, brief, product, called = Path(argv[0]), argv[1] == "1", float(argv[2]), float(argv[3])
-    console, sys.stdout = sys.stdout, io.TextIOWrapper(open(os.devnull, "wb"))  # noqa: SIM115
+    workdir, brief, matmul_speed, called = Path(argv[0]), argv[1] == "1", float(argv[2]), float(argv[3])
+    stdout, sys.stdout = sys.stdout, io.TextIOWrapper(open(os.devnull, "wb"))  # noqa: SIM115
     threading.Thread(target=_end_with_stdin, daemon=True).start()
 
-    def say(said: dict[str, Any]) -> None:
-        print(json.dumps(said), file=console, flush=True)
+    def send(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=stdout, flush=True)
 
     try:
         config = from_config_dict(json.loads(argv[4]))
         device = backend.start(config.platform, config.deterministic)
-        found = _measure(config, device, workdir, brief, product, called, lambda share: say({"share": share}))
-        say(dataclasses.asdict(found))
+        result = _measure(config, device, workdir, brief, matmul_speed, called, lambda share: send({"share": share}))
+        send(dataclasses.asdict(result))
     except (UsageError, RunError, jax.errors.JaxRuntimeError) as error:
-        say({"error": str(error).splitlines()[0][:200]})
-    console.flush()
+        send({"error": str(error).splitlines()[0][:200]})
+    stdout.flush()
     os._exit(0)
 
 
@@ -244,116 +229,142 @@ def _measure(
     device: jax.Device,
     workdir: Path,
     brief: bool,
-    product: float,
+    matmul_speed: float,
     called: float,
     show: Callable[[float], None],
 ) -> BenchmarkResult:
+    """Trains for some cycles of pauses in this process; the arguments are those of `main`."""
     entered = time.monotonic()
-    expected = config.tokens_per_step * flops_per_token(config.model) / (EXPECTED_SHARE * product)
-    sliced = expected > WHOLE_STEP_SECONDS
-    if sliced:
+    plan = _plan_run(config, brief, matmul_speed)
+    config, last = plan.config, plan.cycles * plan.config.save_interval + 1
+    tokens = _random_tokens(config, workdir)
+    setup = time.monotonic() - entered  # a run does not do this
+    workdir.mkdir()
+    stopwatch = _Stopwatch(last, show)
+    run = trainer.Trainer(config, workdir, tokens, device, listeners=[stopwatch])
+    start = time.monotonic() - called - setup
+    with contextlib.closing(run):
+        run.run_steps(last)
+    export_start = time.monotonic()
+    card = model_card(workdir, config, run.step, {}, 0)
+    folder = write_model(workdir / "final_model", config, run.state.params, card)
+    end = time.monotonic() - export_start
+    checkpoint_bytes = max(_size(path) for path in (workdir / "checkpoints").iterdir())
+    peak = peak_bytes(device)
+    pauses = {kind: mean(seconds[1:] or seconds) for kind, seconds in stopwatch.pauses.items()}
+    kinds = ("evaluation", "samples", "checkpoint")
+    first = sum(stopwatch.pauses[kind][0] - pauses[kind] for kind in kinds)
+    steps, slowed_by_saves = _step_seconds(stopwatch, plan, last)
+    return BenchmarkResult(
+        config.batch_size,
+        config.grad_accum_steps,
+        config.microbatch_chunks,
+        start=start + stopwatch.pauses["compilation"][0] + max(stopwatch.steps[0][1] - median(steps), 0.0),
+        first=max(first, 0.0),
+        step=median(steps),
+        step_fast=steps[len(steps) // 4],
+        step_slow=steps[-1 - len(steps) // 4],
+        update=_update_seconds(config, run.state) if plan.is_chunk else 0.0,
+        evaluation=pauses["evaluation"] / (config.data.eval_sequences // config.chunk_size),
+        samples=pauses["samples"],
+        save=pauses["checkpoint"] + slowed_by_saves / max(plan.cycles - 1, 1),
+        saving=median(stopwatch.saves),
+        end=end,
+        flops_per_second=matmul_speed,
+        peak_bytes=peak,
+        checkpoint_bytes=checkpoint_bytes,
+        model_bytes=_size(folder),
+    )
+
+
+class _ShortRun(NamedTuple):
+    """The short run of a config."""
+
+    config: Config
+    cycles: int  # how many times each pause occurs
+    is_chunk: bool  # one chunk of a micro-batch stands for the whole step
+
+
+def _plan_run(config: Config, brief: bool, matmul_speed: float) -> _ShortRun:
+    expected = config.tokens_per_step * flops_per_token(config.model) / (EXPECTED_SHARE * matmul_speed)
+    is_chunk = expected > WHOLE_STEP_SECONDS
+    if is_chunk:
         expected /= config.microbatch_chunks * config.grad_accum_steps
         config = dataclasses.replace(config, batch_size=config.chunk_size, grad_accum_steps=1, microbatch_chunks=1)
-    cycles = 1 if brief else SLICE_CYCLES if sliced else CYCLES
-    # the run's own number, which its step is compiled for, if that is enough
+    cycles = 1 if brief else CHUNK_CYCLES if is_chunk else CYCLES
+    # max_steps is compiled into the step: if it is large enough, use the run's own, so that a run finds it compiled
     max_steps = max(config.max_steps, CYCLES * (LEAST_STEPS + 2) + 2)
     most = min(MOST_STEPS, (max_steps - 2) // CYCLES - 2)
     interval = 1 if brief else min(max(round(CYCLE_SECONDS / expected), LEAST_STEPS), most)
-    intervals = [interval + apart for apart in range(3)]  # what one pause frees the next cannot always use
-    batches = SLICE_BATCHES if sliced else max(-(-config.data.eval_sequences // config.chunk_size), 2)
+    batches = CHUNK_BATCHES if is_chunk else max(-(-config.data.eval_sequences // config.chunk_size), 2)
     config = dataclasses.replace(
         config,
-        eval_interval=intervals[0],
-        generation_interval=intervals[1],
-        save_interval=intervals[2],
+        eval_interval=interval,  # the intervals differ: what one pause frees the next cannot always use
+        generation_interval=interval + 1,
+        save_interval=interval + 2,
         max_steps=max_steps,
         init_from="",
         max_checkpoints=1,
         data=dataclasses.replace(config.data, eval_sequences=batches * config.chunk_size),
     )
-    draw, vocab, windows = np.random.default_rng(0), config.model.vocab_size, batches * config.chunk_size
-    train = draw.integers(vocab, size=max(TOKENS, 2 * config.model.context), dtype=np.uint16)
-    val = draw.integers(vocab, size=windows * config.model.context + 1, dtype=np.uint16)
-    aside = time.monotonic() - entered  # what no run does
-    workdir.mkdir()
-    tokens = TokenFiles(workdir, train, val, 1, ("", ""), None)
-    run = _MeasuredRun(config, workdir, tokens, device, cycles=cycles, say=lambda step, of: show(min(step / of, 1.0)))
-    made = time.monotonic() - called - aside
-    with contextlib.suppress(_Enough):
-        run.train()
-    began = time.monotonic()
-    card = model_card(workdir, config, run.step, {}, 0)
-    folder = write_model(workdir / "final_model", config, run.state.params, card)
-    end = time.monotonic() - began
-    sizes = [_size(path) for path in (workdir / "checkpoints").iterdir()]
-    model_bytes = _size(folder)
-    peak = peak_bytes(device)
-    pauses = run.clock.pauses
-    later = {kind: mean(seconds[1:] or seconds) for kind, seconds in pauses.items()}
-    first = sum(pauses[kind][0] - later[kind] for kind in ("evaluation", "samples", "checkpoint"))
-    warm = [row for row in run.rows if row[0] > 1]
-    # a micro-batch is reported with the next one, but at an interval at once: the step looks short, the next one long
-    around = {step for every in intervals for due in range(every, run.last, every) for step in (due, due + 1)}
-    quiet = sorted(seconds for step, seconds, saving in warm if not saving and step not in around) or [warm[-1][1]]
-    usual = median(quiet)
-    busy = [seconds for step, seconds, saving in warm if saving and step < run.last]
-    slowed = max(sum(busy) - usual * (len(busy) + (cycles - 1) / config.grad_accum_steps), 0.0)
-    return BenchmarkResult(
-        config.batch_size,
-        config.grad_accum_steps,
-        config.microbatch_chunks,
-        start=made + pauses["compilation"][0] + max(run.rows[0][1] - usual, 0.0),
-        first=max(first, 0.0),
-        step=usual,
-        step_fast=quiet[len(quiet) // 4],
-        step_slow=quiet[-1 - len(quiet) // 4],
-        update=_update_seconds(config, run.state) if sliced else 0.0,
-        evaluation=later["evaluation"] / batches,
-        samples=later["samples"],
-        save=later["checkpoint"] + slowed / max(cycles - 1, 1),
-        saving=median(run.savings),
-        end=end,
-        flops_per_second=product,
-        peak_bytes=peak,
-        checkpoint_bytes=max(sizes),
-        model_bytes=model_bytes,
-    )
+    return _ShortRun(config, cycles, is_chunk)
 
 
-def _size(place: Path) -> int:
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+def _random_tokens(config: Config, workdir: Path) -> TokenFiles:
+    rng, vocab, context = np.random.default_rng(0), config.model.vocab_size, config.model.context
+    train = rng.integers(vocab, size=max(TOKENS, 2 * context), dtype=np.uint16)
+    val = rng.integers(vocab, size=config.data.eval_sequences * context + 1, dtype=np.uint16)
+    return TokenFiles(workdir, train, val, 1, ("", ""), None)
+
+
+def _step_seconds(stopwatch: _Stopwatch, plan: _ShortRun, last: int) -> tuple[list[float], float]:
+    """Sorted seconds of the steps beside no pause and no save, and the seconds by which saves slowed steps."""
+    warm = [step for step in stopwatch.steps if step[0] > 1]
+    # a micro-batch is reported with the next one, but at an interval at once: that step looks short, the next one long
+    c = plan.config
+    every = (c.eval_interval, c.generation_interval, c.save_interval)
+    beside_pauses = {step for n in every for due in range(n, last, n) for step in (due, due + 1)}
+    quiet = [seconds for step, seconds, saving in warm if not saving and step not in beside_pauses] or [warm[-1][1]]
+    busy = [seconds for step, seconds, saving in warm if saving and step < last]
+    usual = median(quiet) * (len(busy) + (plan.cycles - 1) / c.grad_accum_steps)
+    return sorted(quiet), max(sum(busy) - usual, 0.0)
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def peak_bytes(device: jax.Device) -> int:
-    """The most that this process has had: of the allocator on an NVIDIA GPU, of the resident set elsewhere."""
+    """Peak memory of this process in bytes: of the allocator on an NVIDIA GPU, of the resident set elsewhere."""
     if device.platform == "gpu":
         return device.memory_stats()["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _product_speed(dtype: str, device: jax.Device) -> float:
-    """Floating-point operations a second of a product of two square matrices."""
+def _matmul_speed(dtype: str, device: jax.Device) -> float:
+    """Floating-point operations per second of a matmul of two square matrices."""
     size = 2048 if device.platform == "cpu" else 8192 if device.platform == "gpu" else 4096
     a = jax.device_put(np.random.default_rng(0).standard_normal((size, size), np.float32), device).astype(dtype)
-    sums = "float32" if device.platform == "cpu" else dtype  # the fast form on each
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=sums))
-    return 2 * size**3 / _seconds(lambda: product(a, a))
+    result_dtype = "float32" if device.platform == "cpu" else dtype  # the fast form on each
+    matmul = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=result_dtype))
+    return 2 * size**3 / _median_seconds(lambda: matmul(a, a))
 
 
-def _update_seconds(config: Config, state: Any) -> float:
+def _update_seconds(config: Config, state: TrainState) -> float:
     step = jax.jit(make_optimizer(config).step)
-    return _seconds(lambda: step(state.params, state.opt_state, state.params))
+    return _median_seconds(lambda: step(state.params, state.opt_state, state.params))
 
 
-def _seconds(compute: Callable[[], Any]) -> float:
+def _median_seconds(compute: Callable[[], Any]) -> float:
     jax.block_until_ready(compute())
     timings = []
     for _ in range(5):
-        began = time.perf_counter()
+        start = time.perf_counter()
         jax.block_until_ready(compute())
-        timings.append(time.perf_counter() - began)
+        timings.append(time.perf_counter() - start)
     return median(timings)
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     main(sys.argv[1:])

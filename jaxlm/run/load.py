@@ -1,4 +1,4 @@
-"""A trained model, on a device and ready to write: from a checkpoint of a run, or from a Hugging Face folder."""
+"""Loads a trained model from a checkpoint of a run or from a Hugging Face folder."""
 
 import dataclasses
 import sys
@@ -18,28 +18,34 @@ from jaxlm.run.checkpoint import DIRECTORY, Checkpoints
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds of the model, and the run it is of."""
+    """The model of a checkpoint, and the run that it belongs to."""
 
     step: int
     config: Config
-    tokens: dict[str, Any]  # which token files the run reads
+    tokens: dict[str, Any]  # fingerprints of the run's tokens
     model: ModelConfig  # resolved for the device
     params: Any
 
 
 class LoadedModel(NamedTuple):
-    """All that writing takes."""
+    """A model that is ready to generate text."""
 
     config: ModelConfig  # resolved for the device
-    weights: Any  # as `model.prepare_decode_params` gives them
+    weights: Any  # from `model.prepare_decode_params`
     tokenizer: TokenizerProtocol
 
 
 def restore(workdir: Path, step: int | None, platform: str, precision: str = "auto") -> Checkpoint:
-    """A checkpoint of the run in `workdir`, the newest without `step`; `precision` is that of the computation.
+    """Restores the model of a run's checkpoint.
+
+    Args:
+        workdir: the run's work directory.
+        step: the step of the checkpoint; None: the newest that is whole.
+        platform: the platform to compute on.
+        precision: the precision to compute in.
 
     Raises:
-        UsageError: there is none, or not this one.
+        UsageError: there is no checkpoint, or none of this step.
     """
     if not (workdir / DIRECTORY).is_dir():
         raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
@@ -47,14 +53,14 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
     checkpoints = Checkpoints(workdir)
     steps = checkpoints.steps()
     if not steps:
-        raise UsageError(f"{workdir} holds no whole checkpoint yet: wait for the first")
+        raise UsageError(f"{workdir} has no complete checkpoint yet: wait for the first")
     if step is not None and step not in steps:
         raise UsageError(f"there is no checkpoint of step {step}: choose from {', '.join(map(str, steps))}")
 
     def load(step: int) -> Checkpoint:
         meta = checkpoints.meta(step)
         config = from_config_dict(meta["config"])
-        model = _as_fits(config.model, device, precision)
+        model = _resolve(config.model, device, precision)
         like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         params = checkpoints.params(step, like, SingleDeviceSharding(device))
         return Checkpoint(step, config, meta["tokens"], model, params)
@@ -66,19 +72,19 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
 
 
 def load(folder: Path, platform: str, precision: str = "auto") -> LoadedModel:
-    """The Llama in a Hugging Face folder; `precision` is of the computation, not the folder's.
+    """Loads the Llama in a Hugging Face folder; `precision` is that of the computation.
 
     Raises:
-        UsageError: there is none, or one that this model cannot be.
+        UsageError: the folder has no model, or one of another architecture.
     """
     config = read_sizes(folder)
     tokenizer = read_tokenizer(folder, config.vocab_size)
     params = read_params(folder, config)
     device = backend.start(platform)
-    model = _as_fits(config, device, precision)
+    model = _resolve(config, device, precision)
     return LoadedModel(model, prepare_decode_params(model, jax.device_put(params, device)), tokenizer)
 
 
-def _as_fits(model: ModelConfig, device: jax.Device, precision: str) -> ModelConfig:
+def _resolve(model: ModelConfig, device: jax.Device, precision: str) -> ModelConfig:
     unresolved = dataclasses.replace(model, precision=precision, implementation="auto")
     return backend.resolve(unresolved, device)

@@ -1,6 +1,7 @@
-"""What a training step holds in memory, by the compiler's own analysis."""
+"""Device memory of a training step, from the compiler's analysis."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,13 @@ from jaxlm.run.checkpoint import checkpoint_bytes
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device at the worst moment of a run, by part. A checkpoint's copy lies beside a step's memory."""
+    """Peak bytes on the device, by part. A checkpoint's copy exists beside the memory of a step."""
 
     weights: int
     moments: int
     accumulated: int
     gradients: int
-    temporaries: int  # activations, the batch and whatever else a step needs for itself
+    temporaries: int  # activations, the batch and whatever else a step allocates
     checkpoint_copy: int
 
     @property
@@ -35,49 +36,56 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
+@functools.cache
+def state_shapes(config: Config) -> TrainState:
+    """Shapes of the training state of a config."""
+    return jax.eval_shape(lambda: init_state(config))
+
+
 def least_memory(config: Config) -> Memory:
-    """What no setting avoids: all but the temporaries. Compiles nothing and allocates nothing."""
-    state = jax.eval_shape(lambda: init_state(config))
+    """The memory that no setting avoids: all but the temporaries. Compiles nothing and allocates nothing."""
+    state = state_shapes(config)
     weights = _size(state.params)
     moments, accumulated = _size(state.opt_state.inner_opt_state), _size(state.opt_state.acc_grads)
     return Memory(weights, moments, accumulated, weights, 0, checkpoint_bytes(state) - 2**20)
 
 
 def compile_step(config: Config) -> Any:
-    """The compiled training step of a resolved config, from shapes: nothing is allocated."""
-    return make_train_step(config).lower(*_shapes(config)).compile()
+    """The compiled training step of a resolved config, from shapes: allocates nothing."""
+    return make_train_step(config).lower(state_shapes(config), batch_shape(config)).compile()
 
 
 def step_memory(config: Config, compiled: Any) -> Memory | None:
-    """By the analysis of the compiled step; None where the platform gives none.
+    """The memory of a compiled step; None if the platform gives no analysis.
 
-    The arguments (weights, moments, accumulated gradients, one micro-batch), the results that do not lie in the
-    arguments' place, and the temporaries. Of a step of several programs, what lies beside the one of the worst moment
-    counts too, and no buffer is reused.
+    It counts the arguments (weights, moments, accumulated gradients, one micro-batch), the results that do not alias
+    arguments, and the temporaries. For a host-loop step it takes the program with the highest peak, and adds the
+    arrays that exist beside it; no buffer is reused there.
     """
-    state, batch = _shapes(config)
+    state = state_shapes(config)
     try:
         if isinstance(compiled, HostLoopStep):
-            total = _size(jax.eval_shape(make_train_step(config).start, state.params))
-            lie = {"start": 0, "accumulate_chunk": total, "update": total}
-            programs = {name: getattr(compiled, name).memory_analysis() for name in lie}
-            step = _size((state, batch)) + max(lie[name] + _made(program) for name, program in programs.items())
+            accumulator = _size(jax.eval_shape(make_train_step(config).start, state.params))
+            beside = {"start": 0, "accumulate_chunk": accumulator, "update": accumulator}
+            programs = {name: getattr(compiled, name).memory_analysis() for name in beside}
+            peak = max(beside[name] + _allocated(program) for name, program in programs.items())
+            step = _size((state, batch_shape(config))) + peak
         else:
             analysis = compiled.memory_analysis()
-            step = analysis.argument_size_in_bytes + _made(analysis)
+            step = analysis.argument_size_in_bytes + _allocated(analysis)
     except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
         return None
     least = least_memory(config)
     return dataclasses.replace(least, temporaries=max(step - least.step, 0))
 
 
-def _made(analysis: Any) -> int:
+def _allocated(analysis: Any) -> int:
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
-def _shapes(config: Config) -> tuple[TrainState, jax.ShapeDtypeStruct]:
-    batch = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
-    return jax.eval_shape(lambda: init_state(config)), batch
+def batch_shape(config: Config) -> jax.ShapeDtypeStruct:
+    """Shape of a micro-batch: a sequence has one token more than the context."""
+    return jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
 
 
 def _size(tree: Any) -> int:

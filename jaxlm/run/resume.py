@@ -1,4 +1,4 @@
-"""Where a session of training begins: at the newest whole checkpoint, or anew; and what must hold for that."""
+"""How a session of training begins: from the newest whole checkpoint or from the start, after checks of both."""
 
 import shutil
 from pathlib import Path
@@ -13,21 +13,22 @@ from jaxlm.data.token_files import TOKENIZER_NAME, TokenFiles
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init, read_params
 from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
+from jaxlm.run.memory import state_shapes
 
-RECORD_BYTES = 1000  # of metrics.jsonl, samples.jsonl and TensorBoard's events, a step
+RECORD_BYTES = 1000  # per step, of metrics.jsonl, samples.jsonl and TensorBoard's events
 
 
 def check_room(workdir: Path, config: Config) -> None:
-    """Raises UsageError if the disk has not the room for what a run has yet to write."""
-    shapes = jax.eval_shape(lambda: init_state(config))
-    there = [int(path.name) for path in (workdir / DIRECTORY).glob("*") if path.name.isdigit()]
-    steps = max(config.max_steps - max(there, default=0), 0)
-    to_save = -(-steps // config.save_interval)
-    new = min(to_save, config.max_checkpoints + 1 - len(there))  # one more than are kept, until the oldest is deleted
+    """Raises UsageError if the disk lacks the room for what a run has yet to write."""
+    shapes = state_shapes(config)
+    saved_steps = [int(path.name) for path in (workdir / DIRECTORY).glob("*") if path.name.isdigit()]
+    steps = max(config.max_steps - max(saved_steps, default=0), 0)
+    saves = -(-steps // config.save_interval)
+    new = min(saves, config.max_checkpoints + 1 - len(saved_steps))  # one extra until the oldest is deleted
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
     needed = max(new, 0) * checkpoint_bytes(shapes) + model + RECORD_BYTES * steps
-    place = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UsageError(
             f"this run will write {needed / 1e9:.2f} GB to {workdir}, where {free / 1e9:.2f} GB are free: make room,"
@@ -36,7 +37,7 @@ def check_room(workdir: Path, config: Config) -> None:
 
 
 def describe_run(config: Config, tokens: TokenFiles, seconds: float) -> dict[str, Any]:
-    """What a checkpoint says of itself: the settings, which tokens the run reads, seconds trained."""
+    """The item `meta` of a checkpoint: the settings, fingerprints of the tokens, seconds trained."""
     train, val = tokens.sha256
     fingerprint = {"tokenizer": TOKENIZER_NAME, "train_sha256": train, "val_sha256": val}
     return {"config": to_dict(config), "tokens": fingerprint, "seconds": seconds}
@@ -45,21 +46,23 @@ def describe_run(config: Config, tokens: TokenFiles, seconds: float) -> dict[str
 def restore_or_init(
     checkpoints: Checkpoints, config: Config, tokens: TokenFiles, device: jax.Device
 ) -> tuple[TrainState, float, list[str]]:
-    """The state to go on from, on `device`, the seconds trained before, and what was skipped on the way to it.
+    """Restores the newest whole checkpoint on `device`, or initialises the state.
 
-    Without a checkpoint, parameters are those of the folder that `config.init_from` names, or drawn on the CPU, so
-    that a seed gives one model whatever trains it.
+    Initial parameters are those of the folder `config.init_from`, or are drawn on the CPU, so that one seed gives the
+    same model on every device.
+
+    Returns:
+        The state, the seconds trained before, and lines that say what was skipped.
 
     Raises:
         UsageError: the newest whole checkpoint does not fit the settings or the tokens, or none is whole; there is
             no checkpoint and the folder does not fit the settings.
     """
-    like = jax.eval_shape(lambda: init_state(config))
 
     def load(step: int) -> tuple[TrainState, float]:
         meta = checkpoints.meta(step)
         _check_same_run(f"{checkpoints.directory / str(step)}", meta, config, tokens)
-        return checkpoints.state(step, like, SingleDeviceSharding(device)), meta["seconds"]
+        return checkpoints.state(step, state_shapes(config), SingleDeviceSharding(device)), meta["seconds"]
 
     steps = checkpoints.steps()
     if not steps:
@@ -74,12 +77,12 @@ def restore_or_init(
     return state, seconds, notes
 
 
-def _check_same_run(place: str, meta: dict[str, Any], config: Config, tokens: TokenFiles) -> None:
-    found = differences(meta["config"], config)
+def _check_same_run(checkpoint: str, meta: dict[str, Any], config: Config, tokens: TokenFiles) -> None:
+    mismatches = differences(meta["config"], config)
     for name, value in describe_run(config, tokens, 0)["tokens"].items():
         if meta["tokens"].get(name) != value:
-            found.append(f"{name} of the data is {value}, there it is {meta['tokens'].get(name)}")
-    if found:
+            mismatches.append(f"{name} of the data is {value}, the checkpoint has {meta['tokens'].get(name)}")
+    if mismatches:
         raise UsageError(
-            f"{place} belongs to another run: {'; '.join(found)}; put these back or choose another --workdir"
+            f"{checkpoint} belongs to another run: {'; '.join(mismatches)}; restore these or choose another --workdir"
         )

@@ -1,4 +1,4 @@
-"""The short run, in its own process, and what follows from it for a run that is larger."""
+"""The short run in its own process, and the times computed from it for a larger run."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from jaxlm.config import to_dict
 from jaxlm.errors import RunError
 from jaxlm.planner import measure
 from jaxlm.planner.measure import BenchmarkResult
+from jaxlm.run.events import PauseEvent, SavedEvent, SavingEvent, StepEvent
 from jaxlm.run.memory import least_memory
 from tests import tiny_run
 from tests.tiny_run import listing
@@ -39,52 +40,73 @@ def measured(**changes):
 
 
 @pytest.mark.slow
-def test_the_short_run_measures_the_real_loop_and_leaves_nothing(config):
+def test_the_short_run_measures_the_trainer_and_leaves_no_files(config):
     device = jax.devices()[0]
     before, shares = listing(Path()), []
-    found = measure.measure(config, device, Path(), shares.append)
+    result = measure.measure(config, device, Path(), shares.append)
     assert listing(Path()) == before
     assert shares == sorted(shares)
     assert 0 < shares[0] < shares[-1] == 1.0
-    assert found.step_fast <= found.step_slow
-    values = dataclasses.asdict(found)
+    assert result.step_fast <= result.step_slow
+    values = dataclasses.asdict(result)
     assert all(value > 0 for name, value in values.items() if name not in ("update", "first"))
-    assert found.start > found.step
-    assert measure.reduced(config, found) == config
+    assert result.start > result.step
+    assert measure.reduced(config, result) == config
     state = least_memory(config)
-    assert 0.5 * state.checkpoint_copy < found.checkpoint_bytes < state.checkpoint_copy + 40_000
-    assert state.weights < found.model_bytes < state.weights + 5_000_000  # the tokenizer's files
+    assert 0.5 * state.checkpoint_copy < result.checkpoint_bytes < state.checkpoint_copy + 40_000
+    assert state.weights < result.model_bytes < state.weights + 5_000_000  # the tokenizer's files
 
 
-def test_a_run_that_fails_is_said_in_one_line(config):
+def test_the_stopwatch_separates_steps_beside_pauses_and_saves(config, monkeypatch):
+    config = dataclasses.replace(config, eval_interval=5, generation_interval=6, save_interval=7, grad_accum_steps=2)
+    monkeypatch.setattr(measure.time, "monotonic", iter([100.0, 103.0, 200.0, 207.0]).__next__)
+    shares, last = [], 15
+    stopwatch = measure._Stopwatch(last, shares.append)
+    for step in range(1, last + 1):
+        seconds = 50.0 if step == 1 else 3.0 if step in (8, 9) else 9.0 if step > 4 else 1.0
+        stopwatch(StepEvent(step, 1.0, 1.0, 1.0, 1, 1.0, 1.0, seconds, 1.0))
+        if step in (7, 14):
+            stopwatch(PauseEvent("checkpoint", step / 7))
+            stopwatch(SavingEvent(step))
+        if step in (9, 15):
+            stopwatch(SavedEvent(step))
+    assert shares == [step / last for step in range(1, last + 1)]
+    assert stopwatch.pauses == {"checkpoint": [1.0, 2.0]}
+    assert stopwatch.saves == [3.0, 7.0]
+    steps, slowed = measure._step_seconds(stopwatch, measure._ShortRun(config, 2, False), last)
+    assert steps == [1.0, 1.0, 1.0]  # 2, 3 and 4
+    assert slowed == 2 * 3.0 - 2.5 * 1.0  # two steps during a save, and half a step that the save's pause hides
+
+
+def test_a_short_run_that_fails_is_an_error_of_one_line(config):
     longer = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=("word " * 40,)))
     with pytest.raises(RunError, match="context") as caught:
         measure.measure(longer, jax.devices()[0], Path(), lambda share: None)
     assert tiny_run.is_one_line(caught.value)
 
 
-def test_the_short_run_ends_with_the_process_that_asked_for_it(config, tmp_path):
+def test_the_short_run_ends_when_its_stdin_closes(config, tmp_path):
     words = [str(tmp_path / "short"), "0", "1e9", str(time.monotonic()), json.dumps(to_dict(config))]
     command = [sys.executable, "-m", "jaxlm.planner.measure", *words]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert "checkpoint_bytes" not in done.stdout
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    assert process.returncode == 1
+    assert "checkpoint_bytes" not in process.stdout
 
 
-def test_whole_steps_are_taken_as_they_were_measured(config):
+def test_whole_steps_take_the_measured_time(config):
     s = measure.seconds(config, measured(evaluation=0.5, saving=3.0, end=2.0, start=4.0, first=1.5), 21)
     assert (s.step, s.start, s.end) == (1.0, 5.5, 5.0)
     assert config.chunk_size == 2
     assert (s.evaluation, s.last_evaluation) == (1.0, 5.5)  # 4 windows, and 21, two at a time
 
 
-def test_a_slice_is_taken_as_often_as_the_step_has_slices_and_the_update_once_a_micro_batch():
+def test_a_chunk_counts_once_per_chunk_and_the_update_once_per_micro_batch():
     config, _ = read_config(["--config", "tiny.py", "--config.batch_size=8", "--config.microbatch_chunks=4"])
     s = measure.seconds(config, measured(step=1.25, update=0.25), 0)
     assert s.step == 2 * (4 * 1.0 + 0.25)
 
 
-def test_what_was_measured_holds_for_other_intervals_but_not_for_other_shapes(config):
+def test_a_measurement_is_valid_for_other_intervals_but_not_for_other_shapes(config):
     device = jax.devices()[0]
     key = measure.key(config, device)
     same = {"max_checkpoints": 2, "eval_interval": 7, "save_interval": 9, "seed": 3}

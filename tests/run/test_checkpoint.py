@@ -1,8 +1,10 @@
-"""Checkpoints: exact, taken at the moment they are asked for, few, small."""
+"""Checkpoints: exact, of the moment of the call, few, small."""
 
+import collections
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 
@@ -17,6 +19,7 @@ from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError
 from jaxlm.run import checkpoint
 from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
+from jaxlm.run.memory import state_shapes
 from jaxlm.storage import atomic
 from tests.tiny_run import assert_same_bits, disk_room, is_one_line
 
@@ -27,7 +30,7 @@ CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 
 def like(config=CONFIG):
-    return jax.eval_shape(lambda: init_state(config))
+    return state_shapes(config)
 
 
 def batches(config, seed=0):
@@ -38,32 +41,26 @@ def batches(config, seed=0):
 
 
 def committed(state):
-    """On its device for good, as a restored one is: so one compilation serves both."""
+    """Committed to its device, as a restored state is, so that one compilation serves both."""
     return jax.device_put(state, CPU)
 
 
-def copy(state):
-    """On the host. Accumulated gradients are -0.0 after a step, which adds nothing; here they are 0.0."""
-    state = jax.tree.map(np.array, state)
-    gradients = jax.tree.map(lambda leaf: leaf + 0.0, state.opt_state.acc_grads)
-    return state._replace(opt_state=state.opt_state._replace(acc_grads=gradients))
+def random_state(config, seed=0):
+    """A state between two steps, on the host: parameters and moments are random, the rest is zero."""
+    rng = np.random.default_rng(seed)
 
+    def draw(leaf):
+        return rng.normal(size=leaf.shape).astype(leaf.dtype) if leaf.ndim else np.array(3, leaf.dtype)
 
-def advance(train_step, state, source, micro_batches):
-    for _ in range(micro_batches):
-        state, _ = train_step(state, next(source))
-    return state
-
-
-@pytest.fixture(scope="module")
-def train_step():
-    return make_train_step(CONFIG)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like(config))
+    moments = jax.tree.map(draw, zeros.opt_state.inner_opt_state)
+    opt_state = zeros.opt_state._replace(inner_opt_state=moments, gradient_step=np.int32(3))
+    return zeros._replace(params=jax.tree.map(draw, zeros.params), opt_state=opt_state, batches=np.int32(6))
 
 
 @pytest.fixture(scope="module")
-def trained(train_step):
-    """The state after three optimizer steps, as copies on the host."""
-    return copy(advance(train_step, committed(init_state(CONFIG)), batches(CONFIG), 6))
+def trained():
+    return random_state(CONFIG)
 
 
 @pytest.fixture
@@ -74,7 +71,7 @@ def checkpoints(tmp_path, trained):
     return checkpoints
 
 
-def test_the_whole_state_comes_back_bit_for_bit(checkpoints, trained, tmp_path):
+def test_the_whole_state_is_restored_bit_for_bit(checkpoints, trained, tmp_path):
     for source in (checkpoints, Checkpoints(tmp_path)):
         assert source.steps() == [3]
         restored = source.state(3, like(), CPU)
@@ -86,46 +83,75 @@ def test_the_whole_state_comes_back_bit_for_bit(checkpoints, trained, tmp_path):
     assert all(leaf.any() for leaf in moments)
 
 
-def test_a_restored_state_trains_on_as_the_saved_one_would_have(checkpoints, trained, train_step):
-    on = [
-        advance(train_step, state, batches(CONFIG, seed=1), 4)
-        for state in (checkpoints.state(3, like(), CPU), committed(trained))
-    ]
-    assert_same_bits(*on)
+@pytest.mark.slow
+def test_a_restored_state_trains_on_as_the_saved_one(tmp_path):
+    train_step = make_train_step(CONFIG)
+
+    def advance(state, seed, micro_batches):
+        source = batches(CONFIG, seed)
+        for _ in range(micro_batches):
+            state, _ = train_step(state, next(source))
+        return state
+
+    state = advance(committed(init_state(CONFIG)), 0, 6)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state, META)
+    checkpoints.wait()
+    assert_same_bits(advance(checkpoints.state(3, like(), CPU), 1, 4), advance(state, 1, 4))
 
 
-def test_parameters_alone_come_back(checkpoints, trained):
+def test_parameters_alone_are_restored(checkpoints, trained):
     assert_same_bits(checkpoints.params(3, like().params, CPU), trained.params)
 
 
-def test_what_it_says_of_itself_comes_back(checkpoints):
+def test_meta_is_restored(checkpoints):
     assert META.items() <= checkpoints.meta(3).items()
 
 
-def test_a_save_holds_the_values_of_its_moment_though_the_buffers_are_donated_at_once(tmp_path):
+def test_a_save_holds_the_values_of_its_moment_though_the_buffers_are_donated(tmp_path):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=20_000, width=64))
-    train_on = jax.jit(
-        lambda state: jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), state), donate_argnums=0
-    )
-    state = committed(init_state(config))
+    add_one = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), state), donate_argnums=0)
+    state = committed(random_state(config))
     checkpoints = Checkpoints(tmp_path, 5)
     expected, saving = {}, []
-    for step in (1, 2, 3, 4):
+    for step in (1, 2):
         embedding = state.params["embedding"]
-        state = train_on(state)
+        state = add_one(state)
         assert embedding.is_deleted()
         expected[step] = jax.tree.map(np.array, state)
         checkpoints.save(step, state, META)
         saving.append(checkpoints.saving())
-        state = jax.block_until_ready(train_on(train_on(state)))
+        state = jax.block_until_ready(add_one(state))
     checkpoints.wait()
     assert any(saving)
     assert not checkpoints.saving()
-    for step, then in expected.items():
+    for step, saved in expected.items():
         restored = checkpoints.state(step, like(config), CPU)
-        assert_same_bits(restored.params, then.params)
-        assert_same_bits(restored.opt_state.inner_opt_state, then.opt_state.inner_opt_state)
-        assert int(restored.batches) == then.batches
+        assert_same_bits(restored.params, saved.params)
+        assert_same_bits(restored.opt_state.inner_opt_state, saved.opt_state.inner_opt_state)
+        assert int(restored.batches) == saved.batches
+
+
+@pytest.mark.parametrize("name", ["average", "opt_state.average", "opt_state.skip_state.norms"])
+def test_a_part_of_the_state_that_is_not_saved_is_an_error(tmp_path, trained, name):
+    """Else it comes back as zeros."""
+
+    def with_field(state):
+        fields = [*state._fields, "average"]
+        return collections.namedtuple(type(state).__name__, fields)(*state, np.ones(3, np.float32))
+
+    opt_state = trained.opt_state
+    state = {
+        "average": with_field(trained),
+        "opt_state.average": trained._replace(opt_state=with_field(opt_state)),
+        "opt_state.skip_state.norms": trained._replace(
+            opt_state=opt_state._replace(skip_state=opt_state.skip_state | {"norms": np.ones(3, np.float32)})
+        ),
+    }[name]
+    with pytest.raises(ValueError, match=f"does not save {re.escape(name)} of"):
+        Checkpoints(tmp_path).save(3, state, META)
+    with pytest.raises(ValueError, match=re.escape(name)):  # before a run trains for hours
+        checkpoint_bytes(state)
 
 
 def test_only_the_last_few_are_kept(tmp_path, trained):
@@ -138,13 +164,11 @@ def test_only_the_last_few_are_kept(tmp_path, trained):
     assert sorted(path.name for path in (tmp_path / DIRECTORY).iterdir()) == ["30", "7"]
 
 
-def test_one_holds_parameters_and_moments_and_no_more(tmp_path):
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=5000, width=64))
-    draw = np.random.default_rng(0)
-    random = [jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(like(config))]
-    state = jax.tree.unflatten(jax.tree.structure(like(config)), random)
+def test_a_checkpoint_takes_the_bytes_of_parameters_and_moments(tmp_path):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=20_000, width=64))
+    state = random_state(config)
     checkpoints = Checkpoints(tmp_path, 1)
-    checkpoints.save(1, state, META)
+    checkpoints.save(1, committed(state), META)
     checkpoints.wait()
     size = sum(path.stat().st_size for path in (tmp_path / DIRECTORY).rglob("*") if path.is_file())
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -156,7 +180,7 @@ def files_of(tmp_path, step=3):
 
 
 def whole_or_damaged(tmp_path, trained):
-    """Whether the state comes back: all of it, bit for bit, or not at all, for a reason in one line."""
+    """Whether the state is restored bit for bit (True) or refused with a reason in one line (False)."""
     try:
         assert_same_bits(Checkpoints(tmp_path).state(3, like(), CPU), trained)
     except CorruptCheckpointError as error:
@@ -167,7 +191,7 @@ def whole_or_damaged(tmp_path, trained):
 
 @pytest.mark.parametrize("item", ["params", "optimizer", "meta"])
 @pytest.mark.parametrize("how", ["gone", "cut", "emptied"])
-def test_an_item_whose_files_are_damaged_is_refused(checkpoints, tmp_path, trained, item, how):
+def test_damaged_files_of_an_item_are_refused(checkpoints, tmp_path, trained, item, how):
     for path in files_of(tmp_path):
         if item in path.parts:
             if how == "gone":
@@ -177,8 +201,8 @@ def test_an_item_whose_files_are_damaged_is_refused(checkpoints, tmp_path, train
     assert not whole_or_damaged(tmp_path, trained)
 
 
-def test_no_flipped_bit_comes_back_as_a_number(checkpoints, tmp_path, trained):
-    """Of any file: in the arrays it is found; elsewhere it may do no harm."""
+def test_a_flipped_bit_is_refused_or_harmless(checkpoints, tmp_path, trained):
+    """In any file."""
     draw, refused = np.random.default_rng(0), 0
     for path in files_of(tmp_path):
         before = path.read_bytes()
@@ -192,8 +216,8 @@ def test_no_flipped_bit_comes_back_as_a_number(checkpoints, tmp_path, trained):
     assert whole_or_damaged(tmp_path, trained)
 
 
-def test_arrays_other_than_the_trained_ones_are_refused_though_each_file_is_as_it_was_saved(tmp_path, trained):
-    """As after a flipped bit in memory."""
+def test_arrays_that_differ_from_the_state_are_refused_though_all_files_are_whole(tmp_path, trained):
+    """For example after a bit flip in memory."""
     checkpoints, of_trained = Checkpoints(tmp_path), checksums(trained.params)
     altered = committed(trained._replace(params=jax.tree.map(lambda leaf: leaf + np.float32(1e-6), trained.params)))
     with pytest.MonkeyPatch.context() as patch:
@@ -204,11 +228,29 @@ def test_arrays_other_than_the_trained_ones_are_refused_though_each_file_is_as_i
         checkpoints.state(3, like(), CPU)
 
 
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+@pytest.mark.parametrize("leaf", [0, 1, -1])
+def test_the_checksum_of_each_leaf_is_compared(checkpoints, trained, monkeypatch, item, leaf):
+    """Of the first, the second and the last leaf here; the message names it."""
+    tree = {"params": trained.params, "optimizer": checkpoint._optimizer_item(trained)}[item]
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+    def with_other(arrays):
+        sums = checksums(arrays)
+        same_item = jax.tree.structure(arrays) == jax.tree.structure(tree)
+        return sums.at[leaf].add(1) if same_item else sums
+
+    monkeypatch.setattr(checkpoint, "checksums", with_other)
+    with pytest.raises(CorruptCheckpointError) as caught:
+        checkpoints.state(3, like(), CPU)
+    assert str(caught.value) == f"{item}{paths[leaf]} does not match its checksum"
+
+
 @pytest.mark.parametrize("name", ["meta/metadata", "optimizer/_METADATA"])
 def test_the_reason_names_the_file(checkpoints, tmp_path, name):
     path = tmp_path / DIRECTORY / "3" / name
-    held = path.read_bytes()
-    path.write_bytes(held[:-1] + b" ")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b" ")
     with pytest.raises(CorruptCheckpointError, match=f"^{name} is not as it was saved$"):
         checkpoints.state(3, like(), CPU)
     path.unlink()
@@ -219,8 +261,8 @@ def test_the_reason_names_the_file(checkpoints, tmp_path, name):
         checkpoints.state(3, like(), CPU)
 
 
-def test_what_this_process_cannot_read_is_not_taken_for_damaged(checkpoints):
-    """Such as for want of descriptors: it may well be whole."""
+def test_a_file_that_this_process_cannot_open_is_not_called_damaged(checkpoints):
+    """For example for lack of descriptors: the checkpoint may be whole."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
@@ -231,7 +273,7 @@ def test_what_this_process_cannot_read_is_not_taken_for_damaged(checkpoints):
     assert is_one_line(caught.value)
 
 
-def test_a_list_of_files_leads_nowhere_else(checkpoints, tmp_path):
+def test_a_list_of_files_cannot_name_files_elsewhere(checkpoints, tmp_path):
     path = tmp_path / DIRECTORY / "3" / "files.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"params/../../../secret": ""}))
     (tmp_path / "secret").write_text("")
@@ -240,17 +282,17 @@ def test_a_list_of_files_leads_nowhere_else(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "held",
+    "data",
     [b"", b"[]", b"3", b'{"params/x": 1}', b'{"meta": ""}', b"\xff", b"null", b"[[]]", b"[" * 99_999, b'{"": ""}'],
 )
-def test_a_list_of_files_that_is_none_is_refused_in_one_line(checkpoints, tmp_path, held):
-    (tmp_path / DIRECTORY / "3" / "files.json").write_bytes(held)
+def test_a_malformed_list_of_files_is_refused_in_one_line(checkpoints, tmp_path, data):
+    (tmp_path / DIRECTORY / "3" / "files.json").write_bytes(data)
     with pytest.raises(CorruptCheckpointError) as caught:
         checkpoints.state(3, like(), CPU)
     assert is_one_line(caught.value)
 
 
-def test_the_parameters_alone_need_no_more_than_their_own_files(checkpoints, tmp_path, trained):
+def test_parameters_alone_need_only_their_own_files(checkpoints, tmp_path, trained):
     shutil.rmtree(tmp_path / DIRECTORY / "3" / "optimizer")
     assert_same_bits(checkpoints.params(3, like().params, CPU), trained.params)
 
@@ -274,7 +316,7 @@ def empty(tmp_path, *steps):
             path.write_bytes(b"")
 
 
-def test_the_newest_whole_one_is_taken_and_the_damaged_after_it_are_named(three, tmp_path, trained):
+def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_are_named(three, tmp_path, trained):
     empty(tmp_path, 3, 5)
     (step, state), skipped = three.newest(load_with(three), three.steps())
     assert step == 1
@@ -282,7 +324,7 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_after_it_are_named(three,
     assert [reason.split(":")[0] for reason in skipped] == ["checkpoints/5", "checkpoints/3"]
 
 
-def test_when_none_is_whole_each_is_named_with_its_reason_and_left_alone(three, tmp_path):
+def test_if_none_is_whole_each_is_named_and_left_in_place(three, tmp_path):
     empty(tmp_path, 1, 3, 5)
     with pytest.raises(UsageError) as caught:
         three.newest(load_with(three), three.steps())
@@ -291,10 +333,10 @@ def test_when_none_is_whole_each_is_named_with_its_reason_and_left_alone(three, 
     assert Checkpoints(tmp_path).steps() == [1, 3, 5]
 
 
-def test_what_is_moved_aside_gives_its_place_to_a_new_save_and_crowds_out_no_good_one(three, tmp_path, trained):
+def test_a_checkpoint_that_is_moved_aside_frees_its_name_and_evicts_no_good_one(three, tmp_path, trained):
     empty(tmp_path, 3, 5)
-    said = three.clean_up(1)
-    assert len(said) == 2
+    lines = three.clean_up(1)
+    assert len(lines) == 2
     assert three.steps() == [1]
     for step in (3, 5):
         three.save(step, committed(trained), META)
@@ -305,18 +347,19 @@ def test_what_is_moved_aside_gives_its_place_to_a_new_save_and_crowds_out_no_goo
     assert Checkpoints(tmp_path).steps() == [1, 3, 5]
 
 
-def test_a_save_that_was_broken_off_is_none_and_is_cleared_away(three, tmp_path):
+def test_an_unfinished_save_is_no_checkpoint_and_is_deleted(three, tmp_path):
     folder = tmp_path / DIRECTORY
     (folder / "5").rename(folder / "5.orbax-checkpoint-tmp")
-    again = Checkpoints(tmp_path)
-    assert again.steps() == [1, 3]
-    (said,) = again.clean_up(3)
-    assert "5.orbax-checkpoint-tmp" in said
+    reopened = Checkpoints(tmp_path)
+    assert reopened.steps() == [1, 3]
+    (line,) = reopened.clean_up(3)
+    assert "5.orbax-checkpoint-tmp" in line
     assert sorted(path.name for path in folder.iterdir()) == ["1", "3"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as quiet_libraries does
 @pytest.mark.parametrize("room", [0, 300, 3_000, 30_000])
-def test_a_save_that_finds_the_disk_full_harms_no_other_and_the_next_one_works(three, tmp_path, trained, room):
+def test_a_full_disk_harms_no_other_checkpoint_and_the_next_save_works(three, tmp_path, trained, room):
     before = {path: path.read_bytes() for step in (1, 3, 5) for path in files_of(tmp_path, step)}
     with disk_room(room), pytest.raises(RunError) as caught:
         three.save(7, committed(trained), META)
@@ -332,7 +375,7 @@ def test_a_save_that_finds_the_disk_full_harms_no_other_and_the_next_one_works(t
     assert_same_bits(three.state(7, like(), CPU), trained)
 
 
-def test_a_save_without_room_is_not_begun(three, tmp_path, trained, monkeypatch):
+def test_a_save_without_room_does_not_begin(three, tmp_path, trained, monkeypatch):
     needed = checkpoint_bytes(trained)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
@@ -346,13 +389,13 @@ def test_a_save_without_room_is_not_begun(three, tmp_path, trained, monkeypatch)
     assert three.steps() == [3, 5, 7]
 
 
-def test_the_room_asked_for_is_enough(three, tmp_path, trained):
+def test_a_checkpoint_fits_in_checkpoint_bytes(three, tmp_path, trained):
     size = sum(path.stat().st_size for path in files_of(tmp_path))
     assert size <= checkpoint_bytes(trained) == checkpoint_bytes(like())
 
 
-def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, trained, monkeypatch):
-    """Files that orbax writes after that may be lost to a power cut: without them it is whole all the same."""
+def test_all_files_are_synced_before_the_directory_is_renamed(tmp_path, trained, monkeypatch):
+    """A power cut may lose files that orbax writes later: the checkpoint is whole without them."""
     synced, sync_tree = {}, atomic.sync_tree
 
     def watch(directory):
@@ -370,7 +413,7 @@ def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, trained, monk
     assert whole_or_damaged(tmp_path, trained)
 
 
-def test_one_of_another_model_is_refused(checkpoints):
+def test_a_checkpoint_of_another_model_is_refused(checkpoints):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, layers=1))
     with pytest.raises(RunError) as caught:
         checkpoints.state(3, like(other), CPU)

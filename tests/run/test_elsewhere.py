@@ -1,7 +1,7 @@
-"""A checkpoint restored elsewhere: under the other version of jax, on eight devices, with other slices.
+"""A checkpoint restored elsewhere: under another version of jax, on eight devices, with other microbatch_chunks.
 
-`tests/checkpoints/jax-VERSION` hold one written by each version that jaxlm supports, and the losses of the steps that
-followed there. `python tests/test_elsewhere.py` writes that of the version it runs under.
+`tests/checkpoints/jax-VERSION` holds a checkpoint written by that version of jax, and the losses of the next steps.
+`python -m tests.run.test_elsewhere` writes that of the installed version.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def batch(number):
 
 
 def losses_from(state, config, until=LAST, place=lambda ids: ids):
-    """The state and the losses of the steps from `state` until step `until`."""
+    """Trains from `state` to step `until`; returns the state and the losses."""
     step, losses = train_step(config), []
     for number in range(int(state.batches), until * config.grad_accum_steps):
         state, metrics = step(state, place(batch(number)))
@@ -50,7 +50,7 @@ def restore(place, sharding=ONE, config=CONFIG):
 
 
 def write(place):
-    """A checkpoint at SAVED_AT, and what happened from there to LAST."""
+    """Writes a checkpoint at SAVED_AT and the losses from there to LAST."""
     state, _ = losses_from(jax.device_put(init_state(CONFIG), ONE), CONFIG, SAVED_AT)
     checkpoints = Checkpoints(place)
     checkpoints.save(SAVED_AT, state, {"config": to_dict(CONFIG), "tokens": {}, "seconds": 1.5})
@@ -59,9 +59,9 @@ def write(place):
 
 
 @pytest.mark.parametrize("version", ["jax-0.4.34", "jax-0.10.2"])
-@pytest.mark.parametrize("slices", [1, 4])
-def test_a_checkpoint_of_either_version_goes_on_under_this_one_and_with_other_slices(version, slices):
-    config = dataclasses.replace(CONFIG, microbatch_chunks=slices)
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_checkpoint_of_another_version_or_chunking_trains_on_with_the_same_losses(version, chunks):
+    config = dataclasses.replace(CONFIG, microbatch_chunks=chunks)
     _, losses = losses_from(restore(SAVED / version, config=config), config)
     assert losses == pytest.approx(json.loads((SAVED / version / "losses.json").read_text()), rel=1e-5)
     assert len(losses) == LAST - SAVED_AT
@@ -70,7 +70,7 @@ def test_a_checkpoint_of_either_version_goes_on_under_this_one_and_with_other_sl
 
 
 def on_eight_devices(place):
-    """Restored there, trained there with each batch spread over them, saved from there."""
+    """Restores on eight devices, trains there on sharded batches, and saves from there."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -82,15 +82,15 @@ def on_eight_devices(place):
     checkpoints.wait()
 
 
-def test_one_device_to_eight_and_back(tmp_path):
+def test_a_checkpoint_moves_from_one_device_to_eight_and_back(tmp_path):
     code = f"import pathlib; from {__name__} import on_eight_devices; on_eight_devices(pathlib.Path({str(tmp_path)!r}))"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(SAVED.parent.parent)}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=SAVED.parent, check=True)
-    there = Checkpoints(tmp_path).meta(SAVED_AT)["losses"]
-    here, losses = losses_from(restore(SAVED / "jax-0.10.2"), CONFIG)
-    assert there == pytest.approx(losses, rel=1e-5)
-    for a, b in zip(jax.tree.leaves(restore(tmp_path).params), jax.tree.leaves(here.params), strict=True):
+    sharded_losses = Checkpoints(tmp_path).meta(SAVED_AT)["losses"]
+    state, losses = losses_from(restore(SAVED / "jax-0.10.2"), CONFIG)
+    assert sharded_losses == pytest.approx(losses, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(restore(tmp_path).params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 

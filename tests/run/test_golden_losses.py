@@ -1,6 +1,6 @@
-"""The losses of the quickstart's first steps, as they were: a change that is meant to change no number changes none.
+"""The losses of the quickstart's first steps, compared with committed ones: a refactoring must not change them.
 
-`python tests/test_golden_losses.py` writes those of the version of jax that it runs under.
+`python -m tests.run.test_golden_losses` writes those of the installed version of jax.
 """
 
 import json
@@ -18,11 +18,11 @@ from jaxlm.main import open_data
 
 GOLDEN = Path(__file__).parents[1] / "golden_losses"
 STEPS = 50
-TOLERANCE = 2e-3  # relative; kinds of CPU sum in different orders, and after 50 steps that shows in the fourth digit
+TOLERANCE = 2e-3  # relative; CPUs sum in different orders, which shows in the fourth digit after 50 steps
 
 
 def first_losses(directory):
-    """The losses [STEPS] of the quickstart on its own data, prepared in `directory`."""
+    """The losses [STEPS] of the quickstart on its data, prepared in `directory`."""
     settings = quickstart.get_config()
     settings.data.dir = str(directory)
     config = from_config_dict(settings)
@@ -40,12 +40,12 @@ def first_losses(directory):
 def test_the_first_losses_are_the_committed_ones(tmp_path):
     file = GOLDEN / f"jax-{jax.__version__}.json"
     if not file.is_file():
-        pytest.skip(f"no losses of jax {jax.__version__}: python {__file__} writes them")
-    expected, found = json.loads(file.read_text()), first_losses(tmp_path)
-    assert found == pytest.approx(expected, rel=TOLERANCE), (
-        "The first losses of the quickstart are not what they were. If you meant to change no number (a refactoring, a"
+        pytest.skip(f"no losses of jax {jax.__version__}: python -m {__name__} writes them")
+    expected, losses = json.loads(file.read_text()), first_losses(tmp_path)
+    assert losses == pytest.approx(expected, rel=TOLERANCE), (
+        "The first losses of the quickstart have changed. If you meant to change no number (a refactoring, a"
         " faster kernel), this is a bug. If you meant to (another initialisation, schedule, default or order of the"
-        f" data), run `python {Path(__file__).name}` from tests/ under each version of jax in {GOLDEN.name}/, commit"
+        f" data), run `python -m {__name__}` under each version of jax in {GOLDEN.name}/, commit"
         " the files with the change, and say in its message why."
     )
 

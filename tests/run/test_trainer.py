@@ -1,7 +1,8 @@
-"""The training run, from the command to the files, on a text of a few kilobytes."""
+"""The training run from the command to the files, on a text of a few kilobytes."""
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import resource
@@ -17,20 +18,36 @@ import numpy as np
 import pytest
 
 from jaxlm.core.model import Decoder, loss_and_gradient
-from jaxlm.core.train_step import init_state, make_train_step
+from jaxlm.core.train_step import init_state
 from jaxlm.data.token_files import train_batch_stream
 from jaxlm.errors import RunError, Stopped, UsageError
+from jaxlm.main import open_data
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import Checkpoints
-from jaxlm.run.monitor import Monitor
+from jaxlm.run.console import Console
+from jaxlm.run.events import (
+    EvaluationEvent,
+    MessageEvent,
+    PauseEvent,
+    SamplesEvent,
+    SavedEvent,
+    SavingEvent,
+    SkippedEvent,
+    StepEvent,
+    StoppingEvent,
+)
+from jaxlm.run.memory import batch_shape, state_shapes
+from jaxlm.run.records import Records
+from jaxlm.run.signals import STOP_SIGNALS
 from tests import tiny_run
-from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state, train
+from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state
 
 LAST = 12
-HANDLERS = {number: signal.getsignal(number) for number in trainer.STOP_SIGNALS}  # before any run
+HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # before any run
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"]
 VAL_KEYS = ["val_loss", "val_bits_per_byte"]
-NEVER_SAID = 298  # a token that no text here has; the tests make losses of it nan
+POISON = 298  # a token that no text has; the tests make its loss nan
+train = functools.partial(tiny_run.train, share="plain")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,20 +58,36 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def console(place):
-    """What the run in `whole`, which nothing interrupts, shows."""
-    return train("whole")
+    """What the uninterrupted run in `whole` shows."""
+    return train("whole", share="")
 
 
 def at_step(patch, step, do):
-    """Has `do` done while the row of `step` is written."""
-    record = Monitor.record
+    """Calls `do` after the row of `step` is written."""
+    record = Records.__call__
 
-    def record_and_do(self, row):
-        record(self, row)
-        if row["step"] == step:
+    def record_and_do(self, event):
+        record(self, event)
+        if isinstance(event, StepEvent) and event.step == step:
             do()
 
-    patch.setattr(Monitor, "record", record_and_do)
+    patch.setattr(Records, "__call__", record_and_do)
+
+
+def collect_events(patch):
+    """The list to which a run adds its events."""
+    events, record = [], Records.__call__
+
+    def record_and_collect(self, event):
+        events.append(event)
+        record(self, event)
+
+    patch.setattr(Records, "__call__", record_and_collect)
+    return events
+
+
+def of_type(events, *types):
+    return [event for event in events if isinstance(event, types)]
 
 
 def send(number):
@@ -69,10 +102,10 @@ def without_clock(metrics):
 
 def console_lines(console):
     pattern = r"Step +(\d+) \| Loss (\S+) \| LR (\S+) \| Tokens/s +(\d+) \| ETA (\S+)"
-    return {int(found[1]): found for found in re.finditer(f"(?m)^{pattern}$", console)}
+    return {int(match[1]): match for match in re.finditer(f"(?m)^{pattern}$", console)}
 
 
-def test_the_work_directory_holds_what_the_design_names(console):
+def test_the_work_directory_holds_the_named_files(console):
     names = {path.name for path in Path("whole").iterdir()}
     assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final_model", "tensorboard"}
     assert sorted(int(path.name) for path in Path("whole/checkpoints").iterdir()) == [3, 6, 9, 12]
@@ -80,7 +113,7 @@ def test_the_work_directory_holds_what_the_design_names(console):
     assert (config_of("whole").batch_size, config_of("whole").sample.prompts[1]) == (2, "The king")
 
 
-def test_metrics_have_one_line_a_step_with_the_keys_of_the_design(console):
+def test_metrics_have_one_row_per_step_with_the_named_keys(console):
     metrics = rows("whole/metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, LAST + 1))
     assert [list(row) for row in metrics] == [KEYS + VAL_KEYS * (row["step"] % 4 == 0) for row in metrics]
@@ -106,21 +139,19 @@ def test_the_model_learns(console):
 
 
 @pytest.mark.slow
-def test_a_run_of_programs_without_loops_leaves_the_same_losses_and_texts(console):
-    train("written-out", "--config.model.implementation=apple", "--config.microbatch_chunks=2")
-    for found, expected in zip(
-        rows("written-out/metrics.jsonl"), without_clock(rows("whole/metrics.jsonl")), strict=True
-    ):
-        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert rows("written-out/samples.jsonl") == rows("whole/samples.jsonl")
+def test_the_host_loop_gives_the_same_losses_and_samples(console):
+    train("host-loop", "--config.model.implementation=apple", "--config.microbatch_chunks=2", share="")
+    for row, expected in zip(rows("host-loop/metrics.jsonl"), without_clock(rows("whole/metrics.jsonl")), strict=True):
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert rows("host-loop/samples.jsonl") == rows("whole/samples.jsonl")
 
 
-def test_console_lines_come_early_and_at_the_intervals(console):
+def test_console_lines_come_early_and_at_intervals(console):
     assert list(console_lines(console)) == [1, 2, 4, 8, 12]
     assert console_lines(console)[12][5] == "0s"
 
 
-def test_a_console_line_averages_the_loss_since_the_one_before(console):
+def test_a_console_line_averages_the_loss_since_the_previous_line(console):
     losses = [row["loss"] for row in rows("whole/metrics.jsonl")]
     before = 0
     for step, line in console_lines(console).items():
@@ -134,7 +165,7 @@ def test_piped_the_console_has_lines_and_no_control_characters(console):
     assert console.endswith("\n")
 
 
-def test_the_header_says_what_will_run(console):
+def test_the_header_describes_the_run(console):
     header = console[: console.index("Step ")]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(init_state(config_of("whole")).params))
     for part in (f"{parameters:,} parameters", "CPU", "12 steps", "64 tokens", "whole", "tokens"):
@@ -149,18 +180,18 @@ def test_saves_are_announced(console):
     assert announced == [f"checkpoints/{step}" for step in (3, 6, 9, 12)]
 
 
-def test_samples_are_of_different_prompts_and_change_from_block_to_block(console):
+def test_samples_have_different_prompts_in_each_block(console):
     samples = rows("whole/samples.jsonl")
     assert [list(row) for row in samples] == [["step", "prompt", "text"]] * 6
     assert [row["step"] for row in samples] == [6] * 3 + [12] * 3
-    known = config_of("whole").sample.prompts
+    prompts = config_of("whole").sample.prompts
     blocks = [tuple(row["prompt"] for row in samples if row["step"] == step) for step in (6, 12)]
-    assert all(len(set(block)) == 3 and set(block) <= set(known) for block in blocks)
+    assert all(len(set(block)) == 3 and set(block) <= set(prompts) for block in blocks)
     assert set(blocks[0]) != set(blocks[1])
     assert all(row["text"].startswith(row["prompt"]) and len(row["text"]) > len(row["prompt"]) for row in samples)
 
 
-def test_the_console_shows_the_samples_that_the_file_holds(console):
+def test_the_console_shows_the_samples_of_the_file(console):
     samples = [row for row in rows("whole/samples.jsonl") if row["step"] == 6]
     lines = console.splitlines()
     start = lines.index("GENERATION SAMPLES (Step 6)")
@@ -171,19 +202,19 @@ def test_the_console_shows_the_samples_that_the_file_holds(console):
 
 
 def whole_validation(params, config, ids):
-    """Mean nats of every token but the first, from the logits of each window of `context` tokens, in float64."""
-    context, total = config.model.context, 0.0
+    """Mean loss over all tokens but the first, in float64, from the logits of each window of `context` tokens."""
+    context, loss_sum = config.model.context, 0.0
     logits = jax.jit(lambda inputs: Decoder(config.model).apply({"params": params}, inputs))
     for start in range(0, len(ids) - 1, context):
         window = np.asarray(ids[start : start + context + 1], np.int32)
         inputs = np.zeros((1, context), np.int32)
         inputs[0, : len(window) - 1] = window[:-1]
         scores = np.asarray(logits(inputs), np.float64)[0, : len(window) - 1]
-        total += np.sum(np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(window) - 1), window[1:]])
-    return total / (len(ids) - 1)
+        loss_sum += np.sum(np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(window) - 1), window[1:]])
+    return loss_sum / (len(ids) - 1)
 
 
-def test_the_last_validation_is_over_the_whole_text(console):
+def test_the_last_validation_uses_all_validation_data(console):
     config = tiny_run.resolved(config_of("whole"))
     ids = np.fromfile("tokens/val.bin", "<u2")
     assert (len(ids) - 1) % config.model.context
@@ -194,7 +225,7 @@ def test_the_last_validation_is_over_the_whole_text(console):
     assert f"{last['val_loss']:.4f} ({last['val_bits_per_byte']:.4f} bits per byte)" in console
 
 
-def test_bits_per_byte_are_of_the_bytes_that_the_tokens_stand_for(console):
+def test_bits_per_byte_count_the_decoded_bytes(console):
     from jaxlm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(300)
@@ -214,7 +245,7 @@ def wait_for(path):
 
 @pytest.fixture(scope="module")
 def interruptions(console):
-    """What came of each session of the run in `broken`: one that crashes, two that signals stop, and the last."""
+    """Each session of the run in `broken`: one crashes, two are stopped by signals, the last one ends."""
 
     class CrashError(Exception):
         pass
@@ -223,18 +254,20 @@ def interruptions(console):
         wait_for("broken/checkpoints/3")
         raise CrashError
 
-    found = []
+    sessions = []
     for step, do in ((5, crash), (7, send(signal.SIGTERM)), (9, send(signal.SIGINT))):
         with pytest.MonkeyPatch.context() as patch, pytest.raises((CrashError, Stopped)) as caught:
             at_step(patch, step, do)
+            events = collect_events(patch)
             train("broken", "--config.max_checkpoints=2")
+        caught.value.events = events
         steps = sorted(int(path.name) for path in Path("broken/checkpoints").iterdir())
-        found.append((caught.value, steps, len(rows("broken/metrics.jsonl"))))
-    found.append((train("broken", "--config.max_checkpoints=2"), None, None))
-    return found
+        sessions.append((caught.value, steps, len(rows("broken/metrics.jsonl"))))
+    sessions.append((train("broken", "--config.max_checkpoints=2"), None, None))
+    return sessions
 
 
-def test_a_signal_stops_the_run_with_its_status_and_a_checkpoint_of_the_last_step(interruptions):
+def test_a_signal_stops_the_run_with_its_status_and_a_checkpoint(interruptions):
     for (stopped, steps, lines), status, signalled in zip(interruptions[1:3], (143, 130), (7, 9), strict=True):
         assert isinstance(stopped, Stopped)
         assert stopped.exit_status == status
@@ -243,6 +276,8 @@ def test_a_signal_stops_the_run_with_its_status_and_a_checkpoint_of_the_last_ste
         assert steps[-1] == lines
         assert f"step {lines}" in str(stopped)
         assert f"Saved checkpoint: checkpoints/{lines}" in stopped.console
+        assert of_type(stopped.events, StoppingEvent) == [StoppingEvent(lines, status - 128)]
+        assert stopped.events.index(StoppingEvent(lines, status - 128)) < stopped.events.index(SavingEvent(lines))
 
 
 def test_a_resumed_run_says_so(interruptions):
@@ -250,30 +285,30 @@ def test_a_resumed_run_says_so(interruptions):
     assert f"step {stopped_at}" in interruptions[3][0].split("Step ")[0]
 
 
-def test_an_interrupted_run_ends_with_the_bits_of_the_uninterrupted_one(interruptions):
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(interruptions):
     whole, broken = saved_state("whole", LAST), saved_state("broken", LAST)
     assert_same_bits(broken, whole)
     final = [Path(name, "final_model", "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert final[0] == final[1]
 
 
-def test_an_interrupted_run_has_the_losses_of_the_uninterrupted_one_without_gaps_or_repeats(interruptions):
+def test_an_interrupted_run_has_the_metrics_of_an_uninterrupted_one(interruptions):
     assert without_clock(rows("broken/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
     seconds = [row["seconds"] for row in rows("broken/metrics.jsonl")]
     assert seconds == sorted(seconds)
 
 
-def test_an_interrupted_run_writes_the_samples_of_the_uninterrupted_one(interruptions):
+def test_an_interrupted_run_has_the_samples_of_an_uninterrupted_one(interruptions):
     assert Path("broken/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
 
 
-def test_the_signals_are_given_back(interruptions):
-    assert {number: signal.getsignal(number) for number in trainer.STOP_SIGNALS} == HANDLERS
+def test_the_signal_handlers_are_restored(interruptions):
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == HANDLERS
 
 
 @pytest.mark.parametrize(("number", "stops"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)])
-def test_a_run_in_the_background_heeds_all_but_a_hangup_that_it_was_told_to_ignore(console, number, stops, tmp_path):
-    """A script starts what it puts in the background with SIGINT ignored, nohup with SIGHUP ignored."""
+def test_a_run_in_the_background_obeys_all_signals_but_an_ignored_hangup(console, number, stops, tmp_path):
+    """A script starts background jobs with SIGINT ignored, nohup with SIGHUP ignored."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -285,29 +320,11 @@ def test_a_run_in_the_background_heeds_all_but_a_hangup_that_it_was_told_to_igno
         signal.signal(number, before)
 
 
-def test_a_second_ctrl_c_leaves_at_once_though_python_is_deep_in_other_code():
-    """As in a compilation; there the handlers of the main thread have to wait."""
-    code = """
-import hashlib, os, threading
-from jaxlm.run.trainer import Trainer
-run = object.__new__(Trainer)
-run.stop_signal, run.monitor = 0, type("Monitor", (), {"abandon": staticmethod(lambda: None)})
-with run._signals():
-    for seconds in (0.2, 0.6):
-        threading.Timer(seconds, os.kill, (os.getpid(), 2)).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, env=environment)
-    assert done.returncode == 130
-    assert done.stderr == "Stopping after this step; Ctrl-C again to leave at once, without saving\n"
-
-
-def test_a_finished_run_started_again_does_nothing(console):
+def test_a_finished_run_that_is_started_again_does_nothing(console):
     before = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
-    again = train("whole")
-    assert "Step " not in again.replace("Going on from step", "")
-    assert "Saved" not in again
+    shown = train("whole")
+    assert "Step " not in shown.replace("Resuming from step", "")
+    assert "Saved" not in shown
     after = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
     assert {path for path in before if after.get(path) != before[path]} == set()
     assert all("tensorboard" in path.parts for path in after.keys() - before.keys())
@@ -316,7 +333,7 @@ def test_a_finished_run_started_again_does_nothing(console):
 @pytest.mark.parametrize(
     "flag", ["seed=1", "batch_size=4", "grad_accum_steps=1", "model.layers=1", "model.heads=1", "optimizer.name=muon"]
 )
-def test_a_work_directory_of_other_settings_is_refused_with_the_difference(console, flag):
+def test_a_work_directory_of_other_settings_is_refused(console, flag):
     before = tiny_run.listing(Path("whole"))
     with pytest.raises(UsageError) as caught:
         train("whole", f"--config.{flag}")
@@ -327,14 +344,14 @@ def test_a_work_directory_of_other_settings_is_refused_with_the_difference(conso
     assert tiny_run.listing(Path("whole")) == before
 
 
-def test_a_checkpoint_of_other_settings_is_refused_though_config_json_is_gone(console):
+def test_a_checkpoint_of_other_settings_is_refused_without_config_json(console):
     shutil.copytree("whole", "nameless")
     Path("nameless/config.json").unlink()
     with pytest.raises(UsageError, match="seed is 1"):
         train("nameless", "--config.seed=1")
 
 
-def test_what_may_change_is_accepted(console):
+def test_settings_that_may_change_are_accepted(console):
     shutil.copytree("whole", "changed")
     names = (
         "eval_interval=7",
@@ -355,7 +372,7 @@ def test_what_may_change_is_accepted(console):
     assert config_of("changed").max_steps == 14
 
 
-def test_other_tokens_than_the_checkpoints_are_refused(console):
+def test_other_tokens_are_refused(console):
     tiny_run.write_text(Path("other.txt"), seed=1)
     before = tiny_run.listing(Path("whole"))
     with pytest.raises(UsageError) as caught:
@@ -366,8 +383,8 @@ def test_other_tokens_than_the_checkpoints_are_refused(console):
     assert changed <= {"whole/config.json"}
 
 
-def test_an_evaluation_step_writes_its_rows_to_the_disk_before_its_checkpoint(monkeypatch):
-    """So that no power cut leaves a checkpoint whose steps the files do not know."""
+def test_rows_are_on_the_disk_before_their_checkpoint(monkeypatch):
+    """So a power cut leaves no checkpoint whose steps are missing from the files."""
     on_disk, fsync, begun = {}, os.fsync, []
 
     def watched_fsync(descriptor):
@@ -388,22 +405,23 @@ def test_an_evaluation_step_writes_its_rows_to_the_disk_before_its_checkpoint(mo
 
 
 def full_from_to(patch, workdir, first, last):
-    """No file has room from the row of step `first`, when the checkpoint of step 3 is there, until that of `last`."""
+    """No file can grow from the row of step `first`, after the checkpoint of step 3, until that of `last`."""
     room = contextlib.ExitStack()
-    record = Monitor.record
+    record = Records.__call__
 
-    def record_and_fill(self, row):
-        if row["step"] == first:
+    def record_and_fill(self, event):
+        step = event.step if isinstance(event, StepEvent) else 0
+        if step == first:
             wait_for(f"{workdir}/checkpoints/3")
             room.enter_context(tiny_run.disk_room(0))
-        record(self, row)
-        if row["step"] == last:
+        record(self, event)
+        if step == last:
             room.close()
 
-    patch.setattr(Monitor, "record", record_and_fill)
+    patch.setattr(Records, "__call__", record_and_fill)
 
 
-def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_while_and_nothing_else(monkeypatch, console):
+def test_a_full_disk_costs_only_the_saves_meanwhile(monkeypatch, console):
     full_from_to(monkeypatch, "filled", 5, 10)
     shown = train("filled")
     warned = re.findall(r"(?m)^  → Step (\d+) is not saved, (.*): make room; the next save tries again$", shown)
@@ -415,7 +433,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_while_and_nothi
     assert sorted(path.name for path in Path("filled/checkpoints").iterdir()) == ["12", "3"]
 
 
-def test_a_disk_that_does_not_answer_costs_a_save_and_nothing_else(monkeypatch, console):
+def test_a_disk_that_does_not_answer_costs_only_a_save(monkeypatch, console):
     usage, asked = shutil.disk_usage, []
 
     def answer(path):
@@ -430,7 +448,7 @@ def test_a_disk_that_does_not_answer_costs_a_save_and_nothing_else(monkeypatch, 
     assert_same_bits(saved_state("unanswered", LAST), saved_state("whole", LAST))
 
 
-def test_a_run_that_cannot_save_its_last_step_says_so_and_goes_on_from_the_last_saved_one(console):
+def test_a_run_that_cannot_save_its_last_step_says_so_and_resumes(console):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as caught:
         full_from_to(patch, "too-full", 5, LAST + 1)
         try:
@@ -438,14 +456,14 @@ def test_a_run_that_cannot_save_its_last_step_says_so_and_goes_on_from_the_last_
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert is_one_line(caught.value)
-    for part in ("step 12 is not saved", "make room", "goes on from step 3"):
+    for part in ("step 12 is not saved", "make room", "resumes from step 3"):
         assert part in str(caught.value)
-    assert "Going on from step 3" in train("too-full")
+    assert "Resuming from step 3" in train("too-full")
     assert without_clock(rows("too-full/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
     assert_same_bits(saved_state("too-full", LAST), saved_state("whole", LAST))
 
 
-def test_damage_to_the_newest_checkpoint_costs_the_steps_since_the_one_before(console):
+def test_damaged_checkpoints_cost_only_the_steps_since_the_last_whole_one(console):
     shutil.copytree("whole", "hurt")
     for step in (9, 12):
         for path in Path(f"hurt/checkpoints/{step}/params").rglob("d/*"):
@@ -453,13 +471,13 @@ def test_damage_to_the_newest_checkpoint_costs_the_steps_since_the_one_before(co
     shown = train("hurt")
     skipped = re.findall(r"(?m)^Skipped checkpoints/(\d+): .+$", shown)
     assert skipped == ["12", "9"]
-    assert "Going on from step 6" in shown
+    assert "Resuming from step 6" in shown
     assert without_clock(rows("hurt/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
     assert Path("hurt/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
     assert_same_bits(saved_state("hurt", LAST), saved_state("whole", LAST))
 
 
-def test_damaged_lines_of_metrics_are_named_and_stop_nothing(console):
+def test_damaged_lines_of_metrics_are_named_and_dropped(console):
     shutil.copytree("whole", "scratched")
     shutil.rmtree("scratched/checkpoints/12")
     lines = Path("scratched/metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -469,18 +487,18 @@ def test_damaged_lines_of_metrics_are_named_and_stop_nothing(console):
 
 
 def poison(monkeypatch):
-    """Makes the loss of a micro-batch nan, and so its gradients, where its text has the token NEVER_SAID."""
+    """Makes the loss and the gradients of a micro-batch nan if it has the token POISON."""
 
     def poisoned(config, params, inputs, *others):
-        nats, grads = loss_and_gradient(config, params, inputs, *others)
-        factor = jax.numpy.where((inputs == NEVER_SAID).any(), jax.numpy.nan, 1.0)
-        return nats * factor, jax.tree.map(lambda grad: grad * factor, grads)
+        loss, grads = loss_and_gradient(config, params, inputs, *others)
+        factor = jax.numpy.where((inputs == POISON).any(), jax.numpy.nan, 1.0)
+        return loss * factor, jax.tree.map(lambda grad: grad * factor, grads)
 
     monkeypatch.setattr("jaxlm.core.train_step.loss_and_gradient", poisoned)
 
 
 def write_poisoned_tokens(directory, poisoned_batches, windows=60, context=16):
-    """Token files of which just these micro-batches, of two windows each, hold NEVER_SAID."""
+    """Writes token files in which exactly these micro-batches, of two windows each, have POISON."""
     Path(directory).mkdir()
     ids = np.random.default_rng(0).integers(1, 250, windows * context + 1).astype("<u2")
     ids.tofile(f"{directory}/val.bin")
@@ -489,7 +507,7 @@ def write_poisoned_tokens(directory, poisoned_batches, windows=60, context=16):
     for batch in range(max(poisoned_batches) + 1):
         window = next(stream)[0, 1]
         if batch in poisoned_batches:
-            ids[window * context + 5] = NEVER_SAID
+            ids[window * context + 5] = POISON
     ids.tofile(f"{directory}/train.bin")
     return ids
 
@@ -497,14 +515,15 @@ def write_poisoned_tokens(directory, poisoned_batches, windows=60, context=16):
 POISONED = {0, 4, 9, 10, 15, 28}  # 9, 15 and 28 would end the steps 4, 6 and 12, at which intervals end
 
 
-def test_micro_batches_that_are_not_finite_are_skipped_and_the_intervals_stay_exact(monkeypatch):
+def test_non_finite_micro_batches_are_skipped_and_intervals_stay_exact(monkeypatch):
     poison(monkeypatch)
     ids = write_poisoned_tokens("poisoned", POISONED)
     flags = ("--config.data.dir=poisoned", "--config.max_nonfinite_microbatches=3")
+    events = collect_events(monkeypatch)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
         at_step(patch, 10, send(signal.SIGTERM))
-        train("skipping", *flags)
-    shown = stopped.value.console + train("skipping", *flags)
+        train("skipping", *flags, share="poisoned")
+    shown = stopped.value.console + train("skipping", *flags, share="poisoned")
 
     metrics = rows("skipping/metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, LAST + 1))
@@ -512,32 +531,34 @@ def test_micro_batches_that_are_not_finite_are_skipped_and_the_intervals_stay_ex
     assert np.isfinite([row["loss"] for row in metrics]).all()
     assert [row["step"] for row in rows("skipping/samples.jsonl")] == [6] * 3 + [12] * 3
     assert sorted(int(path.name) for path in Path("skipping/checkpoints").iterdir()) == [3, 6, 9, 11, 12]
-    said = re.findall(r"(?m)^.*not finite.*$", shown)
-    assert len(said) == len(POISONED)
-    assert f"{len(POISONED)} so far" in said[-1]
+    lines = re.findall(r"(?m)^.*not finite.*$", shown)
+    assert len(lines) == len(POISONED)
+    assert f"{len(POISONED)} so far" in lines[-1]
+    assert [event.skipped for event in of_type(events, SkippedEvent)] == list(range(1, len(POISONED) + 1))
 
     config = tiny_run.resolved(config_of("skipping"))
     state, losses = jax.device_put(init_state(config), jax.devices()[0]), []
-    train_step = make_train_step(config).lower(state, jax.ShapeDtypeStruct((2, 17), np.int32)).compile()
+    with tiny_run.shared_compilation("poisoned"):
+        train_step = trainer.make_train_step(config).lower(state, batch_shape(config)).compile()
     for number, batch in zip(range(24 + len(POISONED)), train_batch_stream(ids, 16, 2, seed=0), strict=False):
         if number not in POISONED:
-            state, found = train_step(state, batch)
-            losses += [float(found.loss)] * bool(found.updated)
+            state, reported = train_step(state, batch)
+            losses += [float(reported.loss)] * bool(reported.updated)
     assert_same_bits(saved_state("skipping", LAST).params, state.params)
     assert [row["loss"] for row in metrics] == losses
 
 
 @pytest.fixture(scope="module")
 def given_up(place):
-    """The error of a run that meets nothing but nan after three steps and a half, and its checkpoints then."""
+    """The error of a run whose losses are nan after three and a half steps, and its checkpoints."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as caught:
         poison(patch)
         write_poisoned_tokens("hopeless", range(7, 30))
-        train("given-up", "--config.data.dir=hopeless", "--config.max_nonfinite_microbatches=5")
+        train("given-up", "--config.data.dir=hopeless", "--config.max_nonfinite_microbatches=5", share="poisoned")
     return caught.value, [path.name for path in Path("given-up/checkpoints").iterdir()]
 
 
-def test_too_many_in_a_row_that_are_not_finite_end_the_run_in_one_line(given_up):
+def test_too_many_non_finite_micro_batches_end_the_run_in_one_line(given_up):
     error, _ = given_up
     assert is_one_line(error)
     for part in ("5 micro-batches in a row", "not finite", "step 3", "learning_rate"):
@@ -545,12 +566,12 @@ def test_too_many_in_a_row_that_are_not_finite_end_the_run_in_one_line(given_up)
     assert [row["step"] for row in rows("given-up/metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_run_that_gives_up_has_its_last_checkpoint(given_up):
+def test_a_run_that_gives_up_keeps_its_last_checkpoint(given_up):
     assert given_up[1] == ["3"]
 
 
 class Pending:
-    """A metric that the device has not reported yet."""
+    """A metric that logs when it is fetched."""
 
     def __init__(self, value, micro_step, log):
         self.value, self.micro_step, self.log = value, micro_step, log
@@ -560,19 +581,19 @@ class Pending:
         return np.asarray(self.value)
 
 
-def test_the_host_fetches_a_report_only_after_it_has_handed_out_the_next_step(monkeypatch, console):
-    """Except at the end of an interval. Else the device would wait for the host."""
-    make_train_step, log = trainer.make_train_step, []
+def test_metrics_are_fetched_after_the_next_step_is_dispatched(console):
+    """Except at the end of an interval. Otherwise the device would wait for the host."""
+    log = []
 
     class Compiled:
         def __init__(self, compiled):
-            self.compiled, self.handed_out = compiled, 0
+            self.compiled, self.dispatched = compiled, 0
 
         def __call__(self, state, batch):
-            self.handed_out += 1
-            log.append(("handed out", self.handed_out))
+            self.dispatched += 1
+            log.append(("dispatched", self.dispatched))
             state, metrics = self.compiled(state, batch)
-            return state, jax.tree.map(lambda value: Pending(value, self.handed_out, log), metrics)
+            return state, jax.tree.map(lambda value: Pending(value, self.dispatched, log), metrics)
 
         def lower(self, *shapes):
             self.lowered = self.compiled.lower(*shapes)
@@ -582,11 +603,124 @@ def test_the_host_fetches_a_report_only_after_it_has_handed_out_the_next_step(mo
             self.compiled = self.lowered.compile()
             return self
 
-    monkeypatch.setattr(trainer, "make_train_step", lambda config: Compiled(make_train_step(config)))
-    train("watched")
+    with tiny_run.shared_compilation("plain"), pytest.MonkeyPatch.context() as patch:
+        make_train_step = trainer.make_train_step
+        patch.setattr(trainer, "make_train_step", lambda config: Compiled(make_train_step(config)))
+        train("watched", share="")
     assert without_clock(rows("watched/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
     interval_ends = {2 * step for step in range(1, LAST + 1) if not (step % 4 and step % 3 and step % 6)}
     for micro_step in range(1, 2 * LAST + 1):
         first_fetch = log.index(("fetched", micro_step))
-        handed_out = [number for kind, number in log[:first_fetch] if kind == "handed out"]
-        assert handed_out[-1] == micro_step + (micro_step not in interval_ends)
+        dispatched = [number for kind, number in log[:first_fetch] if kind == "dispatched"]
+        assert dispatched[-1] == micro_step + (micro_step not in interval_ends)
+
+
+def test_events_come_in_order_and_hold_what_the_files_hold(monkeypatch, console):
+    events = collect_events(monkeypatch)
+    train("events")
+    expected = []
+    for step in range(1, LAST + 1):
+        expected += [StepEvent] + [EvaluationEvent] * (step % 4 == 0)
+        expected += [SamplesEvent] * (step % 6 == 0) + [SavingEvent] * (step % 3 == 0)
+    at_any_time = (MessageEvent, PauseEvent, SavedEvent)
+    assert [type(event) for event in events if not isinstance(event, at_any_time)] == expected
+    steps = of_type(events, StepEvent)
+    assert [event.row() for event in steps] == rows("events/metrics.jsonl")
+    assert all(type(value) in (int, float) for event in steps for value in event.row().values())
+    assert of_type(events, EvaluationEvent) == [event.evaluation for event in steps if event.step % 4 == 0]
+    samples = [(event.step, *sample) for event in of_type(events, SamplesEvent) for sample in event.samples]
+    assert samples == [tuple(row.values()) for row in rows("events/samples.jsonl")]
+    for step in (3, 6, 9, 12):
+        assert events.index(SavingEvent(step)) < events.index(SavedEvent(step))
+    pauses = [event.kind for event in of_type(events, PauseEvent)]
+    assert pauses[0] == "compilation"
+    assert sorted(pauses[1:]) == ["checkpoint"] * 4 + ["evaluation"] * 3 + ["samples"] * 2
+    messages = [event.text for event in of_type(events, MessageEvent)]
+    assert "parameters in" in messages[0]
+    assert messages[-1].startswith("Done: 12 steps")
+
+
+class Failing:
+    """A listener that raises at the first event of a type, or in `sync`."""
+
+    def __init__(self, at, error):
+        self.at, self.error, self.calls_after = at, error, 0
+        self.failed = False
+
+    def __call__(self, event):
+        self.calls_after += self.failed
+        if isinstance(event, self.at):
+            self.fail()
+
+    def fail(self):
+        self.failed = True
+        raise self.error
+
+    def sync(self):
+        self.calls_after += self.failed
+        if self.at == ():
+            self.fail()
+
+
+@pytest.mark.parametrize(
+    ("at", "error"),
+    [
+        (StepEvent, OSError(errno.ENOSPC, "No space left on device")),
+        (MessageEvent, ValueError("two\nlines")),
+        ((), RuntimeError("cannot sync")),
+    ],
+)
+def test_a_listener_that_raises_is_named_and_left_out(console, tmp_path, capsys, at, error):
+    config, listener, heard = tiny_run.resolved(config_of("whole")), Failing(at, error), []
+    tokens = open_data(config)
+    with tiny_run.shared_compilation("plain"):
+        trainer.Trainer(config, tmp_path, tokens, jax.devices()[0], listeners=[listener, heard.append]).train()
+    shown, err = capsys.readouterr()
+    (named,) = re.findall("(?m)^  → The listener Failing failed and is left out .*$", shown)
+    assert type(error).__name__ in named
+    assert "not saved" not in shown
+    assert (listener.failed, listener.calls_after, err) == (True, 0, "")
+    assert len(of_type(heard, StepEvent)) == LAST
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 9, 12]
+    assert without_clock(rows(tmp_path / "metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+    assert_same_bits(saved_state_of(tmp_path, config), saved_state("whole", LAST))
+
+
+def saved_state_of(workdir, config):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return Checkpoints(workdir).state(LAST, state_shapes(config), sharding)
+
+
+def test_a_console_that_fails_is_named_on_stderr(monkeypatch, console, capfd):
+    def fail(self, event):
+        raise OSError("no console")
+
+    monkeypatch.setattr(Console, "__call__", fail)
+    assert train("mute") == ""
+    assert capfd.readouterr().err == "  → The listener Console failed and is left out (OSError: no console)\n"
+    assert_same_bits(saved_state("mute", LAST), saved_state("whole", LAST))
+
+
+def test_records_that_fail_end_the_run(monkeypatch, console):
+    """A checkpoint without the rows before it would break the resumed run's files."""
+
+    def fail():
+        raise OSError(errno.EIO, "Input/output error")
+
+    at_step(monkeypatch, 5, fail)
+    with pytest.raises(RunError, match="Input/output error"):
+        train("unrecorded")
+    assert len(rows("unrecorded/metrics.jsonl")) == 5
+
+
+def test_importing_the_trainer_changes_no_other_library():
+    code = """
+import logging, sys
+import absl.logging, orbax.checkpoint
+hook, levels = sys.unraisablehook, [logging.getLogger(name).level for name in ("absl", "asyncio")]
+import jaxlm.run.trainer, jaxlm.sample
+assert sys.unraisablehook is hook
+assert [logging.getLogger(name).level for name in ("absl", "asyncio")] == levels
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

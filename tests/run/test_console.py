@@ -1,0 +1,122 @@
+"""What a run shows."""
+
+import contextlib
+import io
+import re
+
+import pytest
+
+from jaxlm.config import Config
+from jaxlm.run.console import Console, metrics_line, samples_block
+from jaxlm.run.events import MessageEvent, SamplesEvent, StepEvent
+from jaxlm.units import duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def plain(shown):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+def step_event(step, **changes):
+    values = dict(loss=8.2341, lr=3e-4, grad_norm=1.0, tokens=10, tokens_per_second=2567.0, seconds=1.0)
+    return StepEvent(step, **values | {"step_seconds": 1.0, "seconds_left": 8.5 * 3600} | changes)
+
+
+def test_console_line_is_the_users():
+    line = metrics_line(100, 8.23412, 3e-4, 2567.4, 8.5 * 3600)
+    assert line == "Step    100 | Loss 8.2341 | LR 3.00e-04 | Tokens/s   2567 | ETA 8.5h"
+
+
+def test_console_line_of_the_last_step():
+    line = metrics_line(50_000, 10.5, 2.96e-5, 123_456.0, 0)
+    assert line == "Step  50000 | Loss 10.5000 | LR 2.96e-05 | Tokens/s 123456 | ETA 0s"
+
+
+def test_samples_block_is_the_users():
+    texts = [("Once upon a time", "Once upon a time\nthere was  a\tking.\n\nHe"), ("She", "She — 日")]
+    assert samples_block(50, texts).split("\n") == [
+        "=" * 70,
+        "GENERATION SAMPLES (Step 50)",
+        "=" * 70,
+        "1. Prompt: 'Once upon a time'",
+        "   → Once upon a time there was a king. He",
+        "2. Prompt: 'She'",
+        "   → She — 日",
+        "=" * 70,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0s"),
+        (45.4, "45s"),
+        (59, "59s"),
+        (60, "1.0m"),
+        (738, "12.3m"),
+        (3599, "60.0m"),
+        (3600, "1.0h"),
+        (8.5 * 3600, "8.5h"),
+        (47.9 * 3600, "47.9h"),
+        (48 * 3600, "2.0d"),
+        (9.2 * 86400, "9.2d"),
+    ],
+)
+def test_duration(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_piped_only_the_lines_appear(capsys):
+    console = Console(Config(), 0)
+    long_line = "Step 1 [bold] :smile: 3.5 " + "word " * 60
+    console(MessageEvent(long_line))
+    console(step_event(3))
+    console(MessageEvent("second"))
+    console.close()
+    assert capsys.readouterr() == (f"{long_line}\nsecond\n", "")
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_on_a_terminal_a_bar_shows_the_progress_and_the_next_pause(environment, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        console = Console(Config(max_steps=50_000, eval_interval=100, generation_interval=500, save_interval=500), 3)
+        console(step_event(1234))
+        console(MessageEvent("a line above"))
+        console.close()
+    shown = [line.rstrip() for line in re.split(r"[\r\n]+", plain(terminal.getvalue()))]
+    assert "a line above" in shown
+    bar = shown[-2]  # drawn once more before it is removed
+    for part in ("1234/50000", "8.234", "2,567", "8.5h", "evaluation at 1300"):
+        assert part in bar
+    assert len(bar) < columns
+
+
+def test_at_the_end_the_bar_is_removed_and_the_cursor_visible(environment):
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        console = Console(Config(), 0)
+        console(step_event(10))
+        console.close()
+    shown = terminal.getvalue()
+    assert shown.endswith("\x1b[2K")
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+@pytest.mark.parametrize("code", ["\x1b]0;title\x07", "\x1bc", "\x00", "\x08", "\x7f", "\x9b2J"])
+def test_samples_cannot_control_the_terminal(capsys, code):
+    console = Console(Config(), 0)
+    console(SamplesEvent(5, (("A", f"A{code}b"),)))
+    console.close()
+    assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", capsys.readouterr().out) is None
