@@ -1,4 +1,4 @@
-"""What every command shares: its arguments, its one line on failure and its exit status."""
+"""What every command shares: config files and flags, one-line errors and exit statuses."""
 
 import argparse
 import contextlib
@@ -19,30 +19,34 @@ from ml_collections import config_flags
 from jaxlm.config import Config, check_name, from_config_dict
 from jaxlm.errors import RunError, Stopped, UsageError
 
+_PACKAGE = Path(__file__).parent
+PRESETS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
+QUICKSTART = PRESETS / "quickstart.py"
+
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are RequestErrors, so that they come out as one line like all others."""
+    """An argument parser that raises UsageError instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}: {self.prog} --help shows what there is")
+        raise UsageError(f"{message}: {self.prog} --help shows the flags")
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs a command and ends the process with its status.
+    """Runs a command and ends the process with its exit status.
 
-    It does not wait for Python to take itself apart: threads of tensorstore that come back into it then abort it.
+    It uses `os._exit`: tensorstore's threads abort the process if they call Python while the interpreter shuts down.
     """
     code = status(main, sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError):  # the reader may have closed it
             stream.flush()
     os._exit(code)
 
 
 def status(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Runs a command: 0, or the exit status of what ended it, after its message on stderr."""
+    """Runs a command and returns its exit status. Expected errors become one line on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no text ends a command by being printed
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: printing never fails for a character
     try:
         main(argv)
     except (UsageError, RunError) as error:
@@ -51,36 +55,50 @@ def status(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.exit_status
-    except BrokenPipeError:  # as of any program whose reader has gone away
+    except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("stopped: the same command begins again", file=sys.stderr)
-        return 130
+        print("stopped: run the same command to start again", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
+def find_config(name: str) -> Path:
+    """The config file of that path, or the shipped preset of that name, such as `m2_60m`.
+
+    Raises:
+        UsageError: there is neither; the message names the nearest.
+    """
+    if os.path.isfile(name):
+        return Path(name)
+    presets = [path.stem for path in sorted(PRESETS.glob("*.py")) if path.stem != "__init__"]
+    if name in presets:
+        return PRESETS / f"{name}.py"
+    folder = Path(name).parent
+    files = [str(folder / file) for file in sorted(glob.glob("*.py", root_dir=folder))]
+    nearest = difflib.get_close_matches(name, files, 1) or difflib.get_close_matches(Path(name).stem, presets, 1)
+    advice = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(files + presets)}"
+    raise UsageError(f"there is no config file or preset {name}: {advice}")
 
 
 def read_config(argv: list[str]) -> tuple[Config, Path]:
-    """The settings that the flags ask for, and the work directory. Raises UsageError as `read_flags`."""
+    """The settings and the work directory that the flags choose. Raises UsageError as `read_flags`."""
     return read_flags(argv)[:2]
 
 
 def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
-    """The settings that the flags ask for, the work directory, and whether to begin a run that does not fit.
+    """The settings and the work directory that the flags choose, and whether to start a run that does not fit.
 
     Raises:
-        UsageError: an unknown flag, a config file that is missing or fails, a setting that is wrong.
+        UsageError: an unknown flag, a config file that is missing or fails, a wrong setting.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=QUICKSTART)
-    known, others = parser.parse_known_args(argv)
-    if not os.path.isfile(known.config):
-        raise UsageError(f"there is no config file {known.config}{_nearest_file(known.config)}")
+    parser.add_argument("--config", default=str(QUICKSTART))
+    args, others = parser.parse_known_args(argv)
+    config_file = find_config(args.config)
     for setting in re.findall(r"(?m)^--config\.([\w.]+)", "\n".join(others)):
         check_name(setting)
-    words = ["jaxlm.main", f"--config={known.config}", *others]
+    words = ["jaxlm.main", f"--config={config_file}", *others]
     values = define_flags(words)
     try:
         rest = values(words)
@@ -91,23 +109,19 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
         raise UsageError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags begin with --")
-    return from_config_dict(settings), Path(values.workdir or Path("runs", known.config.stem)), values.force
+    return from_config_dict(settings), Path(values.workdir or Path("runs", config_file.stem)), values.force
 
 
 def define_flags(words: list[str]) -> flags.FlagValues:
-    """The flags of this command, not yet parsed; `words` is the whole command line, for the settings in it."""
+    """The flags of jaxlm.main, not yet parsed. `words` is the whole command line, which the settings are read from."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", str(QUICKSTART), "config file; --config.NAME=VALUE changes a setting", values, sys_argv=words
+        "config",
+        str(QUICKSTART),
+        "config file, or name of a shipped preset; --config.NAME=VALUE changes a setting",
+        values,
+        sys_argv=words,
     )
     flags.DEFINE_string("workdir", "", "work directory; empty: runs/NAME-OF-THE-CONFIG", flag_values=values)
-    flags.DEFINE_bool("force", False, "begin a run though the machine has not the memory for it", flag_values=values)
+    flags.DEFINE_bool("force", False, "start a run even if it does not fit in memory", flag_values=values)
     return values
-
-
-def _nearest_file(file: Path) -> str:
-    known = sorted(str(file.parent / name) for name in glob.glob("*.py", root_dir=file.parent))
-    nearest = difflib.get_close_matches(str(file), known, n=1)
-    if nearest:
-        return f": did you mean {nearest[0]}?"
-    return f": there is {', '.join(known)}" if known else ": name one with --config"

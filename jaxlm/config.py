@@ -1,8 +1,10 @@
-"""Every setting of a run: its name, its default, its bounds. The one home of each.
+"""The settings of a run: names, defaults, bounds.
 
-A config file builds an `ml_collections.ConfigDict` (from `default_config()`), flags override it, and
-`from_config_dict` turns the result, once, into the frozen dataclasses that the rest of the program takes.
-Settings marked `FIXED` decide what the numbers of a checkpoint mean: a run cannot go on with another value.
+A config file returns an `ml_collections.ConfigDict` (from `default_config()`), flags override it, and
+`from_config_dict` checks the result and builds the frozen dataclasses that the rest of the program takes.
+
+A run cannot resume with another value of a setting marked `FIXED`, because it defines what the checkpoint means.
+`python -m experiments.document_config` makes docs/configuration.md from the comments here.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ FIXED = {"fixed": True}
 PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
 PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
 
-# settings that earlier versions called otherwise, and what their values became
+# settings of older config files and checkpoints: their present names, and the present names of their values
 OLD_NAMES = {
     "slices": "microbatch_chunks",
     "max_skipped": "max_nonfinite_microbatches",
@@ -204,23 +206,21 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Steps are optimizer steps; an interval of n acts after steps n, 2n, 3n and so on."""
+    """One run. Steps are optimizer steps. An interval of n acts after steps n, 2n, 3n and so on."""
 
     batch_size: int = field(default=32, metadata=FIXED)  # sequences per micro-batch
     grad_accum_steps: int = field(default=2, metadata=FIXED)  # micro-batches per optimizer step
-    microbatch_chunks: int = (
-        0  # parts of a micro-batch, computed one after the other: less memory, the same numbers. 0: as fits
-    )
-    max_steps: int = 50_000
-    eval_interval: int = 100  # a console line and a validation pass
-    save_interval: int = 300
-    generation_interval: int = 50
-    max_checkpoints: int = 5
-    max_nonfinite_microbatches: int = 10  # micro-batches with non-finite gradients in a row before the run stops
-    seed: int = field(default=0, metadata=FIXED)
-    init_from: str = field(default="", metadata=FIXED)  # a Hugging Face folder to begin with; empty: random weights
-    platform: str = "auto"
-    deterministic: bool = False  # on an NVIDIA GPU: the same bits in every session, slower
+    microbatch_chunks: int = 0  # sequential parts of a micro-batch, which need less memory; 0: chosen for the device
+    max_steps: int = 50_000  # optimizer steps of the whole run
+    eval_interval: int = 100  # steps between evaluations, each with a line on the console
+    save_interval: int = 300  # steps between checkpoints
+    generation_interval: int = 50  # steps between blocks of samples
+    max_checkpoints: int = 5  # checkpoints that are kept; older ones are deleted
+    max_nonfinite_microbatches: int = 10  # consecutive micro-batches with non-finite gradients that stop the run
+    seed: int = field(default=0, metadata=FIXED)  # random seed of the initial weights, the data order and the samples
+    init_from: str = field(default="", metadata=FIXED)  # Hugging Face folder with the initial weights; empty: random
+    platform: str = "auto"  # auto (the best that works), cpu, cuda, mps or metal
+    deterministic: bool = False  # bitwise reproducible across sessions on an NVIDIA GPU, but slower
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
@@ -236,7 +236,8 @@ class Config:
         )
         _require(
             self.microbatch_chunks == 0 or self.batch_size % self.microbatch_chunks == 0,
-            f"batch_size {self.batch_size} is not divisible by microbatch_chunks {self.microbatch_chunks}: choose a divisor",
+            f"batch_size {self.batch_size} is not divisible by microbatch_chunks {self.microbatch_chunks}:"
+            " choose a divisor",
         )
         _require(
             257 <= self.model.vocab_size <= 50_257,
@@ -252,17 +253,17 @@ class Config:
 
     @property
     def chunk_size(self) -> int:
-        """Sequences computed at one time."""
+        """Sequences that are computed at once."""
         return self.batch_size // max(self.microbatch_chunks, 1)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step learns from."""
+        """Tokens per optimizer step."""
         return self.batch_size * self.grad_accum_steps * self.model.context
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError, with the nearest known one, if no setting has this name (`group.name` in a group)."""
+    """Raises UsageError, which names the nearest setting, if there is no setting `name` (`group.name` in a group)."""
     kind: Any = Config
     if name in OLD_NAMES:
         raise UsageError(f"the setting {name} is called {OLD_NAMES[name]} now")
@@ -275,50 +276,59 @@ def check_name(name: str) -> None:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All settings at their defaults, for a config file to change."""
+    """All settings with their defaults, for a config file to change."""
     return ml_collections.ConfigDict(to_dict(Config()))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The settings as nested plain dicts (JSON-ready but for tuples)."""
+    """The settings as nested dicts of plain values."""
     return dataclasses.asdict(config)
 
 
 def from_config_dict(settings: Mapping[str, Any]) -> Config:
-    """Checks every setting and freezes them.
+    """Checks all settings and builds the Config.
 
     Args:
-        settings: nested mapping (a ConfigDict, or JSON read back); what it leaves out keeps its default.
+        settings: nested mapping, such as a ConfigDict or parsed JSON. Missing settings get their defaults.
 
     Raises:
-        UsageError: an unknown name (with the nearest known one), a wrong type, a value out of bounds.
+        UsageError: an unknown name (the message has the nearest), a wrong type, a value out of bounds.
     """
-    _require(isinstance(settings, Mapping | ml_collections.ConfigDict), "get_config() of a config file must return one")
+    _require(_is_group(settings), "get_config() of a config file must return a ConfigDict")
     return _build(Config, with_new_names(settings), "")
 
 
-def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same nested settings as plain dicts, in which each of OLD_NAMES has its new name and value."""
-    renamed: dict[str, Any] = {}
-    old: dict[str, Any] = {}
+def with_new_names(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings as nested dicts, with the names and values of OLD_NAMES replaced.
+
+    Where a setting is given under both names, the old one wins: the other is a default.
+
+    Args:
+        settings: nested mapping of settings.
+        prefix: the name of the group that `settings` are in, with a dot; empty for all settings.
+    """
+    renamed, old = {}, {}
     for name, value in settings.items():
-        if isinstance(value, Mapping | ml_collections.ConfigDict):
-            group = {f"{name}.{inner}": inner_value for inner, inner_value in value.items()}
-            old |= {inner: group.pop(inner) for inner in list(group) if inner in OLD_NAMES}
-            renamed[name] = {inner.partition(".")[2]: inner_value for inner, inner_value in group.items()}
-        elif name in OLD_NAMES:
-            old[name] = value
+        full_name = f"{prefix}{name}"
+        if _is_group(value):
+            renamed[name] = with_new_names(value, f"{full_name}.")
+        elif full_name in OLD_NAMES:
+            old[OLD_NAMES[full_name].removeprefix(prefix)] = _new_value(full_name, value)
         else:
             renamed[name] = value
-    for name, value in old.items():
-        group_name, _, inner = OLD_NAMES[name].rpartition(".")
-        place: dict[str, Any] = renamed[group_name] if group_name else renamed
-        place[inner] = OLD_VALUES.get(name, {}).get(value, value)
-    return renamed
+    return renamed | old
+
+
+def _new_value(old_name: str, value: Any) -> Any:
+    return OLD_VALUES.get(old_name, {}).get(value, value) if isinstance(value, str) else value
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Mapping | ml_collections.ConfigDict)
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
-    """As `from_config_dict`, of a model alone, which may have another tokenizer than runs have."""
+    """As `from_config_dict`, for a model alone. Its vocabulary need not be that of our tokenizer."""
     return _build(ModelConfig, settings, "model.")
 
 
@@ -329,7 +339,7 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
         check_name(prefix + name)
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
-            _require(isinstance(value, Mapping | ml_collections.ConfigDict), f"{prefix}{name} must be a group")
+            _require(_is_group(value), f"{prefix}{name} must be a group")
             arguments[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.")
         else:
             arguments[name] = _value(f"{prefix}{name}", kind, value)
@@ -339,21 +349,22 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
 def _value(name: str, kind: Any, value: Any) -> Any:
     if kind == tuple[str, ...]:
         good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        _require(good, f"{name} must be a list of texts")
+        _require(good, f"{name} must be a list of strings")
         return tuple(value)
     if type(value) is int:
-        _require(abs(value) < 2**31, f"{name} is a whole number of more than 31 bits: choose a smaller one")
+        _require(abs(value) < 2**31, f"{name} is an integer of more than 31 bits: choose a smaller one")
         value = float(value) if kind is float else value
     good = type(value) is kind and (kind is not float or math.isfinite(value))
-    described = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    described = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
     _require(good, f"{name} is {value!r:.100}: it must be {described[kind]}")
     return value
 
 
 def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """The FIXED settings in which a saved run (nested dict) and `config` differ, one phrase each.
+    """The FIXED settings that differ between a saved run (nested dict) and `config`, one phrase each.
 
-    Raises UsageError when `saved` does not hold settings.
+    Raises:
+        UsageError: `saved` is not a mapping of settings.
     """
     _require(isinstance(saved, Mapping), "the saved settings are damaged: config must be a group")
     return _differences(with_new_names(saved), config, "")
@@ -361,11 +372,13 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
 
 def _differences(saved: Mapping[str, Any], config: Any, prefix: str) -> list[str]:
     _require(isinstance(saved, Mapping), f"the saved settings are damaged: {prefix[:-1] or 'config'} must be a group")
-    found = []
+    phrases = []
     for setting in dataclasses.fields(config):
-        value = getattr(config, setting.name)
+        name, value = f"{prefix}{setting.name}", getattr(config, setting.name)
         if dataclasses.is_dataclass(value):
-            found += _differences(saved.get(setting.name, {}), value, f"{prefix}{setting.name}.")
-        elif setting.metadata.get("fixed") and saved.get(setting.name, setting.default) != value:
-            found.append(f"{prefix}{setting.name} is {value}, there it is {saved.get(setting.name, setting.default)}")
-    return found
+            phrases += _differences(saved.get(setting.name, {}), value, f"{name}.")
+        elif setting.metadata.get("fixed"):
+            saved_value = saved.get(setting.name, setting.default)
+            if saved_value != value:
+                phrases.append(f"{name} is {value}, the saved run has {saved_value}")
+    return phrases

@@ -23,7 +23,6 @@ from jaxlm.device.isolated import run_isolated
 from jaxlm.errors import UsageError
 from jaxlm.storage import atomic
 
-PRESET = Path(__file__).parent.parent / "configs" / "m2_60m.py"
 LIMIT = 3600.0  # seconds for one part
 LAST_LINES = 200  # of a part that fails: the check's whole table too
 DISTRIBUTIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-dtypes")
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> None:
     """Runs the command with `argv`, the words after its name. Raises UsageError."""
     parser = ArgumentParser(prog="python -m jaxlm.doctor", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("jaxlm-doctor.txt"), help="the report (%(default)s)")
-    parser.add_argument("--config", type=Path, default=PRESET, help="as of jaxlm.main, like --config.NAME=VALUE")
+    parser.add_argument("--config", default="m2_60m", help="as of jaxlm.main, like --config.NAME=VALUE")
     args, others = parser.parse_known_args(argv)
     flags = [f"--config={args.config}", *others]
     config, _ = read_config(flags)

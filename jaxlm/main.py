@@ -1,6 +1,7 @@
-"""The command that trains: python -m jaxlm.main --config configs/m2_60m.py [--workdir DIR] [--config.batch_size=16]
+"""The command that trains: python -m jaxlm.main [--config m2_60m] [--workdir DIR] [--config.batch_size=16]
 
-Goes on from the newest checkpoint in the work directory; prepares the text its config names when that is missing.
+--config is a config file or the name of a shipped preset (m2_60m, quickstart). Training resumes from the newest
+checkpoint in the work directory. If the data is missing, the corpus that the config names is prepared first.
 """
 
 import json
@@ -20,19 +21,19 @@ from jaxlm.storage.lock import only_writer
 
 
 def open_data(config: Config) -> TokenFiles:
-    """The token files of the config: those in `data.dir` as they are, else the corpus's, prepared if missing.
+    """The token files of the config: those in `data.dir` if they exist, else the corpus's, prepared if missing.
 
     Raises:
-        UsageError: they do not fit, or the corpus cannot be had.
+        UsageError: the files do not fit the config, or the corpus cannot be read.
     """
-    c, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
-    if c.corpus and not (c.dir and os.path.isfile(directory / TRAIN)):
-        prepare(c.corpus, directory, vocab_size, c.val_fraction)
+    data, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
+    if data.corpus and not (data.dir and os.path.isfile(directory / TRAIN)):
+        prepare(data.corpus, directory, vocab_size, data.val_fraction)
     return open_tokens(directory, vocab_size, config.model.context)
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
-    """Raises UsageError if `workdir` is the place of a run of other settings."""
+    """Raises UsageError if `workdir` belongs to a run with other fixed settings."""
     file = workdir / "config.json"
     if not os.path.lexists(file):
         return
@@ -40,26 +41,28 @@ def check_workdir(workdir: Path, config: Config) -> None:
         saved = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} is damaged: delete it, each checkpoint holds the settings too") from error
-    if found := differences(saved, config):
-        raise UsageError(f"{workdir} belongs to another run: {'; '.join(found)}; choose another --workdir")
+    if changes := differences(saved, config):
+        raise UsageError(f"{workdir} belongs to another run: {'; '.join(changes)}; choose another --workdir")
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises UsageError, RunError and Stopped."""
+    """Runs the command; `argv` is the words after its name. Raises UsageError, RunError and Stopped."""
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}{define_flags([]).get_help()}\nThe settings are those of jaxlm/config.py.")
         return
     config, workdir, force = read_flags(argv)
-    if config.init_from and not os.path.lexists(workdir / "config.json"):  # once begun, a run has what it needs
+    if config.init_from and not os.path.lexists(workdir / "config.json"):  # a resumed run does not read it
         check_init(config)
-    tokens = open_data(config)
+    _train(config, workdir, force, open_data(config))
 
-    import jax  # only now: what came before answers in a moment, and needs no device
+
+def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> None:
+    import jax  # only now, so that --help and most errors need neither jax nor a device
 
     from jaxlm.data.tokenizer import encode_prompts
     from jaxlm.device import backend, numerics
     from jaxlm.planner.memory import check_memory
-    from jaxlm.planner.report import in_short
+    from jaxlm.planner.report import summary
     from jaxlm.run.resume import check_room
     from jaxlm.run.trainer import Trainer
 
@@ -71,26 +74,25 @@ def main(argv: list[str]) -> None:
     if not force:
         check_memory(resolved, device)
 
-    def ready(compiled: Any, step: int) -> str:
+    def before_first_step(compiled: Any, step: int) -> str:
         if not force:
             check_memory(resolved, device, compiled)
         atomic.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
-        return in_short(resolved, device, workdir, compiled, step)
+        return summary(resolved, device, workdir, compiled, step)
 
     try:
         if device.platform != "cpu":
             numerics.require(resolved, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir):
-            training = Trainer(resolved, workdir, tokens, device, ready)
-            training.train()
+            Trainer(resolved, workdir, tokens, device, before_first_step).train()
     except OSError as error:
         raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise RunError("out of memory: set model.remat and slices, or a smaller batch_size") from error
+            raise RunError("out of memory: set model.remat and microbatch_chunks, or a smaller batch_size") from error
         reason = str(error).splitlines()[0]
-        raise RunError(f"the device failed ({reason}): the same command goes on from the last checkpoint") from error
+        raise RunError(f"the device failed ({reason}): the same command resumes from the last checkpoint") from error
 
 
 if __name__ == "__main__":

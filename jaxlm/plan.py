@@ -1,8 +1,8 @@
-"""The command that says what a run will cost, before its first step: python -m jaxlm.plan --config configs/m2_60m.py
+"""The command that predicts what a run costs: python -m jaxlm.plan --config m2_60m
 
-Takes the flags of jaxlm.main. Memory is that of the compiled step, for which nothing is allocated; times are those of a
-short run, unless --no-measure; both are remembered. --json prints the numbers, with their
-units in the keys. --check holds what the machine computes against the CPU instead.
+Takes the flags of jaxlm.main. Memory is that of the compiled step; computing it allocates nothing. Times come from a
+short run, unless --no-measure. Both are cached. --json prints the numbers, with units in their keys. --check runs the
+numerics check instead: it compares what this machine computes with the CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WIDTH = 80
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr while something is compiled or measured, if that is a terminal."""
+    """A progress bar on stderr, if that is a terminal; yields the function that updates it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -35,10 +35,10 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 
 
 def check(config: Config, as_json: bool) -> None:
-    """Prints how far what this machine computes lies from the CPU's, part by part.
+    """Runs the numerics check and prints the difference between this machine and the CPU, part by part.
 
     Raises:
-        RunError: further than is allowed.
+        RunError: a difference is larger than allowed.
     """
     from jaxlm.device import backend, numerics
 
@@ -46,35 +46,35 @@ def check(config: Config, as_json: bool) -> None:
     config = backend.resolve_run(config, device)
     parts = numerics.check(config, device)
     numerics.remember(config, device, parts)
-    as_dicts = [
+    rows = [
         part._asdict() | {"difference": part.difference if math.isfinite(part.difference) else None, "ok": part.ok}
         for part in parts
     ]
-    print(json.dumps(as_dicts, indent=2) if as_json else numerics.table(parts))
+    print(json.dumps(rows, indent=2) if as_json else numerics.table(parts))
     numerics.refuse_wrong(parts, device)
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises UsageError and RunError."""
+    """Runs the command; `argv` is the words after its name. Raises UsageError and RunError."""
     parser = ArgumentParser(
         prog="python -m jaxlm.plan",
-        description="Says what a run will cost. Takes the flags of jaxlm.main as well.",
+        description="Predicts what a run costs. Also takes the flags of jaxlm.main.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument(
         "--measure",
         action=argparse.BooleanOptionalAction,
-        help="run some steps to know the speed, even if it is remembered; or never (default: if it is not remembered)",
+        help="measure the speed by a short run, even if it is cached; or never (default: unless it is cached)",
     )
-    parser.add_argument("--check", action="store_true", help="see whether this machine computes right, instead")
+    parser.add_argument("--check", action="store_true", help="check what this machine computes, instead")
     args, rest = parser.parse_known_args(argv)
     config, workdir = read_config(rest)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the short run's process needs the memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the memory to the short run's process
 
-    import jax
+    import jax  # only now, so that errors in the flags are shown at once
 
-    from jaxlm.planner.report import make_plan  # only now, as in jaxlm.main
+    from jaxlm.planner.report import make_plan
 
     try:
         if args.check:
@@ -85,7 +85,8 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
     except jax.errors.JaxRuntimeError as error:
-        raise RunError(f"the device failed ({str(error).splitlines()[0]}): set model.remat and slices") from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"the device failed ({reason}): set model.remat and microbatch_chunks") from error
     if args.json:
         print(json.dumps(report, indent=2))
         return

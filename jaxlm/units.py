@@ -1,10 +1,10 @@
-"""Sizes, times and dates as a person reads them."""
+"""Readable sizes, durations and dates."""
 
 from datetime import datetime, timedelta
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the largest fitting unit: 45s, 12.3m, 8.5h, 9.2d."""
+    """Seconds in the unit that fits: 45s, 12.3m, 8.5h, 9.2d."""
     for limit, divisor, unit in ((60, 1, "s"), (3600, 60, "m"), (48 * 3600, 3600, "h")):
         if seconds < limit:
             return f"{seconds:.0f}s" if unit == "s" else f"{seconds / divisor:.1f}{unit}"
@@ -12,17 +12,17 @@ def duration(seconds: float) -> str:
 
 
 def gb(size: float) -> str:
-    """Bytes in the unit that a person reads: GB, or MB below one tenth of it."""
+    """Bytes in GB (10^9), or in MB (10^6) below 0.1 GB."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def seconds_text(seconds: float) -> str:
-    """Seconds to three digits below a minute, in the largest fitting unit above."""
+    """Seconds with three digits below a minute, else as `duration`."""
     return f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
 
 
 def date_text(now: datetime, seconds: float) -> str:
-    """When so many seconds will have passed."""
+    """The date and time `seconds` after `now`."""
     try:
         return (now + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M")
     except OverflowError:

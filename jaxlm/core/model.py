@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,6 +29,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.core import layers
 from jaxlm.core.loss import GPU_TILE, KEPT, KEPT_ON_GPU, TILE, UNROLLED_TILE, cross_entropy, cross_entropy_and_gradient
 from jaxlm.core.ops import hopper
+from jaxlm.core.parameters import Parameter, by_path, parameter_table
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 JOINED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # what reads the same input
@@ -44,7 +45,7 @@ class Cache(NamedTuple):
     values_GSK: tuple[jax.Array, ...]
 
 
-def approx_normal_init(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
+def approx_normal_init(key: Any, shape: tuple[int, ...], std: float) -> jax.Array:
     """Draws numbers of mean 0 and this standard deviation, float32: the same bits from a key wherever it is done.
 
     Each is the sum of eight random bytes, whole numbers up to the one product at the end. (The logarithm that a normal
@@ -61,28 +62,17 @@ def approx_normal_init(key: jax.Array, shape: tuple[int, ...], std: float) -> ja
     return jax.lax.map(draw, jax.random.split(key, shape[0]))
 
 
-def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The matrices of one block by name, and their inputs and outputs."""
-    D, F = config.width, config.mlp_width
-    KV = D // config.heads * (config.kv_heads or config.heads)
-    attention = {"query": (D, D), "key": (D, KV), "value": (D, KV), "output": (D, D)}
-    return attention | {"gate": (D, F), "up": (D, F), "down": (F, D)}
+def init_group(key: jax.Array, group: Sequence[Parameter]) -> jax.Array | dict[str, jax.Array]:
+    """Draws one array, or the dict of arrays below one name, each random one with its own part of the key."""
+    if not group[0].stacked:
+        return init_array(key, group[0])
+    keys = iter(jax.random.split(key, sum(p.init_std is not None for p in group)))
+    return {p.path[-1]: init_array(None if p.init_std is None else next(keys), p) for p in group}
 
 
-def init_blocks(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
-    """Draws the stacked parameters of all blocks.
-
-    Matrices have a standard deviation of 0.02; the two output projections, which write to the residual stream, are
-    smaller by sqrt(2 L) (GPT-2) or zero, as `config.output_init` says. Norm scales are 1.
-    """
-    L, D, shapes = config.layers, config.width, matrix_shapes(config)
-    output_std = 0.0 if config.output_init == "zero" else 0.02 / math.sqrt(2 * L)
-    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
-    blocks = {
-        name: approx_normal_init(keys[name], (L, *shape), output_std if name in ("output", "down") else 0.02)
-        for name, shape in shapes.items()
-    }
-    return blocks | {"attention_norm": jnp.ones((L, D)), "mlp_norm": jnp.ones((L, D))}
+def init_array(key: jax.Array | None, p: Parameter) -> jax.Array:
+    """Draws one parameter, float32; the key is not used for ones."""
+    return jnp.ones(p.shape) if p.init_std is None else approx_normal_init(key, p.shape, p.init_std)
 
 
 def joined(p: Mapping[str, jax.Array], name: str) -> jax.Array:
@@ -97,7 +87,7 @@ def projections(
     if name not in p and not join:
         return [layers.linear(x_BTD, p[part], c.matmul_dtype) for part in JOINED[name]]
     out_BTF = layers.linear(x_BTD, p[name] if name in p else joined(p, name), c.matmul_dtype)
-    widths = [matrix_shapes(c)[part][1] for part in JOINED[name]]
+    widths = [by_path(c)["blocks", part].shape[-1] for part in JOINED[name]]
     return jnp.split(out_BTF, list(accumulate(widths))[:-1], axis=-1)
 
 
@@ -210,12 +200,10 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     def setup(self):
-        c = self.config
-        shape = c.vocab_size, c.width
-        self.embedding = self.param("embedding", approx_normal_init, shape, 0.02)
-        self.blocks = self.param("blocks", init_blocks, c)
-        self.norm = self.param("norm", nn.initializers.ones, (c.width,))
-        self.head_VD = self.embedding if c.tied else self.param("head", approx_normal_init, shape, 0.02)
+        groups = groupby(parameter_table(self.config), lambda parameter: parameter.path[0])
+        arrays = {name: self.param(name, init_group, list(group)) for name, group in groups}
+        self.embedding, self.blocks, self.norm = (arrays[name] for name in ("embedding", "blocks", "norm"))
+        self.head_VD = arrays.get("head", self.embedding)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits [B, T, V] float32 for the token that follows each position of ids [B, T]."""

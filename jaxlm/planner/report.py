@@ -1,8 +1,9 @@
-"""The plan of a run: what it will cost on this machine, as numbers, with what its user was promised beside them."""
+"""The plan of a run as numbers: model, memory, speed, disk and schedule."""
 
 import dataclasses
 import shutil
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,162 +16,176 @@ from jaxlm.errors import RunError
 from jaxlm.planner import estimate, measure
 from jaxlm.planner.estimate import Timings
 from jaxlm.planner.measure import BenchmarkResult
-from jaxlm.planner.memory import Show, better_setting, known_memory, memory_at_hand, process_bytes
+from jaxlm.planner.memory import ShowProgress, better_setting, memory_of, memory_without_compiling, process_bytes
+from jaxlm.run.memory import Memory
 from jaxlm.run.resume import RECORD_BYTES
 from jaxlm.storage import user_cache
 from jaxlm.units import date_text, duration, gb, seconds_text
 
-SLOWER = 0.05  # what a long run may lose to heat and to other programs, beside the spread of the measured steps
-
-# what the preset's user was promised
-PRESET = {"parameters": 59_294_720, "tokens_per_step": 65_536, "max_steps": 50_000}
-PROMISED_GB, PROMISED_ACTIVATIONS_GB = 1.4, 0.3
-PROMISED_STEP_SECONDS, PROMISED_DAYS, PROMISED_RATE = 26, (8, 9), (2500, 3000)
-PROMISED_AT_DAY_9 = 29_700
+SLOWDOWN = 0.05  # share of its time that a long run may lose to heat and other programs
 
 
-def make_plan(config: Config, workdir: Path, measured: bool | None, show: Show) -> dict[str, Any]:
-    """All that is known of a run before its first step: numbers with their units in the keys, None for what is not.
+def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowProgress) -> dict[str, Any]:
+    """Everything known about a run before its first step: numbers with units in their keys, None for unknown ones.
 
     Args:
-        config: as `read_config` gives it.
-        workdir: where the run would write; need not exist.
-        measured: do a short run; None: where none is remembered.
-        show: hears what is being done and which share of it is.
+        config: as `read_config` returns it.
+        workdir: where the run would write; it need not exist.
+        measured: whether to run a benchmark; None: only if the cache has none.
+        show: receives the progress.
 
     Raises:
-        UsageError: the device does not start, or does not take the settings.
-        RunError: the device runs out of memory compiling.
+        UsageError: the device does not start, or does not support the settings.
+        RunError: the device runs out of memory while compiling.
     """
     device = backend.start(config.platform, config.deterministic)
     config = backend.resolve_run(config, device)
-    train, val = (_tokens_in(data_directory(config) / name) for name in (TRAIN, VAL))
+    train, val = (_token_count(data_directory(config) / name) for name in (TRAIN, VAL))
     available = backend.available_memory(device)
-    memory = known_memory(config, device, show)
-    key, problem, unsound, found = measure.key(config, device), "", "", None
-    if not measured and (known := user_cache.get("measured", key)):
-        found = BenchmarkResult(**known)
-    elif measured is not False and memory.total > available:
-        problem = "it does not fit"
-    elif measured is not False:
-        if device.platform != "cpu":
-            try:
-                numerics.require(config, device)  # as a run would, whose time this is not
-            except RunError as error:
-                unsound = str(error)
-        try:
-            found = measure.measure(
-                config, device, _existing(workdir), lambda share: show("measuring a short run", share)
-            )
-            if not unsound:
-                user_cache.put("measured", key, dataclasses.asdict(found))
-        except RunError as error:
-            problem = str(error)
-    by_part = estimate.parameters_by_part(config.model)
-    parameters, flops = sum(by_part.values()), estimate.flops_per_token(config.model)
-    total = config.max_steps * config.tokens_per_step
-    process = process_bytes(config, device, found, show)
-    report: dict[str, Any] = {
+    memory = memory_of(config, device, show)
+    benchmark, problem, wrong_numbers = None, "", ""
+    if not measured:
+        benchmark = _cached_benchmark(config, device)
+    if benchmark is None and measured is not False:
+        if memory.total > available:
+            problem = "it does not fit"
+        else:
+            benchmark, problem, wrong_numbers = _run_benchmark(config, device, workdir, show)
+    process = process_bytes(config, device, benchmark, show)
+    speed = None
+    if benchmark:
+        val_sequences = -(-(val - 1) // config.model.context) if val else 0
+        speed = _speed(config, benchmark, measure.seconds(config, benchmark, val_sequences))
+    return {
         "machine": {"device": backend.describe(device), "jax": jax.__version__, "precision": config.model.precision},
-        "model": {
-            "parameters": parameters,
-            "parameters_by_part": by_part,
-            "flops_per_token": flops,
-            "tokens_per_step": config.tokens_per_step,
-            "tokens": total,
-            "tokens_per_parameter": total / parameters,
-            "data_tokens": train,
-            "epochs": total / train if train else None,
-        },
-        "memory": {f"{name}_bytes": size for name, size in dataclasses.asdict(memory).items()}
-        | {
-            "process_bytes": process,
-            "process_is_measured": found is not None,
-            "total_bytes": memory.total + process,
-            "available_bytes": available,
-            "fits": memory.total + process <= available,
-        },
+        "model": _model(config, train),
+        "memory": _memory(memory, process, available) | {"process_is_measured": benchmark is not None},
         "setting": better_setting(config, device, available - process, memory, show),
-        "speed": None,
+        "speed": speed,
         "not_measured_because": problem or None,
-        "not_sound_because": unsound or None,
+        "not_sound_because": wrong_numbers or None,
+        "disk": _disk(config, workdir, benchmark, memory, (train or 0) + (val or 0)),
+        "schedule": _schedule(config, speed),
     }
-    if found:
-        val_windows = -(-(val - 1) // config.model.context) if val else 0
-        report["speed"] = _speed(config, found, flops, measure.seconds(config, found, val_windows))
-    report["disk"] = _disk(config, workdir, found, parameters, memory.checkpoint_copy, (train or 0) + (val or 0))
-    report["schedule"] = _schedule(config, report["speed"])
-    if (parameters, config.tokens_per_step, config.max_steps) == tuple(PRESET.values()):
-        report["promised"] = _promised(report)
-    return report
 
 
-def in_short(config: Config, device: jax.Device, workdir: Path, compiled: Any, step: int) -> str:
-    """The plan in three lines, for the start of a run that has done `step` steps; of what is remembered or known
-    without a measurement."""
-    memory = memory_at_hand(config, device, compiled)
-    known = user_cache.get("measured", measure.key(config, device))
-    found = BenchmarkResult(**known) if known else None
-    disk = _disk(config, workdir, found, memory.weights // 4, memory.checkpoint_copy, 0)
-    lines = [
+def summary(config: Config, device: jax.Device, workdir: Path, compiled: Any, step: int) -> str:
+    """The plan in three lines, for the start of a run that has done `step` steps. Measures and compiles nothing."""
+    memory = memory_without_compiling(config, device, compiled)
+    benchmark = _cached_benchmark(config, device)
+    disk = _disk(config, workdir, benchmark, memory, 0)
+    time = "Time: not measured here; python -m jaxlm.plan with the same flags does"
+    if benchmark:
+        timings = measure.seconds(config, benchmark, 0)
+        remaining = estimate.seconds_at(config, timings, config.max_steps) - estimate.seconds_at(config, timings, step)
+        remaining += timings.start
+        end = date_text(datetime.now(), remaining)
+        time = f"Time: {seconds_text(timings.step)} a step, {duration(remaining)} to go, until {end}"
+    return (
         f"Memory: {gb(memory.step)} for a step and {gb(memory.checkpoint_copy)} while a checkpoint is saved,"
-        f" of {gb(backend.available_memory(device))}",
-        f"Disk: at most {gb(disk['most_bytes'])}, of {gb(disk['free_bytes'])} free",
-        "Time: not measured here; python -m jaxlm.plan with the same flags does",
-    ]
-    if found:
-        s = measure.seconds(config, found, 0)
-        left = estimate.seconds_at(config, s, config.max_steps) - estimate.seconds_at(config, s, step) + s.start
-        until = date_text(datetime.now(), left)
-        lines[-1] = f"Time: {seconds_text(s.step)} a step, {duration(left)} to go, until {until}"
-    return "\n".join(lines)
+        f" of {gb(backend.available_memory(device))}\n"
+        f"Disk: at most {gb(disk['most_bytes'])}, of {gb(disk['free_bytes'])} free\n"
+        f"{time}"
+    )
 
 
-def _speed(config: Config, m: BenchmarkResult, flops: int, s: Timings) -> dict[str, Any]:
-    rate = config.tokens_per_step / s.step
+def _cached_benchmark(config: Config, device: jax.Device) -> BenchmarkResult | None:
+    cached = user_cache.get("measured", measure.key(config, device))
+    return BenchmarkResult(**cached) if cached else None
+
+
+def _run_benchmark(
+    config: Config, device: jax.Device, workdir: Path, show: ShowProgress
+) -> tuple[BenchmarkResult | None, str, str]:
+    """The benchmark's result, why there is none, and what the numerics check found wrong; caches a sound result."""
+    wrong_numbers = ""
+    if device.platform != "cpu":
+        try:
+            numerics.require(config, device)  # first, as in a run: its time is not the benchmark's
+        except RunError as error:
+            wrong_numbers = str(error)
+    try:
+        benchmark = measure.measure(
+            config, device, _existing(workdir), lambda share: show("measuring a short run", share)
+        )
+    except RunError as error:
+        return None, str(error), wrong_numbers
+    if not wrong_numbers:
+        user_cache.put("measured", measure.key(config, device), dataclasses.asdict(benchmark))
+    return benchmark, "", wrong_numbers
+
+
+def _model(config: Config, data_tokens: int | None) -> dict[str, Any]:
+    by_part = estimate.parameters_by_part(config.model)
+    parameters, tokens = sum(by_part.values()), config.max_steps * config.tokens_per_step
+    return {
+        "parameters": parameters,
+        "parameters_by_part": by_part,
+        "flops_per_token": estimate.flops_per_token(config.model),
+        "tokens_per_step": config.tokens_per_step,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "data_tokens": data_tokens,
+        "epochs": tokens / data_tokens if data_tokens else None,
+    }
+
+
+def _memory(memory: Memory, process: int, available: int) -> dict[str, Any]:
+    total = memory.total + process
+    return {f"{name}_bytes": size for name, size in dataclasses.asdict(memory).items()} | {
+        "process_bytes": process,
+        "total_bytes": total,
+        "available_bytes": available,
+        "fits": total <= available,
+    }
+
+
+def _speed(config: Config, benchmark: BenchmarkResult, timings: Timings) -> dict[str, Any]:
+    rate = config.tokens_per_step / timings.step
+    flops = estimate.flops_per_token(config.model)
     return {
         "tokens_per_second": rate,
-        "step_seconds": s.step,
-        "step_fast_seconds": s.step * m.step_fast / m.step,
-        "step_slow_seconds": s.step * m.step_slow / m.step,
-        "measured_tokens_per_step": m.batch_size * m.grad_accum_steps * config.model.context,
-        "product_flops_per_second": m.flops_per_second,
-        "utilisation": rate * flops / m.flops_per_second,
-        "start_seconds": s.start,
-        "evaluation_seconds": s.evaluation,
-        "last_evaluation_seconds": s.last_evaluation,
-        "samples_seconds": s.samples,
-        "save_seconds": s.save,
-        "saving_seconds": s.saving,
-        "end_seconds": s.end,
+        "step_seconds": timings.step,
+        "step_fast_seconds": timings.step * benchmark.step_fast / benchmark.step,
+        "step_slow_seconds": timings.step * benchmark.step_slow / benchmark.step,
+        "measured_tokens_per_step": benchmark.batch_size * benchmark.grad_accum_steps * config.model.context,
+        "matmul_flops_per_second": benchmark.flops_per_second,
+        "utilisation": rate * flops / benchmark.flops_per_second,
+        "start_seconds": timings.start,
+        "evaluation_seconds": timings.evaluation,
+        "last_evaluation_seconds": timings.last_evaluation,
+        "samples_seconds": timings.samples,
+        "save_seconds": timings.save,
+        "saving_seconds": timings.saving,
+        "end_seconds": timings.end,
     }
 
 
 def _disk(
-    config: Config, workdir: Path, m: BenchmarkResult | None, parameters: int, copied: int, tokens: int
+    config: Config, workdir: Path, benchmark: BenchmarkResult | None, memory: Memory, tokens: int
 ) -> dict[str, Any]:
-    """What the run leaves, and takes at most: one checkpoint more, until the oldest is deleted."""
-    checkpoint = m.checkpoint_bytes if m else copied
-    model = m.model_bytes if m else 4 * parameters
-    count, records = len(estimate.saves(config)), RECORD_BYTES * config.max_steps
-    kept, most = (checkpoint * min(count, config.max_checkpoints + more) for more in (0, 1))
+    """What the run writes. At most there is one checkpoint more than at the end, until the oldest is deleted."""
+    checkpoint = benchmark.checkpoint_bytes if benchmark else memory.checkpoint_copy
+    model, records = benchmark.model_bytes if benchmark else memory.weights, RECORD_BYTES * config.max_steps
+    rest = model + records
+    count = len(estimate.saves(config))
+    kept, most = (checkpoint * min(count, config.max_checkpoints + extra) for extra in (0, 1))
     free = shutil.disk_usage(_existing(workdir)).free
-    there = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())  # which counts as part of it
+    written = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     return {
         "tokens_bytes": tokens * TOKEN_DTYPE.itemsize or None,
         "checkpoint_bytes": checkpoint,
         "kept_checkpoints_bytes": kept,
         "final_model_bytes": model,
         "records_bytes": records,
-        "left_bytes": kept + model + records,
-        "most_bytes": most + model + records,
+        "left_bytes": kept + rest,
+        "most_bytes": most + rest,
         "free_bytes": free,
-        "fits": most + model + records <= free + there,
+        "fits": most + rest <= free + written,
     }
 
 
 def _schedule(config: Config, speed: dict[str, Any] | None) -> dict[str, Any]:
-    deleted = estimate.deletions(config)
     steps = {
         "samples": config.generation_interval,
         "evaluation": config.eval_interval,
@@ -180,24 +195,24 @@ def _schedule(config: Config, speed: dict[str, Any] | None) -> dict[str, Any]:
         "steps": config.max_steps,
         "first_step_of": {name: min(step, config.max_steps) for name, step in steps.items()},
         "every_steps": steps | {"checkpoint": config.save_interval},
-        "deleted_after_steps": [list(pair) for pair, _ in zip(deleted, range(3), strict=False)],
+        "deleted_after_steps": [list(pair) for pair in islice(estimate.deletions(config), 3)],
         "kept_at_the_end_steps": estimate.kept(config, config.max_steps),
     }
     if not speed:
         return schedule
-    seconds = Timings(**{field.name: speed[f"{field.name}_seconds"] for field in dataclasses.fields(Timings)})
+    timings = Timings(**{field.name: speed[f"{field.name}_seconds"] for field in dataclasses.fields(Timings)})
 
-    def at(step: int, took: str = "step_seconds") -> float:
-        return estimate.seconds_at(config, dataclasses.replace(seconds, step=speed[took]), step)
+    def at(step: int, step_seconds: str = "step_seconds") -> float:
+        return estimate.seconds_at(config, dataclasses.replace(timings, step=speed[step_seconds]), step)
 
-    unit, passed = estimate.timeline(config, seconds)
+    unit, passed = estimate.timeline(config, timings)
     last = config.max_steps
     return schedule | {
         "first_after_seconds": {name: at(step) for name, step in schedule["first_step_of"].items()},
         "total_seconds": at(last),
         "total_fast_seconds": at(last, "step_fast_seconds"),
-        "others_share": SLOWER,
-        "total_slow_seconds": (1 + SLOWER) * at(last, "step_slow_seconds"),
+        "others_share": SLOWDOWN,
+        "total_slow_seconds": (1 + SLOWDOWN) * at(last, "step_slow_seconds"),
         "timeline_unit": unit,
         "timeline": [
             {
@@ -211,52 +226,9 @@ def _schedule(config: Config, speed: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _promised(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The user's promises beside what is found here, and what follows from one promise of another."""
-    memory, speed, schedule = report["memory"], report["speed"], report["schedule"]
-    day = 86400
-    at_day_9 = total = None
-    if speed:
-        total = schedule["total_seconds"]
-        at_day_9 = min(round(9 * day / total * PRESET["max_steps"]), PRESET["max_steps"])
-    low, high = PROMISED_RATE
-    days = PROMISED_STEP_SECONDS * PRESET["max_steps"] / day
-    rows = [
-        ("memory", f"{PROMISED_GB} GB", gb(memory["total_bytes"])),
-        (
-            "  arrays of a step",
-            "",
-            gb(memory["total_bytes"] - memory["process_bytes"] - memory["checkpoint_copy_bytes"]),
-        ),
-        ("  activations, at batch 32", f"{PROMISED_ACTIVATIONS_GB} GB", gb(memory["temporaries_bytes"])),
-        ("a step", f"{PROMISED_STEP_SECONDS} s", speed and seconds_text(speed["step_seconds"])),
-        ("tokens a second", f"{low:,} to {high:,}", speed and f"{speed['tokens_per_second']:,.0f}"),
-        ("50,000 steps", "{} to {} days".format(*PROMISED_DAYS), total and f"{total / day:.1f} days"),
-        ("step on day 9", f"{PROMISED_AT_DAY_9:,}", at_day_9 and f"{at_day_9:,}"),
-        (
-            "checkpoints",
-            "every 300, 5 kept",
-            "every {}, {} kept".format(schedule["every_steps"]["checkpoint"], len(schedule["kept_at_the_end_steps"])),
-        ),
-    ]
-    shortest, longest = (PRESET["tokens_per_step"] / rate for rate in (high, low))
-    against = [
-        f"{PROMISED_STEP_SECONDS} s a step for 50,000 steps are {days:.1f} days, not {PROMISED_DAYS[0]} to"
-        f" {PROMISED_DAYS[1]}: these need {PROMISED_DAYS[1] * day / PRESET['max_steps']:.1f} s a step,"
-        f" {PRESET['tokens_per_step'] * PRESET['max_steps'] / (PROMISED_DAYS[1] * day):,.0f} tokens a second.",
-        f"{low:,} to {high:,} tokens a second are {shortest:.0f} to {longest:.0f} s a step.",
-        f"Step {PROMISED_AT_DAY_9:,} on day 9 is {9 * day / PROMISED_AT_DAY_9:.1f} s a step, 15 days in all.",
-        f"{PROMISED_ACTIVATIONS_GB} GB of activations at batch 32 leave no room for its logits,"
-        f" {32 * 1024 * 50257 * 4 / 1e9:.1f} GB: jaxlm never has them whole.",
-    ]
-    return [{"what": what, "promised": promised, "here": here} for what, promised, here in rows] + [
-        {"contradiction": text} for text in against
-    ]
-
-
-def _tokens_in(file: Path) -> int | None:
+def _token_count(file: Path) -> int | None:
     return file.stat().st_size // TOKEN_DTYPE.itemsize if file.is_file() else None
 
 
-def _existing(place: Path) -> Path:
-    return next(path for path in (place, *place.absolute().parents) if path.is_dir())
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.absolute().parents) if place.is_dir())

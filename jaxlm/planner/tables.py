@@ -1,4 +1,4 @@
-"""The plan of a run for a person: tables and lines of at most 80 columns."""
+"""The plan of a run as text: tables and lines of at most 80 columns."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -10,78 +10,82 @@ from jaxlm.units import date_text, duration, gb, seconds_text
 
 
 def tables(report: dict[str, Any], now: datetime) -> Iterator[Table | str]:
-    """The plan for a person: tables and lines of at most 80 columns."""
-    machine, model, memory = report["machine"], report["model"], report["memory"]
+    """Tables and lines of at most 80 columns.
+
+    Args:
+        report: as `make_plan` returns it.
+        now: when the run would start.
+    """
+    machine = report["machine"]
     yield f"{machine['precision']} on {machine['device']}, jax {machine['jax']}"
+    yield _model_table(report["model"])
+    yield _memory_table(report["memory"])
+    yield _advice(report)
+    yield from _speed_lines(report)
+    yield _disk_table(report["disk"])
+    yield from _schedule_lines(report["schedule"], now)
+
+
+def _model_table(model: dict[str, Any]) -> Table:
     epochs = "data not prepared yet"
     if model["epochs"] is not None:
         epochs = f"{model['epochs']:,.{0 if model['epochs'] >= 100 else 2}f} of {model['data_tokens']:,}"
-    yield _table(
-        "Model",
-        [(name, f"{count:,}") for name, count in model["parameters_by_part"].items()]
-        + [
-            ("parameters", f"{model['parameters']:,}"),
-            ("FLOPs a token, 6 P + 6 L T D", f"{model['flops_per_token']:,}"),
-            ("tokens a step", f"{model['tokens_per_step']:,}"),
-            ("tokens in all", f"{model['tokens']:,}"),
-            ("tokens a parameter", f"{model['tokens_per_parameter']:.3g}"),
-            ("epochs of the tokens there are", epochs),
-        ],
-    )
+    rows = [(name, f"{count:,}") for name, count in model["parameters_by_part"].items()]
+    rows += [
+        ("parameters", f"{model['parameters']:,}"),
+        ("FLOPs per token, 6 P + 6 L T D", f"{model['flops_per_token']:,}"),
+        ("tokens per step", f"{model['tokens_per_step']:,}"),
+        ("tokens in all", f"{model['tokens']:,}"),
+        ("tokens per parameter", f"{model['tokens_per_parameter']:.3g}"),
+        ("epochs of the training tokens", epochs),
+    ]
+    return _table("Model", rows)
+
+
+def _memory_table(memory: dict[str, Any]) -> Table:
     parts = {
         "weights": "weights",
         "moments": "optimizer state",
         "accumulated": "accumulated gradients",
         "gradients": "gradients",
         "temporaries": "activations, temporaries",
-        "checkpoint_copy": "a checkpoint's copy, while it is saved",
+        "checkpoint_copy": "copy of a checkpoint, during a save",
     }
-    process = "the process itself, a save's buffers" + ("" if memory["process_is_measured"] else " (at least)")
-    yield _table(
-        "Memory",
-        [(text, gb(memory[f"{name}_bytes"])) for name, text in parts.items()]
-        + [
-            (process, gb(memory["process_bytes"])),
-            ("at the worst moment", gb(memory["total_bytes"])),
-            ("there is", gb(memory["available_bytes"])),
-            ("fits", "yes" if memory["fits"] else "NO"),
-        ],
-    )
-    yield _advice(report)
-    yield from _speed_lines(report)
-    disk = report["disk"]
-    yield _table(
-        "Disk",
-        [
-            ("tokens", gb(disk["tokens_bytes"]) if disk["tokens_bytes"] else "not prepared yet"),
-            ("a checkpoint", gb(disk["checkpoint_bytes"])),
-            ("checkpoints kept", gb(disk["kept_checkpoints_bytes"])),
-            ("final model", gb(disk["final_model_bytes"])),
-            ("metrics, samples, events, at most", gb(disk["records_bytes"])),
-            ("work directory at the end", gb(disk["left_bytes"])),
-            ("at most, one more checkpoint", gb(disk["most_bytes"])),
-            ("free", gb(disk["free_bytes"])),
-            ("fits", "yes" if disk["fits"] else "NO"),
-        ],
-    )
-    yield from _schedule_lines(report["schedule"], now)
-    if "promised" in report:
-        rows = [
-            (row["what"], row["promised"], row["here"] or "not measured") for row in report["promised"] if "what" in row
-        ]
-        yield _table("Promised", rows, ("", "promised", "here"))
-        yield "\n".join(row["contradiction"] for row in report["promised"] if "contradiction" in row)
+    process = "the process, buffers of a save" + ("" if memory["process_is_measured"] else " (at least)")
+    rows = [(text, gb(memory[f"{name}_bytes"])) for name, text in parts.items()]
+    rows += [
+        (process, gb(memory["process_bytes"])),
+        ("peak", gb(memory["total_bytes"])),
+        ("available", gb(memory["available_bytes"])),
+        ("fits", "yes" if memory["fits"] else "NO"),
+    ]
+    return _table("Memory", rows)
+
+
+def _disk_table(disk: dict[str, Any]) -> Table:
+    rows = [
+        ("tokens", gb(disk["tokens_bytes"]) if disk["tokens_bytes"] else "not prepared yet"),
+        ("a checkpoint", gb(disk["checkpoint_bytes"])),
+        ("all checkpoints", gb(disk["kept_checkpoints_bytes"])),
+        ("final model", gb(disk["final_model_bytes"])),
+        ("metrics, samples, TensorBoard, at most", gb(disk["records_bytes"])),
+        ("work directory at the end", gb(disk["left_bytes"])),
+        ("peak, with one more checkpoint", gb(disk["most_bytes"])),
+        ("free", gb(disk["free_bytes"])),
+        ("fits", "yes" if disk["fits"] else "NO"),
+    ]
+    return _table("Disk", rows)
 
 
 def _advice(report: dict[str, Any]) -> str:
     setting, fits = report["setting"], report["memory"]["fits"]
     if setting is None:
-        return "Slices and remat are as they should be."
+        return "The present microbatch_chunks and remat are the best choice."
     if not setting["fits"]:
-        return "No slices and no remat make it fit: choose a smaller model, context or batch_size."
+        return "No microbatch_chunks and remat make it fit: choose a smaller model, context or\nbatch_size."
     chunks, remat = setting["microbatch_chunks"], str(setting["remat"]).lower()
     flags = f"--config.microbatch_chunks={chunks} --config.model.remat={remat}"
-    return f"{'There is room to be faster' if fits else 'To fit'}: {flags} ({gb(setting['arrays_bytes'])} of arrays)."
+    return f"{'Faster, and fits' if fits else 'To fit'}: {flags} ({gb(setting['arrays_bytes'])} of arrays)."
 
 
 def _speed_lines(report: dict[str, Any]) -> Iterator[Table | str]:
@@ -90,25 +94,25 @@ def _speed_lines(report: dict[str, Any]) -> Iterator[Table | str]:
         yield f"A run would be refused: {why}"
     if not speed:
         why = report["not_measured_because"]
-        yield f"Speed: not measured ({why})" if why else "Speed: not measured; without --no-measure it is"
+        yield f"Speed: not measured ({why})" if why else "Speed: not measured, because of --no-measure"
         return
     yield _table(
         "Speed",
         [
-            ("tokens a second", f"{speed['tokens_per_second']:,.0f}"),
+            ("tokens per second", f"{speed['tokens_per_second']:,.0f}"),
             ("a step", seconds_text(speed["step_seconds"])),
             (
                 "  most steps",
                 f"{seconds_text(speed['step_fast_seconds'])} to {seconds_text(speed['step_slow_seconds'])}",
             ),
-            ("  measured at a time", f"{speed['measured_tokens_per_step']:,} tokens"),
-            ("a matrix product's speed", f"{speed['product_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
-            ("  of it, in a step", f"{speed['utilisation']:.0%}"),
-            ("to the first step", seconds_text(speed["start_seconds"])),
+            ("  tokens measured at a time", f"{speed['measured_tokens_per_step']:,}"),
+            ("matmul speed", f"{speed['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
+            ("  of that, in a step", f"{speed['utilisation']:.0%}"),
+            ("time to the first step", seconds_text(speed["start_seconds"])),
             ("an evaluation", seconds_text(speed["evaluation_seconds"])),
             ("samples", seconds_text(speed["samples_seconds"])),
-            ("a save holds up for", seconds_text(speed["save_seconds"])),
-            ("  and is whole after", seconds_text(speed["saving_seconds"])),
+            ("a save delays training by", seconds_text(speed["save_seconds"])),
+            ("  and is complete after", seconds_text(speed["saving_seconds"])),
         ],
     )
 
@@ -120,8 +124,8 @@ def _schedule_lines(schedule: dict[str, Any], now: datetime) -> Iterator[Table |
         for name, step in schedule["first_step_of"].items()
     ]
     yield _table("Schedule", rows, ("first", "step", "after", "then every"))
-    lines = [f"Checkpoint {old:,} is deleted when {new:,} is whole." for old, new in schedule["deleted_after_steps"]]
-    lines += ["At the end there are " + ", ".join(f"{step:,}" for step in schedule["kept_at_the_end_steps"]) + "."]
+    lines = [f"Checkpoint {old:,} is deleted when {new:,} is complete." for old, new in schedule["deleted_after_steps"]]
+    lines += ["Checkpoints at the end: " + ", ".join(f"{step:,}" for step in schedule["kept_at_the_end_steps"]) + "."]
     yield "\n".join(lines)
     if not after:
         return
@@ -134,9 +138,9 @@ def _schedule_lines(schedule: dict[str, Any], now: datetime) -> Iterator[Table |
         rows += [(f"{row[unit]:,}", f"{row['step']:,}", f"{row['tokens'] / 1e6:,.1f}", span)]
     yield _table("Timeline", rows, (unit, "step", "million tokens", "checkpoints"))
     when = [date_text(now, seconds) for seconds in (total, fast, slow)]
-    yield f"{schedule['steps']:,} steps take {duration(total)}: begun now, until {when[0]}."
+    yield f"{schedule['steps']:,} steps take {duration(total)}: started now, until {when[0]}."
     yield (
-        f"As steps varied, and with {schedule['others_share']:.0%} for heat and other programs:\n"
+        f"With the spread of the measured steps, and {schedule['others_share']:.0%} for heat and other programs:\n"
         f"{duration(fast)} to {duration(slow)}, {when[1]} to {when[2]}."
     )
 

@@ -1,0 +1,149 @@
+"""The table of parameters: each parameter of the decoder is declared here, once.
+
+Drawing, counting, the optimizer's masks, the plan's parts and the names in other formats are all made from this table.
+This module imports no jax, so commands can read the table before jax starts.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxlm.config import ModelConfig
+
+Path = tuple[str, ...]
+Params = dict[str, Any]  # nested dicts of arrays, with the paths of the table
+
+PARTS = ("embedding", "attention", "feed-forward", "norms", "head")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter. Those of the blocks are stacked: their shape begins with L, the number of layers.
+
+    Attributes:
+        path: where it is in the tree, such as ("blocks", "query").
+        shape: its whole shape. Matrices of blocks are [L, inputs, outputs].
+        kind: what it is. A `matrix` multiplies, an `embedding` has a row for each token.
+        part: the part of the model that the plan counts it in, one of PARTS.
+        init_std: standard deviation of its first values; None: they are 1.
+        hf_name, gguf_name: its tensor's name in a Hugging Face folder and in a GGUF file. The blocks' names hold
+            `{layer}`, one tensor for each layer.
+        rope_heads: of a matrix whose outputs RoPE rotates, the number of heads; else 0. GGUF orders those differently.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    kind: Literal["matrix", "norm_scale", "embedding"]
+    part: str
+    init_std: float | None
+    hf_name: str
+    gguf_name: str
+    rope_heads: int = 0
+
+    @property
+    def weight_decay(self) -> bool:
+        """Whether weight decay applies to it: to all but norm scales."""
+        return self.kind != "norm_scale"
+
+    @property
+    def optimizer(self) -> Literal["muon", "adamw"]:
+        """The optimizer that updates it under `optimizer.name = muon`: Muon is for the blocks' matrices."""
+        return "muon" if self.kind == "matrix" else "adamw"
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its first axis is L, the layers."""
+        return self.path[0] == "blocks"
+
+    @property
+    def hf_transposed(self) -> bool:
+        """Whether other formats store it transposed: their matrices are [outputs, inputs]."""
+        return self.kind == "matrix"
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def names(self, template: str) -> list[str]:
+        """`template` (hf_name or gguf_name) for each layer, or just once if it is not stacked."""
+        return [template.format(layer=layer) for layer in range(self.shape[0])] if self.stacked else [template]
+
+
+def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
+    """All parameters of the decoder, in the order in which they are drawn.
+
+    Matrices and embeddings start with a standard deviation of 0.02. The two output projections of a block, which write
+    to the residual stream, start with 0.02 / sqrt(2 L) (GPT-2) or zero, as `config.output_init` says. Norm scales
+    start at 1.
+    """
+    L, D, F, V = config.layers, config.width, config.mlp_width, config.vocab_size
+    kv_heads = config.kv_heads or config.heads
+    KV = D // config.heads * kv_heads
+    output_std = 0.0 if config.output_init == "zero" else 0.02 / math.sqrt(2 * L)
+
+    def matrix(name: str, inputs: int, outputs: int, part: str, hf: str, gguf: str, std: float = 0.02, heads: int = 0):
+        names = f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
+        return Parameter(("blocks", name), (L, inputs, outputs), "matrix", part, std, *names, heads)
+
+    def block_norm(name: str, hf: str, gguf: str):
+        names = f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
+        return Parameter(("blocks", name), (L, D), "norm_scale", "norms", None, *names)
+
+    def embedding(name: str, hf: str, gguf: str):
+        return Parameter((name,), (V, D), "embedding", name, 0.02, hf, gguf)
+
+    table = (
+        embedding("embedding", "model.embed_tokens.weight", "token_embd.weight"),
+        matrix("query", D, D, "attention", "self_attn.q_proj", "attn_q", heads=config.heads),
+        matrix("key", D, KV, "attention", "self_attn.k_proj", "attn_k", heads=kv_heads),
+        matrix("value", D, KV, "attention", "self_attn.v_proj", "attn_v"),
+        matrix("output", D, D, "attention", "self_attn.o_proj", "attn_output", output_std),
+        matrix("gate", D, F, "feed-forward", "mlp.gate_proj", "ffn_gate"),
+        matrix("up", D, F, "feed-forward", "mlp.up_proj", "ffn_up"),
+        matrix("down", F, D, "feed-forward", "mlp.down_proj", "ffn_down", output_std),
+        block_norm("attention_norm", "input_layernorm", "attn_norm"),
+        block_norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+        Parameter(("norm",), (D,), "norm_scale", "norms", None, "model.norm.weight", "output_norm.weight"),
+    )
+    return table if config.tied else (*table, embedding("head", "lm_head.weight", "output.weight"))
+
+
+def by_path(config: ModelConfig) -> dict[Path, Parameter]:
+    """The table's parameters by their paths."""
+    return {parameter.path: parameter for parameter in parameter_table(config)}
+
+
+def tree_of(config: ModelConfig, f: Callable[[Parameter], Any]) -> Params:
+    """A tree like the parameters, with f(parameter) as each leaf."""
+    tree: Params = {}
+    for parameter in parameter_table(config):
+        *groups, name = parameter.path
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = f(parameter)
+    return tree
+
+
+def leaves_by_path(tree: Mapping[str, Any]) -> dict[Path, Any]:
+    """The leaves of nested mappings by their paths."""
+    return dict(_leaves(tree, ()))
+
+
+def _leaves(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if not isinstance(node, Mapping):
+        yield path, node
+        return
+    for name, child in node.items():
+        yield from _leaves(child, (*path, name))
+
+
+def check_tree(config: ModelConfig, tree: Mapping[str, Any]) -> None:
+    """Raises ValueError if a leaf of `tree` is not in the table, or one of the table is not in `tree`; it names it."""
+    paths, declared = leaves_by_path(tree).keys(), by_path(config).keys()
+    problems = [f"{'/'.join(path)} is not in the table of parameters" for path in sorted(paths - declared)]
+    problems += [f"{'/'.join(path)} is missing" for path in sorted(declared - paths)]
+    if problems:
+        raise ValueError("; ".join(problems))
