@@ -14,7 +14,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("jaxlm", "configs", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
-JUNK = ("configs/notes.txt", "configs/__pycache__/mine.pyc", "jaxlm/data/train.bin", "jaxlm/core/.DS_Store", "runs/a.py")
+JUNK = (
+    "configs/notes.txt",
+    "configs/__pycache__/mine.pyc",
+    "jaxlm/data/train.bin",
+    "jaxlm/core/.DS_Store",
+    "runs/a.py",
+)
 QUICKSTART = {
     "max_steps": 2,
     "batch_size": 2,
