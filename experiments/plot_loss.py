@@ -44,9 +44,9 @@ def loss_curve(rows: Sequence[dict[str, float]]) -> str:
         parts.append(f'<circle cx="{x(row["step"]):.1f}" cy="{y(row["val_loss"]):.1f}" r="3.5" fill="{VALIDATION}"/>')
 
     final = evaluations[-1]
-    parts.append(_text(WIDTH - RIGHT - 8, TOP + 30, "training", "end", TRAINING))
+    parts.append(_text(WIDTH - RIGHT - 8, TOP + 20, "training", "end", TRAINING))
     label = f"validation, at the end {final['val_loss']:.3f} ({final['val_bits_per_byte']:.3f} bits per byte)"
-    parts.append(_text(WIDTH - RIGHT - 8, TOP + 48, label, "end", VALIDATION))
+    parts.append(_text(WIDTH - RIGHT - 8, TOP + 38, label, "end", VALIDATION))
     attributes = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
     return "\n".join([f'<svg {attributes} font-size="12">', *parts, "</svg>\n"])
 
