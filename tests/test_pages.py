@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.cli import read_config
-from jaxlm.config import check_name
+from jaxlm.config import OLD_NAMES, check_name
 from jaxlm.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -100,18 +100,17 @@ def test_commands_and_flags_exist(page, monkeypatch):
 def test_settings_exist(page):
     text = page.read_text()
     groups = r"`((?:model|optimizer|data|sample)\.\w+)(?:=[^`]*)?`"
-    names = re.findall(r"--config\.([\w.]*\w)", text)
-    if page.name != "log.md":  # which tells of earlier names
-        names += re.findall(groups, text)
+    names = re.findall(r"--config\.([\w.]*\w)", text) + re.findall(groups, text)
+    earlier = {"NAME", *OLD_NAMES} if page.name in ("log.md", "configuration.md") else {"NAME"}
     for name in names:
-        if name != "NAME":
+        if name not in earlier:
             check_name(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_rows_of_a_table_have_as_many_cells_as_its_head(page):
     cells = 0
-    for number, line in enumerate(prose(page.read_text()).splitlines(), 1):
+    for line in prose(page.read_text()).splitlines():
         if not line.startswith("|"):
             cells = 0
             continue
