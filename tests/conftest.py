@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its directory from t
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlm-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,9 @@ import pytest
 import jaxlm.device.backend  # noqa: F401  (its import sets how jax draws random bits, as in every command)
 from jaxlm.config import ModelConfig
 from jaxlm.core.model import init_params
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # an example compiles, or waits for other processes
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="module")
