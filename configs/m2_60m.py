@@ -2,15 +2,14 @@
 
     python -m jaxlm.main --config configs/m2_60m.py
 
-59,294,720 parameters; 50,000 steps of 65,536 tokens, 3.28 billion in all. A token costs about 0.38 GFLOP forward and
-backward (0.44 where blocks are recomputed). As computed, not promised: at the 2,500 to 3,000 tokens a second that
-this machine is hoped to reach, a step takes 22 to 26 s and the run 13 to 15 days; at 5,000 it takes 8. Nobody has run
-it on a Mac yet.
+59,294,720 parameters; 50,000 steps of 65,536 tokens, 3.28 billion tokens. A token costs about 0.38 GFLOP forward and
+backward (0.44 if blocks are recomputed). An estimate: at 2,500 to 3,000 tokens a second a step takes 22 to 26 s and the
+run 13 to 15 days; at 5,000 it takes 8 days. It has not been run on a Mac.
 
-Memory by XLA's own analysis (`python -m experiments.memory`): on an Apple GPU, which reuses no buffer and recomputes no
-block, 2.98 GB; on a CPU 1.37, of which 0.95 are the weights, the moments and the accumulated gradients, 0.24 the
-gradients of a micro-batch. While a checkpoint is written, a copy of 0.71 lies beside them. Disk: up to 4.3 GB for the
-five checkpoints and the next, 0.24 for the model, 1.2 for the tokens.
+Memory by XLA's own analysis (`python -m experiments.memory`): 2.98 GB on an Apple GPU, which reuses no buffer and
+recomputes no block; 1.37 GB on a CPU, of which 0.95 are the weights, the moments and the accumulated gradients, and
+0.24 the gradients of a micro-batch. While a checkpoint is written, its copy takes another 0.71. Disk: up to 4.3 GB for
+the five checkpoints and the next one, 0.24 for the model, 1.2 for the tokens.
 """
 
 import ml_collections

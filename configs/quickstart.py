@@ -2,9 +2,9 @@
 
     python -m jaxlm.main --config configs/quickstart.py
 
-1.2 million parameters see 1.4 million tokens. Expect about 1.73 bits a byte on the last 5% of the text
-(`experiments/quickstart_peer.py` measures it beside nanoGPT's character model), and sentences that sound like
-Tolstoy's until one listens. On a slower machine the steps take longer and the score is the same.
+1.2 million parameters train on 1.4 million tokens. Expect about 1.73 bits per byte on the last 5% of the text
+(`experiments/quickstart_peer.py` measures it beside nanoGPT's character model), and sentences that sound like Tolstoy's
+at first. A slower machine takes longer and reaches the same score.
 """
 
 import ml_collections

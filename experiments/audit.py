@@ -1,15 +1,15 @@
-"""What an Apple GPU would be given to run, held against what its two JAX plugins can do. Runs anywhere.
+"""Checks that the two JAX plugins for Apple GPUs can run every operation of the programs. Runs anywhere.
 
     python -m experiments.audit
 
-The real programs of the 60M preset (a training step, an evaluation step, the reading of prompts and the writing of a
-token, the checksums of a checkpoint) are lowered for each platform and every operation is looked at; nothing is
-compiled or computed. `apple_operations.json` lists what each plugin converts. CHLO is taken apart into StableHLO by
-jaxlib's own pass first, as XLA does before it hands a program to any plugin (SerializeUsingVersionedStablehlo in its
-pjrt/mlir_to_hlo.cc), but for the operations that XLA hands on whole, `WHOLE`: those the plugin must list. So
-chlo.square, all the CHLO that there is here (under jax 0.10.2; under 0.4.34 there is none), is a product when it
-reaches METAL, whose list lacks it. A violation names the line of jaxlm that it comes from; the program ends with 1 if
-there is one.
+The programs of the 60M preset (a training step, an evaluation step, prefill, a decode step, the checksums of a
+checkpoint) are lowered for each platform, and every operation is checked. Nothing is compiled or computed.
+`apple_operations.json` lists the operations that each plugin converts. jaxlib's own pass first decomposes CHLO into
+StableHLO, as XLA does before it gives a program to a plugin (SerializeUsingVersionedStablehlo in its
+pjrt/mlir_to_hlo.cc), except the operations that XLA passes on whole, `WHOLE`: the plugin must list those. So
+chlo.square, the only CHLO here (under jax 0.10.2; there is none under 0.4.34), is a multiplication when it reaches
+METAL, whose list lacks it. A violation names the line of jaxlm that it comes from. The program ends with 1 if there is
+one.
 
 jax-mps registers lowerings of its own in Python, which run on Linux too:
 
@@ -78,12 +78,12 @@ def preset(platform: str) -> Config:
 
 
 def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
-    """What training, evaluating and writing call: the jitted functions and the shapes that they are given."""
+    """The jitted functions that training, evaluation, sampling and saving call, and the shapes of their arguments."""
     ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
     some = jax.ShapeDtypeStruct((config.chunk_size, config.model.context), np.int32)
     state = jax.eval_shape(lambda: init_state(config))
     step: Any = make_train_step(config)
-    total = jax.eval_shape(step.start, state.params)
+    accumulator = jax.eval_shape(step.start, state.params)
     model, B, new = config.model, config.sample.texts, config.sample.tokens
     weights = jax.eval_shape(lambda params: prepare_decode_params(model, params), state.params)
     prompts = [
@@ -95,8 +95,8 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     return {
         "training step": [
             (step.start, (state.params,)),
-            (step.accumulate_chunk, (state.params, total, ids)),
-            (step.update, (state, total)),
+            (step.accumulate_chunk, (state.params, accumulator, ids)),
+            (step.update, (state, accumulator)),
         ],
         "evaluation step": [(make_eval_step(config), (state.params, some, some))],
         "sampling": [
@@ -109,9 +109,9 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     }
 
 
-def looked_at(function: Any, arguments: tuple[Any, ...], platform: str) -> tuple[Counter[str], list[Violation]]:
-    """How many there are of each StableHLO operation in a jitted function, lowered for a platform that need not be
-    here, and the violations."""
+def inspect(function: Any, arguments: tuple[Any, ...], platform: str) -> tuple[Counter[str], list[Violation]]:
+    """The count of each StableHLO operation in a jitted function, lowered for a platform that need not be present, and
+    the violations."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         module = function.trace(*arguments).lower(lowering_platforms=(platform,)).compiler_ir()
@@ -131,7 +131,7 @@ def looked_at(function: Any, arguments: tuple[Any, ...], platform: str) -> tuple
 
 
 def operations(operation: Any) -> Iterator[Any]:
-    """All operations inside one, however deep."""
+    """All operations nested inside one."""
     for region in operation.regions:
         for block in region.blocks:
             for inner in block.operations:
@@ -140,7 +140,7 @@ def operations(operation: Any) -> Iterator[Any]:
 
 
 def violations(operation: Any, platform: str) -> Iterator[Violation]:
-    """What is wrong with an operation on a platform."""
+    """The violations of one operation on a platform."""
     dialect, name = operation.name.split(".")
     reasons = []
     if dialect != "stablehlo" or name not in CONVERTED[platform]["stablehlo"]:
@@ -165,7 +165,7 @@ def violations(operation: Any, platform: str) -> Iterator[Violation]:
         if math.prod(sizes) >= WRONG_FROM:
             reasons.append(f"contracts {math.prod(sizes):,} numbers, {WRONG_FROM:,} or more (pytorch/pytorch#195163)")
         if len(sizes) > 1 and numbers.lhs_batching_dimensions:
-            reasons.append("a batched product with two contracted axes (jax-ml/jax#20114)")
+            reasons.append("a batched matmul with two contracted axes (jax-ml/jax#20114)")
     for reason in reasons:
         yield Violation(name, reason, line_of(operation))
 
@@ -191,19 +191,19 @@ def line_of(operation: Any) -> str:
 
 
 def audit(config: Config, platform: str) -> Iterator[tuple[str, Counter[str], list[Violation]]]:
-    """Of each program its name, how many there are of each operation, and the violations."""
+    """For each program its name, the count of each operation, and the violations."""
     for name, parts in programs(config).items():
         counts: Counter[str] = Counter()
         found: list[Violation] = []
         for part in parts:
-            more, wrong = looked_at(*part, platform)
+            more, wrong = inspect(*part, platform)
             counts += more
             found += wrong
         yield name, counts, found
 
 
 def use_lowerings_of_jax_mps() -> None:
-    """Registers what jax-mps registers on a Mac, but for the library that computes."""
+    """Registers what jax-mps registers on a Mac, except the library that computes."""
     from jax.extend.backend import register_backend_factory
 
     def not_here() -> Any:

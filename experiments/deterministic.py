@@ -1,7 +1,10 @@
-"""What the same bits in every session cost on an NVIDIA GPU: python -m experiments.deterministic [--kills 6]
+"""Measures what the setting `deterministic` costs on an NVIDIA GPU.
 
-Trains a few steps of the 60M preset, with evaluations and texts, twice as it comes and twice with `deterministic`,
-and once more with SIGKILL at random moments; prints tokens/s (the median step's) and what differs within each pair.
+    python -m experiments.deterministic [--kills 6]
+
+Trains a few steps of the 60M preset, with evaluations and samples: twice with the defaults, twice with
+`deterministic`, and once more with `deterministic` and SIGKILL at random times. Prints tokens/s of the median step and
+what differs within each pair of runs.
 """
 
 import argparse
@@ -41,7 +44,7 @@ def train(workdir: Path, deterministic: bool) -> None:
 
 
 def kill(workdir: Path, after_step: int, seconds: float) -> None:
-    """Starts a session and kills it so many seconds after a step was recorded."""
+    """Starts a session and kills it `seconds` after it records step `after_step`."""
     session, metrics, began = start(workdir, True), workdir / "metrics.jsonl", time.monotonic()
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < after_step:
         if session.poll() is not None or time.monotonic() - began > TIME_LIMIT:
@@ -53,15 +56,16 @@ def kill(workdir: Path, after_step: int, seconds: float) -> None:
 
 
 def compare(label: str, workdir: Path, other: Path) -> str:
-    """A row of the table."""
+    """One row of the table: two runs compared."""
     runs = [
-        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (workdir, other)
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (workdir, other)
     ]
     rates = [median(row["tokens_per_second"] for row in rows[3:]) for rows in runs]
     times = {"seconds", "tokens_per_second"}
-    kept = [[{key: row[key] for key in row.keys() - times} for row in rows] for rows in runs]
-    assert len(kept[0]) == len(kept[1]) == STEPS
-    first = next((a["step"] for a, b in zip(*kept, strict=True) if a != b), "none")
+    values = [[{key: row[key] for key in row.keys() - times} for row in rows] for rows in runs]
+    assert len(values[0]) == len(values[1]) == STEPS
+    first = next((a["step"] for a, b in zip(*values, strict=True) if a != b), "none")
     names = ("final_model/model.safetensors", "samples.jsonl")
     same = ["same" if (workdir / name).read_bytes() == (other / name).read_bytes() else "differ" for name in names]
     return f"| {label} | {rates[0]:,.0f}, {rates[1]:,.0f} | {first} | {same[0]} | {same[1]} |"
@@ -72,16 +76,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    place, chance = Path(tempfile.mkdtemp(prefix="deterministic-")), random.Random(args.seed)
-    for name, deterministic in (("plain", False), ("plain again", False), ("fixed", True), ("fixed again", True)):
-        train(place / name, deterministic)
-    for after_step in sorted(chance.randint(0, STEPS - 2) for _ in range(args.kills)):
-        kill(place / "killed", after_step, chance.uniform(0, 0.15))
-    train(place / "killed", True)
-    print("| two runs | tokens/s | first step that differs | weights | texts |\n|---|---|---|---|---|")
-    print(compare("as it comes", place / "plain", place / "plain again"))
-    print(compare("deterministic", place / "fixed", place / "fixed again"))
-    print(compare(f"deterministic, the other killed {args.kills} times", place / "fixed", place / "killed"))
+    folder, rng = Path(tempfile.mkdtemp(prefix="deterministic-")), random.Random(args.seed)
+    for name in ("default", "default again", "deterministic", "deterministic again"):
+        train(folder / name, name.startswith("deterministic"))
+    for after_step in sorted(rng.randint(0, STEPS - 2) for _ in range(args.kills)):
+        kill(folder / "killed", after_step, rng.uniform(0, 0.15))
+    train(folder / "killed", True)
+    print("| two runs | tokens/s | first step that differs | weights | samples |\n|---|---|---|---|---|")
+    print(compare("default", folder / "default", folder / "default again"))
+    print(compare("deterministic", folder / "deterministic", folder / "deterministic again"))
+    print(compare(f"deterministic, the second killed {args.kills} times", folder / "deterministic", folder / "killed"))
 
 
 if __name__ == "__main__":

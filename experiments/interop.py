@@ -231,7 +231,7 @@ def main() -> None:
 
 def random_preset() -> tuple[Config, Any]:
     """Weights as a run of the preset begins with them."""
-    config = Config(model=ModelConfig(precision="float32", attention="plain", remat=False))
+    config = Config(model=ModelConfig(precision="float32", implementation="xla", remat=False))
     return config, init_params(config.model, jax.random.key(0))
 
 

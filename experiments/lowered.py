@@ -30,8 +30,7 @@ from configs import m2_60m, quickstart
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import init_params, prepare_decode_params
-from jaxlm.core.sampling import _decode_on_device as write_on_device
-from jaxlm.core.sampling import decode_step, prefill, sampling_params
+from jaxlm.core.sampling import _decode_on_device, decode_step, prefill, sampling_params
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.device import backend
 
@@ -48,12 +47,11 @@ FORMS = {
 
 @contextlib.contextmanager
 def as_if_on(platform: str) -> Iterator[None]:
-    """Lets what asks for the present device, or for cuDNN's version, hear of one that is not here."""
+    """Makes jax believe that cuDNN and a GPU for it are present."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     with contextlib.ExitStack() as stack:
         if platform == "gpu":
-            stack.enter_context(mock.patch.object(jax, "default_backend", lambda: "gpu"))
             stack.enter_context(mock.patch.object(cudnn, "check_cudnn_version", lambda: 91_000))
             stack.enter_context(mock.patch.object(cudnn, "check_compute_capability", lambda *_: True))
         yield
@@ -68,10 +66,10 @@ def programs(config: Config) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     model, B, new = config.model, config.sample.texts, config.sample.tokens
     yield "init", init_params, (model, jax.eval_shape(lambda: jax.random.key(0)))
     if hasattr(step, "start"):
-        total = jax.eval_shape(step.start, state.params)
+        accumulator = jax.eval_shape(step.start, state.params)
         yield "train_start", step.start, (state.params,)
-        yield "train_chunk", step.accumulate_chunk, (state.params, total, ids)
-        yield "train_update", step.update, (state, total)
+        yield "train_chunk", step.accumulate_chunk, (state.params, accumulator, ids)
+        yield "train_update", step.update, (state, accumulator)
     else:
         yield "train_step", step, (state, ids)
     yield "evaluation", make_eval_step(config), (state.params, some, some)
@@ -86,14 +84,17 @@ def programs(config: Config) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     yield "prefill", prefill, (model, weights, *prompts, new)
     yield "decode_step", decode_step, (model, weights, texts, choice, np.int32(0))
     if not hasattr(step, "start"):
-        yield "decode", write_on_device, (model, weights, texts, choice, np.int32(0), new)
+        yield "decode", _decode_on_device, (model, weights, texts, choice, np.int32(0), new)
 
 
 def lowered(function: Any, arguments: tuple[Any, ...], platform: str) -> str:
     """The text of a program as a platform is given it; the jaxpr where it holds a kernel of our own."""
     traced = function.trace(*arguments)
-    if "mosaic_gpu" in (jaxpr := str(traced.jaxpr)):
-        return re.sub(r"(?m) at 0x[0-9a-f]+|/\S+\.py:\d+|name=\S+|debug_info=.*", "", jaxpr)
+    if "wgmma" in (jaxpr := str(traced.jaxpr)):
+        text = re.sub(r"(?m) at 0x[0-9a-f]+|/\S+\.py:\d+|(name|fwd|bwd)=\S+|debug_info=.*", "", jaxpr)
+        numbers = {name: f"f{i}" for i, name in enumerate(re.findall(r"(?m)^\s*let ([A-Za-z_]\w*) = \{", text))}
+        words = re.sub(r"([][])", r" \1 ", re.sub(r"[A-Za-z_]\w*", lambda m: numbers.get(m[0], m[0]), text)).split()
+        return "\n".join(words)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()

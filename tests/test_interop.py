@@ -67,7 +67,9 @@ def subject(request, tmp_path_factory, optimized_compilation):
             "width": 128,
             "mlp_width": 320,
         }
-        model = ModelConfig(**sizes, tied=False, rope_theta=5e5, norm_eps=1e-5, precision="float32", attention="plain")
+        model = ModelConfig(
+            **sizes, tied=False, rope_theta=5e5, norm_eps=1e-5, precision="float32", implementation="xla"
+        )
         config, params = Config(model=model), interop.init_params(model, jax.random.key(1))
         length = 256
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, length)

@@ -254,7 +254,7 @@ def test_an_unsound_accelerator_is_refused_before_anything_is_written(monkeypatc
     device = SimpleNamespace(platform="mps")
 
     def refuse(config, device_given, say):
-        assert (config.model.loops, device_given) == ("unrolled", device)
+        assert (config.model.implementation, device_given) == ("apple", device)
         raise RunError("sort differs")
 
     monkeypatch.setattr(backend, "start", lambda *_: device)

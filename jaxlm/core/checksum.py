@@ -1,19 +1,19 @@
-"""Checksums of arrays, computed where the arrays lie; the same on every device and with every version of jax."""
+"""Checksums of arrays, computed on their own device; the same on every device and with every version of jax."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-_GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: far apart for neighbouring indices
+_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: its multiples by neighbouring indices are far apart
 
 
 @jax.jit
 def checksums(tree: Any) -> jax.Array:
-    """One checksum for each leaf of `tree`, whose arrays are of 4-byte numbers: [leaves] uint32, in leaf order.
+    """One checksum for each leaf of `tree`, whose arrays hold 4-byte numbers: [leaves] uint32, in leaf order.
 
-    Each word is mixed with its index by a bijection (the finalizer of MurmurHash3 by Appleby, public domain) and the
-    results are added modulo 2**32. So a change of any one word always shows, and of several all but once in 2**32.
+    A bijection mixes each word with its index (the finalizer of MurmurHash3 by Appleby, public domain), and the results
+    are added modulo 2**32. A change of one word always changes the sum; a change of several is missed once in 2**32.
     """
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
 

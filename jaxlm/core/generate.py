@@ -1,4 +1,4 @@
-"""Prompts to texts: the tokenizer around the sampling loop."""
+"""Prompts to new tokens, for prompts of any lengths."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,17 +7,17 @@ import jax
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.layers import GPU_MULTIPLE
+from jaxlm.core import ops
 from jaxlm.core.sampling import SamplingParams, decode, prefill, sequence_keys
 
-PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are ever compiled
+PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 
 def generate(
     config: ModelConfig,
     weights: Any,
     prompts: Sequence[Sequence[int]],
-    choice: SamplingParams,
+    params: SamplingParams,
     key: jax.Array,
     tokens: int,
     end_of_text: int,
@@ -26,36 +26,37 @@ def generate(
     """Continues all prompts at once.
 
     Args:
-        config: the model's sizes, its dtype resolved.
-        weights: its parameters, as `model.prepare_decode_params` gives them.
+        config: the model's settings, resolved for the device.
+        weights: its parameters, from `model.prepare_decode_params`.
         prompts: token ids, each shorter than the context.
-        choice: how tokens are drawn.
-        key: random key; each text draws from its own part of it.
-        tokens: at most so many new ones a text; fewer where the context is full for the longest prompt.
+        params: how tokens are sampled.
+        key: random key; each sequence derives its own from it.
+        tokens: new tokens of each sequence, at most. The longest prompt and its new tokens fit into the context.
         end_of_text: its id.
-        chunk: hand out so many tokens at a time; None: all at once.
+        chunk: yields so many tokens at a time; None: all at once.
 
     Yields:
-        [texts, chunk] int32, `end_of_text` from each text's end on.
+        [len(prompts), chunk] int32, `end_of_text` from the end of each sequence on. It stops when all have ended.
     """
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     longest = int(lengths.max())
-    room = min(tokens, config.context - longest)
+    count = min(tokens, config.context - longest)
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
-    # what the shortest prompts of this width have: one program for all of them
-    most = min(tokens, config.context - 1 - (width - PROMPT_BUCKET))
-    chunk = chunk or most
-    rows = len(prompts) + (-len(prompts) % GPU_MULTIPLE if jax.default_backend() == "gpu" else 0)
+    # as for the shortest prompt of this width, so that all of its prompts share a program
+    max_count = min(tokens, config.context - 1 - (width - PROMPT_BUCKET))
+    chunk = chunk or max_count
+    rows = len(prompts) + -len(prompts) % ops.get(config.implementation).row_multiple
     ids_BP = np.zeros((rows, width), np.int32)
     for row, ids in zip(ids_BP, prompts, strict=False):
         row[width - len(ids) :] = ids
     lengths_B = np.pad(lengths, (0, rows - len(prompts)))
-    texts = prefill(config, weights, ids_BP, lengths_B, sequence_keys(key, rows), -(-most // chunk) * chunk)
-    for index in range(-(-room // chunk)):
-        texts, tokens_BN = decode(config, weights, texts, choice, np.int32(end_of_text), chunk)
-        written = np.asarray(tokens_BN)[: len(prompts), : room - index * chunk]
-        yield written
-        if (written[:, -1] == end_of_text).all():
+    new_slots = -(-max_count // chunk) * chunk
+    state = prefill(config, weights, ids_BP, lengths_B, sequence_keys(key, rows), new_slots)
+    for start in range(0, count, chunk):
+        state, tokens_BN = decode(config, weights, state, params, np.int32(end_of_text), chunk)
+        new_tokens = np.asarray(tokens_BN)[: len(prompts), : count - start]
+        yield new_tokens
+        if (new_tokens[:, -1] == end_of_text).all():
             return
 
 

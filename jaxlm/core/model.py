@@ -1,22 +1,12 @@
 """The decoder: a flax module that holds the parameters and calls the layers.
 
-Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases), input embedding and output head tied unless the
-configuration says otherwise. The parameters of all blocks are stacked along a leading axis L, so that one scan walks
-them:
-
-    embedding            [V, D]
-    head                 [V, D]    (not when tied)
-    blocks/attention_norm, mlp_norm        [L, D]
-    blocks/query, output [L, D, D]
-    blocks/key, value    [L, D, K x heads of keys and values]
-    blocks/gate, up      [L, D, F]
-    blocks/down          [L, F, D]
-    norm                 [D]
+Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases). The input embedding and the output head are tied unless
+the configuration says otherwise. `parameters.parameter_table` lists the parameters; those of all blocks are stacked
+along a leading axis L, so that one scan runs them.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -26,19 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.core import layers
-from jaxlm.core.loss import GPU_TILE, KEPT, KEPT_ON_GPU, TILE, UNROLLED_TILE, cross_entropy, cross_entropy_and_gradient
-from jaxlm.core.ops import hopper
-from jaxlm.core.parameters import Parameter, by_path, parameter_table
+from jaxlm.core import layers, ops
+from jaxlm.core.grad_accumulation import embed_with_accumulator, remat_blocks, unstack_with_accumulator
+from jaxlm.core.parameters import Parameter, Params, by_path, parameter_table
 
-Attend = Callable[..., tuple[jax.Array, Any]]
-JOINED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # what reads the same input
+Attend = Callable[..., tuple[jax.Array, Any]]  # q, k, v [B, T, H, K], saved=None -> [B, T, H, K], residuals
+FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # matrices with the same input
+VOCAB_MULTIPLE = 8  # rows of the head for decoding: a GPU would pad it again for each matmul in bfloat16
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions already read, for one block each; G counts texts and in each their heads.
+    """Keys and values of the positions read so far, an array for each block; G is sequences times heads.
 
-    Were texts and heads two axes, a CPU would write a cache of one text anew for each token, not in its place.
+    With two axes for sequences and heads, a CPU would copy the cache of one sequence for each token, not update it in
+    place.
     """
 
     keys_GSK: tuple[jax.Array, ...]
@@ -46,18 +37,18 @@ class Cache(NamedTuple):
 
 
 def approx_normal_init(key: Any, shape: tuple[int, ...], std: float) -> jax.Array:
-    """Draws numbers of mean 0 and this standard deviation, float32: the same bits from a key wherever it is done.
+    """Draws numbers of mean 0 and this standard deviation, float32: the same bits from a key on every device.
 
-    Each is the sum of eight random bytes, whole numbers up to the one product at the end. (The logarithm that a normal
-    number takes differs in its last bit between versions of XLA.) Their excess kurtosis is -0.15; none is beyond 4.9
-    standard deviations. One index of the first axis after the other is drawn, which takes no memory to speak of.
+    Each is the sum of eight random bytes, in whole numbers up to the one multiplication at the end. (The logarithm that
+    a normal number needs differs in its last bit between versions of XLA.) The excess kurtosis is -0.15, and no number
+    is beyond 4.9 standard deviations. The first axis is drawn index by index, which takes little memory.
     """
     scale = std / math.sqrt(8 * (256**2 - 1) / 12)
 
     def draw(key: jax.Array) -> jax.Array:
         words = jax.random.bits(key, (2, *shape[1:]), jnp.uint32)
-        total = jax.lax.bitcast_convert_type(words, jnp.uint8).sum(axis=(0, -1), dtype=jnp.int32)
-        return (total - 4 * 255).astype(jnp.float32) * scale
+        byte_sum = jax.lax.bitcast_convert_type(words, jnp.uint8).sum(axis=(0, -1), dtype=jnp.int32)
+        return (byte_sum - 4 * 255).astype(jnp.float32) * scale
 
     return jax.lax.map(draw, jax.random.split(key, shape[0]))
 
@@ -66,7 +57,7 @@ def init_group(key: jax.Array, group: Sequence[Parameter]) -> jax.Array | dict[s
     """Draws one array, or the dict of arrays below one name, each random one with its own part of the key."""
     if not group[0].stacked:
         return init_array(key, group[0])
-    keys = iter(jax.random.split(key, sum(p.init_std is not None for p in group)))
+    keys = iter(list(jax.random.split(key, sum(p.init_std is not None for p in group))))
     return {p.path[-1]: init_array(None if p.init_std is None else next(keys), p) for p in group}
 
 
@@ -75,123 +66,70 @@ def init_array(key: jax.Array | None, p: Parameter) -> jax.Array:
     return jnp.ones(p.shape) if p.init_std is None else approx_normal_init(key, p.shape, p.init_std)
 
 
-def joined(p: Mapping[str, jax.Array], name: str) -> jax.Array:
-    """The matrices of JOINED[name] of one block side by side, [D, F]."""
-    return jnp.concatenate([p[part] for part in JOINED[name]], axis=1)
-
-
-def projections(
-    p: Mapping[str, jax.Array], name: str, x_BTD: jax.Array, c: ModelConfig, join: bool = False
-) -> Sequence[jax.Array]:
-    """x times each matrix of JOINED[name]: by one product where they lie side by side in p, or if they shall."""
-    if name not in p and not join:
-        return [layers.linear(x_BTD, p[part], c.matmul_dtype) for part in JOINED[name]]
-    out_BTF = layers.linear(x_BTD, p[name] if name in p else joined(p, name), c.matmul_dtype)
-    widths = [by_path(c)["blocks", part].shape[-1] for part in JOINED[name]]
+def fused_linear(p: Mapping[str, Any], name: str, x_BTD: jax.Array, c: ModelConfig) -> Sequence[jax.Array]:
+    """x times each matrix of FUSED[name]; by one matmul if p holds them fused, as for decoding."""
+    device_ops = ops.get(c.implementation)
+    if name not in p:
+        return device_ops.fused_linear(device_ops, x_BTD, [p[part] for part in FUSED[name]], c.matmul_dtype)
+    out_BTF = layers.linear(x_BTD, p[name], c.matmul_dtype, device_ops.weight_gradient)
+    widths = [by_path(c)["blocks", part].shape[-1] for part in FUSED[name]]
     return jnp.split(out_BTF, list(accumulate(widths))[:-1], axis=-1)
 
 
 def block(
-    p: Mapping[str, jax.Array], x_BTD: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend, c: ModelConfig
+    p: Mapping[str, Any],
+    x_BTD: jax.Array,
+    rope_cos_sin: tuple[jax.Array, jax.Array],
+    saved: Any = None,
+    *,
+    attend: Attend,
+    c: ModelConfig,
 ) -> tuple[jax.Array, Any]:
-    """One block: attention, then the gated MLP, each added to the residual stream.
+    """One block: attention and a SwiGLU MLP, each with an RMSNorm before it and added to the residual stream.
 
     Args:
         p: one block's parameters (without the L axis).
         x_BTD: the residual stream.
-        table: RoPE's cosines and sines for the positions of x.
-        attend: takes q, k, v [B, T, H, K] of these positions, gives [B, T, H, K] and what else it has to hand on.
+        rope_cos_sin: RoPE's cosines and sines for the positions of x.
+        saved: what attention returned for the same x, if it did.
+        attend: takes q, k, v [B, T, H, K] of these positions.
         c: the sizes.
 
     Returns:
-        [B, T, D]; and what attention hands on.
+        [B, T, D]; and the residuals of `attend`.
     """
-    B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
-    fused = c.kernels == "fused" and hopper.fits(B * T)
-    qkv = projections(p, "query_key_value", h_BTD, c, join=fused)
-    q, k, v = (array.reshape(B, T, -1, D // c.heads) for array in qkv)
-    q, k = layers.rope(q, table), layers.rope(k, table)
-    if c.kv_heads:
-        k, v = (jnp.repeat(shared, c.heads // c.kv_heads, axis=2) for shared in (k, v))
-    out_BTHK, handed_on = attend(q, k, v)
-    x_BTD = x_BTD + layers.linear(out_BTHK.reshape(B, T, D), p["output"], c.matmul_dtype)
+    q_BTHK, k_BTHK, v_BTHK = attention_inputs(p, h_BTD, rope_cos_sin, c)
+    out_BTHK, residuals = attend(q_BTHK, k_BTHK, v_BTHK, saved)
+    x_BTD = x_BTD + linear(out_BTHK.reshape(x_BTD.shape), p["output"], c)
     h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
-    if fused:
-        gated_BTD = hopper.swiglu(h_BTD.reshape(-1, D), p["gate"], p["up"], p["down"]).reshape(B, T, D)
-    else:
-        act_BTF = layers.swiglu_activation(*projections(p, "gate_up", h_BTD, c))
-        gated_BTD = layers.linear(act_BTF, p["down"], c.matmul_dtype)
-    return x_BTD + gated_BTD, handed_on
+    return x_BTD + mlp(p, h_BTD, c), residuals
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def remat_blocks(
-    blocks: Any, x_BTD: jax.Array, table: tuple[jax.Array, jax.Array], attend: Attend, c: ModelConfig
-) -> tuple[jax.Array, Any]:
-    """All blocks, one after the other; of each, its input is kept for the backward pass, which runs it again.
-
-    What attention gave to know is kept too, so that it is not computed again.
-
-    Args:
-        blocks: the stacked parameters.
-        x_BTD, table, attend, c: as of `block`.
-
-    Returns:
-        [B, T, D]; and the blocks' parameters, for their next use. Backward, the gradient of that next use arrives
-        whole and this one is added to it where it lies, block by block.
-    """
-    return _recomputed_forward(blocks, x_BTD, table, attend, c)[0]
+def attention_inputs(
+    p: Mapping[str, Any], x_BTD: jax.Array, rope_cos_sin: tuple[jax.Array, jax.Array], c: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values [B, T, H, K], with RoPE, and the keys and values of fewer heads repeated."""
+    B, T, D = x_BTD.shape
+    qkv = fused_linear(p, "query_key_value", x_BTD, c)
+    q_BTHK, k_BTHK, v_BTHK = (array.reshape(B, T, -1, D // c.heads) for array in qkv)
+    q_BTHK, k_BTHK = layers.rope(q_BTHK, rope_cos_sin), layers.rope(k_BTHK, rope_cos_sin)
+    if c.kv_heads:
+        k_BTHK, v_BTHK = (jnp.repeat(x, c.heads // c.kv_heads, axis=2) for x in (k_BTHK, v_BTHK))
+    return q_BTHK, k_BTHK, v_BTHK
 
 
-def _recomputed_forward(blocks, x_BTD, table, attend, c):
-    def run(x_BTD, p):
-        out_BTD, known = block(p, x_BTD, table, attend, c)
-        return out_BTD, (x_BTD, known)
-
-    out_BTD, kept = layers.scan(run, x_BTD, blocks, unroll=c.unrolled)
-    return (out_BTD, blocks), (blocks, kept, table)
-
-
-def _recomputed_backward(attend, c, residuals, d_outputs):
-    blocks, kept, table = residuals
-
-    def add_block(carry, layer):
-        d_x_BTD, d_blocks = carry
-        p, (x_BTD, known) = jax.tree.map(
-            lambda stacked: jax.lax.dynamic_index_in_dim(stacked, layer, 0, False), (blocks, kept)
-        )
-        again = partial(attend, known=known)
-        _, pull, _ = jax.vjp(lambda p, x_BTD: block(p, x_BTD, table, again, c), p, x_BTD, has_aux=True)
-        d_p, d_x_BTD = pull(d_x_BTD)
-
-        def add(total, part):
-            before = jax.lax.dynamic_index_in_dim(total, layer, 0, False)
-            return jax.lax.dynamic_update_index_in_dim(total, before + part, layer, 0)
-
-        return (d_x_BTD, jax.tree.map(add, d_blocks, d_p)), None
-
-    (d_x_BTD, d_blocks), _ = layers.scan(add_block, d_outputs, jnp.arange(c.layers), reverse=True, unroll=c.unrolled)
-    return d_blocks, d_x_BTD, None
+def mlp(p: Mapping[str, Any], x_BTD: jax.Array, c: ModelConfig) -> jax.Array:
+    """SwiGLU."""
+    if "gate_up" in p:
+        return linear(layers.swiglu_activation(*fused_linear(p, "gate_up", x_BTD, c)), p["down"], c)
+    device_ops = ops.get(c.implementation)
+    return device_ops.swiglu(device_ops, x_BTD, p["gate"], p["up"], p["down"], c.matmul_dtype)
 
 
-remat_blocks.defvjp(_recomputed_forward, _recomputed_backward)
-
-
-@jax.custom_vjp
-def cut_and_pass(blocks: Any) -> tuple[list[Any], Any]:
-    """The parameters of each block, and all of them stacked, for their next use.
-
-    Backward, the gradient of that next use arrives whole, and those of the blocks are added to it at once.
-    """
-    count = len(jax.tree.leaves(blocks)[0])
-    return [jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks) for layer in range(count)], blocks
-
-
-cut_and_pass.defvjp(
-    lambda blocks: (cut_and_pass(blocks), None),
-    lambda _, d: (jax.tree.map(lambda total, *parts: total + jnp.stack(parts), d[1], *d[0]),),
-)
+def linear(x_BTD: jax.Array, w_DF: Any, c: ModelConfig) -> jax.Array:
+    """x times a matrix, in the dtypes and the form of the configuration."""
+    return layers.linear(x_BTD, w_DF, c.matmul_dtype, ops.get(c.implementation).weight_gradient)
 
 
 class Decoder(nn.Module):
@@ -207,119 +145,115 @@ class Decoder(nn.Module):
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits [B, T, V] float32 for the token that follows each position of ids [B, T]."""
-        return layers.tied_head(self.hidden(ids_BT), self.head_VD)
+        return layers.tied_head(self.final_hidden(ids_BT), self.head_VD)
 
-    def hidden(self, ids_BT: jax.Array) -> jax.Array:
-        """The normed residual stream [B, T, D], in the dtype of the computation, that the head reads."""
-        return self.hidden_and_pass(ids_BT)[0]
+    def final_hidden(self, ids_BT: jax.Array) -> jax.Array:
+        """The normed residual stream [B, T, D], in the activation dtype: the input of the head."""
+        return self.final_hidden_with_accumulator(ids_BT)[0]
 
-    def hidden_and_pass(self, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
-        """`hidden`, and the parameters for their next use.
-
-        A gradient with respect to these, given to the backward pass, is what the gradient of this use is added to,
-        where it lies: gradients of many slices add up without a second set of them.
-        """
+    def final_hidden_with_accumulator(self, ids_BT: jax.Array) -> tuple[jax.Array, Params]:
+        """`final_hidden`, and the parameters for their next use (see `grad_accumulation`)."""
         c = self.config
-        # here and now, or XLA computes a sine and a cosine for each number that they turn; and not on the device, which
-        # `soundness` has yet to trust
-        with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
-            positions_1T = jnp.arange(ids_BT.shape[1])[None]
-            rope_cos_sin = jax.jit(
-                layers.rope_cos_sin, static_argnums=(1, 2)
-            )  # one program, not one for each operation
-            table = rope_cos_sin(positions_1T, c.width // c.heads, c.rope_theta)
-        attend = (
-            layers.cudnn_attention if c.attention == "cudnn" else partial(layers.causal_attention, dtype=c.matmul_dtype)
-        )
-        rows_BTD, embedding_VD = layers.embed_and_pass(ids_BT, self.embedding)
+        attend = partial(ops.get(c.implementation).attention, matmul_dtype=c.matmul_dtype)
+        run_block = partial(block, attend=lambda q, k, v, saved: attend(q, k, v, saved=saved), c=c)
+        rope_cos_sin = _rope_cos_sin_on_host(ids_BT.shape[1], c)
+        rows_BTD, embedding_VD = embed_with_accumulator(ids_BT, self.embedding)
         x_BTD, blocks = rows_BTD.astype(c.activation_dtype), dict(self.blocks)
         if c.remat:
-            x_BTD, blocks = remat_blocks(blocks, x_BTD, table, attend, c)
+            x_BTD, blocks = remat_blocks(blocks, x_BTD, rope_cos_sin, run_block, ops.get(c.implementation).scan)
         else:
-            by_layer, blocks = cut_and_pass(blocks)
+            by_layer, blocks = unstack_with_accumulator(blocks)
             for p in by_layer:
-                x_BTD, _ = block(p, x_BTD, table, attend, c)
+                x_BTD, _ = run_block(p, x_BTD, rope_cos_sin)
         x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
-        passed = {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
-        return x_BTD, passed if c.tied else passed | {"head": self.head_VD}
+        params = {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
+        return x_BTD, params if c.tied else params | {"head": self.head_VD}
 
     def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """Sum over the batch of -ln p(target), nats, float32; targets below 0 count nothing.
+        """Sum over the batch of -ln p(target), in nats, float32; targets below 0 are ignored.
 
-        To be evaluated; for training there is `loss_and_gradient`.
+        For evaluation; training uses `loss_and_gradient`.
         """
-        c, x_BTD = self.config, self.hidden(inputs_BT)
-        x_ND, targets_N = x_BTD.reshape(-1, c.width), targets_BT.reshape(-1)
-        if c.kernels == "fused":
-            return hopper.cross_entropy(x_ND, self.head_VD, targets_N)
-        return cross_entropy(x_ND, self.head_VD, targets_N, c.matmul_dtype, _tile(c), c.unrolled)
+        c, device_ops = self.config, ops.get(self.config.implementation)
+        x_ND = self.final_hidden(inputs_BT).reshape(-1, c.width)
+        return device_ops.cross_entropy(device_ops, x_ND, self.head_VD, targets_BT.reshape(-1), c.matmul_dtype)
 
 
-def _tile(c: ModelConfig) -> int:
-    if c.unrolled:
-        return UNROLLED_TILE
-    return GPU_TILE if jax.default_backend() == "gpu" else TILE
+def _rope_cos_sin_on_host(length: int, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """`rope_cos_sin` of positions 0 to length - 1, as constants of the traced program.
+
+    Otherwise XLA computes a sine and a cosine for each number that they rotate. The CPU computes them, because the
+    numerics check has yet to trust the device.
+    """
+    with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
+        one_program = jax.jit(layers.rope_cos_sin, static_argnums=(1, 2))  # not one for each operation
+        return one_program(jnp.arange(length)[None], c.width // c.heads, c.rope_theta)
 
 
 def loss_and_gradient(
-    c: ModelConfig, params: Any, inputs_BT: jax.Array, targets_BT: jax.Array, scale: jax.Array | float, total: Any
-) -> tuple[jax.Array, Any]:
-    """`Decoder.loss`, and its gradient by the parameters.
+    c: ModelConfig,
+    params: Params,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    scale: jax.Array | float,
+    grad_accumulator: Params,
+) -> tuple[jax.Array, Params]:
+    """`Decoder.loss`, and its gradient with respect to the parameters.
 
     Args:
         c: the sizes.
         params: the parameters.
-        inputs_BT, targets_BT: as of `Decoder.loss`.
-        scale: [], of the gradient.
-        total: like the parameters, float32.
+        inputs_BT, targets_BT: as for `Decoder.loss`.
+        scale: [], factor of the gradient.
+        grad_accumulator: like the parameters, float32.
 
     Returns:
-        [] float32, nats; and `total`, to which the gradient times the scale is added where it lies.
+        [] float32, in nats; and `grad_accumulator`, to which the gradient times the scale is added in place.
     """
-    run: Any = partial(Decoder(c).apply, method="hidden_and_pass")
-    (x_BTD, _), pull = jax.vjp(lambda p: run({"params": p}, inputs_BT), params)
-    x_ND, targets_N, name = x_BTD.reshape(-1, c.width), targets_BT.reshape(-1), "embedding" if c.tied else "head"
-    if c.kernels == "fused":
-        nats, pull_loss = jax.vjp(lambda *a: hopper.cross_entropy(*a, targets_N), x_ND, params[name])
-        d_x_ND, d_head_VD = pull_loss(jnp.float32(scale))
-        total_VD = total[name] + d_head_VD
-    else:
-        kept = KEPT_ON_GPU if jax.default_backend() == "gpu" else KEPT
-        nats, d_x_ND, total_VD = cross_entropy_and_gradient(
-            x_ND, params[name], targets_N, scale, total[name], c.matmul_dtype, kept, _tile(c), c.unrolled
-        )
-    (total,) = pull((d_x_ND.reshape(x_BTD.shape), total | {name: total_VD}))
-    return nats, total
+    device_ops, head = ops.get(c.implementation), "embedding" if c.tied else "head"
+    run: Any = partial(Decoder(c).apply, method="final_hidden_with_accumulator")
+    (x_BTD, _), vjp_fn = jax.vjp(lambda p: run({"params": p}, inputs_BT), params)
+    loss_sum, d_x_ND, head_accumulator_VD = device_ops.cross_entropy_and_grad(
+        device_ops,
+        x_BTD.reshape(-1, c.width),
+        params[head],
+        targets_BT.reshape(-1),
+        scale,
+        grad_accumulator[head],
+        c.matmul_dtype,
+    )
+    (grad_accumulator,) = vjp_fn((d_x_ND.reshape(x_BTD.shape), grad_accumulator | {head: head_accumulator_VD}))
+    return loss_sum, grad_accumulator
 
 
 @partial(jax.jit, static_argnums=0)
-def init_params(config: ModelConfig, key: jax.Array) -> Any:
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Draws the parameters, float32, without running the model."""
     return Decoder(config).init(key, method=lambda decoder: decoder.norm)["params"]
 
 
 @partial(jax.jit, static_argnums=0)
-def prepare_decode_params(config: ModelConfig, params: Any) -> Any:
-    """The parameters as `forward_with_cache` reads them, so that no token pays for cutting, casting and turning them.
+def prepare_decode_params(config: ModelConfig, params: Params) -> Params:
+    """The parameters as `forward_with_cache` reads them, so that no token pays for slicing, casting or transposing.
 
     Returns:
-        As `params`, but `blocks` is a tuple with the parameters of each, in which the matrices that read the same input
-        are one (JOINED); and there is `head` [V, D], with rows of zeros up to a multiple of GPU_MULTIPLE. Matrices are
-        in the dtype of the computation and lie turned, [F, D], as a CPU multiplies fastest with.
+        As `params`, but `blocks` is a tuple with the parameters of each block, in which matrices with the same input
+        are fused (FUSED); and `head` is [V, D] with zero rows up to a multiple of VOCAB_MULTIPLE. Matrices have the
+        matmul dtype and are transposed, [F, D], the form in which a CPU multiplies fastest.
     """
     blocks = []
     for layer in range(config.layers):
         p = {name: leaf[layer] for name, leaf in params["blocks"].items()}
-        p |= {name: joined(p, name) for name in JOINED}
-        kept = [name for name in p if not any(name in parts for parts in JOINED.values())]
-        blocks.append({name: p[name].astype(config.matmul_dtype).T if p[name].ndim == 2 else p[name] for name in kept})
-    head_VD = params.get("head", params["embedding"]).astype(config.matmul_dtype)
-    head_VD = jnp.pad(head_VD, ((0, -config.vocab_size % layers.GPU_MULTIPLE), (0, 0)))
+        p |= {name: jnp.concatenate([p[part] for part in parts], axis=1) for name, parts in FUSED.items()}
+        names = [name for name in p if not any(name in parts for parts in FUSED.values())]
+        blocks.append({name: p[name].astype(config.matmul_dtype).T if p[name].ndim == 2 else p[name] for name in names})
+    head_VD = params["embedding" if config.tied else "head"].astype(config.matmul_dtype)
+    head_VD = jnp.pad(head_VD, ((0, -config.vocab_size % VOCAB_MULTIPLE), (0, 0)))
     return params | {"blocks": tuple(blocks), "head": head_VD}
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """A cache of zeros: `slots` positions for each of `batch` texts, in the dtype of the computation."""
+    """A cache of zeros: `slots` positions for each of `batch` sequences, in the activation dtype."""
     shape_GSK = batch * config.heads, slots, config.width // config.heads
     keys_GSK, values_GSK = (
         tuple(jnp.zeros(shape_GSK, config.activation_dtype) for _ in range(config.layers)) for _ in Cache._fields
@@ -329,49 +263,47 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
 
 def forward_with_cache(
     c: ModelConfig,
-    weights: Any,
+    weights: Params,
     ids_BT: jax.Array,
     positions_BT: jax.Array,
     cache: Cache,
     start: jax.Array,
-    visible_BTS: jax.Array,
+    mask_BTS: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """Reads T more tokens behind what the cache holds.
+    """Reads T more tokens after those in the cache.
 
     Args:
         c: the sizes.
-        weights: the parameters, as `prepare_decode_params` gives them.
-        ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must be there.
-        positions_BT: their positions in each text, for RoPE.
+        weights: from `prepare_decode_params`.
+        ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must exist.
+        positions_BT: their positions in each sequence, for RoPE.
         cache: S slots for each block.
         start: [] integer.
-        visible_BTS: True where a token may attend to a slot.
+        mask_BTS: True where a token may attend to a slot.
 
     Returns:
         Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
     """
-    c = replace(c, kernels="plain")  # the fused ones read the matrices as training has them
-    table = layers.rope_cos_sin(positions_BT, c.width // c.heads, c.rope_theta)
+    layout = ops.get(c.implementation).decode_layout
+    rope_cos_sin = layers.rope_cos_sin(positions_BT, c.width // c.heads, c.rope_theta)
     x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activation_dtype)
-    reads_turned = jax.default_backend() == "cpu" and not c.unrolled
-    lying = layers.Turned if reads_turned else jnp.transpose
     filled = []
     for layer, p in enumerate(weights["blocks"]):
 
-        def attend(q_BTHK, k_BTHK, v_BTHK, layer=layer):
+        def attend(q_BTHK, k_BTHK, v_BTHK, saved, layer=layer):
             k_GTK, v_GTK = layers.to_cache_layout(k_BTHK, v_BTHK)
             keys_GSK = jax.lax.dynamic_update_slice(cache.keys_GSK[layer], k_GTK, (0, start, 0))
             values_GSK = jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0))
-            return layers.attention_with_cache(q_BTHK, keys_GSK, values_GSK, visible_BTS), (keys_GSK, values_GSK)
+            return layers.attention_with_cache(q_BTHK, keys_GSK, values_GSK, mask_BTS), (keys_GSK, values_GSK)
 
-        p = {name: lying(leaf) if leaf.ndim == 2 else leaf for name, leaf in p.items()}
-        x_BTD, both = block(p, x_BTD, table, attend, c)
-        filled.append(both)
+        p = {name: layout(leaf) if leaf.ndim == 2 else leaf for name, leaf in p.items()}
+        x_BTD, keys_and_values = block(p, x_BTD, rope_cos_sin, attend=attend, c=c)
+        filled.append(keys_and_values)
     x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
-    logits_BV = layers.linear(x_BD.astype(jnp.float32), lying(weights["head"]), c.matmul_dtype)
+    logits_BV = linear(x_BD.astype(jnp.float32), layout(weights["head"]), c)
     return logits_BV[:, : c.vocab_size], Cache(*zip(*filled, strict=True))
 
 
-def parameter_count(params: Any) -> int:
+def parameter_count(params: Params) -> int:
     """How many numbers a tree of parameters (or of their shapes) holds."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

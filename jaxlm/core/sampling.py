@@ -1,7 +1,7 @@
-"""Logits to tokens, and the jitted loop that writes texts with a cache of keys and values.
+"""Logits to tokens, and decoding of several sequences at once with a cache of keys and values.
 
-Prompts of different lengths stand at the right end of one array, so that every text's next token takes the same
-slot of the cache; the padding on the left is never attended to, and positions count from each text's first token.
+Prompts are aligned to the right in one array, so that the next token of every sequence takes the same slot of the
+cache. A mask hides the padding to their left, and positions count from the first token of each sequence.
 """
 
 import math
@@ -13,24 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
+from jaxlm.core import ops
 from jaxlm.core.model import Cache, empty_cache, forward_with_cache
+
+SEARCH_FAN_OUT = 8  # parts into which a round of the threshold search divides its interval
+SEARCH_ROUNDS = 10  # at most; the interval is then 2**-30 of the logits' range
 
 counts_of_32_bits = partial(jax.threefry_partitionable, False)  # the other way to draw needs 64, which Metal lacks
 
-WAYS, ROUNDS = 8, 10  # of the search for a threshold, which ends with 2**-30 of the logits' range at the latest
-PARTS = 16  # of the vocabulary, counted in one expression: a CPU would write what a sum over it reads to memory first
-
 
 class SamplingParams(NamedTuple):
-    """How a token is chosen. Arrays or numbers: changing them compiles nothing anew."""
+    """How a token is chosen. The values are arrays or numbers: changing them compiles nothing."""
 
     temperature: Any  # 0: greedy
     top_k: Any = None  # keep the k most likely tokens; None: all, and the program has no search for them
-    top_p: Any = None  # of these, keep the fewest that hold this share of the probability; None: all, likewise
+    top_p: Any = None  # of these, keep the fewest with this probability together; None: likewise
 
 
 def sampling_params(settings: Any) -> SamplingParams:
-    """The temperature, top_k (0: all) and top_p (1: all) of what a person set, as arrays."""
+    """The SamplingParams of settings with a `temperature`, a `top_k` (0: all) and a `top_p` (1: all)."""
     top_k, top_p = settings.top_k, settings.top_p
     return SamplingParams(
         np.float32(settings.temperature), np.int32(top_k) if top_k else None, np.float32(top_p) if top_p < 1 else None
@@ -38,132 +39,134 @@ def sampling_params(settings: Any) -> SamplingParams:
 
 
 class DecodeState(NamedTuple):
-    """Texts being written, between two tokens."""
+    """Sequences between two tokens."""
 
     cache: Cache
-    logits_BV: jax.Array  # for the next token of each text
-    slot: jax.Array  # [] int32: the one that the next token takes
-    first_B: jax.Array  # the slot of each text's first token
-    done_B: jax.Array  # True once a text has ended
-    keys_B: jax.Array  # one random key a text
+    logits_BV: jax.Array  # of the next token
+    slot: jax.Array  # [] int32: slot of the cache that the next token takes
+    first_B: jax.Array  # slot of each sequence's first token
+    done_B: jax.Array  # True once a sequence has ended
+    keys_B: jax.Array  # a random key for each sequence
 
 
 def top_k_top_p_mask(
-    logits_BV: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None, unroll: bool = False
+    device_ops: ops.Ops, logits_BV: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
 ) -> jax.Array:
-    """Which tokens may be drawn: the top_k largest logits, and of these the nucleus (Holtzman et al. 2020).
+    """Which tokens may be sampled: those with the top_k largest logits, and of these the nucleus.
 
-    The nucleus is the smallest set of most likely tokens whose probability, renormalised over the top_k, reaches
-    top_p. Both cuts are thresholds on the logits: no sort, no cumulative sum.
+    The nucleus is the smallest set of most likely tokens whose probability, renormalised over the top_k, reaches top_p
+    (Holtzman et al. 2020, arXiv 1904.09751). Both are thresholds on the logits, so nothing is sorted.
 
     Args:
-        logits_BV: float32; -inf is never drawn.
+        device_ops: the operations of the device.
+        logits_BV: float32; -inf is never sampled.
         top_k: [] integer, at least 1; None keeps all.
         top_p: [] float in (0, 1]; None keeps all.
-        unroll: write the rounds of the search out.
 
     Returns:
-        [B, V] bool; tokens that tie with the last one kept are kept.
+        [B, V] bool. Tokens that tie with the last one kept are kept.
     """
-    kept = logits_BV > -jnp.inf
+    mask_BV = logits_BV > -jnp.inf
     if top_k is not None:
-        kept &= logits_BV >= _threshold(logits_BV, None, top_k, unroll)
+        mask_BV &= logits_BV >= _threshold(device_ops, logits_BV, None, top_k)
     if top_p is None:
-        return kept
-    share_BV = jnp.where(kept, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
-    wanted_B1 = top_p * jnp.sum(share_BV, axis=-1, keepdims=True)
-    return kept & (logits_BV >= _threshold(logits_BV, share_BV, wanted_B1, unroll))
+        return mask_BV
+    weights_BV = jnp.where(mask_BV, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
+    target_B1 = top_p * jnp.sum(weights_BV, axis=-1, keepdims=True)
+    return mask_BV & (logits_BV >= _threshold(device_ops, logits_BV, weights_BV, target_B1))
 
 
-def _threshold(logits_BV: jax.Array, weights_BV: jax.Array | None, wanted: jax.Array, unroll: bool) -> jax.Array:
-    """[B, 1]: the largest number such that the weights (None: 1 each) of the logits from it on add up to `wanted`.
+class _Search(NamedTuple):
+    """An interval with the threshold in it, and how many logits are at or above each end."""
 
-    In each round the interval in which it lies is cut into WAYS parts, until one logit is left in it (or several that
-    hardly differ). Where all weights are too little: the smallest logit.
+    rounds_left: jax.Array
+    low_B1: jax.Array
+    high_B1: jax.Array
+    count_low_B1: jax.Array
+    count_high_B1: jax.Array
+
+
+def _threshold(device_ops: ops.Ops, logits_BV: jax.Array, weights_BV: jax.Array | None, target: jax.Array) -> jax.Array:
+    """The largest x such that the weights (None: 1 each) of the logits at or above x sum to at least `target`, [B, 1].
+
+    Each round divides the interval into SEARCH_FAN_OUT parts and keeps the one with the threshold, until it holds one
+    logit, or several that hardly differ. If all weights together are less than `target`, x is the smallest logit.
     """
-    cuts_W = jnp.arange(1, WAYS) / WAYS
-    padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -logits_BV.shape[1] % PARTS)), constant_values=-jnp.inf)
-    parts = [logits_BV] if unroll else jnp.split(padded_BV, PARTS, axis=1)
+    steps_W = jnp.arange(1, SEARCH_FAN_OUT) / SEARCH_FAN_OUT
+    parts = [logits_BV]
+    if device_ops.search_parts > 1:  # counted in one expression: XLA for the CPU stores the operand of one large sum
+        padding = ((0, 0), (0, -logits_BV.shape[1] % device_ops.search_parts))
+        parts = jnp.split(jnp.pad(logits_BV, padding, constant_values=-jnp.inf), device_ops.search_parts, axis=1)
 
-    def narrow(carry):
-        left, low_B1, high_B1, from_low_B1, from_high_B1 = carry
-        cut_BW = low_B1 + (high_B1 - low_B1) * cuts_W
-        cut_BW1 = cut_BW[..., None]
-        count_BW = jnp.sum(sum((part[:, None] >= cut_BW1).astype(jnp.int32) for part in parts), axis=-1)
+    def search(s: _Search) -> _Search:
+        cuts_BW = s.low_B1 + (s.high_B1 - s.low_B1) * steps_W
+        cuts_BW1 = cuts_BW[..., None]
+        count_BW = jnp.sum(sum((part[:, None] >= cuts_BW1).astype(jnp.int32) for part in parts), axis=-1)
         if weights_BV is None:
-            enough_BW = count_BW >= wanted
+            enough_BW = count_BW >= target
         else:
-            enough_BW = jnp.sum(jnp.where(logits_BV[:, None] >= cut_BW1, weights_BV[:, None], 0), axis=-1) >= wanted
-        low_B1, high_B1, from_low_B1, from_high_B1 = (
-            jnp.max(jnp.where(enough_BW, cut_BW, low_B1), axis=-1, keepdims=True),
-            jnp.min(jnp.where(enough_BW, high_B1, cut_BW), axis=-1, keepdims=True),
-            jnp.min(jnp.where(enough_BW, count_BW, from_low_B1), axis=-1, keepdims=True),
-            jnp.max(jnp.where(enough_BW, from_high_B1, count_BW), axis=-1, keepdims=True),
+            enough_BW = jnp.sum(jnp.where(logits_BV[:, None] >= cuts_BW1, weights_BV[:, None], 0), axis=-1) >= target
+        low_B1, high_B1, count_low_B1, count_high_B1 = (
+            jnp.max(jnp.where(enough_BW, cuts_BW, s.low_B1), axis=-1, keepdims=True),
+            jnp.min(jnp.where(enough_BW, s.high_B1, cuts_BW), axis=-1, keepdims=True),
+            jnp.min(jnp.where(enough_BW, count_BW, s.count_low_B1), axis=-1, keepdims=True),
+            jnp.max(jnp.where(enough_BW, s.count_high_B1, count_BW), axis=-1, keepdims=True),
         )
-        return left - 1, low_B1, high_B1, from_low_B1, from_high_B1
+        return _Search(s.rounds_left - 1, low_B1, high_B1, count_low_B1, count_high_B1)
+
+    def unfinished(s: _Search) -> jax.Array:
+        return (s.rounds_left > 0) & jnp.any(s.count_low_B1 - s.count_high_B1 > 1)
 
     high_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     low_B1 = jnp.min(jnp.where(logits_BV > -jnp.inf, logits_BV, high_B1), axis=-1, keepdims=True)
     counts_B1 = (jnp.full(low_B1.shape, count, jnp.int32) for count in (logits_BV.shape[1], 0))
-    start = (jnp.int32(ROUNDS), low_B1, high_B1, *counts_B1)
-    if unroll:  # rounds beyond the last one needed choose the same logits
-        carry = start
-        for _ in range(ROUNDS):
-            carry = narrow(carry)
-        return carry[1]
-    return jax.lax.while_loop(lambda c: (c[0] > 0) & jnp.any(c[3] - c[4] > 1), narrow, start)[1]
+    start = _Search(jnp.int32(SEARCH_ROUNDS), low_B1, high_B1, *counts_B1)
+    return device_ops.search_loop(unfinished, search, start, SEARCH_ROUNDS).low_B1
 
 
-def sample_tokens(logits_BV: jax.Array, keys_B: jax.Array, choice: SamplingParams, unroll: bool = False) -> jax.Array:
-    """A token for each text: greedy at temperature 0, else drawn from softmax(logits / temperature), cut to
-    the top k and the nucleus.
+def sample_tokens(device_ops: ops.Ops, logits_BV: jax.Array, keys_B: jax.Array, params: SamplingParams) -> jax.Array:
+    """A token for each sequence: the most likely one at temperature 0, else a random one.
+
+    The probabilities are softmax(logits / temperature), restricted by `top_k_top_p_mask`.
 
     Args:
+        device_ops: the operations of the device.
         logits_BV: float32.
-        keys_B: one random key a text.
-        choice: temperature, top_k, top_p.
-        unroll: neither loop nor branch.
+        keys_B: a random key for each sequence.
+        params: temperature, top_k, top_p.
 
     Returns:
         [B] int32.
     """
-
     side = 4 * math.ceil(logits_BV.shape[1] ** 0.5 / 4)  # of a square with room for all tokens
 
-    def draw_each() -> jax.Array:
-        blank = ((0, 0), (0, side**2 - logits_BV.shape[1]))
-        square_BV = jnp.pad(logits_BV, blank, constant_values=-jnp.inf)
-        scaled_BV = (square_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / choice.temperature
-        share_BV = jnp.where(top_k_top_p_mask(scaled_BV, choice.top_k, choice.top_p, unroll), jnp.exp(scaled_BV), 0)
+    def sample() -> jax.Array:
+        padding = ((0, 0), (0, side**2 - logits_BV.shape[1]))
+        square_BV = jnp.pad(logits_BV, padding, constant_values=-jnp.inf)
+        scaled_BV = (square_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / params.temperature
+        mask_BV = top_k_top_p_mask(device_ops, scaled_BV, params.top_k, params.top_p)
+        weights_BV = jnp.where(mask_BV, jnp.exp(scaled_BV), 0)
         with counts_of_32_bits():
-            return jax.vmap(_draw)(share_BV.reshape(-1, side, side), keys_B)
+            return jax.vmap(_sample_index)(weights_BV.reshape(-1, side, side), keys_B)
 
-    if unroll:
-        return jnp.where(choice.temperature > 0, draw_each(), _argmax(logits_BV))
-    return jax.lax.cond(choice.temperature > 0, draw_each, lambda: _argmax(logits_BV))
+    return device_ops.sampling_cond(params.temperature > 0, sample, lambda: _argmax(logits_BV))
 
 
-def searches_unrolled(config: ModelConfig) -> bool:
-    """Whether `sample_tokens` unrolls its searches: where no program may loop, and on an NVIDIA GPU, which would wait
-    for the host after each round to hear whether it was the last."""
-    return config.unrolled or jax.default_backend() == "gpu"
+def _sample_index(weights_RC: jax.Array, key: jax.Array) -> jax.Array:
+    """An index into the flattened weights, sampled in proportion to them, [] int32.
 
-
-def _draw(share_RC: jax.Array, key: jax.Array) -> jax.Array:
-    """[] int32: the place of a token, drawn with a probability in proportion to its share.
-
-    First a row is drawn, then a token in it: that takes noise for two rows, not for the whole vocabulary.
+    It samples a row, then a column of it. That takes random numbers for two rows instead of the whole vocabulary.
     """
-    for_row, for_column = jax.random.split(key)
-    row = jax.random.categorical(for_row, jnp.log(jnp.sum(share_RC, axis=1)))
-    # the row by a mask: by its index it were a batched gather, where there are several texts
-    share_C = jnp.sum(jnp.where(jnp.arange(len(share_RC))[:, None] == row, share_RC, 0), axis=0)
-    column = jax.random.categorical(for_column, jnp.log(share_C))
-    return (row * share_RC.shape[1] + column).astype(jnp.int32)
+    row_key, column_key = jax.random.split(key)
+    row = jax.random.categorical(row_key, jnp.log(jnp.sum(weights_RC, axis=1)))
+    # selects the row by a mask: under vmap, indexing would be a batched gather
+    weights_C = jnp.sum(jnp.where(jnp.arange(len(weights_RC))[:, None] == row, weights_RC, 0), axis=0)
+    column = jax.random.categorical(column_key, jnp.log(weights_C))
+    return (row * weights_RC.shape[1] + column).astype(jnp.int32)
 
 
 def _argmax(logits_BV: jax.Array) -> jax.Array:
-    """argmax, in two plain reductions: as one it takes ten times as long on a CPU."""
+    """`jnp.argmax` over the vocabulary, by two simple reductions: its own takes ten times as long on a CPU."""
     best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
     ids_V, last = jnp.arange(logits_BV.shape[1]), logits_BV.shape[1] - 1
     return jnp.min(jnp.where(best_BV, ids_V, last), axis=-1).astype(jnp.int32)
@@ -171,8 +174,8 @@ def _argmax(logits_BV: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="count")
 def sequence_keys(key: jax.Array, count: int) -> jax.Array:
-    """A random key for each text, [count, 2] uint32, from a raw one (a typed key comes with a sharding, which a plugin
-    may not know)."""
+    """A random key for each sequence, [count, 2] uint32, from a raw key. (A typed key has a sharding, which a plugin
+    may not support.)"""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
@@ -180,80 +183,81 @@ def sequence_keys(key: jax.Array, count: int) -> jax.Array:
 def prefill(
     config: ModelConfig, weights: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, new_slots: int
 ) -> DecodeState:
-    """Reads the prompts in one pass.
+    """Fills the cache with the prompts in one pass.
 
     Args:
-        config: the model's sizes.
-        weights: its parameters, as `model.prepare_decode_params` gives them.
-        ids_BP: prompts, each at the right end of its row; what stands left of them does not matter.
-        lengths_B: tokens in each prompt, 0 to P; with none it is no text, and has ended.
-        keys_B: one random key a text.
-        new_slots: how many tokens `decode` may add in all.
+        config: the model's settings.
+        weights: its parameters, from `model.prepare_decode_params`.
+        ids_BP: prompts, each at the right end of its row. The ids to their left are ignored.
+        lengths_B: tokens of each prompt, 0 to P. A row without tokens is padding and counts as ended.
+        keys_B: a random key for each sequence.
+        new_slots: how many tokens `decode` may add.
 
     Returns:
-        The texts, ready for `decode`.
+        The state that `decode` continues.
     """
     B, P = ids_BP.shape
     slots_P = jnp.arange(P)
     first_B = P - lengths_B
     positions_BP = jnp.maximum(slots_P[None] - first_B[:, None], 0)
     slots_S = jnp.arange(P + new_slots)
-    visible_BPS = (slots_S[None, None] <= slots_P[None, :, None]) & (slots_S[None, None] >= first_B[:, None, None])
+    mask_BPS = (slots_S[None, None] <= slots_P[None, :, None]) & (slots_S[None, None] >= first_B[:, None, None])
     cache = empty_cache(config, B, P + new_slots)
-    logits_BV, cache = forward_with_cache(config, weights, ids_BP, positions_BP, cache, jnp.int32(0), visible_BPS)
+    logits_BV, cache = forward_with_cache(config, weights, ids_BP, positions_BP, cache, jnp.int32(0), mask_BPS)
     return DecodeState(cache, logits_BV, jnp.int32(P), first_B, lengths_B == 0, keys_B)
 
 
 @partial(jax.jit, static_argnames="config")
 def decode_step(
-    config: ModelConfig, weights: Any, texts: DecodeState, choice: SamplingParams, end_of_text: Any
+    config: ModelConfig, weights: Any, state: DecodeState, params: SamplingParams, end_of_text: Any
 ) -> tuple[DecodeState, jax.Array]:
-    """Writes one more token of each text.
+    """Adds one token to each sequence.
 
     Returns:
-        The texts, and [B] int32: the tokens, `end_of_text` for a text that has ended.
+        The next state, and the tokens, [B] int32: `end_of_text` for a sequence that has ended.
     """
-    t, slots_S = texts, jnp.arange(texts.cache.keys_GSK[0].shape[1])
-    positions_B = t.slot - t.first_B
-    keys_B = jax.vmap(jax.random.fold_in)(t.keys_B, positions_B)
-    token_B = sample_tokens(t.logits_BV, keys_B, choice, searches_unrolled(config))
-    token_B = jnp.where(t.done_B, end_of_text, token_B)
-    visible_B1S = ((slots_S[None] <= t.slot) & (slots_S[None] >= t.first_B[:, None]))[:, None]
+    s, slots_S = state, jnp.arange(state.cache.keys_GSK[0].shape[1])
+    positions_B = s.slot - s.first_B
+    keys_B = jax.vmap(jax.random.fold_in)(s.keys_B, positions_B)
+    token_B = sample_tokens(ops.get(config.implementation), s.logits_BV, keys_B, params)
+    token_B = jnp.where(s.done_B, end_of_text, token_B)
+    mask_B1S = ((slots_S[None] <= s.slot) & (slots_S[None] >= s.first_B[:, None]))[:, None]
     logits_BV, cache = forward_with_cache(
-        config, weights, token_B[:, None], positions_B[:, None], t.cache, t.slot, visible_B1S
+        config, weights, token_B[:, None], positions_B[:, None], s.cache, s.slot, mask_B1S
     )
-    return DecodeState(cache, logits_BV, t.slot + 1, t.first_B, token_B == end_of_text, t.keys_B), token_B
+    return DecodeState(cache, logits_BV, s.slot + 1, s.first_B, token_B == end_of_text, s.keys_B), token_B
 
 
 def decode(
-    config: ModelConfig, weights: Any, texts: DecodeState, choice: SamplingParams, end_of_text: Any, count: int
+    config: ModelConfig, weights: Any, state: DecodeState, params: SamplingParams, end_of_text: Any, count: int
 ) -> tuple[DecodeState, jax.Array | np.ndarray]:
-    """Writes up to `count` more tokens of each text, and stops early when all texts have ended.
+    """Adds up to `count` tokens to each sequence; stops when all have ended.
 
-    A text's tokens depend on its prompt, its key and the choice alone: not on the texts beside it, nor on how the
-    writing is cut into calls. One program writes them all, or, where loops are unrolled, the host calls one a token.
+    The tokens of a sequence depend only on its prompt, its key and `params`: not on the other sequences, nor on how
+    many tokens each call adds.
 
     Returns:
-        The texts (the argument is donated), and [B, count] int32: the tokens, `end_of_text` from each text's end on.
+        The next state (`state` is donated), and the tokens, [B, count] int32: `end_of_text` from the end of each
+        sequence on.
     """
-    if not config.unrolled:
-        return _decode_on_device(config, weights, texts, choice, end_of_text, count)
-    tokens_BN = np.full((len(texts.done_B), count), end_of_text, np.int32)
+    if ops.get(config.implementation).decode_on_device:
+        return _decode_on_device(config, weights, state, params, end_of_text, count)
+    tokens_BN = np.full((len(state.done_B), count), end_of_text, np.int32)
     for i in range(count):
-        if np.all(texts.done_B):
+        if np.all(state.done_B):
             break
-        texts, tokens_BN[:, i] = decode_step(config, weights, texts, choice, end_of_text)
-    return texts, tokens_BN
+        state, tokens_BN[:, i] = decode_step(config, weights, state, params, end_of_text)
+    return state, tokens_BN
 
 
-@partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("texts",))
-def _decode_on_device(config, weights, texts, choice, end_of_text, count):
+@partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("state",))
+def _decode_on_device(config, weights, state, params, end_of_text, count):
     def body(carry):
-        i, texts, tokens_BN = carry
-        texts, token_B = decode_step(config, weights, texts, choice, end_of_text)
-        return i + 1, texts, jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
+        i, state, tokens_BN = carry
+        state, token_B = decode_step(config, weights, state, params, end_of_text)
+        return i + 1, state, jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
 
-    tokens_BN = jnp.full((texts.done_B.shape[0], count), end_of_text, jnp.int32)
-    start = (jnp.int32(0), texts, tokens_BN)
-    _, texts, tokens_BN = jax.lax.while_loop(lambda c: (c[0] < count) & ~jnp.all(c[1].done_B), body, start)
-    return texts, tokens_BN
+    tokens_BN = jnp.full((state.done_B.shape[0], count), end_of_text, jnp.int32)
+    start = (jnp.int32(0), state, tokens_BN)
+    _, state, tokens_BN = jax.lax.while_loop(lambda c: (c[0] < count) & ~jnp.all(c[1].done_B), body, start)
+    return state, tokens_BN

@@ -25,7 +25,7 @@ if jax.__version_info__ < (0, 5):
     jax.config.update("jax_enable_compilation_cache", False)
 
 _WORTH_KEEPING = 0.1  # seconds of compilation
-SLICE_TOKENS = 1024  # computed at one time where memory is shared with all else
+CHUNK_TOKENS = 1024  # tokens in a chunk, at most, where the device shares the memory of the machine
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _SPARE = (2**26, *[2**20] * 64)  # bytes of each piece: for a small model's copy or samples, and for what is small
@@ -38,7 +38,7 @@ _MLX = {  # what jax-mps and the library below it read as they load, unless whoe
     "JAX_MPS_CACHE_LIMIT_BYTES": str(256 * 10**6),  # of freed buffers kept; without it they may fill the shared memory
     "MLX_ENABLE_TF32": "0",  # soundness allows 0.001 in float32, and TF32's products are rounded to as much
 }
-WRONG_FROM = 32_767  # from so many contracted numbers on, products on M1 and M2 read past their operands
+WRONG_FROM = 32_767  # from so many contracted numbers on, matmuls on M1 and M2 read past their operands
 
 
 def start(platform: str, deterministic: bool = False) -> jax.Device:
@@ -130,66 +130,63 @@ def on_apple(device: jax.Device) -> bool:
 
 
 def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
-    """The same model with what is `auto` decided for the device: bfloat16 on an NVIDIA GPU and float32 elsewhere,
-    cuDNN's attention and the fused kernels where they fit and the plain ones elsewhere, no compiled loops on an Apple
-    GPU.
+    """Replaces what is `auto` in a model by what fits the device.
+
+    The precision is bf16 on an NVIDIA GPU and float32 elsewhere. The implementation is a name in `core.ops`.
 
     Raises:
-        UsageError: cuDNN or the fused kernels are asked for where they do not fit, or an Apple GPU would go wrong.
+        UsageError: the implementation that is asked for does not fit, or an Apple GPU would compute wrong numbers.
     """
     if on_apple(device):
         for name in ("context", "width", "mlp_width"):
             if getattr(model, name) >= WRONG_FROM:
                 raise UsageError(
-                    f"an Apple GPU computes sums over {WRONG_FROM:,} or more products wrong: set model.{name} lower"
+                    f"an Apple GPU computes sums over {WRONG_FROM:,} or more numbers wrong: set model.{name} lower"
                 )
     if device.platform == "METAL" and model.precision in ("bf16", "bf16_matmul"):
         raise UsageError(
             f"jax-metal computes nothing in bfloat16, as model.precision {model.precision} would: set it to float32"
         )
     on_cuda = device.platform == "gpu"
-    loops = ("unrolled" if on_apple(device) else "compiled") if model.loops == "auto" else model.loops
     precision = ("bf16" if on_cuda else "float32") if model.precision == "auto" else model.precision
-    fits = on_cuda and precision == "bf16" and model.width // model.heads % 8 == 0
-    if model.attention == "cudnn" and not fits:
-        raise UsageError(
-            "model.attention cudnn needs an NVIDIA GPU, bfloat16 and heads of a multiple of 8: set it to auto"
-        )
-    attention = ("cudnn" if fits else "plain") if model.attention == "auto" else model.attention
+    model = dataclasses.replace(model, precision=precision)
     is_hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
-    whole_tiles = model.width % hopper.DEPTH == 0 and model.mlp_width % hopper.GROUP == 0
-    fits = is_hopper and precision == "bf16" and loops == "compiled" and whole_tiles
-    if model.kernels == "fused" and not fits:
+    hopper_fits = is_hopper and precision == "bf16" and hopper.fits(model.width, model.mlp_width)
+    best = {"gpu": "hopper" if hopper_fits else "cuda", "cpu": "cpu"}.get(device.platform, "xla")
+    implementation = "apple" if on_apple(device) else best
+    if model.implementation == "cuda" and not on_cuda:
+        raise UsageError("model.implementation cuda needs an NVIDIA GPU: set it to auto")
+    if model.implementation == "hopper" and not hopper_fits:
         raise UsageError(
-            "model.kernels fused needs a Hopper GPU (H100, H200), jax 0.11, bfloat16, compiled loops and a width and a"
-            f" hidden width that are multiples of {hopper.DEPTH}: set it to auto"
+            "model.implementation hopper needs a Hopper GPU (H100, H200), jax 0.11, bf16 precision and a width and an"
+            f" mlp_width that are multiples of {hopper.BLOCK_K}: set it to auto"
         )
-    fused = ("fused" if fits else "plain") if model.kernels == "auto" else model.kernels
-    return dataclasses.replace(model, precision=precision, attention=attention, kernels=fused, loops=loops)
+    return dataclasses.replace(model, implementation=implementation) if model.implementation == "auto" else model
 
 
 def resolve_run(config: Config, device: jax.Device) -> Config:
-    """The same run with what is automatic decided for the device.
+    """Replaces what is automatic in a run by what fits the device.
 
-    Without `slices` an NVIDIA GPU takes a micro-batch at once. Elsewhere a slice is a sequence, or several short ones:
-    more at a time take more memory and no less time. Either GPU then recomputes nothing, for speed.
+    Without `microbatch_chunks` an NVIDIA GPU computes a micro-batch at once. Elsewhere a chunk is one sequence, or
+    several short ones: larger chunks take more memory and no less time. Without `microbatch_chunks` neither kind of GPU
+    recomputes blocks, for speed.
 
     Raises:
         UsageError: as `resolve`.
     """
-    model, slices = resolve(config.model, device), config.microbatch_chunks
-    if slices == 0 and (device.platform == "gpu" or on_apple(device)):
+    model, chunks = resolve(config.model, device), config.microbatch_chunks
+    if chunks == 0 and (device.platform == "gpu" or on_apple(device)):
         model = dataclasses.replace(model, remat=False)
-    if slices == 0 and device.platform == "gpu":
-        slices = 1
-    elif slices == 0:
+    if chunks == 0 and device.platform == "gpu":
+        chunks = 1
+    elif chunks == 0:
         divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-        fit = [n for n in divisors if config.batch_size // n * model.context <= SLICE_TOKENS]
-        slices = min(fit, default=config.batch_size)
-    config = dataclasses.replace(config, microbatch_chunks=slices, model=model)
+        fitting = [n for n in divisors if config.batch_size // n * model.context <= CHUNK_TOKENS]
+        chunks = min(fitting, default=config.batch_size)
+    config = dataclasses.replace(config, microbatch_chunks=chunks, model=model)
     if on_apple(device) and config.chunk_size * model.context >= WRONG_FROM:
         raise UsageError(
-            f"an Apple GPU computes sums over {WRONG_FROM:,} or more products wrong, and a gradient is one over the"
+            f"an Apple GPU computes sums over {WRONG_FROM:,} or more numbers wrong, and a gradient is one over the"
             f" {config.chunk_size * model.context:,} tokens of a chunk: set more microbatch_chunks, or 0"
         )
     return config

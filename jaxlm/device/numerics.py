@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import Config
+from jaxlm.core import ops
 from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
@@ -40,7 +41,6 @@ from jaxlm.core.sampling import (
     decode,
     prefill,
     sample_tokens,
-    searches_unrolled,
     sequence_keys,
     top_k_top_p_mask,
 )
@@ -224,9 +224,7 @@ def _cpu() -> jax.Device:
 
 def _plain(config: Config) -> Config:
     """The same run in float32 and plain forms, as the CPU computes it best."""
-    model = dataclasses.replace(
-        config.model, precision="float32", attention="plain", kernels="plain", loops="compiled", remat=True
-    )
+    model = dataclasses.replace(config.model, precision="float32", implementation="cpu", remat=True)
     return dataclasses.replace(config, model=model)
 
 
@@ -269,9 +267,9 @@ def _random(config: Config, device: jax.Device) -> Iterator[Part]:
     sorted_BV = np.sort(logits_BV, axis=-1)
     yield Part("sort", _share(compute(jnp.sort, device, logits_BV) != sorted_BV), 0)
 
-    unroll = searches_unrolled(config.model)
+    device_ops = ops.get(config.model.implementation)
     kept_BV = compute(
-        jax.jit(partial(top_k_top_p_mask, unroll=unroll)), device, logits_BV, np.int32(TOP_K), np.float32(TOP_P)
+        jax.jit(partial(top_k_top_p_mask, device_ops)), device, logits_BV, np.int32(TOP_K), np.float32(TOP_P)
     )
     best_BK = sorted_BV[:, : -TOP_K - 1 : -1].astype(np.float64)
     share_BK = np.exp(best_BK - best_BK[:, :1])
@@ -282,8 +280,8 @@ def _random(config: Config, device: jax.Device) -> Iterator[Part]:
 
     choice = SamplingParams(np.float32(0.8), np.int32(TOP_K), np.float32(TOP_P))
     drawn, expected = (
-        compute(jax.jit(partial(sample_tokens, unroll=loops)), where, logits_BV, theirs[0], choice)
-        for where, loops in ((device, unroll), (_cpu(), False))
+        compute(jax.jit(partial(sample_tokens, form)), where, logits_BV, theirs[0], choice)
+        for where, form in ((device, device_ops), (_cpu(), ops.get("xla")))
     )
     yield Part("tokens drawn", _share(drawn != expected), NEAR_TIE)
 

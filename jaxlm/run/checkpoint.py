@@ -111,7 +111,7 @@ class Checkpoints:
         """
         items = self._arrays(step, sharding, params=like.params, optimizer=_optimizer_item(like))
         saved = items["optimizer"]
-        rest = like._replace(params=(), opt_state=like.opt_state._replace(inner_opt_state=()))
+        rest = like._replace(params={}, opt_state=like.opt_state._replace(inner_opt_state=()))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), rest)
         opt_state = zeros.opt_state._replace(gradient_step=saved["step"], inner_opt_state=saved["moments"])
         return zeros._replace(params=items["params"], opt_state=opt_state, batches=saved["batches"])

@@ -23,14 +23,14 @@ class Checkpoint(NamedTuple):
     step: int
     config: Config
     tokens: dict[str, Any]  # which token files the run reads
-    model: ModelConfig  # with the device's dtype and attention
+    model: ModelConfig  # resolved for the device
     params: Any
 
 
 class LoadedModel(NamedTuple):
     """All that writing takes."""
 
-    config: ModelConfig  # with the device's dtype and attention
+    config: ModelConfig  # resolved for the device
     weights: Any  # as `model.prepare_decode_params` gives them
     tokenizer: TokenizerProtocol
 
@@ -80,5 +80,5 @@ def load(folder: Path, platform: str, precision: str = "auto") -> LoadedModel:
 
 
 def _as_fits(model: ModelConfig, device: jax.Device, precision: str) -> ModelConfig:
-    unresolved = dataclasses.replace(model, precision=precision, attention="auto", kernels="auto", loops="auto")
+    unresolved = dataclasses.replace(model, precision=precision, implementation="auto")
     return backend.resolve(unresolved, device)

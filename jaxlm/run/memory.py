@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.core.train_step import HostLoopStep, TrainState, init_state, make_train_step
+from jaxlm.core.ops.apple import HostLoopStep
+from jaxlm.core.train_step import TrainState, init_state, make_train_step
 from jaxlm.run.checkpoint import checkpoint_bytes
 
 
@@ -57,7 +58,7 @@ def step_memory(config: Config, compiled: Any) -> Memory | None:
     state, batch = _shapes(config)
     try:
         if isinstance(compiled, HostLoopStep):
-            total = _size(jax.eval_shape(make_train_step(config).start, state.params))  # type: ignore[union-attr]
+            total = _size(jax.eval_shape(make_train_step(config).start, state.params))
             lie = {"start": 0, "accumulate_chunk": total, "update": total}
             programs = {name: getattr(compiled, name).memory_analysis() for name in lie}
             step = _size((state, batch)) + max(lie[name] + _made(program) for name, program in programs.items())

@@ -1,4 +1,4 @@
-"""Checksums of arrays against NumPy, and that no change goes unseen."""
+"""Checksums of arrays compared with Python's integers; every change is seen."""
 
 import os
 import subprocess
@@ -15,15 +15,15 @@ from jaxlm.core.checksum import checksums
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
 
-def by_numpy(array):
-    """The sum over all words of MurmurHash3's finalizer of word xor index / golden ratio, in Python's big integers."""
-    total = 0
+def expected_checksum(array):
+    """The sum over all words of MurmurHash3's finalizer of word xor index / golden ratio, in Python's integers."""
+    checksum = 0
     for index, word in enumerate(np.asarray(array).ravel().view(np.uint32).tolist()):
         x = word ^ (index * 0x9E3779B9 % 2**32)
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
         x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
-        total += x ^ x >> 16
-    return total % 2**32
+        checksum += x ^ x >> 16
+    return checksum % 2**32
 
 
 TREE = {
@@ -33,36 +33,36 @@ TREE = {
 }
 
 
-def test_each_leaf_has_the_checksum_that_numpy_finds():
+def test_the_checksum_of_each_leaf():
     found = checksums(jax.tree.map(jnp.asarray, TREE))
     assert (found.shape, found.dtype) == ((4,), np.uint32)
-    assert found.tolist() == [by_numpy(leaf) for leaf in jax.tree.leaves(TREE)]
+    assert found.tolist() == [expected_checksum(leaf) for leaf in jax.tree.leaves(TREE)]
 
 
 @pytest.mark.parametrize("bit", [0, 1, 15, 22, 31])
-def test_every_flipped_bit_shows(bit):
+def test_every_flipped_bit_changes_the_checksum(bit):
     words = np.random.default_rng(1).integers(0, 2**32, 300, np.uint32)
     flipped = words[None] ^ (np.eye(300, dtype=np.uint32) << np.uint32(bit))
     found = checksums(list(flipped.view(np.float32)))
-    assert by_numpy(words) not in found.tolist()
+    assert expected_checksum(words) not in found.tolist()
 
 
-def test_an_exchange_of_two_numbers_shows_and_so_does_a_shift():
+def test_a_swap_of_two_numbers_or_a_shift_changes_the_checksum():
     values = np.arange(1, 100, dtype=np.float32)
     changed = [np.roll(values, 1)]
     for other in range(1, 99):
         changed.append(values.copy())
         changed[-1][[0, other]] = values[[other, 0]]
-    assert by_numpy(values) not in checksums(changed).tolist()
+    assert expected_checksum(values) not in checksums(changed).tolist()
 
 
-def test_zeros_in_place_of_what_a_disk_lost_show():
+def test_a_block_of_zeros_changes_the_checksum():
     values = np.random.default_rng(2).normal(size=4096).astype(np.float32)
     lost = [np.where((np.arange(4096) // 512) == block, np.float32(0), values) for block in range(8)]
-    assert by_numpy(values) not in checksums(lost).tolist()
+    assert expected_checksum(values) not in checksums(lost).tolist()
 
 
-def test_eight_devices_find_what_one_does():
+def test_eight_devices_compute_the_same_as_one():
     program = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec

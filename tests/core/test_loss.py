@@ -1,5 +1,6 @@
-"""The loss in tiles against the definition over whole logits, in values, gradients and memory."""
+"""The loss in tiles compared with its definition over whole logits: values, gradients and memory."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,25 +10,23 @@ import optax
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.loss import KEPT, TILE, cross_entropy, cross_entropy_and_gradient
+from jaxlm.core import ops
+from jaxlm.core.loss import cross_entropy, cross_entropy_and_grad
 from jaxlm.core.model import init_params, loss_and_gradient
+from tests.core import float64
 
 IGNORED = -1
+LARGE = ops.get("xla").exp_buffer_bytes
 
 
-def with_gradients(x, embedding, targets, scale=1.0, dtype="float32", kept=KEPT, tile=TILE, unroll=False):
-    none = jnp.zeros(embedding.shape)
-    nats, *gradients = cross_entropy_and_gradient(x, embedding, targets, scale, none, dtype, kept, tile, unroll)
-    return nats, tuple(gradients)
+def record(name="xla", **sizes):
+    return replace(ops.get(name), **sizes)
 
 
-def cross_entropy_64(x, embedding, targets):
-    total = 0.0
-    for row, target in zip(x, targets, strict=True):
-        if target >= 0:
-            logits = embedding @ row
-            total += np.log(np.sum(np.exp(logits - logits.max()))) + logits.max() - logits[target]
-    return total
+def with_gradients(x, embedding, targets, scale=1.0, device_ops=ops.get("xla"), dtype="float32"):  # noqa: B008
+    zeros = jnp.zeros(embedding.shape)
+    loss_sum, *gradients = device_ops.cross_entropy_and_grad(device_ops, x, embedding, targets, scale, zeros, dtype)
+    return loss_sum, tuple(gradients)
 
 
 def draw(N, D, V):
@@ -35,16 +34,6 @@ def draw(N, D, V):
     targets = rng.integers(0, V, N)
     targets[1::4] = IGNORED
     return np.float32(rng.normal(size=(N, D))), np.float32(rng.normal(size=(V, D))), targets
-
-
-def differences(function, array):
-    gradient = np.empty(array.shape)
-    for index in np.ndindex(array.shape):
-        up, down = array.copy(), array.copy()
-        up[index] += 1e-5
-        down[index] -= 1e-5
-        gradient[index] = (function(up) - function(down)) / 2e-5
-    return gradient
 
 
 def whole_logits_loss(x_ND, embedding_VD, targets_N):
@@ -65,39 +54,45 @@ def arrays_of(program):
     return found
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("tile", [1, 3, 10, 11, 20])
-@pytest.mark.parametrize("kept", [1, KEPT])
-def test_values_and_scaled_gradients(tile, kept, unroll):
+@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
+def test_values_of_the_tiles_of_every_device(name):
+    """The fused kernels of a Hopper GPU are tested in ops/test_hopper.py."""
+    x, embedding, targets = draw(5, 2, 2000)
+    device_ops = replace(ops.get(name), cross_entropy=cross_entropy, cross_entropy_and_grad=cross_entropy_and_grad)
+    exact = float64.cross_entropy(np.float64(x), np.float64(embedding), targets)
+    alone = device_ops.cross_entropy(device_ops, x, embedding, targets, "float32")
+    value, _ = with_gradients(x, embedding, targets, device_ops=device_ops)
+    np.testing.assert_allclose([alone, value], exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tile", "exp_buffer"),
+    [("xla", 1, 1), ("xla", 3, LARGE), ("cpu", 10, 1), ("cuda", 11, LARGE), ("apple", 3, 1), ("apple", 20, LARGE)],
+)
+def test_values_and_scaled_gradients(name, tile, exp_buffer):
     x, embedding, targets = draw(37, 3, 11)
-    run = jax.jit(partial(with_gradients, kept=kept, tile=tile, unroll=unroll))
-    value, gradients = run(x, embedding, targets, -2.5)
-    alone = cross_entropy(x, embedding, targets, "float32", tile, unroll)
+    device_ops = record(name, vocab_tile=tile, exp_buffer_bytes=exp_buffer)
+    value, gradients = jax.jit(partial(with_gradients, device_ops=device_ops))(x, embedding, targets, -2.5)
+    alone = cross_entropy(device_ops, x, embedding, targets, "float32")
     x, embedding = np.float64(x), np.float64(embedding)
-    np.testing.assert_allclose([value, alone], cross_entropy_64(x, embedding, targets), rtol=1e-5)
-    by_x = differences(lambda a: -2.5 * cross_entropy_64(a, embedding, targets), x)
-    by_embedding = differences(lambda a: -2.5 * cross_entropy_64(x, a, targets), embedding)
+    np.testing.assert_allclose([value, alone], float64.cross_entropy(x, embedding, targets), rtol=1e-5)
+    by_x = float64.gradient(lambda a: -2.5 * float64.cross_entropy(a, embedding, targets), x)
+    by_embedding = float64.gradient(lambda a: -2.5 * float64.cross_entropy(x, a, targets), embedding)
     np.testing.assert_allclose(gradients[0], by_x, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(gradients[1], by_embedding, rtol=1e-4, atol=1e-5)
 
 
 def test_equals_optax_on_whole_logits():
     x, embedding, targets = draw(101, 16, 257)
-    found = jax.jit(partial(with_gradients, tile=16, kept=2**14))(x, embedding, targets)
+    device_ops = record(vocab_tile=16, exp_buffer_bytes=2**14)
+    found = jax.jit(partial(with_gradients, device_ops=device_ops))(x, embedding, targets)
     expected = jax.jit(jax.value_and_grad(lambda *a: whole_logits_loss(*a, targets), (0, 1)))(x, embedding)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
-def test_a_vocabulary_of_several_tiles():
-    x, embedding, targets = draw(5, 2, 2000)
-    exact = cross_entropy_64(x.astype(np.float64), embedding.astype(np.float64), targets)
-    np.testing.assert_allclose(cross_entropy(x, embedding, targets, "float32"), exact, rtol=1e-5)
-    np.testing.assert_allclose(with_gradients(x, embedding, targets)[0], exact, rtol=1e-5)
-
-
 def test_tokens_without_a_target_have_no_loss_and_no_gradient():
     x, embedding, targets = draw(9, 3, 11)
-    run = jax.jit(partial(with_gradients, tile=4))
+    run = jax.jit(partial(with_gradients, device_ops=record(vocab_tile=4)))
     value, (by_x, by_embedding) = run(x, embedding, targets)
     assert value > 0
     assert not by_x[targets == IGNORED].any()
@@ -108,22 +103,26 @@ def test_tokens_without_a_target_have_no_loss_and_no_gradient():
 
 def test_large_logits_stay_finite():
     x, embedding, targets = draw(5, 3, 11)
-    value, gradients = with_gradients(1e3 * x, embedding, targets, tile=2)
+    value, gradients = with_gradients(1e3 * x, embedding, targets, device_ops=record(vocab_tile=2))
     expected = jax.grad(whole_logits_loss, (0, 1))(1e3 * x, embedding, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, expected)
-    np.testing.assert_allclose(value, cross_entropy_64(np.float64(1e3 * x), np.float64(embedding), targets), rtol=1e-5)
+    exact = float64.cross_entropy(np.float64(1e3 * x), np.float64(embedding), targets)
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activations", ["bfloat16", "float32"])
-@pytest.mark.parametrize("size", [(37, 24, 101), (32, 16, 64)])
-@pytest.mark.parametrize(("kept", "unroll"), [(1, False), (KEPT, False), (KEPT, True)])
-def test_bfloat16_products_lose_no_more_than_their_rounding(activations, size, kept, unroll):
+@pytest.mark.parametrize(
+    ("name", "size", "exp_buffer"),
+    [("xla", (37, 24, 101), 1), ("cpu", (32, 16, 64), LARGE), ("apple", (37, 24, 101), 1)],
+)
+def test_bfloat16_matmuls_lose_no_more_than_their_rounding(activations, name, size, exp_buffer):
     x, embedding, targets = draw(*size)
-    x = jnp.asarray(jnp.asarray(x, jnp.bfloat16), activations)
-    embedding = np.float32(jnp.asarray(embedding, jnp.bfloat16))
-    run = jax.jit(partial(with_gradients, dtype="bfloat16", tile=16, kept=kept, unroll=unroll))
+    x = jnp.asarray(float64.in_bfloat16(x), activations)
+    embedding = float64.in_bfloat16(embedding)
+    device_ops = record(name, vocab_tile=16, exp_buffer_bytes=exp_buffer)
+    run = jax.jit(partial(with_gradients, dtype="bfloat16", device_ops=device_ops))
     found, (by_x, by_embedding) = run(x, embedding, targets)
-    exact = cross_entropy_64(np.float64(x), np.float64(embedding), targets)
+    exact = float64.cross_entropy(np.float64(x), np.float64(embedding), targets)
     assert (by_x.dtype, by_embedding.dtype) == (activations, jnp.float32)
     np.testing.assert_allclose(found, exact, rtol=1e-5)
     expected = jax.jit(jax.grad(lambda *a: whole_logits_loss(*a, targets), (0, 1)))(np.float32(x), embedding)
@@ -131,13 +130,14 @@ def test_bfloat16_products_lose_no_more_than_their_rounding(activations, size, k
         assert np.linalg.norm(np.float64(gradient) - reference) < 2**-8 * np.linalg.norm(reference)
 
 
-def test_the_gradient_of_the_embedding_is_added_to_a_total():
+def test_the_gradient_of_the_embedding_is_added_to_the_accumulator():
     x, embedding, targets = draw(49, 3, 11)
-    total = np.random.default_rng(0).normal(size=embedding.shape).astype(np.float32)
-    _, (_, alone) = with_gradients(x, embedding, targets, tile=4)
-    *_, added = cross_entropy_and_gradient(x, embedding, targets, 1.0, total, "float32", kept=1, tile=4)
+    accumulator = np.random.default_rng(0).normal(size=embedding.shape).astype(np.float32)
+    _, (_, alone) = with_gradients(x, embedding, targets, device_ops=record(vocab_tile=4))
+    device_ops = record(vocab_tile=4, exp_buffer_bytes=1)
+    *_, added = cross_entropy_and_grad(device_ops, x, embedding, targets, 1.0, accumulator, "float32")
     assert np.any(alone)
-    np.testing.assert_allclose(added, alone + total, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(added, alone + accumulator, rtol=1e-6, atol=1e-6)
 
 
 def test_whole_logits_never_exist():
@@ -145,14 +145,15 @@ def test_whole_logits_never_exist():
     x, embedding, targets = draw(N, D, V)
     whole = arrays_of(jax.make_jaxpr(jax.value_and_grad(whole_logits_loss, (0, 1)))(x, embedding, targets))
     assert (N, V) in whole
-    found = arrays_of(jax.make_jaxpr(lambda *a: cross_entropy(*a, "float32", tile))(x, embedding, targets))
+    evaluation = partial(cross_entropy, record(vocab_tile=tile), matmul_dtype="float32")
+    found = arrays_of(jax.make_jaxpr(evaluation)(x, embedding, targets))
     assert (N, tile) in found
     assert max(map(np.prod, found)) < N * V
-    at_once, tiles = 32, 6
-    kept = at_once * tiles * tile * 4
-    found = arrays_of(jax.make_jaxpr(partial(with_gradients, tile=tile, kept=kept))(x, embedding, targets))
-    assert (tiles, at_once, tile) in found
-    assert max(map(np.prod, found)) == at_once * tiles * tile
+    rows, tiles = 32, 6
+    device_ops = record(vocab_tile=tile, exp_buffer_bytes=rows * tiles * tile * 4)
+    found = arrays_of(jax.make_jaxpr(partial(with_gradients, device_ops=device_ops))(x, embedding, targets))
+    assert (tiles, rows, tile) in found
+    assert max(map(np.prod, found)) == rows * tiles * tile
 
 
 def test_whole_logits_never_exist_in_training_the_preset():
@@ -160,14 +161,14 @@ def test_whole_logits_never_exist_in_training_the_preset():
     ids = jax.ShapeDtypeStruct((4, config.context), jnp.int32)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     program = jax.make_jaxpr(lambda p, i: loss_and_gradient(config, p, i, i, 1.0, p))(params, ids)
-    assert max(map(np.prod, arrays_of(program))) <= KEPT // 4
+    assert max(map(np.prod, arrays_of(program))) <= LARGE // 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_kept_takes_no_more_memory_than_it_may(optimized_compilation, dtype):
-    N, D, V, kept = 512, 64, 9000, 2**23
+def test_the_exp_buffer_takes_no_more_memory_than_it_may(optimized_compilation, dtype):
+    N, D, V, limit = 512, 64, 9000, 2**23
     x, embedding, targets = map(jax.ShapeDtypeStruct, ((N, D), (V, D), (N,)), (dtype, "float32", "int32"))
-    run = jax.jit(partial(cross_entropy_and_gradient, dtype=dtype, kept=kept), donate_argnums=4)
+    device_ops = record("cpu", exp_buffer_bytes=limit)
+    run = jax.jit(partial(cross_entropy_and_grad, device_ops, matmul_dtype=dtype), donate_argnums=4)
     compiled = run.lower(x, embedding, targets, 1.0, embedding).compile()
-    tile = 4 * N * TILE
-    assert compiled.memory_analysis().temp_size_in_bytes < kept + 3 * tile
+    assert compiled.memory_analysis().temp_size_in_bytes < limit + 3 * 4 * N * device_ops.vocab_tile

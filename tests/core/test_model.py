@@ -1,4 +1,4 @@
-"""The decoder against a forward pass written out here, and how its parameters are drawn."""
+"""The decoder compared with a forward pass in float64, and how its parameters are drawn."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ IDS = np.random.default_rng(1).integers(0, 257, (2, 7))
 
 
 def logits_64(params, ids, config):
-    """One text, one position, one head at a time, in float64."""
+    """One sequence, one position, one head at a time, in float64."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     half = config.width // config.heads // 2
     sharing = config.heads // (config.kv_heads or config.heads)
@@ -25,10 +25,10 @@ def logits_64(params, ids, config):
     def normed(x, scale):
         return scale * x / math.sqrt(x @ x / len(x) + config.norm_eps)
 
-    def turned(x, position):
+    def rotated(x, position):
         angles = position / config.rope_theta ** (np.arange(half) / half)
-        turns = np.exp(1j * angles) * (x.reshape(-1, 2, half)[:, 0] + 1j * x.reshape(-1, 2, half)[:, 1])
-        return np.concatenate([turns.real, turns.imag], axis=1)
+        pairs = np.exp(1j * angles) * (x.reshape(-1, 2, half)[:, 0] + 1j * x.reshape(-1, 2, half)[:, 1])
+        return np.concatenate([pairs.real, pairs.imag], axis=1)
 
     stream = [p["embedding"][i].copy() for i in ids]
     for layer in range(config.layers):
@@ -36,9 +36,9 @@ def logits_64(params, ids, config):
         keys, values = [], []
         for position, x in enumerate(stream):
             h = normed(x, b["attention_norm"])
-            keys.append(turned(h @ b["key"], position))
+            keys.append(rotated(h @ b["key"], position))
             values.append((h @ b["value"]).reshape(-1, 2 * half))
-            queries = turned(h @ b["query"], position)
+            queries = rotated(h @ b["query"], position)
             mixed = []
             for head in range(config.heads):
                 weights = np.exp([queries[head] @ key[head // sharing] / math.sqrt(2 * half) for key in keys])
@@ -80,7 +80,7 @@ def test_each_position_depends_on_every_earlier_input_and_on_no_later_one(small_
     direction = np.random.default_rng(0).normal(size=config.width).astype(np.float32)
 
     def outputs(embedding):
-        hidden = Decoder(config).apply({"params": params | {"embedding": embedding}}, ids, method="hidden")
+        hidden = Decoder(config).apply({"params": params | {"embedding": embedding}}, ids, method="final_hidden")
         return hidden[0] @ direction
 
     jacobian_TVD = jax.jit(jax.jacrev(outputs))(params["embedding"])
@@ -133,26 +133,26 @@ def loss_and_gradients(small_model):
 
 
 @pytest.mark.parametrize("model", ["small_model", "small_shared_model"])
-def test_gradients_of_the_loss_times_the_scale_are_added_to_the_total(request, model):
+def test_scaled_gradients_of_the_loss_are_added_to_the_accumulator(request, model):
     config, params = request.getfixturevalue(model)
     inputs, targets = IDS[:, :-1], IDS[:, 1:]
     value, expected = jax.jit(
         jax.value_and_grad(lambda p: Decoder(config).apply({"params": p}, inputs, targets, method="loss"))
     )(params)
-    total = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
-    nats, found = jax.jit(functools.partial(loss_and_gradient, config))(params, inputs, targets, -0.5, total)
-    assert nats == pytest.approx(float(value), rel=1e-5)
-    for leaf, gradient, before in zip(*map(jax.tree.leaves, (found, expected, total)), strict=True):
+    accumulator = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    loss_sum, found = jax.jit(functools.partial(loss_and_gradient, config))(params, inputs, targets, -0.5, accumulator)
+    assert loss_sum == pytest.approx(float(value), rel=1e-5)
+    for leaf, gradient, before in zip(*map(jax.tree.leaves, (found, expected, accumulator)), strict=True):
         assert np.abs(gradient).max() > 0.1
         np.testing.assert_allclose(leaf, before - 0.5 * gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_remat_keeps_less_and_changes_no_number(small_model, loss_and_gradients):
-    plain, saving = (replace(small_model[0], remat=remat) for remat in (False, True))
+def test_remat_saves_less_and_changes_no_number(small_model, loss_and_gradients):
+    without, with_remat = (replace(small_model[0], remat=remat) for remat in (False, True))
 
-    def kept(config):
+    def saved(config):
         def hidden(params, ids):
-            return Decoder(config).apply({"params": params}, ids, method="hidden")
+            return Decoder(config).apply({"params": params}, ids, method="final_hidden")
 
         ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
         backward = jax.eval_shape(lambda p, i: jax.vjp(lambda p: hidden(p, i), p)[1], small_model[1], ids)
@@ -161,22 +161,21 @@ def test_remat_keeps_less_and_changes_no_number(small_model, loss_and_gradients)
     def assert_close(a, b):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
-    jax.tree.map(assert_close, loss_and_gradients(plain), loss_and_gradients(saving))
-    assert kept(saving) < kept(plain) / 4
+    jax.tree.map(assert_close, loss_and_gradients(without), loss_and_gradients(with_remat))
+    assert saved(with_remat) < saved(without) / 4
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_what_is_written_out_computes_what_loops_do(small_model, loss_and_gradients, remat):
-    config = replace(small_model[0], remat=remat)
-    written_out = loss_and_gradients(replace(config, loops="unrolled"))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), written_out, loss_and_gradients(config)
-    )
+@pytest.mark.parametrize("implementation", ["cpu", "cuda", "apple"])
+def test_every_implementation_computes_the_same(small_model, loss_and_gradients, implementation):
+    """The record of a Hopper GPU is tested in ops/test_hopper.py."""
+    config, _ = small_model
+    found = loss_and_gradients(replace(config, implementation=implementation))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, loss_and_gradients(config))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_matmul"])
 @pytest.mark.parametrize("remat", [False, True])
-def test_narrower_products_compute_the_same_to_their_rounding(small_model, loss_and_gradients, precision, remat):
+def test_bfloat16_computes_the_same_to_its_rounding(small_model, loss_and_gradients, precision, remat):
     config, _ = small_model
     loss, gradients = loss_and_gradients(replace(config, precision=precision, remat=remat))
     exact_loss, exact_gradients = loss_and_gradients(config)
@@ -219,7 +218,7 @@ def test_a_parameter_is_a_sum_of_random_bytes_rounded_once():
     np.testing.assert_array_equal(approx_normal_init(key, (4, 5, 7), std), expected)
 
 
-def test_parameters_are_near_normal():
+def test_parameters_are_approximately_normal():
     draws = np.asarray(approx_normal_init(jax.random.key(1), (64, 1 << 14), 3.0), np.float64).ravel() / 3.0
     assert abs(draws.mean()) < 4 / len(draws) ** 0.5
     assert draws.std() == pytest.approx(1, rel=3e-3)
@@ -240,7 +239,7 @@ def test_a_seed_gives_the_same_parameters_on_every_version_of_jax_and_flax(optio
     leaves = jax.tree.leaves(init_params.lower(config, key).compile(compiler_options=options)(key))
     found = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
     assert found == "5dc8fc76df14743f3d348ac66a00019ebfb0547a448f1ee23ee3436ee20f834b", (
-        "Seed 0 draws other parameters than it did: every run that a person repeats by its seed will differ."
-        " If jaxlm/model.py changed how parameters are drawn, and should have, pin this hash anew; if not, find which"
-        " setting or version of jax or flax changed (jaxlm/backend.py sets jax_threefry_partitionable)."
+        "Seed 0 draws other parameters than before: no run can be repeated by its seed."
+        " If the change is intended, replace this hash; if not, find which"
+        " setting or version of jax or flax changed (jaxlm/device/backend.py sets jax_threefry_partitionable)."
     )

@@ -1,36 +1,42 @@
-"""Sampling against sorting, exact probabilities, and the forward pass without a cache."""
+"""Sampling against sorting and exact probabilities, decoding against the forward pass without a cache."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core import ops
 from jaxlm.core.model import Decoder, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams, decode, decode_step, prefill, sample_tokens, top_k_top_p_mask
 
 GREEDY = SamplingParams(0.0)
-VARIED = SamplingParams(1.5, 40, 0.95)
+SAMPLED = SamplingParams(1.5)  # with the program of GREEDY
+RESTRICTED = SamplingParams(1.5, 40, 0.95)
 LENGTHS = np.array([1, 5, 12, 8])
 NEW = 10
 NEVER = np.int32(-1)  # no token is the end of a text
+ROWS = 20_000
+TOP_KS, TOP_PS = (1, 2, 7, 49, 50, 51, 1000), (1e-9, 0.1, 0.5, 0.9, 0.999)
 
-quick_likeliest, quick_choose = jax.jit(top_k_top_p_mask, static_argnames="unroll"), jax.jit(sample_tokens)
+jitted_mask = jax.jit(top_k_top_p_mask, static_argnums=0)
+jitted_sample = jax.jit(sample_tokens, static_argnums=0)
 
 
-def kept_by_sorting(logits, top_k, top_p):
-    """One row of `top_k_top_p_mask` as its definition has it; ties with the last token kept are kept."""
+def mask_by_sorting(logits, top_k, top_p):
+    """One row of `top_k_top_p_mask` by its definition; ties with the last token kept are kept."""
     ordered = np.sort(logits)[::-1]
     ordered = ordered[ordered >= ordered[min(top_k or len(logits), len(logits)) - 1]]
-    share = np.cumsum(np.exp(ordered - ordered[0]) / np.exp(ordered - ordered[0]).sum())
-    last = len(ordered) - 1 if top_p is None else np.argmax(share >= top_p)
+    cumulative = np.cumsum(np.exp(ordered - ordered[0]) / np.exp(ordered - ordered[0]).sum())
+    last = len(ordered) - 1 if top_p is None else np.argmax(cumulative >= top_p)
     return logits >= ordered[last]
 
 
-def exact_distribution(logits, choice):
-    scaled = np.float64(logits) / choice.temperature
-    weights = np.where(kept_by_sorting(scaled, choice.top_k, choice.top_p), np.exp(scaled), 0)
+def exact_distribution(logits, params):
+    scaled = np.float64(logits) / params.temperature
+    weights = np.where(mask_by_sorting(scaled, params.top_k, params.top_p), np.exp(scaled), 0)
     return weights / weights.sum()
 
 
@@ -42,64 +48,82 @@ def chi_square(tokens, distribution):
     return np.sum((counts[distribution > 0] - expected) ** 2 / expected)
 
 
+def sample(logits, params, seed=0, implementation="xla"):
+    """A token for each of ROWS rows of 8 logits: always the same shape, so that few programs are compiled."""
+    keys = jax.random.split(jax.random.key(seed), ROWS)
+    return np.asarray(jitted_sample(ops.get(implementation), np.broadcast_to(logits, (ROWS, 8)), keys, params))
+
+
 @pytest.fixture(scope="module")
 def prompts():
-    """Four of different lengths at the right end of their rows, something left of them, and a key for each."""
+    """Four prompts of LENGTHS at the right end of their rows, other ids to their left, and a key for each."""
     return np.random.default_rng(2).integers(0, 257, (4, 12)), jax.random.split(jax.random.key(5), 4)
 
 
 @pytest.fixture(scope="module")
+def model(small_model):
+    return dataclasses.replace(small_model[0], implementation="cpu"), small_model[1]
+
+
+@pytest.fixture(scope="module")
 def forward(small_model):
-    """Logits of whole texts, without a cache."""
+    """Logits of whole sequences, without a cache."""
     config, params = small_model
     run = jax.jit(lambda ids: Decoder(config).apply({"params": params}, ids))
     return lambda ids: np.asarray(run(ids))
 
 
-def continued(small_model, prompts, choice, end_of_text=NEVER, lengths=LENGTHS):
-    config, params = small_model
-    ids, keys = prompts
-    weights = prepare_decode_params(config, params)
-    texts, tokens = decode(config, weights, prefill(config, weights, ids, lengths, keys, NEW), choice, end_of_text, NEW)
-    return texts, np.asarray(tokens)
+def continued(model, prompts, params, end_of_text=NEVER, lengths=LENGTHS):
+    """The state after NEW tokens, and the tokens."""
+    config, weights = model[0], prepare_decode_params(*model)
+    state = prefill(config, weights, prompts[0], lengths, prompts[1], NEW)
+    state, tokens = decode(config, weights, state, params, end_of_text, NEW)
+    return state, np.asarray(tokens)
 
 
-def whole_texts(prompts, tokens):
-    """Prompts and tokens from the left end of each row on, zeros behind."""
+def left_aligned(prompts, tokens):
+    """Each prompt and its tokens at the left end of a row, then zeros."""
     rows = np.zeros((len(tokens), prompts[0].shape[1] + tokens.shape[1]), np.int32)
     for row, ids, length, new in zip(rows, prompts[0], LENGTHS, tokens, strict=False):
         row[: length + len(new)] = np.concatenate([ids[len(ids) - length :], new])
     return rows
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-@pytest.mark.parametrize("vocabulary", [1, 50])
-@pytest.mark.parametrize("unroll", [False, True])
-def test_likeliest_equals_sorting(vocabulary, ties, unroll):
+@pytest.mark.parametrize(
+    ("implementation", "vocabulary", "cuts"),
+    [
+        ("xla", 50, itertools.product(TOP_KS, TOP_PS)),
+        ("xla", 50, [(top_k, None) for top_k in (*TOP_KS, None)]),
+        ("xla", 50, [(None, top_p) for top_p in TOP_PS]),
+        ("xla", 1, itertools.product(TOP_KS, TOP_PS)),
+        ("apple", 50, itertools.product(TOP_KS, TOP_PS)),
+    ],
+    ids=["both", "top_k", "top_p", "one token", "apple"],
+)
+def test_mask_equals_sorting(implementation, vocabulary, cuts):
     rng = np.random.default_rng(vocabulary)
     logits = np.float32(rng.normal(size=(100, vocabulary)) * rng.choice([0.1, 1, 10, 1000], (100, 1)))
-    logits = np.round(logits) if ties else logits
-    for top_k in (None, 1, 2, 7, 49, 50, 51, 1000):
-        for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999, None):
-            expected = [kept_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
-            found = quick_likeliest(logits, top_k, top_p, unroll=unroll)
-            np.testing.assert_array_equal(found, expected, err_msg=f"{top_k}, {top_p}")
+    logits[::2] = np.round(logits[::2])  # ties
+    for top_k, top_p in cuts:
+        expected = [mask_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
+        mask = jitted_mask(ops.get(implementation), logits, top_k, top_p)
+        np.testing.assert_array_equal(mask, expected, err_msg=f"{top_k}, {top_p}")
 
 
-def test_minus_infinity_is_never_kept_by_a_cut_nor_drawn():
-    logits = np.float32(np.random.default_rng(3).normal(size=(60, 31)))
+def test_minus_infinity_is_never_sampled():
+    logits = np.float32(np.random.default_rng(3).normal(size=(100, 50)))
     logits[np.random.default_rng(4).random(logits.shape) < 0.5] = -np.inf
-    for top_k, top_p in ((3, None), (None, 0.7), (20, 0.9)):
-        expected = [kept_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
-        kept = np.asarray(quick_likeliest(logits, top_k, top_p))
-        np.testing.assert_array_equal(kept & (logits > -np.inf), expected & (logits > -np.inf))
-    for choice in (GREEDY, VARIED, SamplingParams(1.0)):
-        tokens = quick_choose(logits, jax.random.split(jax.random.key(0), 60), choice)
-        assert (logits[range(60), tokens] > -np.inf).all()
+    for top_k, top_p in ((3, None), (None, 0.7), (20, 0.9), (None, None)):
+        expected = [mask_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
+        mask = jitted_mask(ops.get("xla"), logits, top_k, top_p)
+        np.testing.assert_array_equal(mask, expected & (logits > -np.inf))
+    for params in (GREEDY, SamplingParams(1.5, 5, 0.95), SamplingParams(1.0)):
+        tokens = sample(np.float32([0, -np.inf, 1, -np.inf, 2, 0, -np.inf, -1]), params)
+        assert not np.isin(tokens, (1, 3, 6)).any()
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "params",
     [
         GREEDY,
         SamplingParams(0.0, 3, 0.5),
@@ -108,15 +132,15 @@ def test_minus_infinity_is_never_kept_by_a_cut_nor_drawn():
         SamplingParams(2.0, None, 1e-6),
     ],
 )
-def test_no_temperature_or_one_token_or_a_tiny_nucleus_is_the_likeliest_token(choice):
-    logits = np.random.default_rng(0).normal(size=(200, 31)).astype(np.float32)
-    tokens = quick_choose(logits, jax.random.split(jax.random.key(0), 200), choice)
-    assert tokens.dtype == jnp.int32
+def test_limits_of_sampling_are_greedy(params):
+    logits = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
+    tokens = sample(logits, params)
+    assert tokens.dtype == np.int32
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
 @pytest.mark.parametrize(
-    ("choice", "wrong"),
+    ("params", "others"),
     [
         (SamplingParams(1.0), [SamplingParams(0.9), SamplingParams(1.1), SamplingParams(1.0, 7)]),
         (SamplingParams(0.7), [SamplingParams(0.77), SamplingParams(1 / 0.7)]),
@@ -136,113 +160,112 @@ def test_no_temperature_or_one_token_or_a_tiny_nucleus_is_the_likeliest_token(ch
         ),
     ],
 )
-def test_draws_follow_the_exact_distribution_and_no_other(choice, wrong):
+def test_tokens_follow_the_exact_distribution_and_no_other(params, others):
     logits = np.array([0.5, 2.0, -3.0, 1.5, -0.5, 1.0, 0.0, -1.0], np.float32)
-    count = 20_000
-    tokens = quick_choose(np.tile(logits, (count, 1)), jax.random.split(jax.random.key(7), count), choice)
-    limit = 35  # with up to 7 degrees of freedom a right sampler exceeds it once in 100,000 seeds
-    assert chi_square(tokens, exact_distribution(logits, choice)) < limit
-    for other in wrong:
+    tokens = sample(logits, params, seed=7)
+    limit = 35  # a correct sampler exceeds it in one of 100,000 seeds: at most 7 degrees of freedom
+    assert chi_square(tokens, exact_distribution(logits, params)) < limit
+    for other in others:
         assert chi_square(tokens, exact_distribution(logits, other)) > limit, other
 
 
-def test_successive_tokens_are_drawn_afresh(small_model, prompts):
-    """A model whose norm scale is 0 finds all 257 tokens equally likely at every position."""
-    config, params = small_model
-    blank = config, params | {"norm": jnp.zeros_like(params["norm"])}
-    keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(50)]
-    tokens_KBN = np.array([continued(blank, (prompts[0], k), SamplingParams(1.0))[1] for k in keys])
+def test_apple_samples_the_same_tokens_without_loop_or_branch():
+    logits = np.random.default_rng(1).normal(size=(ROWS, 8)).astype(np.float32)
+    for params in (SamplingParams(1.5, 5, 0.9), SamplingParams(0.0, 5, 0.9)):
+        np.testing.assert_array_equal(sample(logits, params, implementation="apple"), sample(logits, params))
+    keys = jax.random.split(jax.random.key(0), ROWS)
+    jaxpr = str(jax.make_jaxpr(sample_tokens, static_argnums=0)(ops.get("apple"), logits, keys, params))
+    assert "while" not in jaxpr
+    assert "cond" not in jaxpr
+
+
+def test_successive_tokens_are_independent(model, prompts):
+    """A model whose norm scale is 0 gives all 257 tokens the same probability at every position."""
+    config, params = model
+    uniform = config, params | {"norm": jnp.zeros_like(params["norm"])}
+    keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(15)]
+    tokens_KBN = np.array([continued(uniform, (prompts[0], k), SamplingParams(1.0))[1] for k in keys])
     assert chi_square(tokens_KBN.ravel(), np.full(257, 1 / 257)) < 256 + 5 * (2 * 256) ** 0.5
     for axis in range(3):
         assert np.mean(np.diff(tokens_KBN, axis=axis) == 0) < 3 / 257
 
 
-def test_cached_logits_equal_the_forward_pass_at_every_position(small_model, prompts, forward):
-    config, params = small_model
-    weights = prepare_decode_params(config, params)
-    texts = prefill(config, weights, prompts[0], LENGTHS, prompts[1], NEW)
-    logits, tokens = [np.asarray(texts.logits_BV)], []
+def test_cached_logits_equal_the_forward_pass_at_every_position(model, prompts, forward):
+    """Token by token; one call for all tokens gives the same ones."""
+    config, weights = model[0], prepare_decode_params(*model)
+    state = prefill(config, weights, prompts[0], LENGTHS, prompts[1], NEW)
+    logits, tokens = [np.asarray(state.logits_BV)], []
     for _ in range(NEW):
-        texts, token = decode(config, weights, texts, VARIED, NEVER, 1)
-        logits.append(np.asarray(texts.logits_BV))
+        state, token = decode_step(config, weights, state, SAMPLED, NEVER)
+        logits.append(np.asarray(state.logits_BV))
         tokens.append(np.asarray(token))
-    tokens = np.concatenate(tokens, axis=1)
-    expected = forward(whole_texts(prompts, tokens))
-    for i, found in enumerate(logits):
-        np.testing.assert_allclose(found, expected[range(4), LENGTHS - 1 + i], rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(continued(small_model, prompts, VARIED)[1], tokens)
+    tokens = np.stack(tokens, axis=1)
+    expected = forward(left_aligned(prompts, tokens))
+    for i, logits_BV in enumerate(logits):
+        np.testing.assert_allclose(logits_BV, expected[range(4), LENGTHS - 1 + i], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(continued(model, prompts, SAMPLED)[1], tokens)
 
 
-def test_weights_of_16_bits_give_the_logits_to_their_rounding_for_one_text_and_for_several(
-    small_model, prompts, forward
-):
-    config, params = dataclasses.replace(small_model[0], precision="bf16_matmul"), small_model[1]
-    weights = prepare_decode_params(config, params)
-    assert weights["head"].dtype == weights["blocks"][0]["down"].dtype == jnp.bfloat16
-    for count in (4, 1):
-        ids, keys, lengths = prompts[0][:count], prompts[1][:count], LENGTHS[:count]
-        texts, tokens = decode(config, weights, prefill(config, weights, ids, lengths, keys, NEW), VARIED, NEVER, NEW)
-        expected = forward(whole_texts(prompts, np.asarray(tokens)))[range(count), lengths + NEW - 1]
-        error = np.linalg.norm(texts.logits_BV - expected) / np.linalg.norm(expected)
-        assert 1e-5 < error < 0.03
+@pytest.mark.parametrize("shape", [(4, 12), (1, 1)], ids=["48 rows", "one row"])
+def test_bf16_weights_give_the_logits_up_to_rounding(model, prompts, forward, shape):
+    """A matmul of one row, as when one sequence is decoded, has a form of its own on a CPU."""
+    config = dataclasses.replace(model[0], precision="bf16_matmul")
+    weights = prepare_decode_params(config, model[1])
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((weights["head"], weights["blocks"][0]["down"])))
+    B, P = shape
+    lengths = np.minimum(LENGTHS[:B], P)
+    state = prefill(config, weights, prompts[0][:B, -P:], lengths, prompts[1][:B], 1)
+    expected = forward(left_aligned(prompts, np.zeros((4, NEW), np.int32)))[range(B), lengths - 1]
+    error = np.linalg.norm(state.logits_BV - expected) / np.linalg.norm(expected)
+    assert 1e-5 < error < 0.03
 
 
-def test_a_token_at_a_time_is_the_same_text(small_model, prompts):
-    config, params = small_model
-    weights = prepare_decode_params(config, params)
-    one_more = jax.jit(decode_step, static_argnums=0)
-    texts, tokens = prefill(config, weights, prompts[0], LENGTHS, prompts[1], NEW), []
-    for _ in range(NEW):
-        texts, token_B = one_more(config, weights, texts, VARIED, NEVER)
-        tokens.append(np.asarray(token_B))
-    np.testing.assert_array_equal(np.stack(tokens, axis=1), continued(small_model, prompts, VARIED)[1])
-
-
-def test_greedy_texts_equal_those_of_reading_everything_anew_for_each_token(small_model, prompts, forward):
-    _, tokens = continued(small_model, prompts, GREEDY)
-    texts = whole_texts(prompts, np.zeros((4, NEW), np.int32))
+def test_greedy_tokens_equal_those_without_a_cache(model, prompts, forward):
+    _, tokens = continued(model, prompts, GREEDY)
+    rows = left_aligned(prompts, np.zeros((4, NEW), np.int32))
     for i in range(NEW):
-        texts[range(4), LENGTHS + i] = forward(texts)[range(4), LENGTHS - 1 + i].argmax(-1)
-    np.testing.assert_array_equal(whole_texts(prompts, tokens), texts)
-    assert len(np.unique(tokens)) > NEW  # no text that a broken cache would write as well
+        rows[range(4), LENGTHS + i] = forward(rows)[range(4), LENGTHS - 1 + i].argmax(-1)
+    np.testing.assert_array_equal(left_aligned(prompts, tokens), rows)
+    assert len(np.unique(tokens)) > NEW  # not a repetition that a broken cache would give too
 
 
-def test_a_text_does_not_depend_on_the_texts_beside_it(small_model, prompts):
+def test_a_sequence_does_not_depend_on_the_others(model, prompts):
     ids, keys = prompts
-    _, tokens = continued(small_model, prompts, VARIED)
+    _, tokens = continued(model, prompts, RESTRICTED)
     order = np.array([2, 0, 3, 1])
-    _, moved = continued(small_model, (ids[order], keys[order]), VARIED, lengths=LENGTHS[order])
-    np.testing.assert_array_equal(moved, tokens[order])
-    others, lengths = (ids + 1) % 257, np.array([12, 5, 3, 1])
-    others[1] = ids[1]
-    _, beside_others = continued(small_model, (others, keys), VARIED, lengths=lengths)
+    _, reordered = continued(model, (ids[order], keys[order]), RESTRICTED, lengths=LENGTHS[order])
+    np.testing.assert_array_equal(reordered, tokens[order])
+    other_ids, lengths = (ids + 1) % 257, np.array([12, 5, 3, 1])
+    other_ids[1] = ids[1]
+    _, beside_others = continued(model, (other_ids, keys), RESTRICTED, lengths=lengths)
     np.testing.assert_array_equal(beside_others[1], tokens[1])
     assert (beside_others[0] != tokens[0]).any()
-    _, of_other_keys = continued(small_model, (ids, keys[order]), VARIED)
-    assert (of_other_keys != tokens).any(axis=1).all()
+    _, with_other_keys = continued(model, (ids, keys[order]), RESTRICTED)
+    assert (with_other_keys != tokens).any(axis=1).all()
 
 
-def test_a_text_ends_with_end_of_text_and_the_others_go_on(small_model, prompts):
-    _, free = continued(small_model, prompts, GREEDY)
-    end_of_text = free[2, 3]
-    texts, tokens = continued(small_model, prompts, GREEDY, np.int32(end_of_text))
-    ends = [list(row).index(end_of_text) if end_of_text in row else NEW for row in free]
+def test_a_sequence_ends_with_end_of_text_and_the_others_continue(model, prompts):
+    _, endless = continued(model, prompts, GREEDY)
+    end_of_text = endless[2, 3]
+    state, tokens = continued(model, prompts, GREEDY, np.int32(end_of_text))
+    ends = [list(row).index(end_of_text) if end_of_text in row else NEW for row in endless]
     assert ends[2] <= 3
     assert NEW in ends
-    for row, found, end in zip(free, tokens, ends, strict=True):
-        np.testing.assert_array_equal(found[:end], row[:end])
-        assert (found[end:] == end_of_text).all()
-    np.testing.assert_array_equal(texts.done_B, np.array(ends) < NEW)
+    for expected, row, end in zip(endless, tokens, ends, strict=True):
+        np.testing.assert_array_equal(row[:end], expected[:end])
+        assert (row[end:] == end_of_text).all()
+    np.testing.assert_array_equal(state.done_B, np.array(ends) < NEW)
 
 
-def test_writing_stops_once_all_texts_have_ended(small_model, prompts):
-    config, params = small_model
+def test_decoding_stops_once_all_sequences_have_ended(model, prompts):
+    config, lengths = model[0], np.full(4, 12)
     same = np.tile(prompts[0][2], (4, 1)), prompts[1]
-    _, free = continued(small_model, same, GREEDY, lengths=np.full(4, 12))
-    end = list(free[0]).index(free[0, 4])
-    texts, tokens = continued(small_model, same, GREEDY, np.int32(free[0, end]), lengths=np.full(4, 12))
-    assert texts.slot == 12 + end + 1
-    assert (tokens[:, end:] == free[0, end]).all()
-    texts, tokens = decode(config, prepare_decode_params(config, params), texts, GREEDY, np.int32(free[0, end]), NEW)
-    assert texts.slot == 12 + end + 1
-    assert (np.asarray(tokens) == free[0, end]).all()
+    _, endless = continued(model, same, GREEDY, lengths=lengths)
+    end_of_text = np.int32(endless[0, 4])
+    end = list(endless[0]).index(end_of_text)
+    state, tokens = continued(model, same, GREEDY, end_of_text, lengths)
+    assert state.slot == 12 + end + 1
+    assert (tokens[:, end:] == end_of_text).all()
+    state, tokens = decode(config, prepare_decode_params(*model), state, GREEDY, end_of_text, NEW)
+    assert state.slot == 12 + end + 1
+    assert (np.asarray(tokens) == end_of_text).all()

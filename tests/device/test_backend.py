@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.device import backend
-from jaxlm.device.backend import APPLE, SLICE_TOKENS, available_memory, resolve_run
+from jaxlm.device.backend import APPLE, CHUNK_TOKENS, available_memory, resolve_run
 from jaxlm.errors import UsageError
 from tests.tiny_run import is_one_line
 
@@ -84,9 +84,9 @@ def test_without_slices_as_few_are_taken_as_fit(batch, context):
     config = Config(batch_size=batch, model=ModelConfig(context=context))
     found = resolve_run(config, jax.devices("cpu")[0])
     assert found.chunk_size * found.microbatch_chunks == batch
-    assert found.chunk_size == 1 or found.chunk_size * context <= SLICE_TOKENS
+    assert found.chunk_size == 1 or found.chunk_size * context <= CHUNK_TOKENS
     larger = [size for size in range(found.chunk_size + 1, batch + 1) if batch % size == 0]
-    assert all(size * context > SLICE_TOKENS for size in larger)
+    assert all(size * context > CHUNK_TOKENS for size in larger)
     assert (found.model.precision, found.model.remat) == ("float32", True)
 
 
@@ -94,11 +94,11 @@ def test_without_slices_as_few_are_taken_as_fit(batch, context):
 def test_an_apple_gpu_takes_a_sequence_at_a_time_recomputes_nothing_and_gets_no_loops(platform):
     device = SimpleNamespace(platform=platform)
     found = resolve_run(Config(), device)
-    assert (found.chunk_size, found.model.remat, found.model.loops) == (1, False, "unrolled")
-    assert (found.model.precision, found.model.attention, found.model.kernels) == ("float32", "plain", "plain")
-    told = resolve_run(Config(microbatch_chunks=8, model=ModelConfig(loops="compiled")), device)
-    assert (told.microbatch_chunks, told.model.remat, told.model.loops) == (8, True, "compiled")
-    assert resolve_run(Config(), jax.devices("cpu")[0]).model.loops == "compiled"
+    assert (found.chunk_size, found.model.remat, found.model.implementation) == (1, False, "apple")
+    assert found.model.precision == "float32"
+    told = resolve_run(Config(microbatch_chunks=8, model=ModelConfig(implementation="xla")), device)
+    assert (told.microbatch_chunks, told.model.remat, told.model.implementation) == (8, True, "xla")
+    assert resolve_run(Config(), jax.devices("cpu")[0]).model.implementation == "cpu"
 
 
 @pytest.mark.parametrize("platform", APPLE)
@@ -118,7 +118,7 @@ def test_sums_that_an_apple_gpu_computes_wrong_are_refused_by_the_setting_to_cha
         with pytest.raises(UsageError, match=rf"32,767 .* set .*{setting}") as caught:
             resolve_run(wrong, device)
         assert is_one_line(caught.value)
-        assert resolve_run(wrong, cpu).model.loops == "compiled"
+        assert resolve_run(wrong, cpu).model.implementation == "cpu"
     for right in (run(context=4680), run(width=32764), run(mlp_width=32766), run(context=32766, microbatch_chunks=7)):
         resolve_run(right, device)
 

@@ -31,7 +31,7 @@ CONFIG = Config(
     optimizer=OptimizerConfig(warmup_steps=3),
     sample=SampleConfig(texts=3, tokens=4),
 )
-UNROLLED = replace(CONFIG, model=replace(CONFIG.model, loops="unrolled", remat=False))
+UNROLLED = replace(CONFIG, model=replace(CONFIG.model, implementation="apple", remat=False))
 CPU = jax.devices("cpu")[0]
 STAND_IN = SimpleNamespace(platform="mps", device_kind="a stand-in", client=SimpleNamespace(platform_version="1"))
 TOKENS = CONFIG.chunk_size * CONFIG.model.context  # that a weight's gradient is summed over
@@ -47,7 +47,7 @@ def forms(**model):
     [
         forms(precision="bf16"),
         replace(
-            forms(loops="unrolled", remat=False, output_init="zero", tied=False, kv_heads=1),
+            forms(implementation="apple", remat=False, output_init="zero", tied=False, kv_heads=1),
             microbatch_chunks=1,
             grad_accum_steps=1,
             optimizer=OptimizerConfig("muon", warmup_steps=0),

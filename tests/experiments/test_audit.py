@@ -1,4 +1,4 @@
-"""The programs that an Apple GPU would be given are fit for it, and the audit that says so finds what is not."""
+"""An Apple GPU can run every program, and the audit that checks it finds what it cannot run."""
 
 import linecache
 from dataclasses import replace
@@ -11,16 +11,20 @@ import pytest
 from jax import lax
 
 import jaxlm
-from experiments.audit import CONVERTED, audit, looked_at, preset
+from experiments.audit import CONVERTED, audit, inspect, preset
 from experiments.memory import on_apple
-from jaxlm.core.layers import linear
+from jaxlm.core import layers, ops
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.device.backend import APPLE, WRONG_FROM
 from jaxlm.run.checkpoint import checkpoint_bytes
 
 
+def linear(x, w):
+    return layers.linear(x, w, "float32", ops.get("apple").weight_gradient)
+
+
 def found(function, *arguments, platform="METAL"):
-    return looked_at(jax.jit(function), arguments, platform)[1]
+    return inspect(jax.jit(function), arguments, platform)[1]
 
 
 def array(*shape, dtype=jnp.float32):
@@ -46,7 +50,7 @@ def test_the_arrays_of_a_step_of_the_preset_and_of_a_checkpoints_copy_take_less_
 @pytest.mark.parametrize("platform", APPLE)
 def test_the_step_of_other_devices_is_refused_by_the_lines_of_its_loops_and_branches(platform):
     config = preset(platform)
-    config = replace(config, model=replace(config.model, loops="compiled", remat=True))
+    config = replace(config, model=replace(config.model, implementation="xla", remat=True))
     state = jax.eval_shape(lambda: init_state(config))
     ids = array(config.batch_size, config.model.context + 1, dtype=np.int32)
     wrong = found(make_train_step(config), state, ids, platform=platform)

@@ -34,10 +34,9 @@ def test_least_memory_of_the_preset_by_hand():
     assert least.temporaries == 0
 
 
-@pytest.mark.parametrize("loops", ["compiled", pytest.param("unrolled", marks=pytest.mark.slow)])
-def test_memory_of_a_step_holds_state_gradients_and_residual_stream(loops):
-    chunks = 64 if loops == "compiled" else 2
-    model = dataclasses.replace(SMALL.model, loops=loops)
+@pytest.mark.parametrize(("implementation", "chunks"), [("cpu", 64), pytest.param("apple", 2, marks=pytest.mark.slow)])
+def test_memory_of_a_step_holds_state_gradients_and_residual_stream(implementation, chunks):
+    model = dataclasses.replace(SMALL.model, implementation=implementation)
     config = dataclasses.replace(SMALL, microbatch_chunks=chunks, model=model)
     state = jax.eval_shape(lambda: init_state(config))
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -47,7 +46,7 @@ def test_memory_of_a_step_holds_state_gradients_and_residual_stream(loops):
 
 
 def test_fewer_chunks_need_more_memory():
-    compiled = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, loops="compiled"))
+    compiled = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, implementation="cpu"))
     one_chunk = dataclasses.replace(compiled, microbatch_chunks=1)
     assert compiled_memory(compiled).temporaries < compiled_memory(one_chunk).temporaries / 8
 

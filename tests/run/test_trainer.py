@@ -107,7 +107,7 @@ def test_the_model_learns(console):
 
 @pytest.mark.slow
 def test_a_run_of_programs_without_loops_leaves_the_same_losses_and_texts(console):
-    train("written-out", "--config.model.loops=unrolled", "--config.microbatch_chunks=2")
+    train("written-out", "--config.model.implementation=apple", "--config.microbatch_chunks=2")
     for found, expected in zip(
         rows("written-out/metrics.jsonl"), without_clock(rows("whole/metrics.jsonl")), strict=True
     ):

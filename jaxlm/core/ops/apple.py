@@ -1,0 +1,76 @@
+"""The operations for an Apple GPU, whose plugins take no loop and no conditional: all is unrolled or on the host."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core.ops import xla
+
+
+def unrolled_scan(body: Callable, carry: Any, xs: Any, reverse: bool = False) -> tuple[Any, Any]:
+    """`jax.lax.scan`, unrolled, with no loop in the program (jax 0.4.34 leaves one with `unroll`).
+
+    A barrier orders the iterations, so that buffers can be reused. (XLA's compiler for the CPU ignores it.)
+    """
+    order, outs = range(len(jax.tree.leaves(xs)[0])), []
+    for index in order[::-1] if reverse else order:
+        x = jax.tree.map(lambda stacked, index=index: jax.lax.index_in_dim(stacked, index, keepdims=False), xs)
+        carry, out = body(*jax.lax.optimization_barrier((carry, x)))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *(outs[::-1] if reverse else outs))
+
+
+@dataclass(frozen=True)
+class HostLoopStep:
+    """A micro-step of several programs, which the host calls: none of them loops over the chunks.
+
+    The host waits for each chunk. Where no buffer is reused, the next one would allocate before this one has freed.
+    The arguments are those of `xla.train_step`, jitted.
+    """
+
+    start: Any
+    accumulate_chunk: Any
+    update: Any
+    chunks: int
+
+    def __call__(self, state: Any, ids_BT: jax.Array) -> tuple[Any, Any]:
+        accumulator = self.start(state.params)
+        for _ in range(self.chunks):
+            accumulator = jax.block_until_ready(self.accumulate_chunk(state.params, accumulator, ids_BT))
+        return self.update(state, accumulator)
+
+    def lower(self, state: Any, ids_BT: Any) -> "HostLoopStep":
+        """Lowers the programs for these arrays or shapes, as `jax.jit` does one."""
+        accumulator = jax.eval_shape(self.start, state.params)
+        return HostLoopStep(
+            self.start.lower(state.params),
+            self.accumulate_chunk.lower(state.params, accumulator, ids_BT),
+            self.update.lower(state, accumulator),
+            self.chunks,
+        )
+
+    def compile(self) -> "HostLoopStep":
+        """Compiles what `lower` gave."""
+        return HostLoopStep(self.start.compile(), self.accumulate_chunk.compile(), self.update.compile(), self.chunks)
+
+
+def train_step(start: Callable, accumulate_chunk: Callable, update: Callable, chunks: int) -> HostLoopStep:
+    """`xla.train_step` as several programs. The state is not donated: Apple's plugins reuse no buffer."""
+    return HostLoopStep(jax.jit(start), jax.jit(accumulate_chunk), jax.jit(update), chunks)
+
+
+APPLE = replace(
+    xla.XLA,
+    vocab_tile=12_565,  # a quarter of GPT-2's vocabulary: few tiles to unroll, none as wide as 32,767
+    exp_buffer_as_bits=False,
+    scan=unrolled_scan,
+    cond=xla.select,
+    sampling_cond=xla.select,
+    search_loop=xla.unrolled_search,
+    search_parts=1,
+    train_step=train_step,
+    decode_on_device=False,
+)

@@ -1,0 +1,30 @@
+"""The operations for a CPU."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core.layers import Transposed
+from jaxlm.core.ops import xla
+
+
+def weight_gradient(a_ND: jax.Array, b_NF: jax.Array) -> jax.Array:
+    """`xla.weight_gradient`, with bfloat16 matmuls in a form that is fast on a CPU.
+
+    XLA has fast bfloat16 matmuls on a CPU, but not for this form. So the narrower operand is transposed first, by tiles
+    of 16 x 16: XLA would fold a plain transpose back into the matmul.
+    """
+    if a_ND.dtype != jnp.bfloat16 or any(size % 16 for size in (*a_ND.shape, *b_NF.shape)):
+        return xla.weight_gradient(a_ND, b_NF)
+    if a_ND.shape[1] <= b_NF.shape[1]:
+        return jnp.matmul(_transposed(a_ND), b_NF, preferred_element_type=jnp.float32)
+    return _transposed(jnp.matmul(_transposed(b_NF), a_ND, preferred_element_type=jnp.float32))
+
+
+def _transposed(x_ND: jax.Array) -> jax.Array:
+    N, D = x_ND.shape
+    return x_ND.reshape(N // 16, 16, D // 16, 16).transpose(2, 3, 0, 1).reshape(D, N)
+
+
+CPU = replace(xla.XLA, weight_gradient=weight_gradient, decode_layout=Transposed)

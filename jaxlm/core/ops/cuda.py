@@ -1,0 +1,31 @@
+"""The operations for an NVIDIA GPU."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core.ops import xla
+
+
+def causal_attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, matmul_dtype: Any, saved: Any = None
+) -> tuple[jax.Array, Any]:
+    """`xla.causal_attention`, by cuDNN's fused kernel where it fits: in bfloat16, K a multiple of 8."""
+    if q_BTHK.dtype != jnp.bfloat16 or q_BTHK.shape[-1] % 8:
+        return xla.causal_attention(q_BTHK, k_BTHK, v_BTHK, matmul_dtype, saved)
+    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"), None
+
+
+CUDA = replace(
+    xla.XLA,
+    attention=causal_attention,
+    vocab_tile=6144,
+    exp_buffer_bytes=2**30,  # matmuls of many rows are faster
+    # a loop or a branch on a value makes the GPU wait for the host
+    sampling_cond=xla.select,
+    search_loop=xla.unrolled_search,
+    search_parts=1,
+    row_multiple=8,  # else each bfloat16 matmul pads its rows again
+)

@@ -1,0 +1,181 @@
+"""The operations in plain JAX: every device can run them, and the records of the others derive from these."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core.layers import MASK_VALUE, linear, merge_heads, split_heads, swiglu_activation
+from jaxlm.core.loss import cross_entropy, cross_entropy_and_grad
+from jaxlm.core.ops.record import Ops
+
+QUERY_BLOCK = 128  # queries of causal attention that are computed at a time
+
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def causal_attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, matmul_dtype: Any, saved: Any = None
+) -> tuple[jax.Array, Any]:
+    """`layers.attention` in which position t attends to positions 0 to t, in blocks of queries.
+
+    The scores of a block exist only while it is computed, once forward and once backward, and positions after the
+    block are skipped (the idea of Dao et al. 2022, the gradient as in their appendix B).
+
+    Args:
+        q_BTHK, k_BTHK, v_BTHK: queries, keys and values of the same positions.
+        matmul_dtype: dtype that matmuls read; their sums and the softmax are float32.
+        saved: the residuals of an earlier call with the same arrays; then only the gradient is computed.
+
+    Returns:
+        [B, T, H, K] in the dtype of v; and residuals, which have no gradient of their own.
+    """
+    saved = _causal(q_BTHK, k_BTHK, v_BTHK, saved, matmul_dtype)
+    return saved[0], saved
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _causal(q_BTHK, k_BTHK, v_BTHK, saved, dtype):
+    return saved or _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, dtype)
+
+
+def _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, dtype):
+    """[B, T, H, K], and logsumexp(scores) [G, T] of each query."""
+    q, k, v = (split_heads(x, dtype) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
+    out, logsumexp = [], []
+    for block in _query_blocks(q.shape[1]):
+        keys = slice(block.stop)
+        scores_GTS = jnp.where(_causal_mask(block), _einsum("GTK,GSK->GTS", q[:, block], k[:, keys]), MASK_VALUE)
+        max_GT1 = jnp.max(scores_GTS, axis=-1, keepdims=True)
+        weights_GTS = jnp.exp(scores_GTS - max_GT1)
+        sum_GT1 = jnp.sum(weights_GTS, axis=-1, keepdims=True)
+        out.append(_einsum("GTS,GSK->GTK", weights_GTS.astype(dtype), v[:, keys]) / sum_GT1)
+        logsumexp.append((max_GT1 + jnp.log(sum_GT1))[..., 0])
+    return merge_heads(jnp.concatenate(out, axis=1), v_BTHK), jnp.concatenate(logsumexp, axis=1)
+
+
+def _causal_forward(q_BTHK, k_BTHK, v_BTHK, saved, dtype):
+    saved = _causal(q_BTHK, k_BTHK, v_BTHK, saved, dtype)
+    return saved, (q_BTHK, k_BTHK, v_BTHK, *saved)
+
+
+def _causal_backward(dtype, residuals, d_saved):
+    d_out_BTHK, _ = d_saved
+    q_BTHK, k_BTHK, v_BTHK, out_BTHK, logsumexp_GT = residuals
+    scale = q_BTHK.shape[-1] ** -0.5
+    q, k, v, d_out = (split_heads(x, dtype) for x in (q_BTHK * scale, k_BTHK, v_BTHK, d_out_BTHK))
+    # the sum over S of weights * d_weights
+    mean_GT = jnp.sum(split_heads(out_BTHK, dtype).astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    k_GKT = k.swapaxes(1, 2)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for block in _query_blocks(q.shape[1]):
+        keys = slice(block.stop)
+        scores_GST = _einsum("GSK,GTK->GST", k[:, keys], q[:, block])
+        weights_GST = jnp.where(_causal_mask(block).T, jnp.exp(scores_GST - logsumexp_GT[:, block][:, None]), 0)
+        d_weights_GST = _einsum("GSK,GTK->GST", v[:, keys], d_out[:, block])
+        d_scores_GST = (weights_GST * (d_weights_GST - mean_GT[:, block][:, None])).astype(dtype)
+        d_v = _add_to_start(d_v, _einsum("GST,GTK->GSK", weights_GST.astype(dtype), d_out[:, block]))
+        d_k = _add_to_start(d_k, _einsum("GST,GTK->GSK", d_scores_GST, q[:, block]))
+        d_q.append(_einsum("GKS,GST->GKT", k_GKT[:, :, keys], d_scores_GST))
+    d_q_GTK = (jnp.concatenate(d_q, axis=2) * scale).swapaxes(1, 2)
+    return *(merge_heads(d, x) for d, x in ((d_q_GTK, q_BTHK), (d_k, k_BTHK), (d_v, v_BTHK))), None
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _add_to_start(sum_GSK: jax.Array, part_GSK: jax.Array) -> jax.Array:
+    """Adds a part that holds only the first positions."""
+    return jax.lax.dynamic_update_slice(sum_GSK, sum_GSK[:, : part_GSK.shape[1]] + part_GSK, (0, 0, 0))
+
+
+def _query_blocks(length: int) -> list[slice]:
+    return [slice(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+
+
+def _causal_mask(block: slice) -> jax.Array:
+    """[T, S]: which positions before the end of a block its queries attend to."""
+    return jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)[None]
+
+
+def weight_gradient(a_ND: jax.Array, b_NF: jax.Array) -> jax.Array:
+    """a^T b, [D, F] float32."""
+    return jnp.matmul(a_ND.T, b_NF, preferred_element_type=jnp.float32)
+
+
+def fused_linear(ops: Ops, x_BTD: jax.Array, weights: Sequence[jax.Array], matmul_dtype: Any) -> list[jax.Array]:
+    """x times each of several matrices, by a matmul for each."""
+    return [linear(x_BTD, w_DF, matmul_dtype, ops.weight_gradient) for w_DF in weights]
+
+
+def swiglu(
+    ops: Ops, x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, matmul_dtype: Any
+) -> jax.Array:
+    """(silu(x gate) * (x up)) down (Shazeer 2020)."""
+    gate_BTF, up_BTF = fused_linear(ops, x_BTD, (gate_DF, up_DF), matmul_dtype)
+    return linear(swiglu_activation(gate_BTF, up_BTF), down_FD, matmul_dtype, ops.weight_gradient)
+
+
+def search_loop(condition: Callable[[Any], jax.Array], body: Callable[[Any], Any], carry: Any, rounds: int) -> Any:
+    """Repeats `body` while `condition` holds, which it does for at most `rounds` rounds."""
+    return jax.lax.while_loop(condition, body, carry)
+
+
+def select(predicate: jax.Array, true_fun: Callable, false_fun: Callable, *operands: Any) -> Any:
+    """`jax.lax.cond` without a branch: computes both and selects."""
+    both = true_fun(*operands), false_fun(*operands)
+    return jax.tree.map(lambda true, false: jnp.where(predicate, true, false), *both)
+
+
+def unrolled_search(condition: Callable, body: Callable[[Any], Any], carry: Any, rounds: int) -> Any:
+    """`search_loop`, unrolled: always `rounds` rounds."""
+    for _ in range(rounds):
+        carry = body(carry)
+    return carry
+
+
+def train_step(start: Callable, accumulate_chunk: Callable, update: Callable, chunks: int) -> jax.stages.Wrapped:
+    """The micro-step as one program, which reuses the buffers of the state it is given.
+
+    Args:
+        start: params -> an empty GradAccumulator.
+        accumulate_chunk: params, GradAccumulator, ids [B, T + 1] -> GradAccumulator.
+        update: TrainState, GradAccumulator -> TrainState, Metrics.
+        chunks: how many chunks make a micro-batch.
+    """
+
+    def step(state: Any, ids_BT: jax.Array) -> tuple[Any, Any]:
+        accumulator = start(state.params)
+        if chunks == 1:
+            accumulator = accumulate_chunk(state.params, accumulator, ids_BT)
+        else:
+            accumulator, _ = jax.lax.scan(
+                lambda a, _: (accumulate_chunk(state.params, a, ids_BT), None), accumulator, length=chunks
+            )
+        return update(state, accumulator)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+XLA = Ops(
+    attention=causal_attention,
+    weight_gradient=weight_gradient,
+    fused_linear=fused_linear,
+    swiglu=swiglu,
+    cross_entropy=cross_entropy,
+    cross_entropy_and_grad=cross_entropy_and_grad,
+    vocab_tile=1536,
+    exp_buffer_bytes=2**27,  # less than the backward pass of a block takes in the preset
+    exp_buffer_as_bits=True,
+    scan=jax.lax.scan,
+    cond=jax.lax.cond,
+    sampling_cond=jax.lax.cond,
+    search_loop=search_loop,
+    search_parts=16,
+    decode_layout=jnp.transpose,
+    row_multiple=1,
+    train_step=train_step,
+    decode_on_device=True,
+)

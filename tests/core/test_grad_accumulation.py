@@ -1,0 +1,91 @@
+"""The functions that add gradients to an accumulator, compared with jax's own gradients of what they compute."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core import ops
+from jaxlm.core.grad_accumulation import embed_with_accumulator, remat_blocks, unstack_with_accumulator
+from tests.core.float64 import draw
+
+
+def test_the_example_of_the_docstring():
+    _, vjp_fn = jax.vjp(lambda x, w: (w * x, w), 3.0, 2.0)
+    assert [float(d) for d in vjp_fn((1.0, 10.0))] == [2.0, 13.0]
+
+
+def test_the_embeddings_gradient_is_added_to_the_accumulator():
+    ids, table, so_far = np.array([[3, 0, 3], [6, 3, 1]]), draw(7, 3), draw(7, 3, seed=1)
+    (rows, again), vjp_fn = jax.vjp(lambda table: embed_with_accumulator(jnp.asarray(ids), table), jnp.float32(table))
+    [found] = vjp_fn((jnp.ones_like(rows), jnp.float32(so_far)))
+    np.testing.assert_array_equal(rows, np.float32(table)[ids])
+    np.testing.assert_array_equal(again, np.float32(table))
+    np.testing.assert_allclose(found, so_far + np.bincount(ids.ravel(), minlength=7)[:, None], rtol=1e-6)
+
+
+BLOCKS = {"w": jnp.float32(draw(3, 4, 4)), "scale": jnp.float32(draw(3, 4, seed=1))}
+
+
+def block(p, x, factor, saved=None):
+    """Saves tanh, and uses it if it is given, as attention does."""
+    out = jnp.tanh(x @ p["w"]) if saved is None else saved + 0 * jnp.sum(p["w"])
+    return x + factor * out * p["scale"], jnp.tanh(x @ p["w"])
+
+
+def one_after_the_other(blocks, x):
+    for layer in range(3):
+        x, _ = block(jax.tree.map(lambda stacked, layer=layer: stacked[layer], blocks), x, 0.5)
+    return x
+
+
+def unstacked(blocks, x):
+    by_layer, blocks = unstack_with_accumulator(blocks)
+    for p in by_layer:
+        x, _ = block(p, x, 0.5)
+    return x, blocks
+
+
+def with_remat(blocks, x, scan):
+    return remat_blocks(blocks, x, 0.5, lambda p, x, factor, saved=None: block(p, x, factor), scan)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        unstacked,
+        partial(with_remat, scan=ops.get("xla").scan),
+        partial(with_remat, scan=ops.get("apple").scan),
+    ],
+    ids=["unstacked", "remat", "remat on an Apple GPU"],
+)
+def test_the_blocks_gradients_are_added_to_the_accumulator(run):
+    x, d_x = jnp.float32(draw(2, 4)), jnp.float32(draw(2, 4, seed=2))
+    so_far = jax.tree.map(jnp.cos, BLOCKS)
+    expected_out, expected_vjp = jax.vjp(one_after_the_other, BLOCKS, x)
+    expected_blocks, expected_x = expected_vjp(d_x)
+    (out, again), vjp_fn = jax.vjp(run, BLOCKS, x)
+    found_blocks, found_x = vjp_fn((d_x, so_far))
+    expected = expected_out, BLOCKS, jax.tree.map(jnp.add, so_far, expected_blocks), expected_x
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        (out, again, found_blocks, found_x),
+        expected,
+    )
+
+
+def test_the_backward_pass_gets_what_each_block_saved():
+    given = []
+
+    def spy(p, x, factor, saved=None):
+        given.append(saved)
+        return x + factor * p["scale"], {"input": x}
+
+    jax.grad(lambda x: jnp.sum(remat_blocks(BLOCKS, x, 0.5, spy, ops.get("apple").scan)[0]))(jnp.ones((2, 4)))
+    assert given[:3] == [None] * 3
+    inputs = [saved["input"] for saved in given[3:]]
+    expected = [1 + 0.5 * BLOCKS["scale"][:layer].sum(0) for layer in (2, 1, 0)]
+    for found, value in zip(inputs, expected, strict=True):
+        np.testing.assert_allclose(found, np.broadcast_to(value, (2, 4)), rtol=1e-6)
