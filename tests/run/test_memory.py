@@ -34,9 +34,8 @@ def test_least_memory_of_the_preset_by_hand():
     assert least.temporaries == 0
 
 
-@pytest.mark.parametrize("implementation", ["cpu", pytest.param("apple", marks=pytest.mark.slow)])
-def test_memory_of_a_step_holds_state_gradients_and_residual_stream(implementation):
-    chunks = 64 if implementation == "cpu" else 2
+@pytest.mark.parametrize(("implementation", "chunks"), [("cpu", 64), pytest.param("apple", 2, marks=pytest.mark.slow)])
+def test_memory_of_a_step_holds_state_gradients_and_residual_stream(implementation, chunks):
     model = dataclasses.replace(SMALL.model, implementation=implementation)
     config = dataclasses.replace(SMALL, microbatch_chunks=chunks, model=model)
     state = jax.eval_shape(lambda: init_state(config))
