@@ -1,6 +1,7 @@
 """The lock on a directory, among real processes."""
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -48,6 +49,12 @@ def test_the_lock_of_a_dead_process_is_free(holder, tmp_path, number):
     holder.wait()
     with only_writer(tmp_path):
         assert str(os.getpid()) in (tmp_path / "lock").read_text()
+
+
+def test_a_leftover_file_is_replaced_by_the_pid_and_host_of_the_holder(tmp_path):
+    (tmp_path / "lock").write_text('{"pid": 1, "host": "another"}')
+    with only_writer(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def test_an_exception_releases_the_lock(tmp_path):

@@ -1,6 +1,7 @@
 """The event file, read back as TFRecords of TensorBoard's messages."""
 
 import struct
+import time
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -50,6 +51,7 @@ def test_a_session_has_its_first_step_scalars_and_texts(tmp_path):
     file.close()
     version, start, scalars, text = events(tmp_path / "tensorboard")
     assert version.file_version == "brain.Event:2"
+    assert abs(scalars.wall_time - time.time()) < 3600
     assert (start.step, start.session_log.status) == (7, SessionLog.START)
     assert scalars.step == 7
     assert {value.tag: value.simple_value for value in scalars.summary.value} == {"loss": 1.5, "lr": 0.25}

@@ -42,3 +42,8 @@ def test_without_the_variable_it_is_the_platforms_directory(tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", platform)
     assert user_cache.directory() == Path(tmp_path, usual)
+
+
+def test_a_read_only_directory_is_none(monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert user_cache.directory() is None
