@@ -53,8 +53,7 @@ def cross_entropy_and_grad(
     """`cross_entropy` and its gradients times `scale`, that of the embedding added to `grad_accumulator_VD` in place.
 
     Args:
-        ops: the device's operations; they set the sizes of a tile and of the buffer of exponentials.
-        x_ND, embedding_VD, targets_N, matmul_dtype: as for `cross_entropy`.
+        ops, x_ND, embedding_VD, targets_N, matmul_dtype: as for `cross_entropy`.
         scale: [], factor of the gradients.
         grad_accumulator_VD: float32, what the embedding's gradient is added to.
 

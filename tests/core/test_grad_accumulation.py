@@ -64,10 +64,12 @@ def with_remat(blocks, x, scan):
 def test_the_blocks_gradients_are_added_to_the_accumulator(run):
     x, d_x = jnp.float32(draw(2, 4)), jnp.float32(draw(2, 4, seed=2))
     so_far = jax.tree.map(jnp.cos, BLOCKS)
-    expected_out, expected_vjp = jax.vjp(one_after_the_other, BLOCKS, x)
-    expected_blocks, expected_x = expected_vjp(d_x)
-    (out, again), vjp_fn = jax.vjp(run, BLOCKS, x)
-    found_blocks, found_x = vjp_fn((d_x, so_far))
+
+    def with_gradients(function, d_outputs):
+        return jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](d_outputs)))(BLOCKS, x)
+
+    expected_out, (expected_blocks, expected_x) = with_gradients(one_after_the_other, d_x)
+    (out, again), (found_blocks, found_x) = with_gradients(run, (d_x, so_far))
     expected = expected_out, BLOCKS, jax.tree.map(jnp.add, so_far, expected_blocks), expected_x
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),

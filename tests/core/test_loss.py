@@ -60,8 +60,8 @@ def test_values_of_the_tiles_of_every_device(name):
     x, embedding, targets = draw(5, 2, 2000)
     device_ops = replace(ops.get(name), cross_entropy=cross_entropy, cross_entropy_and_grad=cross_entropy_and_grad)
     exact = float64.cross_entropy(np.float64(x), np.float64(embedding), targets)
-    alone = device_ops.cross_entropy(device_ops, x, embedding, targets, "float32")
-    value, _ = with_gradients(x, embedding, targets, device_ops=device_ops)
+    alone = jax.jit(partial(device_ops.cross_entropy, device_ops, matmul_dtype="float32"))(x, embedding, targets)
+    value, _ = jax.jit(partial(with_gradients, device_ops=device_ops))(x, embedding, targets)
     np.testing.assert_allclose([alone, value], exact, rtol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_values_and_scaled_gradients(name, tile, exp_buffer):
     x, embedding, targets = draw(37, 3, 11)
     device_ops = record(name, vocab_tile=tile, exp_buffer_bytes=exp_buffer)
     value, gradients = jax.jit(partial(with_gradients, device_ops=device_ops))(x, embedding, targets, -2.5)
-    alone = cross_entropy(device_ops, x, embedding, targets, "float32")
+    alone = jax.jit(partial(cross_entropy, device_ops, matmul_dtype="float32"))(x, embedding, targets)
     x, embedding = np.float64(x), np.float64(embedding)
     np.testing.assert_allclose([value, alone], float64.cross_entropy(x, embedding, targets), rtol=1e-5)
     by_x = float64.gradient(lambda a: -2.5 * float64.cross_entropy(a, embedding, targets), x)
@@ -103,8 +103,8 @@ def test_tokens_without_a_target_have_no_loss_and_no_gradient():
 
 def test_large_logits_stay_finite():
     x, embedding, targets = draw(5, 3, 11)
-    value, gradients = with_gradients(1e3 * x, embedding, targets, device_ops=record(vocab_tile=2))
-    expected = jax.grad(whole_logits_loss, (0, 1))(1e3 * x, embedding, targets)
+    value, gradients = jax.jit(partial(with_gradients, device_ops=record(vocab_tile=2)))(1e3 * x, embedding, targets)
+    expected = jax.jit(jax.grad(whole_logits_loss, (0, 1)))(1e3 * x, embedding, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, expected)
     exact = float64.cross_entropy(np.float64(1e3 * x), np.float64(embedding), targets)
     np.testing.assert_allclose(value, exact, rtol=1e-5)
@@ -133,9 +133,10 @@ def test_bfloat16_matmuls_lose_no_more_than_their_rounding(activations, name, si
 def test_the_gradient_of_the_embedding_is_added_to_the_accumulator():
     x, embedding, targets = draw(49, 3, 11)
     accumulator = np.random.default_rng(0).normal(size=embedding.shape).astype(np.float32)
-    _, (_, alone) = with_gradients(x, embedding, targets, device_ops=record(vocab_tile=4))
     device_ops = record(vocab_tile=4, exp_buffer_bytes=1)
-    *_, added = cross_entropy_and_grad(device_ops, x, embedding, targets, 1.0, accumulator, "float32")
+    run = jax.jit(partial(cross_entropy_and_grad, device_ops, matmul_dtype="float32"))
+    *_, alone = run(x, embedding, targets, 1.0, jnp.zeros_like(accumulator))
+    *_, added = run(x, embedding, targets, 1.0, accumulator)
     assert np.any(alone)
     np.testing.assert_allclose(added, alone + accumulator, rtol=1e-6, atol=1e-6)
 

@@ -111,7 +111,7 @@ def test_default_model_is_the_preset():
     )
 
 
-@pytest.mark.parametrize("sizes", [("scaled",), ("scaled", 50_257, 8, 128)])
+@pytest.mark.parametrize("sizes", [("scaled",), pytest.param(("scaled", 50_257, 8, 128), marks=pytest.mark.slow)])
 def test_loss_of_a_fresh_model_is_that_of_guessing(sizes):
     config, params = fresh(*sizes)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 257))

@@ -41,7 +41,7 @@ def test_the_tree_that_is_drawn_is_the_tables(settings):
     config = ModelConfig(**TINY, **settings)
     params = init_params(config, jax.random.key(0))
     assert jax.tree.map(lambda leaf: leaf.shape, params) == tree_of(config, lambda p: p.shape)
-    leaves = leaves_by_path(params)
+    leaves = leaves_by_path(jax.device_get(params))
     for p in parameter_table(config):
         expected_std = p.init_std or 0
         assert float(leaves[p.path].std()) == pytest.approx(expected_std, rel=0.2), p.path
