@@ -1,5 +1,6 @@
 """The training command at its edge: what a person may get wrong, and the real process."""
 
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import compile_step, least_memory, step_memory
+from jaxlm.run.quiet import quiet_libraries
 from jaxlm.run.resume import check_room
 from jaxlm.storage.lock import only_writer
 from tests import tiny_run
@@ -176,7 +178,11 @@ def test_a_model_that_cannot_take_its_place_is_a_failure_of_one_line():
     assert Path("taken/final_model").read_text() == "a file"
 
 
-def test_a_checkpoint_that_finds_no_room_says_nothing_beside_that_line(caplog):
+def test_a_checkpoint_that_finds_no_room_says_nothing_beside_that_line(caplog, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
+    for name in ("absl", "asyncio"):
+        caplog.set_level(logging.getLogger(name).level, name)  # so that it is restored
+    quiet_libraries()
     with disk_room(20_000), pytest.raises(RunError, match="step 3 is not saved"):
         train("full-again", *SHORT)
     assert caplog.text == ""
