@@ -1,5 +1,6 @@
 """The training command: the real process, and what a person may get wrong."""
 
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import least_memory
+from jaxlm.run.quiet import quiet_libraries
 from jaxlm.run.resume import check_room
 from jaxlm.storage.lock import only_writer
 from tests import tiny_run
@@ -217,8 +219,12 @@ def test_a_work_directory_that_cannot_be_written_is_a_failure_of_one_line(workdi
         (20_000, "step 3 is not saved"),
     ],
 )
-def test_a_full_disk_is_a_failure_of_one_line(room, message, caplog):
+def test_a_full_disk_is_a_failure_of_one_line(room, message, caplog, monkeypatch):
     """Whether there is no room for the settings, the metrics or a checkpoint."""
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
+    for name in ("absl", "asyncio"):
+        caplog.set_level(logging.getLogger(name).level, name)  # so that it is restored
+    quiet_libraries()
     with disk_room(room), pytest.raises(RunError, match=message) as caught:
         train(f"full-{room}", *SHORT)
     assert caught.value.exit_status == 1

@@ -59,7 +59,7 @@ def write(place):
 
 
 @pytest.mark.parametrize("version", ["jax-0.4.34", "jax-0.10.2"])
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("chunks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_another_version_or_chunking_trains_on_with_the_same_losses(version, chunks):
     config = dataclasses.replace(CONFIG, microbatch_chunks=chunks)
     _, losses = losses_from(restore(SAVED / version, config=config), config)
@@ -82,6 +82,7 @@ def on_eight_devices(place):
     checkpoints.wait()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_from_one_device_to_eight_and_back(tmp_path):
     code = f"import pathlib; from {__name__} import on_eight_devices; on_eight_devices(pathlib.Path({str(tmp_path)!r}))"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

@@ -8,8 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -711,16 +709,3 @@ def test_records_that_fail_end_the_run(monkeypatch, console):
     with pytest.raises(RunError, match="Input/output error"):
         train("unrecorded")
     assert len(rows("unrecorded/metrics.jsonl")) == 5
-
-
-def test_importing_the_trainer_changes_no_other_library():
-    code = """
-import logging, sys
-import absl.logging, orbax.checkpoint
-hook, levels = sys.unraisablehook, [logging.getLogger(name).level for name in ("absl", "asyncio")]
-import jaxlm.run.trainer, jaxlm.sample
-assert sys.unraisablehook is hook
-assert [logging.getLogger(name).level for name in ("absl", "asyncio")] == levels
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
