@@ -41,8 +41,10 @@ QUICKSTART = {
 pytestmark = pytest.mark.slow
 
 
-def run(*command, **options):
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, **options)
+def run(*command, cwd):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = {"cwd": cwd, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    ended = subprocess.run(list(map(str, command)), **options)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -82,21 +84,11 @@ def installed(wheel, tmp_path_factory):
     place = tmp_path_factory.mktemp("installed")
     venv.create(place / "venv", symlinks=True)
     python = place / "venv" / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", "--no-compile", wheel)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", "--no-compile"]
+    run(*pip, wheel, cwd=place)
     (packages,) = (place / "venv" / "lib").glob("python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
-
-
-@pytest.fixture
-def jaxlm(installed, tmp_path):
-    """Runs a module of the installed jaxlm from an empty folder; returns what it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    def command(module, *flags):
-        return run(installed, "-m", module, *flags, cwd=tmp_path, env=environment)
-
-    return command
 
 
 def test_the_wheel_holds_the_package_the_presets_and_the_licences_and_nothing_else(wheel):
@@ -112,13 +104,16 @@ def test_the_wheel_holds_the_package_the_presets_and_the_licences_and_nothing_el
         assert {name: archive.read(name) for name in licences} == licences
 
 
-def test_the_quickstart_runs_from_an_empty_folder(jaxlm, installed, tmp_path):
+def test_the_quickstart_runs_from_an_empty_folder(installed, tmp_path):
     file = run(installed, "-c", "import jaxlm; print(jaxlm.__file__)", cwd=tmp_path).strip()
     assert Path(file).is_relative_to(installed.parents[1])
-    output = jaxlm("jaxlm.main", *(f"--config.{name}={value}" for name, value in QUICKSTART.items()))
-    assert "Step      2 | Loss" in output
+    settings = [f"--config.{name}={value}" for name, value in QUICKSTART.items()]
+    assert "Step      2 | Loss" in run(installed, "-m", "jaxlm.main", *settings, cwd=tmp_path)
     assert (tmp_path / "runs" / "quickstart" / "final_model" / "model.safetensors").is_file()
 
 
-def test_a_preset_is_found_by_its_name(jaxlm):
-    assert "59,294,720" in jaxlm("jaxlm.plan", "--config", "m2_60m", "--no-measure")
+def test_a_preset_is_found_by_its_name(installed, tmp_path):
+    code = "from jaxlm.cli import read_config; print(read_config(['--config', 'm2_60m']))"
+    settings = run(installed, "-c", code, cwd=tmp_path)
+    assert "max_steps=50000" in settings
+    assert "runs/m2_60m" in settings
