@@ -53,6 +53,12 @@ def test_a_prompt_alone_gives_the_same_tokens(padded_model, both):
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both[:1])
 
 
+def test_a_longer_prompt_in_the_batch_changes_no_token(padded_model, both):
+    """With it the prompts are padded to 32 tokens instead of 16."""
+    [tokens, *_] = chunks_of(padded_model, [SHORT, [7] * 17], chunk=3)
+    np.testing.assert_array_equal(tokens[0], both[0, :3])
+
+
 def test_padding_rows_delay_no_end(padded_model, both):
     chunks = chunks_of(padded_model, [SHORT], end_of_text=int(both[0, 0]), chunk=3)
     assert [chunk.shape for chunk in chunks] == [(1, 3)]

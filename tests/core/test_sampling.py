@@ -269,3 +269,8 @@ def test_decoding_stops_once_all_sequences_have_ended(model, prompts):
     state, tokens = decode(config, prepare_decode_params(*model), state, GREEDY, end_of_text, NEW)
     assert state.slot == 12 + end + 1
     assert (np.asarray(tokens) == end_of_text).all()
+    # the host loop needs no weights, as it calls no program
+    on_host = dataclasses.replace(config, implementation="apple")
+    same_state, tokens = decode(on_host, None, state, GREEDY, end_of_text, NEW)
+    assert same_state is state
+    assert (tokens == end_of_text).all()
