@@ -134,7 +134,7 @@ def start(platform: str, tmp_path: Path, limit: float = 600) -> tuple[str, str]:
 
 
 def test_no_process_starts_without_a_plugin(monkeypatch, capsys):
-    monkeypatch.setattr(plugins, "installed", lambda: [])
+    monkeypatch.setattr(plugins, "installed", list)
     monkeypatch.setattr(subprocess, "Popen", None)
     assert choose("auto") == choose("cpu") == ("cpu", "")
     assert capsys.readouterr() == ("", "")
