@@ -274,3 +274,9 @@ def test_decoding_stops_once_all_sequences_have_ended(model, prompts):
     same_state, tokens = decode(on_host, None, state, GREEDY, end_of_text, NEW)
     assert same_state is state
     assert (tokens == end_of_text).all()
+
+
+def test_a_row_without_tokens_counts_as_ended(model, prompts):
+    weights = prepare_decode_params(*model)
+    state = prefill(model[0], weights, prompts[0], np.array([0, 5, 12, 8]), prompts[1], NEW)
+    assert state.done_B.tolist() == [True, False, False, False]
