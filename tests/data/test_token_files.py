@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlm.data.token_files import open_tokens, train_batch_stream, val_batches
+from jaxlm.config import Config, DataConfig, ModelConfig
+from jaxlm.data.token_files import data_directory, open_tokens, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import UsageError
 
@@ -190,3 +192,17 @@ def test_missing_odd_sized_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "val.bin").unlink()
     with pytest.raises(UsageError, match=r"val.bin is missing"):
         open_tokens(tmp_path, 300, 10)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "directory", "expected"),
+    [
+        ("novels", "", "data/novels-300"),
+        ("my text/a*.txt,é.txt", "", "data/my-text-a-txt-é-txt-300"),
+        ("x" * 100, "", f"data/{'x' * 60}-300"),
+        ("novels", "tokens", "tokens"),
+    ],
+)
+def test_the_directory_is_named_after_corpus_and_vocabulary(corpus, directory, expected):
+    config = Config(model=ModelConfig(vocab_size=300), data=DataConfig(corpus=corpus, dir=directory))
+    assert data_directory(config) == Path(expected)
