@@ -2,8 +2,8 @@
 
 A small run is trained without faults, then repeatedly under faults at points drawn from the seed, and resumed each time
 until it is done. The result must equal that of the undisturbed run bit for bit: parameters and optimizer, every row of
-metrics.jsonl except its times, samples.jsonl, the tokens and the exported model. Each trial prints a line on stderr, the
-table goes to stdout. The exit status is 0 if the run survived every fault, else 1, and failed runs are left in place.
+metrics.jsonl except its times, samples.jsonl, the tokens and the exported model. Each trial prints a line on stderr;
+the table goes to stdout. The exit status is 0 if the run survived every fault, else 1; failed runs are left in place.
 
 `steps repeated` were recorded before a fault and trained again after it. `bytes lost` differ from the undisturbed run.
 Lost power truncates every file that Python wrote to its last synced size; tensorstore, which writes the arrays, syncs
