@@ -1,9 +1,9 @@
-"""A session of jaxlm.main under faults: what strikes inside it, and how it is started.
+"""A session of jaxlm.main under faults: the faults inside it, and how it is started.
 
 python -m experiments.fault_child FAULTS THE-ARGUMENTS-OF-MAIN is such a session. FAULTS is JSON: `workdir`; `log`, a
-file for the events, or null; and `faults`, each of which strikes `delay` seconds after the `count`-th event that its
-`event`, a regular expression, matches; `act` says what happens then. Events are lines of text in the order of time,
-each written just before the thing happens, but for `sync`:
+file for the events, or null; and `faults`. A fault strikes `delay` seconds after the `count`-th event that matches its
+regular expression `event`; `act` names what it does. Events are lines of text in the order of time. Each is written
+just before the thing happens, except `sync`:
 
     start                           anything of jaxlm is imported
     compile                         the training step is compiled
@@ -13,8 +13,8 @@ each written just before the thing happens, but for `sync`:
     write PATH                      os.write adds to a file
     sync PATH SIZE                  a file, of SIZE bytes, has reached the disk
 
-PATH is relative to the work directory; what happens elsewhere is no event. Seen are Python's doings, not those of the
-C++ below it: an audit hook sees the changes, and the functions that do the rest are wrapped.
+PATH is relative to the work directory; changes elsewhere are no events. Only changes made by Python are seen, not those
+of C++ libraries: an audit hook reports most, and wrapped functions report the rest.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ system_write, system_open = os.write, os.open
 
 
 class Session:
-    """The events of this process, and the faults that wait for them."""
+    """The events of this process and its pending faults."""
 
     def __init__(self, workdir: str, log: str | None, faults: list[Fault]):
         self.workdir = workdir
@@ -68,7 +68,7 @@ class Session:
         self.micro_steps = itertools.count(1)
 
     def happens(self, event: str) -> None:
-        """Lets strike what waits for this event, then logs it."""
+        """Triggers the faults of this event, then logs it."""
         for fault, seen in self.waiting:
             if re.match(fault["event"], event) and next(seen) == fault["count"]:
                 self.strike(fault)
@@ -76,7 +76,7 @@ class Session:
             system_write(self.log, f"{event}\n".encode())
 
     def strike(self, fault: Fault) -> None:
-        """Acts here and now, or from a thread after the delay."""
+        """Acts at once, or from a thread after the delay."""
         act = ACTS[fault["act"]]
         if not fault["delay"]:
             return act(self, fault)
@@ -85,7 +85,7 @@ class Session:
         timer.start()
 
     def place(self, path: Any, directory: int = -1) -> str | None:
-        """Relative to the work directory; None for what is not below it."""
+        """The path relative to the work directory; None if it is elsewhere."""
         if isinstance(path, int):
             path = path_of(path)
         elif directory >= 0:
@@ -94,7 +94,7 @@ class Session:
         return os.path.relpath(path, self.workdir) if f"{path}/".startswith(f"{self.workdir}/") else None
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Sees each change to the disk just before it."""
+        """Reports a change to the disk just before it happens."""
         if event == "open":
             path, _, flags = arguments
             if (flags or 0) & (os.O_WRONLY | os.O_RDWR) and not isinstance(path, int) and (place := self.place(path)):
@@ -107,7 +107,7 @@ class Session:
                 self.happens(" ".join([event.removeprefix("os."), *places]))
 
     def wrap(self) -> None:
-        """Wraps what the audit hook cannot see."""
+        """Wraps the functions that the audit hook does not report."""
 
         def write(descriptor: int, data: bytes) -> int:
             if place := self.place(descriptor):
@@ -133,7 +133,7 @@ class Session:
 
 
 class Step:
-    """A training step that announces its compilation and its calls, in whatever way it is compiled."""
+    """A training step that reports its compilation and its calls."""
 
     def __init__(self, step: Any, session: Session):
         self.step, self.session = step, session
@@ -158,7 +158,7 @@ def path_of(descriptor: int) -> str:
 
 
 def tear(session: Session, fault: Fault) -> None:
-    """Writes a part of what is being written, and dies."""
+    """Writes part of the data, and kills the process."""
     descriptor, data = session.writing
     system_write(descriptor, data[: int(len(data) * fault["share"])])
     os.kill(os.getpid(), signal.SIGKILL)
@@ -217,17 +217,17 @@ class Failed(Exception):
 
 def expect(condition: Any, what: str, session: Ended) -> None:
     if not condition:
-        said = "\n".join((session.stdout + session.stderr).splitlines()[-12:])
-        raise Failed(f"{what}; exit status {session.returncode} after\n{said}")
+        output = "\n".join((session.stdout + session.stderr).splitlines()[-12:])
+        raise Failed(f"{what}; exit status {session.returncode} after\n{output}")
 
 
 def start(workdir: Path, *faults: Fault, log: Path | None = None, cache: bool = True) -> subprocess.Popen:
-    """Starts a session; its config, text and compilation cache lie beside the work directory."""
+    """Starts a session; its config, text and compilation cache are beside the work directory."""
     spec = {"workdir": str(workdir), "log": log and str(log), "faults": faults}
     module = ["experiments.fault_child", json.dumps(spec)] if faults or log else ["jaxlm.main"]
     flags = ["--config", "tiny.py", "--workdir", str(workdir), f"--config.data.dir={workdir / 'tokens'}"]
     cached = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
-    cached["JAX_ENABLE_COMPILATION_CACHE"] = str(cache).lower()  # jaxlm does without on a jax that cannot
+    cached["JAX_ENABLE_COMPILATION_CACHE"] = str(cache).lower()  # jaxlm disables it on a jax that cannot use it
     return subprocess.Popen(
         [sys.executable, "-m", *module, *flags],
         cwd=workdir.parent,
@@ -240,7 +240,7 @@ def start(workdir: Path, *faults: Fault, log: Path | None = None, cache: bool = 
 
 
 def ended(process: subprocess.Popen) -> Ended:
-    """Waits for the end of a session; one that hangs has failed."""
+    """Waits for the end of a session. Raises Failed if it hangs."""
     try:
         out, err = process.communicate(timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired:
@@ -251,7 +251,7 @@ def ended(process: subprocess.Popen) -> Ended:
 
 @contextlib.contextmanager
 def held(process: subprocess.Popen) -> Iterator[None]:
-    """Waits until a session has stopped itself, and lets it go on afterwards."""
+    """Waits until a session has stopped itself, and continues it on exit."""
     deadline = time.monotonic() + TIME_LIMIT
     options = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
     while os.waitid(os.P_PID, process.pid, options) is None and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""What befalls the files of a run between two sessions: a loss of power, and damage to a checkpoint."""
+"""Damage to the files of a run between two sessions: lost power, and damaged checkpoints."""
 
 import contextlib
 import functools
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def cut_power(workdir: Path, log: Path) -> None:
-    """Cuts each file that a killed session wrote from Python back to the size in which it was last synced.
+    """Truncates each file that a killed session wrote from Python to the size at its last sync.
 
-    Names are taken to be kept: a file system with a journal keeps them in the order in which they came about.
+    Renames are assumed to survive, as in a journaling file system.
     """
     synced: dict[str, int] = {}
     for what, path, *rest in (line.split() for line in log.read_text().splitlines() if " " in line):
@@ -42,7 +42,7 @@ def truncate(checkpoint: Path, chance: random.Random) -> None:
 
 
 def flip(checkpoint: Path, chance: random.Random, in_array: bool) -> None:
-    """Flips any bit of the files that hold arrays, or of the others."""
+    """Flips one bit in the files of arrays, or in the others."""
     paths = files(checkpoint, lambda path: (path.parent.name == "d") == in_array)
     (path,) = chance.choices(paths, [path.stat().st_size for path in paths])
     data = bytearray(path.read_bytes())

@@ -1,13 +1,13 @@
 """The proof that nothing is lost: python -m experiments.faults [--short] [--kills 200] [--damage 10] [--seed 0]
 
-A small run is trained undisturbed, then again and again under faults at points drawn from the seed, each time started
-again until it is done. Its end must be that of the undisturbed run bit for bit: parameters and optimizer, every row of
-metrics.jsonl but for its times, samples.jsonl, the tokens and the exported model. Each trial is a line on stderr, the
-table goes to stdout. The exit status is 0 if every fault was survived every time, else 1, and what failed is kept.
+A small run is trained without faults, then repeatedly under faults at points drawn from the seed, and resumed each time
+until it is done. The result must equal that of the undisturbed run bit for bit: parameters and optimizer, every row of
+metrics.jsonl except its times, samples.jsonl, the tokens and the exported model. Each trial prints a line on stderr;
+the table goes to stdout. The exit status is 0 if the run survived every fault, else 1; failed runs are left in place.
 
-`steps repeated` were recorded before a fault and trained anew after it, `bytes lost` are of the undisturbed run's end
-and not in the disturbed one's. A loss of power cuts every file that Python wrote back to what it had synced;
-tensorstore, which writes the arrays, syncs its files itself.
+`steps repeated` were recorded before a fault and trained again after it. `bytes lost` differ from the undisturbed run.
+Lost power truncates every file that Python wrote to its last synced size; tensorstore, which writes the arrays, syncs
+its files itself.
 """
 
 import argparse
@@ -59,25 +59,25 @@ def get_config():
     config.sample.update(dict(prompts=("Once", "The king", "A"), texts=2, tokens=5))
     return config
 """
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax has to say of checkpoints that were damaged
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs damaged checkpoints
 
 
 @dataclass
 class Place:
-    """A directory with a text and a config, the undisturbed run in it, and the source of all chance."""
+    """A directory with a text, a config and the undisturbed run, and the random generator."""
 
     root: Path
-    chance: random.Random
+    rng: random.Random
     burst: int  # kills in succession on one run
     seconds: float = 0  # that an undisturbed session takes
     events: list[str] = field(default_factory=list)  # its events
     reference: dict[str, bytes] = field(default_factory=dict)  # what it leaves
 
     def prepare(self) -> None:
-        """Trains undisturbed, twice: the first fills the compilation cache. Then a run that is stopped half-way."""
+        """Trains twice without faults (the first run fills the compilation cache), then stops a run half-way."""
         (self.root / "tiny.py").write_text(CONFIG)
         words = ["the", "king", "dog", "cat", "sun", "old", "man", "saw", "went", "home", "é", "日本"]
-        lines = [" ".join(self.chance.choices(words, k=10)) for _ in range(150)]
+        lines = [" ".join(self.rng.choices(words, k=10)) for _ in range(150)]
         (self.root / "text.txt").write_text(".\n".join(lines), encoding="utf-8")
         self.finish(self.root / "reference")
         self.reference = contents(self.root / "reference")
@@ -91,18 +91,18 @@ class Place:
     def fault(self, event: str, act: str, longest: float = 0, **more: Any) -> Fault:
         """A fault at a random one of the events that the undisturbed run had of this kind."""
         count = sum(bool(re.match(event, line)) for line in self.events)
-        at = self.chance.randint(1, max(count, 1))
-        delay = self.chance.uniform(0, min(longest, self.seconds))
-        return {"event": event, "count": at, "delay": delay, "act": act, "share": self.chance.random(), **more}
+        at = self.rng.randint(1, max(count, 1))
+        delay = self.rng.uniform(0, min(longest, self.seconds))
+        return {"event": event, "count": at, "delay": delay, "act": act, "share": self.rng.random(), **more}
 
     def session(self, workdir: Path, *faults: Fault, **options: Any) -> Ended:
         return ended(start(workdir, *faults, **options))
 
     def finish(self, workdir: Path) -> tuple[int, Ended]:
-        """Starts a disturbed run again, undisturbed; gives the steps that it repeats."""
+        """Resumes a disturbed run without faults; returns the steps that it repeats."""
         recorded = steps_recorded(workdir)
         session = self.session(workdir)
-        expect(session.returncode == 0, "it did not go on to its end", session)
+        expect(session.returncode == 0, "it did not reach its end", session)
         expect("Traceback" not in session.stderr, "it printed a traceback on its way to the end", session)
         return max(0, recorded - resumed(session)), session
 
@@ -114,9 +114,9 @@ def steps_recorded(workdir: Path) -> int:
 
 
 def resumed(session: Ended) -> int:
-    """The step that a session went on from."""
-    found = re.search(r"Resuming from step (\d+)", session.stdout)
-    return int(found[1]) if found else 0
+    """The step from which a session resumed."""
+    match = re.search(r"Resuming from step (\d+)", session.stdout)
+    return int(match[1]) if match else 0
 
 
 def newest(workdir: Path) -> int:
@@ -125,7 +125,7 @@ def newest(workdir: Path) -> int:
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-    """Everything that must not depend on what a run went through."""
+    """Everything that faults must not change."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [json.dumps({key: value for key, value in row.items() if key not in TIMES}) for row in rows]
     names = ("samples.jsonl", "final_model/model.safetensors", "tokens/train.bin", "tokens/val.bin")
@@ -141,17 +141,17 @@ def contents(workdir: Path) -> dict[str, bytes]:
     )
 
 
-def lost(reference: dict[str, bytes], found: dict[str, bytes]) -> dict[str, int]:
-    """The bytes of each part that differ or are in one of the two only."""
-    pairs = {name: (reference.get(name, b""), found.get(name, b"")) for name in reference | found}
+def lost(reference: dict[str, bytes], actual: dict[str, bytes]) -> dict[str, int]:
+    """The bytes of each part that differ or that only one of the two has."""
+    pairs = {name: (reference.get(name, b""), actual.get(name, b"")) for name in reference | actual}
     return {name: sum(x != y for x, y in itertools.zip_longest(a, b)) for name, (a, b) in pairs.items() if a != b}
 
 
-# The faults. Each trains a run under its fault to the end; it gives the steps repeated after each time it struck.
+# The faults. Each function trains a run under its fault to the end and returns the steps repeated after each strike.
 
 
 def killed(event: str, place: Place, workdir: Path, act: str = "kill", longest: float = 0, **options: Any) -> list[int]:
-    """SIGKILL at an event, several times in succession where the run is not done before."""
+    """SIGKILL at an event, several times in succession unless the run ends before."""
     repeated: list[int] = []
     for _ in range(place.burst):
         recorded = steps_recorded(workdir)
@@ -166,7 +166,7 @@ def killed(event: str, place: Place, workdir: Path, act: str = "kill", longest: 
 
 
 def power_lost(place: Place, workdir: Path) -> list[int]:
-    """SIGKILL before any change to the disk; then what Python wrote and did not sync is gone."""
+    """SIGKILL before any change to the disk; then all that Python wrote without a sync is lost."""
     log = workdir.with_suffix(".log")
     session = place.session(workdir, place.fault(CHANGE, "kill"), log=log)
     if session.returncode == 0:  # this one made fewer changes than the undisturbed run
@@ -178,18 +178,18 @@ def power_lost(place: Place, workdir: Path) -> list[int]:
 
 
 def stopped(act: str, status: int, place: Place, workdir: Path) -> list[int]:
-    """A signal that asks to stop: the run says one line and saves, so that no step is repeated."""
+    """A signal to stop: the run prints one line and saves, so no step is repeated."""
     session = place.session(workdir, place.fault(r"micro-step [12]?\d$", act, longest=0.05))
-    said = re.search(r"^stopped after step (\d+): .+\n\Z", session.stderr, re.MULTILINE)
-    expect(session.returncode == status and said, f"it did not stop with {status} and its line", session)
-    expect(said and int(said[1]) == newest(workdir) == steps_recorded(workdir), "that step is not saved", session)
+    match = re.search(r"^stopped after step (\d+): .+\n\Z", session.stderr, re.MULTILINE)
+    expect(session.returncode == status and match, f"it did not stop with {status} and its line", session)
+    expect(match and int(match[1]) == newest(workdir) == steps_recorded(workdir), "that step is not saved", session)
     repeated, _ = place.finish(workdir)
     expect(repeated == 0, "steps were repeated", session)
     return [repeated]
 
 
 def stopped_anywhere(place: Place, workdir: Path) -> list[int]:
-    """SIGTERM at any moment of a session that goes on from a checkpoint: it ends in order and harms none."""
+    """SIGTERM at any moment of a session that resumes: it ends in order and damages no checkpoint."""
     shutil.copytree(place.root / "stopped", workdir)
     session = place.session(workdir, place.fault("start", "terminate", longest=math.inf))
     ends = (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # done before; in order; before Python took the signal over
@@ -206,12 +206,12 @@ def left(act: str, status: int, place: Place, workdir: Path) -> list[int]:
 
 
 def put_to_sleep(place: Place, workdir: Path) -> list[int]:
-    """SIGSTOP, and SIGCONT a while later: neither ETA nor speed may take the sleep for work."""
+    """SIGSTOP, and SIGCONT later: neither ETA nor speed may count the sleep as work."""
     process = start(workdir, place.fault(r"micro-step 1[2-4]$", "stop"))
     with held(process):
         time.sleep(SLEEP)
     session = ended(process)
-    expect(session.returncode == 0, "it did not go on", session)
+    expect(session.returncode == 0, "it did not continue", session)
     shown = re.findall(r"Tokens/s +(\d+) \| ETA ([\d.]+)(\w)", session.stdout)
     expect(shown and all(unit == "s" and float(eta) < 2 * SLEEP for _, eta, unit in shown), "ETA is off", session)
     speeds = [float(speed) for speed, _, _ in shown]
@@ -220,41 +220,41 @@ def put_to_sleep(place: Place, workdir: Path) -> list[int]:
 
 
 def second_run(place: Place, workdir: Path) -> list[int]:
-    """Another run on the same work directory is refused, and the first is not disturbed."""
+    """Another run in the same work directory is refused, and the first is not disturbed."""
     process = start(workdir, place.fault(r"micro-step ", "stop"))
     with held(process):
         second = place.session(workdir)
     first = ended(process)
     expect(second.returncode == 2, "the second run was not refused", second)
     named = str(process.pid) in second.stderr and socket.gethostname() in second.stderr
-    expect(named, "it does not say by whom", second)
+    expect(named, "it does not name the other process", second)
     expect(first.returncode == 0, "the first run was disturbed", first)
     return [0]
 
 
 def disk_full(place: Place, workdir: Path) -> list[int]:
-    """No room for a while, from a moment that may be in the middle of a save: the run warns and goes on."""
+    """The disk is full for a while, perhaps from the middle of a save: the run warns and continues."""
     workdir.mkdir()
     mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", workdir], stderr=subprocess.DEVNULL)
     ballast = None if mounting.returncode else str(workdir / "ballast")
-    save, each = place.chance.randint(1, 3), SAVE_INTERVAL * ACCUMULATED
+    save, each = place.rng.randint(1, 3), SAVE_INTERVAL * ACCUMULATED
     filled = place.fault(r"mkdir checkpoints/\d+\.[^/]+$", "fill", longest=0.03, ballast=ballast) | {"count": save}
     freed = place.fault("micro-step ", "free", ballast=ballast) | {"count": (save + 3) * each + each // 2}
     session = place.session(workdir, filled, freed)
-    expect(session.returncode == 0 and "Traceback" not in session.stderr, "the run did not go on in order", session)
+    expect(session.returncode == 0 and "Traceback" not in session.stderr, "the run did not continue in order", session)
     for step in (SAVE_INTERVAL * (save + 2), SAVE_INTERVAL * (save + 3)):
         expect(re.search(rf"\b{step}\b.* not saved", session.stdout), f"no warning at step {step}", session)
     return [0]
 
 
 def damaged(damage: Callable[[Path, random.Random], None], place: Place, workdir: Path) -> list[int]:
-    """The newest checkpoint is damaged: the run says so and goes on from the one before, or needs not what was lost."""
+    """The newest checkpoint is damaged: the run says so and resumes from the previous one, or does not need it."""
     shutil.copytree(place.root / "stopped", workdir)
     step = newest(workdir)
-    damage(workdir / "checkpoints" / str(step), place.chance)
+    damage(workdir / "checkpoints" / str(step), place.rng)
     repeated, session = place.finish(workdir)
-    said = re.search(rf"^Skipped checkpoints/{step}\b.*: \S", session.stdout, re.MULTILINE)
-    expect(resumed(session) == step or said, f"it does not say why it skipped step {step}", session)
+    match = re.search(rf"^Skipped checkpoints/{step}\b.*: \S", session.stdout, re.MULTILINE)
+    expect(resumed(session) == step or match, f"it does not say why it skipped step {step}", session)
     return [repeated]
 
 
@@ -263,7 +263,7 @@ def all_damaged(place: Place, workdir: Path) -> list[int]:
     shutil.copytree(place.root / "stopped", workdir)
     checkpoints = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     for path in checkpoints:
-        place.chance.choice([fault_damage.delete_half, fault_damage.lose_item])(path, place.chance)
+        place.rng.choice([fault_damage.delete_half, fault_damage.lose_item])(path, place.rng)
     before = {path: path.read_bytes() for path in files(workdir, lambda path: path.name != "lock")}
     for _ in range(2):
         session = place.session(workdir)
@@ -302,7 +302,7 @@ OTHERS = {
 
 
 def try_fault(place: Place, name: str, trial: Callable[[Place, Path], list[int]], wanted: int) -> tuple[str, bool]:
-    """Tries a fault until it has struck so often; gives the row of the table, and whether all was well."""
+    """Tries a fault until it has struck `wanted` times; returns the row of the table, and whether all passed."""
     tried, repeated, bytes_lost = 0, [], 0
     for attempt in range(2 * wanted + 3):
         workdir = place.root / f"{re.sub('[^a-z]+', '-', name.lower())}-{attempt}"
@@ -330,7 +330,7 @@ def try_fault(place: Place, name: str, trial: Callable[[Place, Path], list[int]]
 
 
 def become_root() -> None:
-    """Starts this program again in a namespace of its own, in which it may mount, where that is allowed."""
+    """Restarts this program in its own namespace, where it may mount file systems, if the system allows that."""
     words = ["unshare", "--map-root-user", "--mount"]
     allowed = shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0
     if os.geteuid() and allowed:
@@ -352,8 +352,8 @@ def main() -> None:
     chosen = {name: trial for name, trial in (KILLS | OTHERS).items() if args.only in name}
 
     def row(name: str) -> tuple[str, bool]:
-        its_place = dataclasses.replace(place, chance=random.Random(f"{args.seed} {name}"))
-        return try_fault(its_place, name, chosen[name], 1 if args.short else times[name])
+        seeded_place = dataclasses.replace(place, rng=random.Random(f"{args.seed} {name}"))
+        return try_fault(seeded_place, name, chosen[name], 1 if args.short else times[name])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ends = list(pool.map(row, chosen))
