@@ -121,8 +121,8 @@ def test_memory_is_bounded():
             largest = max(largest, unencoded)
             yield "train.bin", TextChunk(" word" * (CHUNK_CHARACTERS // 5 + 1), i == 0)
 
-    for _, encoded in encode._encode_all(endless_text(), load_tokenizer(), workers=2):
-        unencoded -= encoded.text_bytes
+    for _, (_, counts) in encode._encode_all(endless_text(), load_tokenizer(), workers=2):
+        unencoded -= counts["bytes"]
     assert largest < 7 * CHUNK_CHARACTERS
 
 
