@@ -200,6 +200,7 @@ def test_tinystories_is_downloaded_resumed_and_cached(tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_without_a_network_the_error_names_the_alternatives(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", "tinystories", "--out", str(tmp_path / "out")]
