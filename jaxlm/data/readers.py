@@ -91,12 +91,9 @@ def _read_file(path: Path) -> Iterator[TextChunk]:
     kind = path.with_suffix("").suffix if path.suffix in (".gz", ".xz", ".zst") else path.suffix
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
-    elif kind == ".jsonl":
+    elif kind in (".txt", ".jsonl"):
         with _open_text(path) as stream:
-            yield from _read_jsonl(path, stream)
-    elif kind == ".txt":
-        with _open_text(path) as stream:
-            yield from read_text(stream)
+            yield from read_text(stream) if kind == ".txt" else _read_jsonl(path, stream)
     else:
         raise UsageError(f"{path} is not a file type that can be read: use {READABLE}")
 

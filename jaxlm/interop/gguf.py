@@ -4,7 +4,6 @@ RoPE rotates the pairs (x[2i], x[2i + 1]) in GGUF's Llama and (x[i], x[i + K/2])
 query and key matrices are reordered.
 """
 
-import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -33,14 +32,11 @@ def write_gguf(file: Path, config: ModelConfig, params: Params, dtype: str) -> N
         ValueError: `params` are not those of the table of parameters.
         RunError: the disk failed; an existing file is unchanged.
     """
-    temporary = file.with_name(file.name + ".tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, config, params, dtype)
-        atomic.replace_file(temporary, file)
+        with atomic.new_file(file) as temporary:
+            _write(temporary, config, params, dtype)
     except OSError as error:
-        with contextlib.suppress(OSError):  # it may not exist
-            temporary.unlink()
         raise RunError(f"cannot write {file} ({error}): make room and run the same command again") from error
 
 
