@@ -16,7 +16,7 @@ from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import layer_tensors
 from jaxlm.storage import atomic
 
-DTYPES = ("f32", "f16", "q8_0")
+DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # of the matrices; llama.cpp's file types
 
 
 def require_gguf() -> None:
@@ -43,9 +43,8 @@ def write_gguf(file: Path, config: ModelConfig, params: Params, dtype: str) -> N
 def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     import gguf
 
-    file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     writer = gguf.GGUFWriter(file, "llama")
-    writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
+    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.width)
