@@ -91,10 +91,10 @@ def test_commands_and_flags_exist(page, monkeypatch):
         program = words[2] if words[1] == "-m" else words[1]
         if program == "jaxlm.main":
             read_config(words[3:])
-        known = flags(program)
+        declared = flags(program)
         for word in words[2:]:
             if word.startswith("--") and not word.startswith("--config."):
-                assert word.split("=")[0] in known, f"{program} has no flag {word}"
+                assert word.split("=")[0] in declared, f"{program} has no flag {word}"
             if word.startswith("configs/"):
                 assert (ROOT / word).is_file(), f"there is no {word}"
 

@@ -98,25 +98,17 @@ def write_token_files(
 
 @contextmanager
 def _new_files(directory: Path) -> Iterator[dict[str, BinaryIO]]:
-    """Opens TRAIN, VAL and META as temporary files, and renames all of them at the end or deletes them on failure."""
-    names = (META, VAL, TRAIN)  # renamed in this order: an incomplete set is never taken for token files without META
-    partial = {name: directory / f"{name}.partial" for name in names}
-    files: dict[str, BinaryIO] = {}
+    """Opens TRAIN, VAL and META, which appear at the end, or not at all on failure.
+
+    META appears first, so that an incomplete set is never mistaken for token files without META.
+    """
     created = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with only_writer(directory), ExitStack() as stack:
-            for name, path in partial.items():
-                stack.callback(path.unlink, missing_ok=True)
-                files[name] = stack.enter_context(path.open("wb"))
-            yield files
-            for file in files.values():
-                file.flush()
-                atomic.sync_descriptor(file.fileno())
-            for name, path in partial.items():
-                path.replace(directory / name)
-            atomic.sync(directory)
-            created.clear()
+            paths = {name: stack.enter_context(atomic.new_file(directory / name)) for name in (TRAIN, VAL, META)}
+            yield {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
+        created.clear()
     except OSError as error:
         raise RunError(
             f"cannot write to {directory} ({error.strerror}): make room or choose another directory"

@@ -133,7 +133,8 @@ def _read_jsonl(path: Path, stream: TextIO) -> Iterator[TextChunk]:
         if not isinstance(text, str):
             raise UsageError(f"{path}, line {number} has no text under `text`: add it or remove the line")
         if text:
-            yield TextChunk(_without_surrogates(text), starts_document=True)
+            text = text.encode(errors="replace").decode()  # "?" for lone surrogates, which only JSON allows
+            yield TextChunk(text, starts_document=True)
 
 
 def _read_parquet(path: Path) -> Iterator[TextChunk]:
@@ -156,8 +157,3 @@ def _read_parquet(path: Path) -> Iterator[TextChunk]:
                     yield TextChunk(text, starts_document=True)
     except pyarrow.ArrowException as error:
         raise UsageError(f"{path} is not a valid parquet file: check it") from error
-
-
-def _without_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which JSON allows and UTF-8 does not, by "?"."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
