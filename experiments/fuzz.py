@@ -3,7 +3,7 @@
     python -m experiments.fuzz --cases 10000 --seed 0
 
 Each case calls the function that reads the input, under `jaxlm.cli.status` as in every command. A case fails if it
-ends in anything but success or one line of a UsageError or RunError, takes too long, leaves a *.partial file, changes
+ends in anything but success or one line of a UsageError or RunError, takes too long, leaves a *.tmp file, changes
 files although it is refused, or is accepted but inconsistent (see the `_take_` functions). The command that repeats a
 failure is printed.
 """
@@ -56,8 +56,8 @@ def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         after, message = _listing(), console.getvalue().partition("error: ")[2]
-    if any(path.endswith(".partial") for path in after):
-        return "failed", "a *.partial file is left", details
+    if any(path.endswith(".tmp") for path in after):
+        return "failed", "a *.tmp file is left", details
     if refusal is None:
         return "accepted", "", details
     if after != before:

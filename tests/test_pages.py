@@ -1,6 +1,7 @@
 """The pages: their links, the README's size, and that their commands, flags, settings and snippets are real."""
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxlm.cli import read_config
@@ -89,10 +91,10 @@ def test_commands_and_flags_exist(page, monkeypatch):
         program = words[2] if words[1] == "-m" else words[1]
         if program == "jaxlm.main":
             read_config(words[3:])
-        known = flags(program)
+        declared = flags(program)
         for word in words[2:]:
             if word.startswith("--") and not word.startswith("--config."):
-                assert word.split("=")[0] in known, f"{program} has no flag {word}"
+                assert word.split("=")[0] in declared, f"{program} has no flag {word}"
             if word.startswith("configs/"):
                 assert (ROOT / word).is_file(), f"there is no {word}"
 
@@ -149,16 +151,28 @@ def test_every_page_is_in_the_index():
         assert page.name == "README.md" or f"]({page.name})" in index
 
 
-def test_the_commands_of_the_readme_start():
-    """Each module of the README answers --help; the settings of each training command are real (above)."""
+def modules_of_the_readme():
     modules = {words[2] for words in commands(README.read_text()) if words[1] == "-m"}
     assert {"jaxlm.main", "jaxlm.sample", "jaxlm.plan"} <= modules
+    return modules
+
+
+def test_the_commands_of_the_readme_answer_help(capsys):
+    """The settings of each training command are real (above)."""
+    for module in sorted(name for name in modules_of_the_readme() if name.startswith("jaxlm.")):
+        with contextlib.suppress(SystemExit):  # argparse ends so; a wrong flag is a UsageError
+            importlib.import_module(module).main(["--help"])
+        assert module.split(".")[1] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_start():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     processes = {
         module: subprocess.Popen(
             [sys.executable, "-m", module, "--help"], stdout=subprocess.PIPE, text=True, env=environment
         )
-        for module in modules
+        for module in modules_of_the_readme()
     }
     for module, process in processes.items():
         out, _ = process.communicate(timeout=120)
@@ -166,11 +180,11 @@ def test_the_commands_of_the_readme_start():
         assert module.split(".")[1] in out
 
 
-def test_snippets_of_jax_run(capsys):
-    """Those of the README and of the architecture page; the others need a finished run."""
+def test_snippets_of_jax_run():
+    """Those of the README (traced, not compiled) and of the architecture page; the others need a finished run."""
     (of_readme,) = fenced(README.read_text(), "python")
     values = {}
-    exec(of_readme, values)
+    jax.eval_shape(lambda: exec(of_readme, values))
     assert values["logits"].shape == (1, 8, 4096)
     (of_accumulator,) = fenced((ROOT / "docs" / "architecture.md").read_text(), "python")
     exec(of_accumulator, values)

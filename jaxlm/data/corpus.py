@@ -40,7 +40,17 @@ def open_corpus(source: str) -> Corpus:
 
     Raises UsageError if there is no such name or file, or the corpus is not available.
     """
-    return _NAMED[source]() if source in _NAMED else _open_files(source)
+    if source in _NAMED:
+        return _NAMED[source]()
+    paths = _expand(source)
+    for path in paths:
+        if os.path.isdir(path):
+            raise UsageError(f"{path} is a directory: name its files, for example {path / '*.txt'}")
+        if not os.path.isfile(path):
+            nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
+            hint = f"did you mean '{nearest[0]}'? Choose" if nearest else "choose"
+            raise UsageError(f"there is no corpus or file '{path}': {hint} {', '.join(_NAMED)}, or {READABLE} files")
+    return Corpus(source, paths, partial(read_chunks, paths))
 
 
 def source_changed(source: str, sha256: str) -> bool:
@@ -68,18 +78,6 @@ def _expand(source: str) -> tuple[Path, ...]:
     """The paths in `source`; a pattern is replaced by the files it matches, in alphabetical order."""
     patterns = [pattern.strip() for pattern in source.split(",")]
     return tuple(Path(path) for pattern in patterns for path in sorted(glob.glob(pattern, recursive=True)) or [pattern])
-
-
-def _open_files(source: str) -> Corpus:
-    paths = _expand(source)
-    for path in paths:
-        if os.path.isdir(path):
-            raise UsageError(f"{path} is a directory: name its files, for example {path / '*.txt'}")
-        if not os.path.isfile(path):
-            nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
-            hint = f"did you mean '{nearest[0]}'? Choose" if nearest else "choose"
-            raise UsageError(f"there is no corpus or file '{path}': {hint} {', '.join(_NAMED)}, or {READABLE} files")
-    return Corpus(source, paths, partial(read_chunks, paths))
 
 
 def _novels() -> Corpus:

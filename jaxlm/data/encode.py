@@ -1,14 +1,16 @@
 """Encodes a corpus into token files, on all cores; the files appear only when they are complete."""
 
+import dataclasses
 import hashlib
+import json
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,11 +25,7 @@ from jaxlm.storage.lock import only_writer
 
 _MAX_WORKERS = 12  # one thread reads; more workers than this wait for it
 
-
-class _Encoded(NamedTuple):
-    ids: bytes
-    text_bytes: int
-    documents: int
+_Encoded = tuple[bytes, Counter[str]]  # the ids, and the numbers of FileMeta
 
 
 def find_prepared(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta | None:
@@ -41,14 +39,13 @@ def find_prepared(source: str, directory: Path, vocab_size: int, validation_frac
         raise UsageError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise UsageError(f"{directory} is a file: choose another directory")
+    meta = read_meta(directory)
     for path in (directory / name for name in (TRAIN, VAL, META)):
         if os.path.isdir(path):
             raise UsageError(f"{path} is a directory: delete it or choose another place")
-    meta = read_meta(directory)
+        if meta is None and os.path.exists(path):
+            raise UsageError(f"{path} exists without {META}: choose another directory or delete it")
     if meta is None:
-        for path in (directory / TRAIN, directory / VAL):
-            if os.path.exists(path):
-                raise UsageError(f"{path} exists without {META}: choose another directory or delete it")
         return None
     for name, prepared, requested in (
         ("source", meta.source, source),
@@ -83,44 +80,35 @@ def write_token_files(
     tokenizer = load_tokenizer(vocab_size)
     size = measure(corpus, lambda counted: on_progress(counted, 0))
     chunks = split(corpus, size, validation_fraction)
-    sha256 = files_sha256(corpus.files)
-    with _new_files(directory) as (train_file, val_file, meta_file):
-        writers = {TRAIN: _Writer(train_file), VAL: _Writer(val_file)}
-        done = 0
-        for name, encoded in _encode_all(chunks, tokenizer, min(os.cpu_count() or 1, _MAX_WORKERS)):
-            writers[name].write(encoded)
-            done += encoded.text_bytes
-            on_progress(done, size.bytes)
+    source_sha256 = files_sha256(corpus.files)
+    hashes = {TRAIN: hashlib.sha256(), VAL: hashlib.sha256()}
+    counts: dict[str, Counter[str]] = {TRAIN: Counter(), VAL: Counter()}
+    with _new_files(directory) as files:
+        for name, (ids, group_counts) in _encode_all(chunks, tokenizer, min(os.cpu_count() or 1, _MAX_WORKERS)):
+            files[name].write(ids)
+            hashes[name].update(ids)
+            counts[name].update(group_counts)
+            on_progress(counts[TRAIN]["bytes"] + counts[VAL]["bytes"], size.bytes)
+        train, val = (FileMeta(**counts[name], sha256=hashes[name].hexdigest()) for name in (TRAIN, VAL))
         fraction = None if corpus.validation else validation_fraction
-        train, val = (writers[name].meta() for name in (TRAIN, VAL))
-        meta = Meta(TOKENIZER_NAME, vocab_size, corpus.source, sha256, fraction, train, val)
-        meta_file.write(meta.to_json().encode())
+        meta = Meta(TOKENIZER_NAME, vocab_size, corpus.source, source_sha256, fraction, train, val)
+        files[META].write((json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
     return meta
 
 
 @contextmanager
-def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
-    """Opens TRAIN, VAL and META as temporary files, and renames all of them at the end or deletes them on failure.
+def _new_files(directory: Path) -> Iterator[dict[str, BinaryIO]]:
+    """Opens TRAIN, VAL and META, which appear at the end, or not at all on failure.
 
-    META is renamed first, so that an incomplete set is never mistaken for token files without META.
+    META appears first, so that an incomplete set is never mistaken for token files without META.
     """
-    names = (TRAIN, VAL, META)
-    partial = {name: directory / f"{name}.partial" for name in names}
     created = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with only_writer(directory), ExitStack() as stack:
-            for path in partial.values():
-                stack.callback(path.unlink, missing_ok=True)
-            files = [stack.enter_context(partial[name].open("wb")) for name in names]
-            yield files
-            for file in files:
-                file.flush()
-                atomic.sync_descriptor(file.fileno())
-            for name in reversed(names):
-                partial[name].replace(directory / name)
-            atomic.sync(directory)
-            created.clear()
+            paths = {name: stack.enter_context(atomic.new_file(directory / name)) for name in (TRAIN, VAL, META)}
+            yield {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
+        created.clear()
     except OSError as error:
         raise RunError(
             f"cannot write to {directory} ({error.strerror}): make room or choose another directory"
@@ -131,24 +119,6 @@ def _new_files(directory: Path) -> Iterator[Sequence[BinaryIO]]:
                 path.rmdir()
 
 
-class _Writer:
-    """Writes a token file, and counts and hashes its contents."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sha256 = file, hashlib.sha256()
-        self._tokens = self._text_bytes = self._documents = 0
-
-    def write(self, encoded: _Encoded) -> None:
-        self._file.write(encoded.ids)
-        self._sha256.update(encoded.ids)
-        self._tokens += len(encoded.ids) // TOKEN_DTYPE.itemsize
-        self._text_bytes += encoded.text_bytes
-        self._documents += encoded.documents
-
-    def meta(self) -> FileMeta:
-        return FileMeta(self._tokens, self._text_bytes, self._documents, self._sha256.hexdigest())
-
-
 def _encode_all(
     chunks: Iterable[tuple[str, TextChunk]], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[str, _Encoded]]:
@@ -156,13 +126,12 @@ def _encode_all(
     pending: deque[tuple[str, Future[_Encoded]]] = deque()
     local = threading.local()
 
-    def copy_tokenizer() -> None:
-        local.tokenizer = tokenizer.copy()
-
     def encode(group: list[TextChunk]) -> _Encoded:
+        if not hasattr(local, "tokenizer"):
+            local.tokenizer = tokenizer.copy()
         return _encode(local.tokenizer, group)
 
-    with ThreadPoolExecutor(workers, initializer=copy_tokenizer) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for name, group in _groups(chunks):
             pending.append((name, pool.submit(encode, group)))
             if len(pending) > 2 * workers:
@@ -194,8 +163,5 @@ def _encode(tokenizer: Tokenizer, group: list[TextChunk]) -> _Encoded:
     else:
         text = "".join([END_OF_TEXT * chunk.starts_document + chunk.text for chunk in group])
         ids = tokenizer.encode(text, marked=True)
-    return _Encoded(
-        ids.astype(TOKEN_DTYPE).tobytes(),
-        sum(len(chunk.text.encode()) for chunk in group),
-        sum(chunk.starts_document for chunk in group),
-    )
+    text_bytes, documents = sum(len(chunk.text.encode()) for chunk in group), sum(c.starts_document for c in group)
+    return ids.astype(TOKEN_DTYPE).tobytes(), Counter(tokens=len(ids), bytes=text_bytes, documents=documents)

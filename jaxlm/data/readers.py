@@ -91,12 +91,9 @@ def _read_file(path: Path) -> Iterator[TextChunk]:
     kind = path.with_suffix("").suffix if path.suffix in (".gz", ".xz", ".zst") else path.suffix
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
-    elif kind == ".jsonl":
+    elif kind in (".txt", ".jsonl"):
         with _open_text(path) as stream:
-            yield from _read_jsonl(path, stream)
-    elif kind == ".txt":
-        with _open_text(path) as stream:
-            yield from read_text(stream)
+            yield from read_text(stream) if kind == ".txt" else _read_jsonl(path, stream)
     else:
         raise UsageError(f"{path} is not a file type that can be read: use {READABLE}")
 
@@ -136,7 +133,8 @@ def _read_jsonl(path: Path, stream: TextIO) -> Iterator[TextChunk]:
         if not isinstance(text, str):
             raise UsageError(f"{path}, line {number} has no text under `text`: add it or remove the line")
         if text:
-            yield TextChunk(_without_surrogates(text), starts_document=True)
+            text = text.encode(errors="replace").decode()  # "?" for lone surrogates, which only JSON allows
+            yield TextChunk(text, starts_document=True)
 
 
 def _read_parquet(path: Path) -> Iterator[TextChunk]:
@@ -159,8 +157,3 @@ def _read_parquet(path: Path) -> Iterator[TextChunk]:
                     yield TextChunk(text, starts_document=True)
     except pyarrow.ArrowException as error:
         raise UsageError(f"{path} is not a valid parquet file: check it") from error
-
-
-def _without_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which JSON allows and UTF-8 does not, by "?"."""
-    return text if text.isascii() else text.encode(errors="replace").decode()

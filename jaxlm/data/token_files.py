@@ -1,8 +1,6 @@
 """Token files and the batches read from them. data/README.md describes the format."""
 
-import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -54,12 +52,9 @@ class Meta:
 
     def fits_files(self, directory: Path) -> bool:
         """Whether both token files exist and have the recorded size."""
-        sizes = {TRAIN: self.train.tokens, VAL: self.val.tokens}
-        paths = {directory / name: tokens * TOKEN_DTYPE.itemsize for name, tokens in sizes.items()}
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        files = {directory / TRAIN: self.train, directory / VAL: self.val}
+        size = TOKEN_DTYPE.itemsize
+        return all(path.is_file() and path.stat().st_size == size * file.tokens for path, file in files.items())
 
 
 def read_meta(directory: Path) -> Meta | None:
@@ -156,21 +151,6 @@ def _text_bytes(ids: Ids, vocab_size: int) -> int:
     return int(counts @ np.array([len(token) for token in tokenizer.vocabulary]))
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """A grain data source: windows of `context` + 1 ids, each of which starts with the last id of the previous one."""
-
-    ids: Ids
-    context: int
-
-    def __len__(self) -> int:
-        return (len(self.ids) - 1) // self.context
-
-    def __getitem__(self, index: int) -> Batch:
-        start = index * self.context
-        return self.ids[start : start + self.context + 1].astype(np.int32)
-
-
 def train_batch_stream(ids: Ids, context: int, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
     """An endless stream of batches [batch_size, context + 1] from number `start_batch` on, prefetched by a thread.
 
@@ -180,8 +160,11 @@ def train_batch_stream(ids: Ids, context: int, batch_size: int, seed: int, start
     """
     import grain  # imported here because it takes more than a second
 
-    windows = grain.MapDataset.source(_Windows(ids, context)).shuffle(seed=seed).repeat(_EPOCHS)
-    batches = windows.batch(batch_size)[start_batch:]
+    def window(index: int) -> Batch:
+        return ids[index * context : (index + 1) * context + 1].astype(np.int32)
+
+    order = grain.MapDataset.range((len(ids) - 1) // context).shuffle(seed=seed).repeat(_EPOCHS)
+    batches = order.map(window).batch(batch_size)[start_batch:]
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
@@ -193,11 +176,11 @@ def val_batches(ids: Ids, context: int, batch_size: int, limit: int = 0) -> Iter
     """
     available = -(-(len(ids) - 1) // context)
     count = min(limit or available, available)
-    starts = (index * available // count * context for index in range(count))
-    while batch_starts := list(itertools.islice(starts, batch_size)):
+    for first in range(0, count, batch_size):
         inputs = np.zeros((batch_size, context), np.int32)
         targets = np.full((batch_size, context), IGNORED_TARGET, np.int32)
-        for row, start in enumerate(batch_starts):
+        for row in range(min(batch_size, count - first)):
+            start = (first + row) * available // count * context
             window = ids[start : start + context + 1]
             inputs[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]

@@ -132,14 +132,14 @@ def encode_prompts(tokenizer: TokenizerProtocol, prompts: Sequence[str], context
     Raises:
         UsageError: a prompt fills the whole context, or is not UTF-8 (shells pass any bytes).
     """
+    encoded = []
     for prompt in prompts:
         if prompt != prompt.encode(errors="replace").decode():
             raise UsageError(f"the prompt {prompt[:20]!r}... is not UTF-8 text: check the terminal's encoding")
-    encoded = [[int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_text] for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if len(ids) >= context:
+        encoded.append([int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_text])
+        if (length := len(encoded[-1])) >= context:
             raise UsageError(
-                f"the prompt {prompt[:20]!r}... is {len(ids)} tokens long: this model's context of {context} tokens"
+                f"the prompt {prompt[:20]!r}... is {length} tokens long: this model's context of {context} tokens"
                 f" has room for at most {context - 1}"
             )
     return encoded

@@ -4,7 +4,6 @@ RoPE rotates the pairs (x[2i], x[2i + 1]) in GGUF's Llama and (x[i], x[i + K/2])
 query and key matrices are reordered.
 """
 
-import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import layer_tensors
 from jaxlm.storage import atomic
 
-DTYPES = ("f32", "f16", "q8_0")
+DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # of the matrices; llama.cpp's file types
 
 
 def require_gguf() -> None:
@@ -33,23 +32,19 @@ def write_gguf(file: Path, config: ModelConfig, params: Params, dtype: str) -> N
         ValueError: `params` are not those of the table of parameters.
         RunError: the disk failed; an existing file is unchanged.
     """
-    temporary = file.with_name(file.name + ".tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, config, params, dtype)
-        atomic.replace_file(temporary, file)
+        with atomic.new_file(file) as temporary:
+            _write(temporary, config, params, dtype)
     except OSError as error:
-        with contextlib.suppress(OSError):  # it may not exist
-            temporary.unlink()
         raise RunError(f"cannot write {file} ({error}): make room and run the same command again") from error
 
 
 def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     import gguf
 
-    file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     writer = gguf.GGUFWriter(file, "llama")
-    writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
+    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.width)

@@ -66,36 +66,28 @@ class ForeignTokenizer:
 
 
 def write_model(folder: Path, config: Config, params: Params, card: str) -> Path:
-    """Writes the model in float32, its tokenizer and the model card; replaces the folder atomically.
-
-    Returns:
-        The folder.
+    """Writes the model in float32, its tokenizer and the model card; replaces `folder` atomically and returns it.
 
     Raises:
         ValueError: `params` are not those of the table of parameters.
         RunError: the disk failed. If that was before the replacement, the folder is unchanged.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _write_files(temporary, config, params, card)
-        atomic.replace_folder(temporary, folder)
+        with atomic.new_folder(folder) as temporary:
+            _write_files(temporary, config, params, card)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {folder} ({error}): make room and run the same command again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def _write_files(folder: Path, config: Config, params: Params, card: str) -> None:
     tokenizer = load_tokenizer(config.model.vocab_size)
-    vocabulary, merges = _vocabulary(tokenizer), tokenizer.merges()
+    tokenizer_json = _tokenizer_json(tokenizer)
     save_file(named_tensors(config.model, params), folder / "model.safetensors", metadata={"format": "pt"})
     files = {
         "config.json": _config_json(config.model, tokenizer),
         "generation_config.json": _generation_json(config.sample, tokenizer),
-        "tokenizer.json": _tokenizer_json(tokenizer, vocabulary, merges),
+        "tokenizer.json": tokenizer_json,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
@@ -104,10 +96,10 @@ def _write_files(folder: Path, config: Config, params: Params, card: str) -> Non
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.model.context,
         },
-        "vocab.json": vocabulary,
+        "vocab.json": tokenizer_json["model"]["vocab"],
     }
     texts = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items()}
-    texts["merges.txt"] = "\n".join(["#version: 0.2", *merges])
+    texts["merges.txt"] = "\n".join(["#version: 0.2", *tokenizer_json["model"]["merges"]])
     texts["README.md"] = card
     for name, text in texts.items():
         (folder / name).write_bytes(f"{text.rstrip()}\n".encode(errors="replace"))  # the card may name any file
@@ -158,7 +150,7 @@ def _generation_json(sample: SampleConfig, tokenizer: Tokenizer) -> dict[str, An
     return ids | (sampling if sample.temperature else {"do_sample": False})
 
 
-def _tokenizer_json(tokenizer: Tokenizer, vocabulary: dict[str, int], merges: list[str]) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -178,8 +170,8 @@ def _tokenizer_json(tokenizer: Tokenizer, vocabulary: dict[str, int], merges: li
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": vocabulary,
-            "merges": merges,
+            "vocab": _vocabulary(tokenizer),
+            "merges": tokenizer.merges(),
         },
     }
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -34,25 +35,34 @@ def sync_tree(directory: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Replaces a file atomically: after a crash it holds the old bytes or the new. Raises OSError."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write the new contents of `path` to; it replaces `path` at the end. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(data)
-        replace_file(temporary, path)
-    except OSError:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
-def replace_file(temporary: Path, path: Path) -> None:
-    """Moves the finished file `temporary` to `path`. Raises OSError."""
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Moves the finished folder `temporary` to `folder`, whose old contents are deleted. Raises OSError."""
-    sync_tree(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    sync(folder.parent)
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """As `new_file`, for a folder. The old folder is deleted just before it is replaced."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_tree(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -17,40 +17,32 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxlm.storage.jsonl import AppendOnlyFile
 
 
-class EventFile:
+class EventFile(AppendOnlyFile):
     """The events of one session."""
 
     def __init__(self, directory: Path, first_step: int):
         """Creates a file in `directory`. TensorBoard ignores events of earlier files from `first_step` on."""
         directory.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._file = AppendOnlyFile(directory / name)
-        self._append(Event(file_version="brain.Event:2"))
-        self._append(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        super().__init__(directory / name)
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the scalars of a step."""
         event = Event(step=step)
         for name, value in values.items():
             event.summary.MergeFrom(summary.scalar(name, value))
-        self._append(event)
+        self._add(event)
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Adds a text in Markdown."""
-        self._append(Event(step=step, summary=summary.text(tag, text)))
+        self._add(Event(step=step, summary=summary.text(tag, text)))
 
-    def sync(self) -> None:
-        """Flushes every event to the disk. Raises OSError if it cannot."""
-        self._file.sync()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def _append(self, event: Event) -> None:
+    def _add(self, event: Event) -> None:
         """Adds a TFRecord: length, its checksum, data, their checksum."""
         event.wall_time = time.time()
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         length_crc, data_crc = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
-        self._file.append(length + length_crc + data + data_crc)
+        self.append(length + length_crc + data + data_crc)

@@ -21,6 +21,7 @@ from jaxlm.data import corpus
 from jaxlm.data.corpus import files_sha256, open_corpus, source_changed
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError
+from jaxlm.prepare import prepare
 
 
 def text_of(chunks):
@@ -129,6 +130,27 @@ HUB_FILES = {
 }
 
 
+def check_stories(directory):
+    assert json.loads((directory / "meta.json").read_text())["validation_fraction"] is None
+    for file, stories in (("train.bin", STORIES["train"]), ("val.bin", STORIES["valid"])):
+        ids = np.fromfile(directory / file, "<u2")
+        assert load_tokenizer().decode(ids) == MARK + MARK.join(stories)
+
+
+def test_tinystories_has_its_own_validation_text(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def download(repository, name, repo_type):
+        assert (repository, repo_type) == ("roneneldan/TinyStories", "dataset")
+        (tmp_path / name).write_bytes(HUB_FILES[name])
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    prepare("tinystories", tmp_path / "out", 50257, 0.01)
+    check_stories(tmp_path / "out")
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """The Hugging Face hub's answers for files; the first body breaks off 1,000 bytes before its end."""
 
@@ -177,6 +199,7 @@ main(["--corpus", "tinystories", "--out", "again"])
 """
 
 
+@pytest.mark.slow
 def test_tinystories_is_downloaded_resumed_and_cached(tmp_path):
     log = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, log)) as server:
@@ -188,18 +211,16 @@ def test_tinystories_is_downloaded_resumed_and_cached(tmp_path):
         server.shutdown()
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Preparing") == 2  # the third time, the files are complete
-    assert json.loads((tmp_path / "out" / "meta.json").read_text())["validation_fraction"] is None
+    for name in ("out", "again"):
+        check_stories(tmp_path / name)
     (train, size), (valid, valid_size) = ((name, len(body)) for name, body in HUB_FILES.items())
     assert [name for name, _, _ in log] == [train, train, valid]
     assert log[0] == (train, 0, size - 1000)
     assert log[1][1] >= 1000
     assert log[2] == (valid, 0, valid_size)
-    for file, stories in (("train.bin", STORIES["train"]), ("val.bin", STORIES["valid"])):
-        ids = np.fromfile(tmp_path / "out" / file, "<u2")
-        assert load_tokenizer().decode(ids) == MARK + MARK.join(stories)
-        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_without_a_network_the_error_names_the_alternatives(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", "tinystories", "--out", str(tmp_path / "out")]

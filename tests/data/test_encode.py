@@ -121,8 +121,8 @@ def test_memory_is_bounded():
             largest = max(largest, unencoded)
             yield "train.bin", TextChunk(" word" * (CHUNK_CHARACTERS // 5 + 1), i == 0)
 
-    for _, encoded in encode._encode_all(endless_text(), load_tokenizer(), workers=2):
-        unencoded -= encoded.text_bytes
+    for _, (_, counts) in encode._encode_all(endless_text(), load_tokenizer(), workers=2):
+        unencoded -= counts["bytes"]
     assert largest < 7 * CHUNK_CHARACTERS
 
 
@@ -202,11 +202,16 @@ def test_a_path_through_a_new_directory_works(tmp_path):
 def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
     out, synced = tmp_path / "out", []
-    monkeypatch.setattr(encode.atomic, "sync_descriptor", lambda descriptor: synced.append(names_in(out)))
-    monkeypatch.setattr(encode.atomic, "sync", lambda path: synced.append((path, names_in(path))))
+    monkeypatch.setattr(encode.atomic, "sync", lambda path: synced.append((path.name, *names_in(out))))
     write_token_files(open_corpus(str(tmp_path / "a.txt")), out, 500, 0.1)
-    partial = ["lock", *(f"{name}.partial" for name in FILES)]
-    assert synced == [partial, partial, partial, (out, ["lock", *FILES])]
+    assert synced == [
+        ("meta.json.tmp", "lock", "meta.json.tmp", "train.bin.tmp", "val.bin.tmp"),
+        ("out", "lock", "meta.json", "train.bin.tmp", "val.bin.tmp"),
+        ("val.bin.tmp", "lock", "meta.json", "train.bin.tmp", "val.bin.tmp"),
+        ("out", "lock", "meta.json", "train.bin.tmp", "val.bin"),
+        ("train.bin.tmp", "lock", "meta.json", "train.bin.tmp", "val.bin"),
+        ("out", "lock", "meta.json", "train.bin", "val.bin"),
+    ]
 
 
 WRITE_AND_WAIT = """
@@ -231,7 +236,7 @@ def test_killed_while_writing_and_run_again(tmp_path):
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert (out / "train.bin.partial").stat().st_size > 0
+    assert (out / "train.bin.tmp").stat().st_size > 0
     assert not set(FILES) & set(names_in(out))
     with pytest.raises(UsageError, match=r"train.bin is missing"):
         open_tokens(out, 500, 8)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import socket
 import sys
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from jaxlm.data import tokenizer
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
 
 SIZES = [257, 1000, 50257]
@@ -157,7 +158,7 @@ def test_no_network_is_used(monkeypatch):
     assert load_tokenizer.__wrapped__(50257).encode("Once").tolist() == [7454]
 
 
-@pytest.mark.parametrize("size", [300, 50257])
+@pytest.mark.parametrize("size", [300, pytest.param(50257, marks=pytest.mark.slow)])
 def test_each_merge_makes_the_next_token_of_two_earlier_ones(size):
     tokens = load_tokenizer(size)
     lines, names = tokens.merges(), tokens.names()
@@ -176,3 +177,26 @@ def test_names_are_distinct_and_have_one_printable_character_for_each_byte():
     assert len(set(names)) == tokens.vocab_size
     for name, token in zip(names, tokens.vocabulary, strict=True):
         assert len(name) == len(token) and name.isprintable() and " " not in name
+
+
+def test_prompts_are_encoded_and_an_empty_one_is_the_end_of_text():
+    tokenizer = load_tokenizer(257)
+    first, empty = encode_prompts(tokenizer, ["abc", ""], context=4)
+    assert tokenizer.decode(first) == "abc"
+    assert empty == [tokenizer.end_of_text]
+
+
+def test_a_prompt_that_is_not_utf8_is_refused():
+    with pytest.raises(UsageError, match="is not UTF-8 text") as refused:
+        encode_prompts(load_tokenizer(257), ["é", os.fsdecode(b"caf\xe9")], context=16)
+    assert refused.value.args[0].isprintable()
+
+
+@pytest.mark.parametrize("prompt", ["abcd", "a" * 100, "one\ntwo\nthree"])
+def test_a_prompt_that_fills_the_context_is_refused_in_one_line(prompt):
+    with pytest.raises(UsageError) as refused:
+        encode_prompts(load_tokenizer(257), ["abc", prompt], context=4)
+    message = str(refused.value)
+    assert f"{len(prompt)} tokens" in message
+    assert "4 tokens" in message
+    assert len(message.splitlines()) == 1

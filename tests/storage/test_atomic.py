@@ -46,15 +46,14 @@ def test_a_file_is_synced_before_its_rename_and_its_directory_after(tmp_path, ca
 
 @needs_proc
 def test_a_folder_is_synced_before_its_rename(tmp_path, calls):
-    temporary = tmp_path / "temporary"
-    (temporary / "deep").mkdir(parents=True)
-    (temporary / "deep" / "file").write_bytes(b"new")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_bytes(b"")
-    atomic.replace_folder(temporary, tmp_path / "folder")
+    with atomic.new_folder(tmp_path / "folder") as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "file").write_bytes(b"new")
     order = [(kind, path.relative_to(tmp_path).as_posix()) for kind, path, _ in calls]
-    before = order[: order.index(("rename", "temporary"))]
-    assert {("sync", "temporary/deep/file"), ("sync", "temporary/deep"), ("sync", "temporary")} <= set(before)
+    before = order[: order.index(("rename", "folder.tmp"))]
+    assert {("sync", f"folder.tmp{path}") for path in ("/deep/file", "/deep", "")} <= set(before)
     assert order[-1] == ("sync", ".")
     assert [path.relative_to(tmp_path).as_posix() for path in sorted((tmp_path / "folder").rglob("*"))] == [
         "folder/deep",
