@@ -62,7 +62,7 @@ def test_attention_under_any_mask(batch, queries, keys, heads, head_width):
     mask = np.random.default_rng(0).random((batch, queries, keys)) < 0.5
     mask[:, :, 0] = True
     assert_matches(
-        lambda q, k, v: layers.attention(q, k, v, jnp.asarray(mask)),
+        lambda q, k, v: layers.attention(q, layers.split_heads(k), layers.split_heads(v), jnp.asarray(mask)),
         lambda q, k, v: float64.attention(q, k, v, mask),
         draw(batch, queries, heads, head_width, seed=1) * 2,
         draw(batch, keys, heads, head_width, seed=2),
@@ -72,6 +72,7 @@ def test_attention_under_any_mask(batch, queries, keys, heads, head_width):
 
 def test_attention_with_nothing_to_see_is_finite():
     q, k, v = (jnp.float32(draw(1, 2, 1, 2, seed=seed)) for seed in (1, 2, 3))
+    k, v = layers.split_heads(k), layers.split_heads(v)
 
     def blind(q):
         return jnp.sum(layers.attention(q, k, v, jnp.zeros((1, 2, 2), bool)))
@@ -84,8 +85,8 @@ def test_attention_with_nothing_to_see_is_finite():
 def test_attention_of_bfloat16_takes_its_softmax_in_float32():
     """Scores near 850 differ by 0.7, which bfloat16 (steps of 4 there) cannot hold."""
     q = jnp.asarray([64, 1], jnp.bfloat16).reshape(1, 1, 1, 2)
-    k = jnp.asarray([[18.75, 0], [18.75, 1]], jnp.bfloat16).reshape(1, 2, 1, 2)
-    v = jnp.asarray([[0, 0], [1, 1]], jnp.bfloat16).reshape(1, 2, 1, 2)
+    k = jnp.asarray([[18.75, 0], [18.75, 1]], jnp.bfloat16)[None]
+    v = jnp.asarray([[0, 0], [1, 1]], jnp.bfloat16)[None]
     out = layers.attention(q, k, v, jnp.ones((1, 1, 2), bool))
     assert out.dtype == jnp.bfloat16
     assert float(out[0, 0, 0, 0]) == pytest.approx(1 / (1 + np.exp(-(2**-0.5))), rel=2**-8)

@@ -68,7 +68,7 @@ def test_causal_attention_in_blocks_is_masked_attention(time, dtype):
     q, k, v, d_out = (jnp.float32(draw(1, time, 2, 16, seed=seed)) for seed in range(4))
 
     def masked(q, k, v):
-        return layers.attention(q, k, v, jnp.tri(time, dtype=bool)[None])
+        return layers.attention(q, layers.split_heads(k), layers.split_heads(v), jnp.tri(time, dtype=bool)[None])
 
     def value_and_grads(attend):
         return jax.jit(lambda *qkv: (attend(*qkv), *jax.vjp(attend, *qkv)[1](d_out)))(q, k, v)
