@@ -18,6 +18,7 @@ jax-mps registers lowerings of its own in Python, which run on Linux too:
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -77,6 +78,7 @@ def preset(platform: str) -> Config:
     return backend.resolve_run(from_config_dict(m2_60m.get_config()), device)
 
 
+@functools.cache  # both platforms share what is traced
 def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     """The jitted functions that training, evaluation, sampling and saving call, and the shapes of their arguments."""
     ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)

@@ -32,15 +32,13 @@ def test_rms_norm_of_bfloat16_rounds_only_its_result():
     np.testing.assert_allclose(np.float64(out), exact, rtol=2**-8)
 
 
-@pytest.mark.parametrize(
-    ("batch", "time", "heads", "head_width"), [(2, 5, 3, 6), pytest.param(1, 1, 1, 2, marks=pytest.mark.slow)]
-)
-def test_rope(batch, time, heads, head_width):
-    positions = np.random.default_rng(0).integers(0, 1024, (batch, time))
+@pytest.mark.parametrize("shape", [(2, 5, 3, 6), pytest.param((1, 1, 1, 2), marks=pytest.mark.slow)])
+def test_rope(shape):
+    positions = np.random.default_rng(0).integers(0, 1024, shape[:2])
     assert_matches(
-        lambda x: layers.rope(x, layers.rope_cos_sin(jnp.asarray(positions), head_width, 100.0)),
+        lambda x: layers.rope(x, layers.rope_cos_sin(jnp.asarray(positions), shape[-1], 100.0)),
         lambda x: float64.rope(x, positions, 100.0),
-        draw(batch, time, heads, head_width),
+        draw(*shape),
     )
 
 

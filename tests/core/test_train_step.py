@@ -15,6 +15,7 @@ from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core.model import Decoder, loss_and_gradient
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
+from tests.core import float64
 
 LEARNING_RATE = 0.01
 CONFIG = Config(
@@ -59,9 +60,9 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def accumulated(start):
+def accumulated(start, poisoned_step):
     """Two optimizer steps of four micro-batches each: the last state and all metrics."""
-    return run(train_step(CONFIG), start, micro_batches(8))
+    return run(poisoned_step, start, micro_batches(8))
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +145,11 @@ def test_a_run_with_skipped_micro_batches_is_the_run_that_never_saw_them(start, 
         assert_equal(found._replace(skipped=expected.skipped), expected)
 
 
-def test_the_state_is_donated_buffer_by_buffer(start):
+def test_the_state_is_donated_buffer_by_buffer(start, poisoned_step):
     leaves = jax.tree.leaves(start)
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
     given = jax.tree.map(jnp.copy, start)
-    taken, _ = train_step(CONFIG)(given, micro_batches(1)[0])
+    taken, _ = poisoned_step(given, micro_batches(1)[0])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given.params, given.opt_state.inner_opt_state)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(taken))
 
@@ -181,7 +182,5 @@ def test_evaluation_sums_the_losses_of_all_targets(small_model):
     ids = micro_batches(1)[0]
     targets = ids[:, 1:].copy()
     targets[2:4, 5:] = -1
-    logits = np.asarray(jax.jit(Decoder(model).apply)({"params": params}, ids[:, :-1]), np.float64)
-    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    found = make_eval_step(replace(CONFIG, model=model))(params, ids[:, :-1], targets)
-    assert found == pytest.approx(losses[targets >= 0].sum(), rel=1e-5)
+    loss_sum = make_eval_step(replace(CONFIG, model=model))(params, ids[:, :-1], targets)
+    assert loss_sum == pytest.approx(float64.loss(params, ids[:, :-1], targets, model), rel=1e-5)
