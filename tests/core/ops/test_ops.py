@@ -63,9 +63,9 @@ def test_causal_attention(monkeypatch, block, shape):
 @pytest.mark.parametrize(
     ("time", "dtype"),
     [
-        (300, "float32"),
         (300, "bfloat16"),
-        *(pytest.param(time, d, marks=pytest.mark.slow) for time in (100, 128) for d in ("float32", "bfloat16")),
+        *(pytest.param(time, "bfloat16", marks=pytest.mark.slow) for time in (100, 128)),
+        *(pytest.param(time, "float32", marks=pytest.mark.slow) for time in (100, 128, 300)),
     ],
 )
 def test_causal_attention_in_blocks_is_masked_attention(time, dtype):
@@ -86,14 +86,15 @@ def test_causal_attention_in_blocks_is_masked_attention(time, dtype):
 
 def test_causal_attention_with_saved_residuals_computes_only_its_gradient():
     q, k, v, d_out = (jnp.float32(draw(1, 130, 2, 16, seed=seed)) for seed in range(4))
-    out, saved = jax.jit(lambda *qkv: xla.causal_attention(*qkv, "float32"))(q, k, v)
 
-    def gradients(saved):
-        return jax.jit(
-            lambda *qkv: jax.vjp(lambda *qkv: xla.causal_attention(*qkv, "float32", saved)[0], *qkv)[1](d_out)
-        )
+    @jax.jit
+    def run(*qkv):
+        out, vjp_fn, saved = jax.vjp(lambda *qkv: xla.causal_attention(*qkv, "float32"), *qkv, has_aux=True)
+        again = jax.vjp(lambda *qkv: xla.causal_attention(*qkv, "float32", saved)[0], *qkv)[1](d_out)
+        return out, saved, vjp_fn(d_out), again
 
-    for a, b in zip(gradients(saved)(q, k, v), gradients(None)(q, k, v), strict=True):
+    out, saved, gradients, gradients_again = run(q, k, v)
+    for a, b in zip(gradients_again, gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     again = jax.make_jaxpr(lambda *qkv: xla.causal_attention(*qkv, "float32", saved)[0])(q, k, v)
     assert "exp" not in str(again)
