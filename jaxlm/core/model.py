@@ -88,8 +88,8 @@ def block(
         p: one block's parameters (without the L axis).
         x_BTD: the residual stream.
         rope_cos_sin: RoPE's cosines and sines for the positions of x.
-        saved: what attention returned for the same x, if it did.
-        attend: attention over these queries, keys and values.
+        saved: the residuals that `attend` returned for the same x, or None.
+        attend: the attention.
         c: the sizes.
 
     Returns:
@@ -246,19 +246,19 @@ def forward_with_cache(
     start: jax.Array,
     mask_BTS: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """Reads T more tokens after those in the cache.
+    """Reads T more tokens, which take the slots from `start` on of the cache's S slots.
 
     Args:
         c: the sizes.
         weights: from `prepare_decode_params`.
-        ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must exist.
+        ids_BT: the tokens.
         positions_BT: their positions in each sequence, for RoPE.
-        cache: S slots for each block.
-        start: [] integer.
+        cache: the keys and values so far.
+        start: [] integer, at most S - T.
         mask_BTS: True where a token may attend to a slot.
 
     Returns:
-        Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
+        Logits [B, V] float32 for the token after the last one read, and the new cache.
     """
     layout = ops.get(c.implementation).decode_layout
     rope_cos_sin = layers.rope_cos_sin(positions_BT, c.width // c.heads, c.rope_theta)

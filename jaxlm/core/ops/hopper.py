@@ -80,10 +80,9 @@ def _swiglu_backward(residuals, d_out_ND):
     (d_gate_up_NG,) = _matmul(
         d_out_ND, down_FD, _swiglu_backward_epilogue, (2 * F,), tiles=(gate_up_NG,), columns=GROUP, stages=3
     )
-    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    d_pairs = matmul(x_ND.T, d_gate_up_NG).reshape(D, -1, 2, GROUP)
+    d_pairs = xla.weight_gradient(x_ND, d_gate_up_NG).reshape(D, -1, 2, GROUP)
     d_gate_DF, d_up_DF = (d_pairs[:, :, i].reshape(D, F) for i in range(2))
-    return d_gate_up_NG @ gate_up_GD, d_gate_DF, d_up_DF, matmul(act_NF.T, d_out_ND)
+    return d_gate_up_NG @ gate_up_GD, d_gate_DF, d_up_DF, xla.weight_gradient(act_NF, d_out_ND)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
