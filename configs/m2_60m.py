@@ -2,14 +2,14 @@
 
     python -m jaxlm.main --config configs/m2_60m.py
 
-59,294,720 parameters; 50,000 steps of 65,536 tokens, 3.28 billion tokens. A token costs about 0.38 GFLOP forward and
-backward (0.44 if blocks are recomputed). An estimate: at 2,500 to 3,000 tokens a second a step takes 22 to 26 s and the
-run 13 to 15 days; at 5,000 it takes 8 days. It has not been run on a Mac.
+The model has 59,294,720 parameters. It trains for 50,000 steps of 65,536 tokens, 3.28 billion tokens in all. A token
+costs about 0.38 GFLOP forward and backward, or 0.44 with remat. As an estimate, 2,500 to 3,000 tokens per second make
+22 to 26 s per step and 13 to 15 days in all; 5,000 make 8 days. Nobody has run it on a Mac yet.
 
-Memory by XLA's own analysis (`python -m experiments.memory`): 2.98 GB on an Apple GPU, which reuses no buffer and
-recomputes no block; 1.37 GB on a CPU, of which 0.95 are the weights, the moments and the accumulated gradients, and
-0.24 the gradients of a micro-batch. While a checkpoint is written, its copy takes another 0.71. Disk: up to 4.3 GB for
-the five checkpoints and the next one, 0.24 for the model, 1.2 for the tokens.
+Memory, as XLA analyses the compiled step (`python -m experiments.memory`): 2.91 GB on an Apple GPU, which reuses no
+buffer and needs no remat; 1.36 GB on a CPU. Of these, 0.95 GB are the weights, the moments and the accumulated
+gradients, and 0.24 GB the gradients of a micro-batch. During a save, a copy of the weights and moments takes 0.71 GB
+more. Disk: up to 4.3 GB for the five checkpoints and the next one, 0.24 GB for the model, 1.2 GB for the tokens.
 """
 
 import ml_collections

@@ -18,6 +18,7 @@ jax-mps registers lowerings of its own in Python, which run on Linux too:
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -37,12 +38,10 @@ from jaxlib.mlir.dialects import stablehlo
 
 import jaxlm
 from configs import m2_60m
+from experiments import lowered
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.checksum import checksums
-from jaxlm.core.generate import PROMPT_BUCKET
-from jaxlm.core.model import prepare_decode_params
-from jaxlm.core.sampling import decode_step, prefill, sampling_params, sequence_keys
-from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
+from jaxlm.core.sampling import sequence_keys
 from jaxlm.device import backend
 from jaxlm.device.backend import WRONG_FROM
 
@@ -77,34 +76,16 @@ def preset(platform: str) -> Config:
     return backend.resolve_run(from_config_dict(m2_60m.get_config()), device)
 
 
+@functools.cache  # both platforms share what is traced
 def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     """The jitted functions that training, evaluation, sampling and saving call, and the shapes of their arguments."""
-    ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
-    some = jax.ShapeDtypeStruct((config.chunk_size, config.model.context), np.int32)
-    state = jax.eval_shape(lambda: init_state(config))
-    step: Any = make_train_step(config)
-    accumulator = jax.eval_shape(step.start, state.params)
-    model, B, new = config.model, config.sample.texts, config.sample.tokens
-    weights = jax.eval_shape(lambda params: prepare_decode_params(model, params), state.params)
-    prompts = [
-        jax.ShapeDtypeStruct(shape, kind)
-        for shape, kind in (((B, PROMPT_BUCKET), np.int32), ((B,), np.int32), ((B, 2), np.uint32))
-    ]
-    texts = jax.eval_shape(lambda *a: prefill(model, *a, new), weights, *prompts)
-    choice = sampling_params(config.sample)
+    parts = {name: (function, arguments) for name, function, arguments in lowered.programs(config)}
+    state = parts["train_update"][1][0]
+    sampling = [parts[name] for name in ("decode_params", "prefill", "decode_step")]
     return {
-        "training step": [
-            (step.start, (state.params,)),
-            (step.accumulate_chunk, (state.params, accumulator, ids)),
-            (step.update, (state, accumulator)),
-        ],
-        "evaluation step": [(make_eval_step(config), (state.params, some, some))],
-        "sampling": [
-            (sequence_keys, (jax.ShapeDtypeStruct((2,), np.uint32), B)),
-            (prepare_decode_params, (model, state.params)),
-            (prefill, (model, weights, *prompts, new)),
-            (decode_step, (model, weights, texts, choice, np.int32(0))),
-        ],
+        "training step": [parts[name] for name in ("train_start", "train_chunk", "train_update")],
+        "evaluation step": [parts["evaluation"]],
+        "sampling": [(sequence_keys, (jax.ShapeDtypeStruct((2,), np.uint32), config.sample.texts)), *sampling],
         "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state),))],
     }
 

@@ -75,7 +75,8 @@ def plain(config: Config) -> jax.stages.Compiled:
         return optax.apply_updates(params, updates), state, value
 
     def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, **_: Any) -> tuple[jax.Array, None]:
-        return layers.attention(q_BTHK, k_BTHK, v_BTHK, jnp.tri(q_BTHK.shape[1], dtype=bool)[None]), None
+        mask_BTS = jnp.tri(q_BTHK.shape[1], dtype=bool)[None]
+        return layers.attention(q_BTHK, layers.split_heads(k_BTHK), layers.split_heads(v_BTHK), mask_BTS), None
 
     ops.IMPLEMENTATIONS["xla"] = dataclasses.replace(ops.get("xla"), attention=attend)
     state = jax.eval_shape(optimizer.init, params)

@@ -45,7 +45,7 @@ OLD_NAMES = {
 }
 # Old values of those settings, and their present values. None: the setting keeps its default.
 OLD_VALUES: dict[str, dict[str, str | None]] = {
-    "model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"},
+    "model.dtype": {"auto": "auto", "float32": "float32", "bfloat16": "bf16", "mixed": "bf16_matmul"},
     "model.attention": {"auto": None, "plain": None, "cudnn": "cuda"},
     "model.kernels": {"auto": None, "plain": None, "fused": "hopper"},
     "model.loops": {"auto": None, "compiled": None, "unrolled": "apple"},
@@ -93,15 +93,15 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 class ModelConfig:
     """The decoder: sizes, initialisation and how it is computed."""
 
-    vocab_size: int = field(default=50_257, metadata=FIXED)
-    context: int = field(default=1024, metadata=FIXED)  # tokens
-    layers: int = field(default=8, metadata=FIXED)
-    heads: int = field(default=8, metadata=FIXED)
+    vocab_size: int = field(default=50_257, metadata=FIXED)  # tokens; a smaller vocabulary has GPT-2's first ones
+    context: int = field(default=1024, metadata=FIXED)  # tokens in a sequence
+    layers: int = field(default=8, metadata=FIXED)  # blocks, each of attention and an MLP
+    heads: int = field(default=8, metadata=FIXED)  # attention heads, each of width / heads numbers
     kv_heads: int = field(default=0, metadata=FIXED)  # heads of keys and values, shared by the queries'; 0: as many
-    width: int = field(default=512, metadata=FIXED)
-    mlp_width: int = field(default=2048, metadata=FIXED)
-    rope_theta: float = field(default=10_000.0, metadata=FIXED)
-    norm_eps: float = field(default=1e-6, metadata=FIXED)
+    width: int = field(default=512, metadata=FIXED)  # numbers per position in the residual stream
+    mlp_width: int = field(default=2048, metadata=FIXED)  # numbers per position inside the MLP
+    rope_theta: float = field(default=10_000.0, metadata=FIXED)  # base of RoPE's frequencies
+    norm_eps: float = field(default=1e-6, metadata=FIXED)  # RMSNorm adds it to the mean square
     tied: bool = field(default=True, metadata=FIXED)  # the head reads the input embedding; False: one of its own
     output_init: str = "scaled"  # of each block's two output projections: scaled (0.02 / sqrt(2 layers)) or zero
     precision: str = "auto"  # float32, bf16 (mixed precision) or bf16_matmul; weights are always float32
@@ -317,8 +317,9 @@ def with_new_names(settings: Mapping[str, Any], group: str = "") -> dict[str, An
         old_group, _, old_name = old.rpartition(".")
         if old_group == group and old_name in renamed:
             value = renamed.pop(old_name)
-            if isinstance(value, str):
-                value = OLD_VALUES.get(old, {}).get(value, value)
+            if old in OLD_VALUES:
+                _one_of(old, str(value), tuple(OLD_VALUES[old]))
+                value = OLD_VALUES[old][str(value)]
             if value is not None:
                 renamed[new.rpartition(".")[2]] = value
     return renamed

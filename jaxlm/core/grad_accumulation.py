@@ -63,17 +63,10 @@ unstack_with_accumulator.defvjp(lambda blocks: (unstack_with_accumulator(blocks)
 def remat_blocks(
     blocks: Stacked, x_BTD: jax.Array, rope_cos_sin: tuple[jax.Array, jax.Array], block: Block, scan: Callable
 ) -> tuple[jax.Array, Stacked]:
-    """All blocks in order. Each saves its input and attention's residuals; the backward pass computes it again.
+    """All blocks in order: [B, T, D], and the stacked parameters for their next use.
 
-    Args:
-        blocks: the stacked parameters.
-        x_BTD: the residual stream.
-        rope_cos_sin: RoPE's cosines and sines.
-        block: one block; with `saved`, its residuals, it need not compute attention again.
-        scan: `jax.lax.scan`, or what stands for it.
-
-    Returns:
-        [B, T, D]; and the parameters for their next use. Backward adds one block after the other.
+    Each block saves its input and attention's residuals. The backward pass computes it again, without attention, and
+    adds one block after the other. `scan` is that of the device's `Ops`.
     """
     return _remat_forward(blocks, x_BTD, rope_cos_sin, block, scan)[0]
 

@@ -16,16 +16,7 @@ MASK_VALUE = -1e30  # finite, so that a row with nothing to attend to gives no N
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang & Sennrich 2019).
-
-    Args:
-        x_BTD: [..., D].
-        scale_D: [D].
-        eps: added to the mean square.
-
-    Returns:
-        [..., D] in the dtype of x.
-    """
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich 2019), in float32; [..., D] like x."""
     return (x_BTD.astype(jnp.float32) * _inverse_rms(x_BTD, eps) * scale_D).astype(x_BTD.dtype)
 
 
@@ -53,15 +44,12 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_cos_sin(positions_BT: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the angles position * theta^(-2i/K), i < K/2 (Su et al. 2021).
+    """Cosines and sines of the angles position * theta^(-2i/K), i < K/2 (Su et al. 2021): each [B, T, 1, K/2] float32.
 
     Args:
-        positions_BT: [B, T] integers.
+        positions_BT: integers.
         head_width: K, even.
         theta: base of the frequencies.
-
-    Returns:
-        cos, sin: each [B, T, 1, K/2] float32, to be applied to [B, T, H, K].
     """
     frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
@@ -69,61 +57,40 @@ def rope_cos_sin(positions_BT: jax.Array, head_width: int, theta: float) -> tupl
 
 
 def rope(x_BTHK: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (x[i], x[i + K/2]) by the angles of their positions (the half-split form, as in Llama).
-
-    Args:
-        x_BTHK: queries or keys.
-        cos_sin: `rope_cos_sin` of their positions.
-
-    Returns:
-        [B, T, H, K] in the dtype of x.
-    """
+    """Rotates the pairs (x[i], x[i + K/2]) by the angles of their positions (the half-split form, as in Llama)."""
     cos, sin = cos_sin
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
-def split_heads(x_BTHK: jax.Array, dtype: Any) -> jax.Array:
-    """[G, T, K] with G = B H: each head of each sequence is a batch entry of the matmuls."""
+def split_heads(x_BTHK: jax.Array) -> jax.Array:
+    """[G, T, K] with G = B H: each head of each sequence is a batch entry of the matmuls. A cache has this layout."""
     B, T, H, K = x_BTHK.shape
-    return x_BTHK.astype(dtype).swapaxes(1, 2).reshape(B * H, T, K)
+    return x_BTHK.swapaxes(1, 2).reshape(B * H, T, K)
 
 
-def merge_heads(x_GTK: jax.Array, like_BTHK: jax.Array) -> jax.Array:
-    """The inverse of `split_heads`, with the shape and the dtype of `like_BTHK`."""
-    B, T, H, K = like_BTHK.shape
-    return x_GTK.reshape(B, H, T, K).swapaxes(1, 2).astype(like_BTHK.dtype)
+def merge_heads(x_GTK: jax.Array, heads: int) -> jax.Array:
+    """The inverse of `split_heads`: [B, T, H, K]."""
+    return x_GTK.reshape(-1, heads, *x_GTK.shape[1:]).swapaxes(1, 2)
 
 
-def attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def attention(q_BTHK: jax.Array, k_GSK: jax.Array, v_GSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v for each head (Vaswani et al. 2017), the softmax in float32.
 
     Args:
         q_BTHK: queries.
-        k_BSHK: keys.
-        v_BSHK: values.
+        k_GSK, v_GSK: keys and values, from `split_heads`.
         mask_BTS: True where a query may attend; its first axis may be 1.
 
     Returns:
         [B, T, H, K] in the dtype of v.
     """
-    return attention_with_cache(q_BTHK, *to_cache_layout(k_BSHK, v_BSHK), mask_BTS)
-
-
-def to_cache_layout(k_BSHK: jax.Array, v_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [G, S, K], G = B H, as the matmuls of `attention_with_cache` read them."""
-    return split_heads(k_BSHK, k_BSHK.dtype), split_heads(v_BSHK, v_BSHK.dtype)
-
-
-def attention_with_cache(q_BTHK: jax.Array, k_GSK: jax.Array, v_GSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """`attention` to keys and values in the layout of `to_cache_layout`."""
     B, T, H, K = q_BTHK.shape
-    q_GTK = split_heads(q_BTHK, q_BTHK.dtype)
-    scores_GTS = jnp.einsum("GTK,GSK->GTS", q_GTK, k_GSK, preferred_element_type=jnp.float32)
+    scores_GTS = jnp.einsum("GTK,GSK->GTS", split_heads(q_BTHK), k_GSK, preferred_element_type=jnp.float32)
     scores_BHTS = scores_GTS.reshape(B, H, T, -1) * K**-0.5
     weights_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, MASK_VALUE), axis=-1)
     weights_GTS = weights_BHTS.reshape(scores_GTS.shape).astype(v_GSK.dtype)
-    return jnp.einsum("GTS,GSK->GTK", weights_GTS, v_GSK).reshape(B, H, T, K).swapaxes(1, 2)
+    return merge_heads(jnp.einsum("GTS,GSK->GTK", weights_GTS, v_GSK), H)
 
 
 class Transposed(NamedTuple):
@@ -138,18 +105,15 @@ def linear(
     matmul_dtype: Any,
     weight_gradient: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """x w over the last axis, in the dtype of x.
+    """x w over the last axis, [..., F] in the dtype of x.
 
     The matmul is [B T, D] by [D, F], so its gradients contract one axis. Other forms do not run on every backend.
 
     Args:
         x_BTD: [..., D].
-        w_DF: [D, F]; a Transposed one has no gradient.
+        w_DF: the matrix; a Transposed one has no gradient.
         matmul_dtype: dtype that the matmuls read, forward and backward. Sums are float32.
-        weight_gradient: (x [N, D], gradient of the result [N, F]) -> [D, F] float32, as in `ops.record.Ops`.
-
-    Returns:
-        [..., F].
+        weight_gradient: as in `ops.record.Ops`.
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     if isinstance(w_DF, Transposed):
@@ -195,27 +159,10 @@ def swiglu_activation(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
 
 
 def embed(ids_BT: jax.Array, embedding_VD: jax.Array) -> jax.Array:
-    """The rows of the embedding. Ids outside 0..V-1 are clipped: data is checked when it is read.
-
-    Args:
-        ids_BT: [B, T] integers.
-        embedding_VD: [V, D].
-
-    Returns:
-        [B, T, D].
-    """
+    """The rows [B, T, D] of the embedding. Ids outside 0..V-1 are clipped: data is checked when it is read."""
     return jnp.take(embedding_VD, ids_BT, axis=0, mode="clip")
 
 
 def tied_head(x_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
-    """Logits from the transposed input embedding (Press & Wolf 2017).
-
-    Args:
-        x_BTD: [B, T, D].
-        embedding_VD: [V, D].
-
-    Returns:
-        [B, T, V] float32.
-    """
-    embedding_VD = embedding_VD.astype(x_BTD.dtype)
-    return jnp.einsum("BTD,VD->BTV", x_BTD, embedding_VD, preferred_element_type=jnp.float32)
+    """Logits [B, T, V] float32 from the transposed input embedding (Press & Wolf 2017)."""
+    return jnp.einsum("BTD,VD->BTV", x_BTD, embedding_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)

@@ -26,10 +26,9 @@ VOCAB_MULTIPLE = 8  # rows of the head for decoding: a GPU would pad it again fo
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions read so far, an array for each block; G is sequences times heads.
+    """Keys and values of the positions read so far, an array for each block, in the layout of `layers.split_heads`.
 
-    With two axes for sequences and heads, a CPU would copy the cache of one sequence for each token, not update it in
-    place.
+    With two axes for sequences and heads, a CPU would copy the cache of one sequence for each token.
     """
 
     keys_GSK: tuple[jax.Array, ...]
@@ -54,16 +53,14 @@ def approx_normal_init(key: Any, shape: tuple[int, ...], std: float) -> jax.Arra
 
 
 def init_group(key: jax.Array, group: Sequence[Parameter]) -> jax.Array | dict[str, jax.Array]:
-    """Draws one array, or the dict of arrays below one name, each random one with its own part of the key."""
-    if not group[0].stacked:
-        return init_array(key, group[0])
-    keys = iter(list(jax.random.split(key, sum(p.init_std is not None for p in group))))
-    return {p.path[-1]: init_array(None if p.init_std is None else next(keys), p) for p in group}
-
-
-def init_array(key: jax.Array | None, p: Parameter) -> jax.Array:
-    """Draws one parameter, float32; the key is not used for ones."""
-    return jnp.ones(p.shape) if p.init_std is None else approx_normal_init(key, p.shape, p.init_std)
+    """Draws one array, or the dict of the stacked ones. Each random one has its own part of the key; others are 1."""
+    count = sum(p.init_std is not None for p in group)
+    keys = iter(list(jax.random.split(key, count)) if group[0].stacked else [key])
+    arrays = {
+        p.path[-1]: jnp.ones(p.shape) if p.init_std is None else approx_normal_init(next(keys), p.shape, p.init_std)
+        for p in group
+    }
+    return arrays if group[0].stacked else arrays[group[0].path[-1]]
 
 
 def fused_linear(p: Mapping[str, Any], name: str, x_BTD: jax.Array, c: ModelConfig) -> Sequence[jax.Array]:
@@ -91,32 +88,24 @@ def block(
         p: one block's parameters (without the L axis).
         x_BTD: the residual stream.
         rope_cos_sin: RoPE's cosines and sines for the positions of x.
-        saved: what attention returned for the same x, if it did.
-        attend: takes q, k, v [B, T, H, K] of these positions.
+        saved: the residuals that `attend` returned for the same x, or None.
+        attend: the attention.
         c: the sizes.
 
     Returns:
         [B, T, D]; and the residuals of `attend`.
     """
-    h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
-    q_BTHK, k_BTHK, v_BTHK = attention_inputs(p, h_BTD, rope_cos_sin, c)
-    out_BTHK, residuals = attend(q_BTHK, k_BTHK, v_BTHK, saved)
-    x_BTD = x_BTD + linear(out_BTHK.reshape(x_BTD.shape), p["output"], c)
-    h_BTD = layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
-    return x_BTD + mlp(p, h_BTD, c), residuals
-
-
-def attention_inputs(
-    p: Mapping[str, Any], x_BTD: jax.Array, rope_cos_sin: tuple[jax.Array, jax.Array], c: ModelConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values [B, T, H, K], with RoPE, and the keys and values of fewer heads repeated."""
     B, T, D = x_BTD.shape
-    qkv = fused_linear(p, "query_key_value", x_BTD, c)
-    q_BTHK, k_BTHK, v_BTHK = (array.reshape(B, T, -1, D // c.heads) for array in qkv)
+    h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
+    q_BTHK, k_BTHK, v_BTHK = (
+        array.reshape(B, T, -1, D // c.heads) for array in fused_linear(p, "query_key_value", h_BTD, c)
+    )
     q_BTHK, k_BTHK = layers.rope(q_BTHK, rope_cos_sin), layers.rope(k_BTHK, rope_cos_sin)
     if c.kv_heads:
         k_BTHK, v_BTHK = (jnp.repeat(x, c.heads // c.kv_heads, axis=2) for x in (k_BTHK, v_BTHK))
-    return q_BTHK, k_BTHK, v_BTHK
+    out_BTHK, residuals = attend(q_BTHK, k_BTHK, v_BTHK, saved)
+    x_BTD = x_BTD + linear(out_BTHK.reshape(B, T, D), p["output"], c)
+    return x_BTD + mlp(p, layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps), c), residuals
 
 
 def mlp(p: Mapping[str, Any], x_BTD: jax.Array, c: ModelConfig) -> jax.Array:
@@ -170,10 +159,7 @@ class Decoder(nn.Module):
         return x_BTD, params if c.tied else params | {"head": self.head_VD}
 
     def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """Sum over the batch of -ln p(target), in nats, float32; targets below 0 are ignored.
-
-        For evaluation; training uses `loss_and_gradient`.
-        """
+        """Sum over the batch of -ln p(target), in nats, float32, for evaluation; targets below 0 are ignored."""
         c, device_ops = self.config, ops.get(self.config.implementation)
         x_ND = self.final_hidden(inputs_BT).reshape(-1, c.width)
         return device_ops.cross_entropy(device_ops, x_ND, self.head_VD, targets_BT.reshape(-1), c.matmul_dtype)
@@ -186,7 +172,7 @@ def _rope_cos_sin_on_host(length: int, c: ModelConfig) -> tuple[jax.Array, jax.A
     numerics check has yet to trust the device.
     """
     with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
-        one_program = jax.jit(layers.rope_cos_sin, static_argnums=(1, 2))  # not one for each operation
+        one_program = jax.jit(layers.rope_cos_sin, static_argnums=(1, 2))  # eager, each operation would compile alone
         return one_program(jnp.arange(length)[None], c.width // c.heads, c.rope_theta)
 
 
@@ -200,15 +186,9 @@ def loss_and_gradient(
 ) -> tuple[jax.Array, Params]:
     """`Decoder.loss`, and its gradient with respect to the parameters.
 
-    Args:
-        c: the sizes.
-        params: the parameters.
-        inputs_BT, targets_BT: as for `Decoder.loss`.
-        scale: [], factor of the gradient.
-        grad_accumulator: like the parameters, float32.
-
     Returns:
-        [] float32, in nats; and `grad_accumulator`, to which the gradient times the scale is added in place.
+        [] float32, in nats; and `grad_accumulator` (like the parameters, float32), to which the gradient times `scale`
+        is added in place.
     """
     device_ops, head = ops.get(c.implementation), "embedding" if c.tied else "head"
     run: Any = partial(Decoder(c).apply, method="final_hidden_with_accumulator")
@@ -236,10 +216,9 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 def prepare_decode_params(config: ModelConfig, params: Params) -> Params:
     """The parameters as `forward_with_cache` reads them, so that no token pays for slicing, casting or transposing.
 
-    Returns:
-        As `params`, but `blocks` is a tuple with the parameters of each block, in which matrices with the same input
-        are fused (FUSED); and `head` is [V, D] with zero rows up to a multiple of VOCAB_MULTIPLE. Matrices have the
-        matmul dtype and are transposed, [F, D], the form in which a CPU multiplies fastest.
+    `blocks` becomes a tuple with the parameters of each block, in which matrices with the same input are fused (FUSED).
+    `head` is [V, D] with zero rows up to a multiple of VOCAB_MULTIPLE. Matrices have the matmul dtype and are
+    transposed, [F, D], the form in which a CPU multiplies fastest.
     """
     blocks = []
     for layer in range(config.layers):
@@ -255,10 +234,7 @@ def prepare_decode_params(config: ModelConfig, params: Params) -> Params:
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of zeros: `slots` positions for each of `batch` sequences, in the activation dtype."""
     shape_GSK = batch * config.heads, slots, config.width // config.heads
-    keys_GSK, values_GSK = (
-        tuple(jnp.zeros(shape_GSK, config.activation_dtype) for _ in range(config.layers)) for _ in Cache._fields
-    )
-    return Cache(keys_GSK, values_GSK)
+    return Cache(*(tuple(jnp.zeros(shape_GSK, config.activation_dtype) for _ in range(config.layers)) for _ in "kv"))
 
 
 def forward_with_cache(
@@ -270,19 +246,19 @@ def forward_with_cache(
     start: jax.Array,
     mask_BTS: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """Reads T more tokens after those in the cache.
+    """Reads T more tokens, which take the slots from `start` on of the cache's S slots.
 
     Args:
         c: the sizes.
         weights: from `prepare_decode_params`.
-        ids_BT: the tokens; they take the slots start .. start + T - 1 of the cache, which must exist.
+        ids_BT: the tokens.
         positions_BT: their positions in each sequence, for RoPE.
-        cache: S slots for each block.
-        start: [] integer.
+        cache: the keys and values so far.
+        start: [] integer, at most S - T.
         mask_BTS: True where a token may attend to a slot.
 
     Returns:
-        Logits [B, V] float32 for the token after the last one read, and the cache with T more slots filled.
+        Logits [B, V] float32 for the token after the last one read, and the new cache.
     """
     layout = ops.get(c.implementation).decode_layout
     rope_cos_sin = layers.rope_cos_sin(positions_BT, c.width // c.heads, c.rope_theta)
@@ -291,10 +267,10 @@ def forward_with_cache(
     for layer, p in enumerate(weights["blocks"]):
 
         def attend(q_BTHK, k_BTHK, v_BTHK, saved, layer=layer):
-            k_GTK, v_GTK = layers.to_cache_layout(k_BTHK, v_BTHK)
+            k_GTK, v_GTK = layers.split_heads(k_BTHK), layers.split_heads(v_BTHK)
             keys_GSK = jax.lax.dynamic_update_slice(cache.keys_GSK[layer], k_GTK, (0, start, 0))
             values_GSK = jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0))
-            return layers.attention_with_cache(q_BTHK, keys_GSK, values_GSK, mask_BTS), (keys_GSK, values_GSK)
+            return layers.attention(q_BTHK, keys_GSK, values_GSK, mask_BTS), (keys_GSK, values_GSK)
 
         p = {name: layout(leaf) if leaf.ndim == 2 else leaf for name, leaf in p.items()}
         x_BTD, keys_and_values = block(p, x_BTD, rope_cos_sin, attend=attend, c=c)

@@ -5,7 +5,7 @@ This module imports no jax, so commands can read the table before jax starts.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,27 +19,16 @@ PARTS = ("embedding", "attention", "feed-forward", "norms", "head")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter. Those of the blocks are stacked: their shape begins with L, the number of layers.
+    """One parameter. Those of the blocks are stacked: their shape begins with L, the number of layers."""
 
-    Attributes:
-        path: where it is in the tree, such as ("blocks", "query").
-        shape: its whole shape. Matrices of blocks are [L, inputs, outputs].
-        kind: what it is. A `matrix` multiplies, an `embedding` has a row for each token.
-        part: the part of the model that the plan counts it in, one of PARTS.
-        init_std: standard deviation of its first values; None: they are 1.
-        hf_name, gguf_name: its tensor's name in a Hugging Face folder and in a GGUF file. The blocks' names hold
-            `{layer}`, one tensor for each layer.
-        rope_heads: of a matrix whose outputs RoPE rotates, the number of heads; else 0. GGUF orders those differently.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
+    path: Path  # in the tree, such as ("blocks", "query")
+    shape: tuple[int, ...]  # matrices of blocks are [L, inputs, outputs]
     kind: Literal["matrix", "norm_scale", "embedding"]
-    part: str
-    init_std: float | None
-    hf_name: str
-    gguf_name: str
-    rope_heads: int = 0
+    part: str  # of the model, one of PARTS: the plan adds up each
+    init_std: float | None  # standard deviation of the initial values; None: they are 1
+    hf_name: str  # of its tensor in a Hugging Face folder; `{layer}` in it stands for the index of the layer
+    gguf_name: str  # likewise in a GGUF file
+    rope_heads: int = 0  # heads whose outputs RoPE rotates: GGUF orders these rows differently
 
     @property
     def weight_decay(self) -> bool:
@@ -74,9 +63,8 @@ class Parameter:
 def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     """All parameters of the decoder, in the order in which they are drawn.
 
-    Matrices and embeddings start with a standard deviation of 0.02. The two output projections of a block, which write
-    to the residual stream, start with 0.02 / sqrt(2 L) (GPT-2) or zero, as `config.output_init` says. Norm scales
-    start at 1.
+    The two output projections of a block, which write to the residual stream, start with a standard deviation of
+    0.02 / sqrt(2 L) (GPT-2) or at zero, as `config.output_init` says.
     """
     L, D, F, V = config.layers, config.width, config.mlp_width, config.vocab_size
     kv_heads = config.kv_heads or config.heads
@@ -84,12 +72,13 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     output_std = 0.0 if config.output_init == "zero" else 0.02 / math.sqrt(2 * L)
 
     def matrix(name: str, inputs: int, outputs: int, part: str, hf: str, gguf: str, std: float = 0.02, heads: int = 0):
-        names = f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
-        return Parameter(("blocks", name), (L, inputs, outputs), "matrix", part, std, *names, heads)
+        return Parameter(("blocks", name), (L, inputs, outputs), "matrix", part, std, *in_layer(hf, gguf), heads)
 
     def block_norm(name: str, hf: str, gguf: str):
-        names = f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
-        return Parameter(("blocks", name), (L, D), "norm_scale", "norms", None, *names)
+        return Parameter(("blocks", name), (L, D), "norm_scale", "norms", None, *in_layer(hf, gguf))
+
+    def in_layer(hf: str, gguf: str) -> tuple[str, str]:
+        return f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
 
     def embedding(name: str, hf: str, gguf: str):
         return Parameter((name,), (V, D), "embedding", name, 0.02, hf, gguf)
@@ -119,25 +108,18 @@ def tree_of(config: ModelConfig, f: Callable[[Parameter], Any]) -> Params:
     """A tree like the parameters, with f(parameter) as each leaf."""
     tree: Params = {}
     for parameter in parameter_table(config):
-        *groups, name = parameter.path
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = f(parameter)
+        group = tree.setdefault("blocks", {}) if parameter.stacked else tree
+        group[parameter.path[-1]] = f(parameter)
     return tree
 
 
-def leaves_by_path(tree: Mapping[str, Any]) -> dict[Path, Any]:
-    """The leaves of nested mappings by their paths."""
-    return dict(_leaves(tree, ()))
-
-
-def _leaves(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    if not isinstance(node, Mapping):
-        yield path, node
-        return
-    for name, child in node.items():
-        yield from _leaves(child, (*path, name))
+def leaves_by_path(tree: Mapping[str, Any], above: Path = ()) -> dict[Path, Any]:
+    """The leaves of nested mappings by their paths, which start with `above`."""
+    leaves: dict[Path, Any] = {}
+    for name, child in tree.items():
+        path = (*above, name)
+        leaves |= leaves_by_path(child, path) if isinstance(child, Mapping) else {path: child}
+    return leaves
 
 
 def check_tree(config: ModelConfig, tree: Mapping[str, Any]) -> None:

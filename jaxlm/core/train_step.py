@@ -49,9 +49,9 @@ def init_state(config: Config) -> TrainState:
 
 
 class GradAccumulator(NamedTuple):
-    """Sums over the chunks of a micro-batch."""
+    """Sums over the first chunks of a micro-batch."""
 
-    chunks: jax.Array  # [] int32: how many it holds
+    chunks: jax.Array  # [] int32: how many
     loss: jax.Array  # [] float32: their part of the mean loss
     grads: Params  # their part of its gradient
 
@@ -80,8 +80,7 @@ def make_train_step(config: Config) -> Any:
     def update(state: TrainState, accumulator: GradAccumulator) -> tuple[TrainState, Metrics]:
         params, opt_state = optimizer.step(accumulator.grads, state.opt_state, state.params)
         skipped_now = opt_state.skip_state["should_skip"]
-        updated = opt_state.gradient_step > state.step
-        batches = state.batches + 1
+        updated, batches = opt_state.gradient_step > state.step, state.batches + 1
         loss_sum = state.loss_sum + jnp.where(skipped_now, 0, accumulator.loss)
         in_a_row = jnp.where(skipped_now, state.skipped_in_a_row + 1, 0)
         used = opt_state.gradient_step * config.grad_accum_steps + opt_state.mini_step
@@ -101,9 +100,6 @@ def make_train_step(config: Config) -> Any:
 
 
 def make_eval_step(config: Config) -> jax.stages.Wrapped:
-    """Builds the jitted evaluation step: (params, inputs [B, T], targets [B, T]) -> [] float32, the sum in nats.
-
-    Targets below 0 are ignored.
-    """
+    """Builds the jitted evaluation step: (params, inputs [B, T], targets [B, T]) -> `Decoder.loss`."""
     model = Decoder(config.model)
     return jax.jit(lambda params, inputs, targets: model.apply({"params": params}, inputs, targets, method="loss"))

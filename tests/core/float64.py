@@ -58,6 +58,48 @@ def cross_entropy(x, embedding, targets):
     return loss_sum
 
 
+def logits(params, ids, config):
+    """One sequence, one position, one head at a time, in float64."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    half = config.width // config.heads // 2
+    sharing = config.heads // (config.kv_heads or config.heads)
+
+    def normed(x, scale):
+        return scale * x / np.sqrt(x @ x / len(x) + config.norm_eps)
+
+    def rotated(x, position):
+        angles = position / config.rope_theta ** (np.arange(half) / half)
+        pairs = np.exp(1j * angles) * (x.reshape(-1, 2, half)[:, 0] + 1j * x.reshape(-1, 2, half)[:, 1])
+        return np.concatenate([pairs.real, pairs.imag], axis=1)
+
+    stream = [p["embedding"][i].copy() for i in ids]
+    for layer in range(config.layers):
+        b = {name: stacked[layer] for name, stacked in p["blocks"].items()}
+        keys, values = [], []
+        for position, x in enumerate(stream):
+            h = normed(x, b["attention_norm"])
+            keys.append(rotated(h @ b["key"], position))
+            values.append((h @ b["value"]).reshape(-1, 2 * half))
+            queries = rotated(h @ b["query"], position)
+            mixed = []
+            for head in range(config.heads):
+                weights = np.exp([queries[head] @ key[head // sharing] / np.sqrt(2 * half) for key in keys])
+                mixed.append(weights / weights.sum() @ [value[head // sharing] for value in values])
+            x += np.concatenate(mixed) @ b["output"]
+            h = normed(x, b["mlp_norm"])
+            gate = h @ b["gate"]
+            x += (gate / (1 + np.exp(-gate)) * (h @ b["up"])) @ b["down"]
+    head = p["embedding"] if config.tied else p["head"]
+    return np.array([head @ normed(x, p["norm"]) for x in stream])
+
+
+def loss(params, inputs, targets, config):
+    """The sum of -ln p(target) over the targets that are not below 0."""
+    values = np.array([logits(params, ids, config) for ids in inputs])
+    losses = np.log(np.exp(values).sum(-1)) - np.take_along_axis(values, targets[..., None], -1)[..., 0]
+    return losses[targets >= 0].sum()
+
+
 def gradient(function, array):
     """Of a function of one array to a number."""
     slopes = np.empty(array.shape)

@@ -48,9 +48,9 @@ def test_every_flipped_bit_changes_the_checksum(bit):
 
 
 def test_a_swap_of_two_numbers_or_a_shift_changes_the_checksum():
-    values = np.arange(1, 100, dtype=np.float32)
+    values = np.arange(1, 32, dtype=np.float32)
     changed = [np.roll(values, 1)]
-    for other in range(1, 99):
+    for other in range(1, 31):
         changed.append(values.copy())
         changed[-1][[0, other]] = values[[other, 0]]
     assert expected_checksum(values) not in checksums(changed).tolist()
@@ -62,6 +62,7 @@ def test_a_block_of_zeros_changes_the_checksum():
     assert expected_checksum(values) not in checksums(lost).tolist()
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_the_same_as_one():
     program = """
 import jax, numpy as np

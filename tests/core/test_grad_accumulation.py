@@ -27,6 +27,7 @@ def test_the_embeddings_gradient_is_added_to_the_accumulator():
 
 
 BLOCKS = {"w": jnp.float32(draw(3, 4, 4)), "scale": jnp.float32(draw(3, 4, seed=1))}
+X, D_X = jnp.float32(draw(2, 4)), jnp.float32(draw(2, 4, seed=2))
 
 
 def block(p, x, factor, saved=None):
@@ -52,6 +53,16 @@ def with_remat(blocks, x, scan):
     return remat_blocks(blocks, x, 0.5, lambda p, x, factor, saved=None: block(p, x, factor), scan)
 
 
+def with_gradients(function, d_outputs):
+    """Of a function of BLOCKS and X, in one program: the outputs, and the gradients of the inputs."""
+    return jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](d_outputs)))(BLOCKS, X)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return with_gradients(one_after_the_other, D_X)
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -61,33 +72,25 @@ def with_remat(blocks, x, scan):
     ],
     ids=["unstacked", "remat", "remat on an Apple GPU"],
 )
-def test_the_blocks_gradients_are_added_to_the_accumulator(run):
-    x, d_x = jnp.float32(draw(2, 4)), jnp.float32(draw(2, 4, seed=2))
-    so_far = jax.tree.map(jnp.cos, BLOCKS)
-
-    def with_gradients(function, d_outputs):
-        return jax.jit(lambda *a: (function(*a), jax.vjp(function, *a)[1](d_outputs)))(BLOCKS, x)
-
-    expected_out, (expected_blocks, expected_x) = with_gradients(one_after_the_other, d_x)
-    (out, again), (found_blocks, found_x) = with_gradients(run, (d_x, so_far))
-    expected = expected_out, BLOCKS, jax.tree.map(jnp.add, so_far, expected_blocks), expected_x
+def test_the_blocks_gradients_are_added_to_the_accumulator(run, expected):
+    accumulator = jax.tree.map(np.cos, BLOCKS)
+    (out, again), (found_blocks, found_x) = with_gradients(run, (D_X, accumulator))
+    expected_out, (expected_blocks, expected_x) = expected
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         (out, again, found_blocks, found_x),
-        expected,
+        (expected_out, BLOCKS, jax.tree.map(np.add, accumulator, expected_blocks), expected_x),
     )
 
 
 def test_the_backward_pass_gets_what_each_block_saved():
-    given = []
+    """The block multiplies what it saved by its scale, so that the gradient of the scale shows it."""
 
     def spy(p, x, factor, saved=None):
-        given.append(saved)
-        return x + factor * p["scale"], {"input": x}
+        return x + (factor if saved is None else saved) * p["scale"], x
 
-    jax.grad(lambda x: jnp.sum(remat_blocks(BLOCKS, x, 0.5, spy, ops.get("apple").scan)[0]))(jnp.ones((2, 4)))
-    assert given[:3] == [None] * 3
-    inputs = [saved["input"] for saved in given[3:]]
-    expected = [1 + 0.5 * BLOCKS["scale"][:layer].sum(0) for layer in (2, 1, 0)]
-    for found, value in zip(inputs, expected, strict=True):
-        np.testing.assert_allclose(found, np.broadcast_to(value, (2, 4)), rtol=1e-6)
+    def loss(blocks):
+        return jnp.sum(remat_blocks(blocks, jnp.ones((2, 4)), 0.5, spy, ops.get("xla").scan)[0])
+
+    inputs = [1 + 0.5 * BLOCKS["scale"][:layer].sum(0) for layer in range(3)]
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(BLOCKS)["scale"], 2 * np.array(inputs), rtol=1e-6)

@@ -36,7 +36,9 @@ def test_the_presets_table():
     assert sum(p.size for p in table) == 59_294_720
 
 
-@pytest.mark.parametrize("settings", [{}, {"tied": False, "kv_heads": 2, "output_init": "zero"}])
+@pytest.mark.parametrize(
+    "settings", [{"tied": False, "kv_heads": 2, "output_init": "zero"}, pytest.param({}, marks=pytest.mark.slow)]
+)
 def test_the_tree_that_is_drawn_is_the_tables(settings):
     config = ModelConfig(**TINY, **settings)
     params = init_params(config, jax.random.key(0))

@@ -15,6 +15,7 @@ from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core.model import Decoder, loss_and_gradient
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
+from tests.core import float64
 
 LEARNING_RATE = 0.01
 CONFIG = Config(
@@ -24,7 +25,7 @@ CONFIG = Config(
     model=ModelConfig(vocab_size=257, context=8, layers=2, heads=2, width=16, mlp_width=24, precision="float32"),
     optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, muon_learning_rate=0.03, warmup_steps=3, clip_norm=10.0),
 )
-WHOLE = replace(CONFIG, batch_size=32, grad_accum_steps=1)
+WHOLE = replace(CONFIG, batch_size=32, grad_accum_steps=1, microbatch_chunks=4)
 NAN, INF = 255, 256  # a micro-batch that holds one of these gives such a gradient, where `poisoned_step` is used
 
 
@@ -59,9 +60,9 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def accumulated(start):
+def accumulated(start, poisoned_step):
     """Two optimizer steps of four micro-batches each: the last state and all metrics."""
-    return run(train_step(CONFIG), start, micro_batches(8))
+    return run(poisoned_step, start, micro_batches(8))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def poisoned_step(start):
         return make_train_step(CONFIG).lower(start, micro_batches(1)[0]).compile()
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("chunks", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_batch_8_accumulated_4_times_is_batch_32_once(start, accumulated, chunks):
     step = train_step(replace(WHOLE, microbatch_chunks=chunks))
     state, reports = run(step, start, micro_batches(8).reshape(2, 32, 9))
@@ -144,15 +145,16 @@ def test_a_run_with_skipped_micro_batches_is_the_run_that_never_saw_them(start, 
         assert_equal(found._replace(skipped=expected.skipped), expected)
 
 
-def test_the_state_is_donated_buffer_by_buffer(start):
+def test_the_state_is_donated_buffer_by_buffer(start, poisoned_step):
     leaves = jax.tree.leaves(start)
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
     given = jax.tree.map(jnp.copy, start)
-    taken, _ = train_step(CONFIG)(given, micro_batches(1)[0])
+    taken, _ = poisoned_step(given, micro_batches(1)[0])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given.params, given.opt_state.inner_opt_state)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(taken))
 
 
+@pytest.mark.slow
 def test_a_step_by_a_host_loop_is_the_step_on_the_device(start, accumulated):
     by_host = replace(CONFIG, microbatch_chunks=4, model=replace(CONFIG.model, implementation="apple"))
     state, reports = run(train_step(by_host), start, micro_batches(8))
@@ -164,7 +166,7 @@ def test_a_step_by_a_host_loop_is_the_step_on_the_device(start, accumulated):
     jax.tree.map(partial(assert_close, atol=1e-3 * LEARNING_RATE), state.params, accumulated[0].params)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_training_learns_a_batch_by_heart(start, optimizer):
     config = replace(WHOLE, optimizer=replace(WHOLE.optimizer, name=optimizer))
     ids = np.tile(micro_batches(1)[0], (4, 1))
@@ -180,7 +182,5 @@ def test_evaluation_sums_the_losses_of_all_targets(small_model):
     ids = micro_batches(1)[0]
     targets = ids[:, 1:].copy()
     targets[2:4, 5:] = -1
-    logits = np.asarray(jax.jit(Decoder(model).apply)({"params": params}, ids[:, :-1]), np.float64)
-    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    found = make_eval_step(replace(CONFIG, model=model))(params, ids[:, :-1], targets)
-    assert found == pytest.approx(losses[targets >= 0].sum(), rel=1e-5)
+    loss_sum = make_eval_step(replace(CONFIG, model=model))(params, ids[:, :-1], targets)
+    assert loss_sum == pytest.approx(float64.loss(params, ids[:, :-1], targets, model), rel=1e-5)

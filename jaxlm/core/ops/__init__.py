@@ -1,4 +1,4 @@
-"""What each kind of device computes in its own way: the one home of such choices in the core.
+"""What each kind of device computes in its own way.
 
 `jaxlm.device.backend` resolves `model.implementation = auto` to a name for the device. The core looks up the record by
 this name and asks nothing else about the device.

@@ -25,10 +25,9 @@ def unrolled_scan(body: Callable, carry: Any, xs: Any, reverse: bool = False) ->
 
 @dataclass(frozen=True)
 class HostLoopStep:
-    """A micro-step of several programs, which the host calls: none of them loops over the chunks.
+    """A micro-step of several programs, the jitted arguments of `Ops.train_step`; the host loops over the chunks.
 
     The host waits for each chunk. Where no buffer is reused, the next one would allocate before this one has freed.
-    The arguments are those of `xla.train_step`, jitted.
     """
 
     start: Any
@@ -58,7 +57,7 @@ class HostLoopStep:
 
 
 def train_step(start: Callable, accumulate_chunk: Callable, update: Callable, chunks: int) -> HostLoopStep:
-    """`xla.train_step` as several programs. The state is not donated: Apple's plugins reuse no buffer."""
+    """`Ops.train_step` as several programs. The state is not donated: Apple's plugins reuse no buffer."""
     return HostLoopStep(jax.jit(start), jax.jit(accumulate_chunk), jax.jit(update), chunks)
 
 

@@ -52,17 +52,9 @@ def fused_linear(ops: Ops, x_BTD: jax.Array, weights: Sequence[jax.Array], matmu
 def swiglu(
     ops: Ops, x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, matmul_dtype: Any
 ) -> jax.Array:
-    """`xla.swiglu` by the kernel where its rows are whole tiles. Its element-wise part is in float32.
+    """`xla.swiglu` by the kernel where the rows are whole tiles. The element-wise part is in float32.
 
-    Args:
-        ops: the operations.
-        x_BTD: bfloat16; D a multiple of BLOCK_K.
-        gate_DF, up_DF: float32; F a multiple of GROUP.
-        down_FD: float32.
-        matmul_dtype: bfloat16.
-
-    Returns:
-        [B, T, D] bfloat16.
+    x is bfloat16, and the weights are float32. D is a multiple of BLOCK_K, and F of GROUP.
     """
     if not _whole_tiles(x_BTD):
         return xla.swiglu(ops, x_BTD, gate_DF, up_DF, down_FD, matmul_dtype)
@@ -88,10 +80,9 @@ def _swiglu_backward(residuals, d_out_ND):
     (d_gate_up_NG,) = _matmul(
         d_out_ND, down_FD, _swiglu_backward_epilogue, (2 * F,), tiles=(gate_up_NG,), columns=GROUP, stages=3
     )
-    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    d_pairs = matmul(x_ND.T, d_gate_up_NG).reshape(D, -1, 2, GROUP)
+    d_pairs = xla.weight_gradient(x_ND, d_gate_up_NG).reshape(D, -1, 2, GROUP)
     d_gate_DF, d_up_DF = (d_pairs[:, :, i].reshape(D, F) for i in range(2))
-    return d_gate_up_NG @ gate_up_GD, d_gate_DF, d_up_DF, matmul(act_NF.T, d_out_ND)
+    return d_gate_up_NG @ gate_up_GD, d_gate_DF, d_up_DF, xla.weight_gradient(act_NF, d_out_ND)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -118,15 +109,7 @@ def cross_entropy(
     -s / (1 + s) at the target. One pass over the logits gives all of it, no logits are written, and the exponents lose
     nothing to bfloat16.
 
-    Args:
-        ops: the operations.
-        x_ND: bfloat16; D a multiple of BLOCK_K.
-        embedding_VD: float32.
-        targets_N: ids below V; a target below 0 is ignored.
-        matmul_dtype: bfloat16.
-
-    Returns:
-        [] float32, in nats. The loss of a token is at most about MAX_LOGIT_GAP.
+    x is bfloat16, and D a multiple of BLOCK_K. The loss of a token is at most about MAX_LOGIT_GAP.
     """
     return _cross_entropy(x_ND, embedding_VD, targets_N)
 

@@ -19,18 +19,10 @@ _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 def causal_attention(
     q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, matmul_dtype: Any, saved: Any = None
 ) -> tuple[jax.Array, Any]:
-    """`layers.attention` in which position t attends to positions 0 to t, in blocks of queries.
+    """`Ops.attention` in blocks of queries.
 
     The scores of a block exist only while it is computed, once forward and once backward, and positions after the
-    block are skipped (the idea of Dao et al. 2022, the gradient as in their appendix B).
-
-    Args:
-        q_BTHK, k_BTHK, v_BTHK: queries, keys and values of the same positions.
-        matmul_dtype: dtype that matmuls read; their sums and the softmax are float32.
-        saved: the residuals of an earlier call with the same arrays; then only the gradient is computed.
-
-    Returns:
-        [B, T, H, K] in the dtype of v; and residuals, which have no gradient of their own.
+    block are skipped (the idea of Dao et al. 2022, the gradient as in their appendix B). The softmax is in float32.
     """
     saved = _causal(q_BTHK, k_BTHK, v_BTHK, saved, matmul_dtype)
     return saved[0], saved
@@ -43,7 +35,7 @@ def _causal(q_BTHK, k_BTHK, v_BTHK, saved, dtype):
 
 def _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, dtype):
     """[B, T, H, K], and logsumexp(scores) [G, T] of each query."""
-    q, k, v = (split_heads(x, dtype) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
+    q, k, v = (split_heads(x.astype(dtype)) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
     out, logsumexp = [], []
     for block in _query_blocks(q.shape[1]):
         keys = slice(block.stop)
@@ -53,7 +45,8 @@ def _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, dtype):
         sum_GT1 = jnp.sum(weights_GTS, axis=-1, keepdims=True)
         out.append(_einsum("GTS,GSK->GTK", weights_GTS.astype(dtype), v[:, keys]) / sum_GT1)
         logsumexp.append((max_GT1 + jnp.log(sum_GT1))[..., 0])
-    return merge_heads(jnp.concatenate(out, axis=1), v_BTHK), jnp.concatenate(logsumexp, axis=1)
+    out_BTHK = merge_heads(jnp.concatenate(out, axis=1), v_BTHK.shape[2]).astype(v_BTHK.dtype)
+    return out_BTHK, jnp.concatenate(logsumexp, axis=1)
 
 
 def _causal_forward(q_BTHK, k_BTHK, v_BTHK, saved, dtype):
@@ -65,9 +58,9 @@ def _causal_backward(dtype, residuals, d_saved):
     d_out_BTHK, _ = d_saved
     q_BTHK, k_BTHK, v_BTHK, out_BTHK, logsumexp_GT = residuals
     scale = q_BTHK.shape[-1] ** -0.5
-    q, k, v, d_out = (split_heads(x, dtype) for x in (q_BTHK * scale, k_BTHK, v_BTHK, d_out_BTHK))
+    q, k, v, d_out, out = (split_heads(x.astype(dtype)) for x in (q_BTHK * scale, k_BTHK, v_BTHK, d_out_BTHK, out_BTHK))
     # the sum over S of weights * d_weights
-    mean_GT = jnp.sum(split_heads(out_BTHK, dtype).astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    mean_GT = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     k_GKT = k.swapaxes(1, 2)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for block in _query_blocks(q.shape[1]):
@@ -79,14 +72,15 @@ def _causal_backward(dtype, residuals, d_saved):
         d_v = _add_to_start(d_v, _einsum("GST,GTK->GSK", weights_GST.astype(dtype), d_out[:, block]))
         d_k = _add_to_start(d_k, _einsum("GST,GTK->GSK", d_scores_GST, q[:, block]))
         d_q.append(_einsum("GKS,GST->GKT", k_GKT[:, :, keys], d_scores_GST))
-    d_q_GTK = (jnp.concatenate(d_q, axis=2) * scale).swapaxes(1, 2)
-    return *(merge_heads(d, x) for d, x in ((d_q_GTK, q_BTHK), (d_k, k_BTHK), (d_v, v_BTHK))), None
+    d_q = (jnp.concatenate(d_q, axis=2) * scale).swapaxes(1, 2)
+    heads = q_BTHK.shape[2]
+    return *(merge_heads(d, heads).astype(x.dtype) for d, x in ((d_q, q_BTHK), (d_k, k_BTHK), (d_v, v_BTHK))), None
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
 
 
-def _add_to_start(sum_GSK: jax.Array, part_GSK: jax.Array) -> jax.Array:
+def _add_to_start(sum_GSK, part_GSK):
     """Adds a part that holds only the first positions."""
     return jax.lax.dynamic_update_slice(sum_GSK, sum_GSK[:, : part_GSK.shape[1]] + part_GSK, (0, 0, 0))
 
@@ -101,7 +95,7 @@ def _causal_mask(block: slice) -> jax.Array:
 
 
 def weight_gradient(a_ND: jax.Array, b_NF: jax.Array) -> jax.Array:
-    """a^T b, [D, F] float32."""
+    """`Ops.weight_gradient`."""
     return jnp.matmul(a_ND.T, b_NF, preferred_element_type=jnp.float32)
 
 
@@ -113,7 +107,7 @@ def fused_linear(ops: Ops, x_BTD: jax.Array, weights: Sequence[jax.Array], matmu
 def swiglu(
     ops: Ops, x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, matmul_dtype: Any
 ) -> jax.Array:
-    """(silu(x gate) * (x up)) down (Shazeer 2020)."""
+    """`Ops.swiglu` in plain matmuls."""
     gate_BTF, up_BTF = fused_linear(ops, x_BTD, (gate_DF, up_DF), matmul_dtype)
     return linear(swiglu_activation(gate_BTF, up_BTF), down_FD, matmul_dtype, ops.weight_gradient)
 
@@ -137,23 +131,14 @@ def unrolled_search(condition: Callable, body: Callable[[Any], Any], carry: Any,
 
 
 def train_step(start: Callable, accumulate_chunk: Callable, update: Callable, chunks: int) -> jax.stages.Wrapped:
-    """The micro-step as one program, which reuses the buffers of the state it is given.
-
-    Args:
-        start: params -> an empty GradAccumulator.
-        accumulate_chunk: params, GradAccumulator, ids [B, T + 1] -> GradAccumulator.
-        update: TrainState, GradAccumulator -> TrainState, Metrics.
-        chunks: how many chunks make a micro-batch.
-    """
+    """`Ops.train_step` as one program, which reuses the buffers of the state it is given."""
 
     def step(state: Any, ids_BT: jax.Array) -> tuple[Any, Any]:
+        def body(accumulator: Any, _: None) -> tuple[Any, None]:
+            return accumulate_chunk(state.params, accumulator, ids_BT), None
+
         accumulator = start(state.params)
-        if chunks == 1:
-            accumulator = accumulate_chunk(state.params, accumulator, ids_BT)
-        else:
-            accumulator, _ = jax.lax.scan(
-                lambda a, _: (accumulate_chunk(state.params, a, ids_BT), None), accumulator, length=chunks
-            )
+        accumulator, _ = jax.lax.scan(body, accumulator, length=chunks) if chunks > 1 else body(accumulator, None)
         return update(state, accumulator)
 
     return jax.jit(step, donate_argnums=0)

@@ -18,7 +18,7 @@ import pytest
 import jaxlm.config
 import jaxlm.core
 from jaxlm.core import layers, ops
-from jaxlm.core.ops import cuda, xla
+from jaxlm.core.ops import xla
 from tests.core import float64
 from tests.core.float64 import assert_matches, draw, in_bfloat16
 
@@ -51,24 +51,29 @@ def test_the_core_asks_about_devices_in_ops_alone():
         assert not re.search(r"default_backend|\.platform\b|unroll", file.read_text()), file.name
 
 
-@different("attention")
 @pytest.mark.parametrize(
-    ("block", "shape"), [(2, (2, 5, 3, 2)), (5, (2, 5, 3, 2)), (128, (1, 3, 2, 4)), (1, (1, 1, 1, 2))]
+    ("block", "shape"), [(2, (1, 5, 2, 2)), (128, (2, 3, 1, 4)), pytest.param(1, (1, 1, 1, 2), marks=pytest.mark.slow)]
 )
-def test_causal_attention(monkeypatch, device_ops, block, shape):
+def test_causal_attention(monkeypatch, block, shape):
     monkeypatch.setattr(xla, "QUERY_BLOCK", block)
     arrays = [draw(*shape, seed=seed) for seed in (1, 2, 3)]
-    assert_matches(lambda *qkv: device_ops.attention(*qkv, "float32")[0], float64.causal_attention, *arrays)
+    assert_matches(lambda *qkv: xla.causal_attention(*qkv, "float32")[0], float64.causal_attention, *arrays)
 
 
-@pytest.mark.parametrize("time", [100, 128, 300])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("time", "dtype"),
+    [
+        (300, "bfloat16"),
+        *(pytest.param(time, "bfloat16", marks=pytest.mark.slow) for time in (100, 128)),
+        *(pytest.param(time, "float32", marks=pytest.mark.slow) for time in (100, 128, 300)),
+    ],
+)
 def test_causal_attention_in_blocks_is_masked_attention(time, dtype):
     """At one block, a part of one and several."""
     q, k, v, d_out = (jnp.float32(draw(1, time, 2, 16, seed=seed)) for seed in range(4))
 
     def masked(q, k, v):
-        return layers.attention(q, k, v, jnp.tri(time, dtype=bool)[None])
+        return layers.attention(q, layers.split_heads(k), layers.split_heads(v), jnp.tri(time, dtype=bool)[None])
 
     def value_and_grads(attend):
         return jax.jit(lambda *qkv: (attend(*qkv), *jax.vjp(attend, *qkv)[1](d_out)))(q, k, v)
@@ -80,15 +85,16 @@ def test_causal_attention_in_blocks_is_masked_attention(time, dtype):
 
 
 def test_causal_attention_with_saved_residuals_computes_only_its_gradient():
-    q, k, v, d_out = (jnp.float32(draw(1, 200, 2, 16, seed=seed)) for seed in range(4))
-    out, saved = jax.jit(lambda *qkv: xla.causal_attention(*qkv, "float32"))(q, k, v)
+    q, k, v, d_out = (jnp.float32(draw(1, 130, 2, 16, seed=seed)) for seed in range(4))
 
-    def gradients(saved):
-        return jax.jit(
-            lambda *qkv: jax.vjp(lambda *qkv: xla.causal_attention(*qkv, "float32", saved)[0], *qkv)[1](d_out)
-        )
+    @jax.jit
+    def run(*qkv):
+        out, vjp_fn, saved = jax.vjp(lambda *qkv: xla.causal_attention(*qkv, "float32"), *qkv, has_aux=True)
+        again = jax.vjp(lambda *qkv: xla.causal_attention(*qkv, "float32", saved)[0], *qkv)[1](d_out)
+        return out, saved, vjp_fn(d_out), again
 
-    for a, b in zip(gradients(saved)(q, k, v), gradients(None)(q, k, v), strict=True):
+    out, saved, gradients, gradients_again = run(q, k, v)
+    for a, b in zip(gradients_again, gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     again = jax.make_jaxpr(lambda *qkv: xla.causal_attention(*qkv, "float32", saved)[0])(q, k, v)
     assert "exp" not in str(again)
@@ -97,12 +103,13 @@ def test_causal_attention_with_saved_residuals_computes_only_its_gradient():
 
 @pytest.mark.parametrize(("dtype", "head_width", "fused"), [("bfloat16", 8, 1), ("bfloat16", 6, 0), ("float32", 8, 0)])
 def test_cudnn_computes_attention_where_it_fits(monkeypatch, dtype, head_width, fused):
-    calls = []
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **options: (calls.append(options), q)[1])
-    q = jnp.zeros((1, 4, 1, head_width), dtype)
-    out, _ = cuda.causal_attention(q, q, q, dtype)
-    assert (out.shape, out.dtype) == (q.shape, q.dtype)
-    assert calls == fused * [{"is_causal": True, "implementation": "cudnn"}]
+    cudnn, plain = [], []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **options: cudnn.append((*a, options)))
+    monkeypatch.setattr(xla, "causal_attention", lambda *a: plain.append(a))
+    arrays = tuple(jnp.zeros((1, 4, 1, head_width), dtype) for _ in "qkv")
+    ops.get("cuda").attention(*arrays, dtype, "residuals")
+    assert cudnn == fused * [(*arrays, {"is_causal": True, "implementation": "cudnn"})]
+    assert plain == (1 - fused) * [(*arrays, dtype, "residuals")]
 
 
 @different("weight_gradient")
