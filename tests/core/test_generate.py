@@ -29,21 +29,42 @@ def padded_model(small_model):
 
 
 @pytest.fixture(scope="module")
-def both(small_model):
+def host_model(small_model):
+    """`small_model` as on an Apple GPU, where the host calls one program a token."""
+    return replace(small_model[0], implementation="apple"), small_model[1]
+
+
+@pytest.fixture(scope="module")
+def both(host_model):
     """Ten tokens after SHORT and ten after LONG."""
-    [tokens] = chunks_of(small_model, [SHORT, LONG])
+    [tokens] = chunks_of(host_model, [SHORT, LONG])
     return tokens
 
 
-def test_neither_chunks_nor_padding_rows_change_a_token(padded_model, both):
-    chunks = chunks_of(padded_model, [SHORT, LONG], chunk=3)
+@pytest.mark.parametrize("params", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+def test_neither_chunks_nor_padding_rows_nor_the_host_loop_change_a_token(padded_model, host_model, params):
+    chunks = chunks_of(padded_model, [SHORT, LONG], params=params, chunk=3)
     assert [chunk.shape for chunk in chunks] == [(2, 3), (2, 3), (2, 3), (2, 1)]
+    [tokens] = chunks_of(host_model, [SHORT, LONG], params=params)
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens)
+    end_of_text = int(tokens[0, 3])
+    chunks = chunks_of(padded_model, [SHORT, SHORT], params=params, end_of_text=end_of_text, chunk=3)
+    [tokens] = chunks_of(host_model, [SHORT, SHORT], params=params, end_of_text=end_of_text)
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens[:, : 3 * len(chunks)])
+    assert (tokens[:, 3 * len(chunks) :] == end_of_text).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 4, 10, 11, None])
+def test_any_chunk_gives_the_same_tokens(small_model, both, chunk):
+    """Without padding rows, on the device."""
+    chunks = chunks_of(small_model, [SHORT, LONG], chunk=chunk)
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both)
 
 
-def test_each_sequence_has_its_own_random_numbers(small_model, both):
-    assert (chunks_of(small_model, [SHORT, LONG], key=1)[0] != both).any(axis=1).all()
-    [twins] = chunks_of(small_model, [SHORT, SHORT])
+def test_each_sequence_has_its_own_random_numbers(host_model, both):
+    assert (chunks_of(host_model, [SHORT, LONG], key=1)[0] != both).any(axis=1).all()
+    [twins] = chunks_of(host_model, [SHORT, SHORT])
     np.testing.assert_array_equal(twins[0], both[0])
     assert (twins[1] != twins[0]).any()
 
@@ -53,6 +74,7 @@ def test_a_prompt_alone_gives_the_same_tokens(padded_model, both):
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both[:1])
 
 
+@pytest.mark.slow
 def test_a_longer_prompt_in_the_batch_changes_no_token(padded_model, both):
     """With it the prompts are padded to 32 tokens instead of 16."""
     [tokens, *_] = chunks_of(padded_model, [SHORT, [7] * 17], chunk=3)
@@ -62,19 +84,6 @@ def test_a_longer_prompt_in_the_batch_changes_no_token(padded_model, both):
 def test_padding_rows_delay_no_end(padded_model, both):
     chunks = chunks_of(padded_model, [SHORT], end_of_text=int(both[0, 0]), chunk=3)
     assert [chunk.shape for chunk in chunks] == [(1, 3)]
-
-
-@pytest.mark.parametrize("params", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
-def test_the_host_loop_gives_the_tokens_of_the_device_loop(small_model, params):
-    on_host = replace(small_model[0], implementation="apple"), small_model[1]
-    [tokens] = chunks_of(small_model, [SHORT, LONG], params=params)
-    chunks = chunks_of(on_host, [SHORT, LONG], params=params, chunk=4)
-    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens)
-    end_of_text = int(tokens[0, 3])
-    [expected] = chunks_of(small_model, [SHORT, SHORT], params=params, end_of_text=end_of_text)
-    ended = chunks_of(on_host, [SHORT, SHORT], params=params, end_of_text=end_of_text, chunk=4)
-    np.testing.assert_array_equal(np.concatenate(ended, axis=1), expected[:, : 4 * len(ended)])
-    assert (expected[:, 4 * len(ended) :] == end_of_text).all()
 
 
 def test_greedy_tokens_fill_the_context_also_with_shared_key_value_heads(small_shared_model):
@@ -114,8 +123,8 @@ def test_prompts_of_one_bucket_share_a_program_also_where_the_context_ends(small
     assert programs[0] == programs[1] != programs[2] == programs[3]
 
 
-def test_chunks_stop_once_all_sequences_have_ended(small_model, padded_model):
-    [endless] = chunks_of(small_model, [SHORT, SHORT], params=GREEDY)
+def test_chunks_stop_once_all_sequences_have_ended(host_model, padded_model):
+    [endless] = chunks_of(host_model, [SHORT, SHORT], params=GREEDY)
     end_of_text = int(endless[0, 4])
     end = endless[0].tolist().index(end_of_text)
     chunks = chunks_of(padded_model, [SHORT, SHORT], params=GREEDY, end_of_text=end_of_text, chunk=3)
