@@ -99,7 +99,7 @@ def left_aligned(prompts, tokens):
         ("xla", 50, [(top_k, None) for top_k in (*TOP_KS, None)]),
         pytest.param("xla", 50, [(None, top_p) for top_p in TOP_PS], marks=SLOW),
         pytest.param("xla", 1, itertools.product(TOP_KS, TOP_PS), marks=SLOW),
-        ("apple", 50, itertools.product(TOP_KS, TOP_PS)),
+        pytest.param("apple", 50, itertools.product(TOP_KS, TOP_PS), marks=SLOW),
     ],
     ids=["both", "top_k", "top_p", "one token", "apple"],
 )
