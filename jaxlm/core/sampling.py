@@ -63,7 +63,7 @@ def top_k_top_p_mask(
         top_p: [] float in (0, 1]; None keeps all.
 
     Returns:
-        [B, V] bool. Tokens that tie with the last one kept are kept.
+        [B, V] bool. It includes tokens that tie with the least likely of these.
     """
     mask_BV = logits_BV > -jnp.inf
     if top_k is not None:

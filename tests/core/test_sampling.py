@@ -27,7 +27,7 @@ jitted_sample = jax.jit(sample_tokens, static_argnums=0)
 
 
 def mask_by_sorting(logits, top_k, top_p):
-    """One row of `top_k_top_p_mask` by its definition; ties with the last token kept are kept."""
+    """One row of `top_k_top_p_mask` by its definition. It includes ties with the least likely token."""
     ordered = np.sort(logits)[::-1]
     ordered = ordered[ordered >= ordered[min(top_k or len(logits), len(logits)) - 1]]
     cumulative = np.cumsum(np.exp(ordered - ordered[0]) / np.exp(ordered - ordered[0]).sum())
