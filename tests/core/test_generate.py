@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import generate as generate_module
+from jaxlm.core import sampling
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import Decoder, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
@@ -81,9 +82,18 @@ def test_a_longer_prompt_in_the_batch_changes_no_token(padded_model, both):
     np.testing.assert_array_equal(tokens[0], both[0, :3])
 
 
-def test_padding_rows_delay_no_end(padded_model, both):
+def test_padding_rows_delay_no_end(padded_model, both, monkeypatch):
+    slots = []
+
+    def decode(*args):
+        state, tokens_BN = sampling.decode(*args)
+        slots.append(int(state.slot))
+        return state, tokens_BN
+
+    monkeypatch.setattr(generate_module, "decode", decode)
     chunks = chunks_of(padded_model, [SHORT], end_of_text=int(both[0, 0]), chunk=3)
     assert [chunk.shape for chunk in chunks] == [(1, 3)]
+    assert slots == [generate_module.PROMPT_BUCKET + 1]  # one token, not the whole chunk
 
 
 @pytest.mark.parametrize("name", ["padded_model", pytest.param("small_shared_model", marks=pytest.mark.slow)])
