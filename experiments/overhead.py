@@ -8,7 +8,7 @@ weights, on batches that are already on the device. (A GPU at its power limit sl
 depends on the numbers.) The difference is the time of the pauses, by kind, and the time between steps.
 
 On a CPU 300 steps would take a day. There each interval is a fiftieth of the preset's, a step reads one sequence and
-an evaluation four windows. The time of a step is then multiplied by 64 and that of an evaluation by 16. Samples and
+an evaluation four sequences. The time of a step is then multiplied by 64 and that of an evaluation by 16. Samples and
 checkpoints are as large as the preset's.
 """
 
@@ -36,7 +36,7 @@ from jaxlm.run.events import Event, PauseEvent, StepEvent
 
 PERIOD = 300  # optimizer steps
 PAUSES = {"samples": 6, "evaluation": 3, "checkpoint": 1}  # number in a period
-CPU_PERIOD, CPU_WINDOWS = 6, 4
+CPU_PERIOD, CPU_EVAL_SEQUENCES = 6, 4
 BATCHES = 32  # the bare step cycles through them
 
 
@@ -70,7 +70,7 @@ def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
             config,
             **dict.fromkeys(("batch_size", "grad_accum_steps", "microbatch_chunks"), 1),
             **{name: getattr(config, name) // divisor for name in names},
-            data=dataclasses.replace(config.data, eval_sequences=CPU_WINDOWS),
+            data=dataclasses.replace(config.data, eval_sequences=CPU_EVAL_SEQUENCES),
         )
     return config, tokens, device
 

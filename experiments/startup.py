@@ -4,7 +4,7 @@
 
 Starts the training command on the corpus novels, each time in a new work directory: first with an empty compilation
 cache, then with the cache that the first start filled. Prints the seconds from the start of the process to each stage,
-as the median of the rounds. A process ends when it passes the first micro-batch to the device, or with `--computed`
+as the median of the rounds. A process ends when it dispatches the first micro-batch, or with `--computed`
 when the metrics of the first step arrive (minutes on two CPU cores). Then it measures
 `python -m jaxlm.sample --tokens 1` in the same way, on a checkpoint of that size.
 """
@@ -40,7 +40,7 @@ class ReportingStep:
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
-        self.report(f"micro-batch {self.calls} passed on")  # before the call, which on a CPU computes
+        self.report(f"micro-batch {self.calls} dispatched")  # before the call, which on a CPU computes
         return self.step(*arguments)
 
     def lower(self, *arguments: Any) -> "ReportingStep":
@@ -74,7 +74,7 @@ def child(began: float, last: str, argv: list[str]) -> None:
     report("imported")
     make_train_step = jaxlm.run.trainer.make_train_step
     jaxlm.main.open_data = reporting(jaxlm.main.open_data, "data opened")
-    jaxlm.run.trainer.restore_or_init = reporting(jaxlm.run.trainer.restore_or_init, "parameters drawn")
+    jaxlm.run.trainer.restore_or_init = reporting(jaxlm.run.trainer.restore_or_init, "parameters initialized")
     jaxlm.run.trainer.make_train_step = lambda config: ReportingStep(make_train_step(config), report)
     jaxlm.run.trainer.Trainer._report_step = reporting(jaxlm.run.trainer.Trainer._report_step, "first step computed")
     jaxlm.main.main(argv)
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--platform", default="auto")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="startup-"))
-    last = "first step computed" if args.computed else "micro-batch 1 passed on"
+    last = "first step computed" if args.computed else "micro-batch 1 dispatched"
     small = [f"--config.{setting}" for setting in SMALL]
     # prepares the data and leaves a checkpoint
     run(["-m", "jaxlm.main", *CONFIG, "--workdir", str(folder / "small"), *small], folder / "cache")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-LAYERS, HEADS, WIDTH, HIDDEN, CONTEXT, VOCAB, PADDED = 8, 8, 512, 2048, 1024, 50_257, 50_304
+LAYERS, HEADS, WIDTH, MLP_WIDTH, CONTEXT, VOCAB, PADDED = 8, 8, 512, 2048, 1024, 50_257, 50_304
 
 
 class Block(nn.Module):
@@ -28,20 +28,20 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(WIDTH, eps=1e-6)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.output = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.gate_up = nn.Linear(WIDTH, 2 * HIDDEN, bias=False)
-        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.gate_up = nn.Linear(WIDTH, 2 * MLP_WIDTH, bias=False)
+        self.down = nn.Linear(MLP_WIDTH, WIDTH, bias=False)
 
     def forward(self, x, cos, sin):
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, WIDTH // HEADS))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
-def turn(x, cos, sin):
+def apply_rope(x, cos, sin):
     """RoPE, half-split, in float32."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -141,10 +141,10 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW, or Muon on the blocks' matrices and AdamW on the rest. Both follow one schedule."""
 
-    name: str = field(default="adamw", metadata=FIXED)
+    name: str = field(default="adamw", metadata=FIXED)  # adamw, or muon: Muon on the matrices of the blocks
     learning_rate: float = 3e-4  # peak
     muon_learning_rate: float = 6e-3  # peak, of the matrices that Muon updates
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # optimizer steps over which the learning rate rises to its peak
     lr_schedule: str = "cosine"  # how the learning rate falls: cosine or linear
     lr_decay_fraction: float = 1.0  # it falls over this fraction of the steps after the warm-up, the last ones
     min_lr_ratio: float = 0.1  # learning rate at max_steps, as a fraction of the peak
@@ -190,7 +190,7 @@ class DataConfig:
 class SampleConfig:
     """The samples that a run writes while it trains."""
 
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = PROMPTS  # each block of samples draws from these at random
     texts: int = 10  # samples at a time
     tokens: int = 60  # of each sample
     temperature: float = 0.8  # 0: greedy

@@ -26,12 +26,10 @@ def generate(
     """Continues all prompts at once.
 
     Args:
-        config: the model's settings, resolved for the device.
-        weights: its parameters, from `model.prepare_decode_params`.
+        config, weights, params: as for `prefill` and `decode`.
         prompts: token ids, each shorter than the context.
-        params: how tokens are sampled.
         key: random key; each sequence derives its own from it.
-        tokens: new tokens of each sequence, at most. The longest prompt and its new tokens fit into the context.
+        tokens: new tokens of each sequence, at most. Fewer are made where the longest prompt fills the context.
         end_of_text: its id.
         chunk: yields so many tokens at a time; None: all at once.
 

@@ -1,9 +1,8 @@
 """Next-token cross-entropy from the residual stream, in tiles of the vocabulary: the whole logits never exist.
 
 The logits of 32 x 1024 tokens over 50,257 entries take 6.6 GB in float32, and their gradient as much again. Here the
-loss is computed by tiles of the vocabulary, as in Wijmans et al. 2024 (arXiv 2411.09009). They compute the logits a
-second time for the gradient. Here the gradient is computed at once, for so many tokens that their exponentials fit in a
-buffer: a quarter fewer matmuls.
+loss is computed by tiles of the vocabulary, as in Wijmans et al. 2024 (arXiv 2411.09009). They compute the logits
+twice. Here the gradient follows at once, for so many tokens that their exponentials fit in a buffer.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,11 @@ ROW_MULTIPLE = 16  # a chunk of tokens has a multiple of so many rows, for fast 
 def cross_entropy(
     ops: "Ops", x_ND: jax.Array, embedding_VD: jax.Array, targets_N: jax.Array, matmul_dtype: Any
 ) -> jax.Array:
-    """Sum of logsumexp(logits) - logits[target] over N tokens, logits = x embedding^T.
-
-    For evaluation: jax's own gradient of it would save all logits.
+    """Sum of logsumexp(logits) - logits[target] over N tokens, logits = x embedding^T, for evaluation.
 
     Args:
         ops: the device's operations; they set the size of a tile.
-        x_ND: the input of the tied head.
+        x_ND: the input of the head.
         embedding_VD: float32.
         targets_N: ids below V; a target below 0 is ignored.
         matmul_dtype: dtype that the matmuls read; their sums and all else are float32.
@@ -50,16 +47,8 @@ def cross_entropy_and_grad(
     grad_accumulator_VD: jax.Array,
     matmul_dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`cross_entropy` and its gradients times `scale`, that of the embedding added to `grad_accumulator_VD` in place.
-
-    Args:
-        ops, x_ND, embedding_VD, targets_N, matmul_dtype: as for `cross_entropy`.
-        scale: [], factor of the gradients.
-        grad_accumulator_VD: float32, what the embedding's gradient is added to.
-
-    Returns:
-        [] float32, in nats; [N, D] in the dtype of x; [V, D].
-    """
+    """`cross_entropy`; `scale` times its gradient by x, in the dtype of x; `grad_accumulator_VD` plus `scale` times its
+    gradient by the embedding, in place and in float32."""
     (N, D), V = x_ND.shape, len(embedding_VD)
     bytes_per_token = -(-V // ops.vocab_tile) * min(ops.vocab_tile, V) * jnp.dtype(matmul_dtype).itemsize
     chunks = -(-N // max(ROW_MULTIPLE, ops.exp_buffer_bytes // bytes_per_token // ROW_MULTIPLE * ROW_MULTIPLE))
@@ -82,7 +71,8 @@ def cross_entropy_and_grad(
             d_logits_NW = ((softmax_NW - (ids_W == targets_N[:, None])) * d_loss_N1).astype(matmul_dtype)
             d_x_ND += jnp.matmul(d_logits_NW, rows_WD, preferred_element_type=jnp.float32)
             d_rows_WD = ops.weight_gradient(d_logits_NW, x_lowp_ND)
-            return (d_x_ND, _add_rows(grad_accumulator_VD, d_rows_WD, tile_start[0])), None
+            d_rows_WD = jax.lax.dynamic_slice_in_dim(grad_accumulator_VD, tile_start[0], len(d_rows_WD)) + d_rows_WD
+            return (d_x_ND, jax.lax.dynamic_update_slice_in_dim(grad_accumulator_VD, d_rows_WD, tile_start[0], 0)), None
 
         carry = (jnp.zeros(x_ND.shape, jnp.float32), grad_accumulator_VD)
         (d_x_ND, grad_accumulator_VD), _ = ops.scan(add_tile, carry, (_tile_starts(ops, V), saved))
@@ -94,8 +84,8 @@ def cross_entropy_and_grad(
 
 
 def _logsumexp(ops, x_lowp_ND, embedding_VD, save):
-    """logsumexp(logits) [N]; and, if they are to be saved, of each tile exp(logits - max) [N, W] in the dtype of x and
-    the running maximum of the logits [N]."""
+    """logsumexp(logits) [N]; with `save` also exp(logits - max) [N, W] of each tile, in the dtype of x, and the running
+    maximum of the logits [N]."""
 
     def add_tile(carry, tile_start):
         max_N, sum_N = carry
@@ -124,7 +114,7 @@ def _loss_sum(x_lowp_ND, embedding_VD, targets_N, logsumexp_N):
     return jnp.sum(jnp.where(targets_N >= 0, logsumexp_N - target_logits_N, 0))
 
 
-def _tile_starts(ops: "Ops", V: int) -> tuple[jax.Array, jax.Array]:
+def _tile_starts(ops, V):
     """Where each tile starts, and its first id that is in no tile before it: the last tile overlaps, to end with V."""
     first = jnp.arange(0, V, ops.vocab_tile)
     return jnp.minimum(first, max(V - ops.vocab_tile, 0)), first
@@ -137,8 +127,3 @@ def _vocab_tile(ops, embedding_VD, tile_start, dtype):
     rows_WD = jax.lax.dynamic_slice_in_dim(embedding_VD, start, W).astype(dtype)
     ids_W = start + jnp.arange(W)
     return jnp.where(ids_W >= first, ids_W, -2), rows_WD
-
-
-def _add_rows(a_VD, rows_WD, start):
-    before_WD = jax.lax.dynamic_slice_in_dim(a_VD, start, len(rows_WD))
-    return jax.lax.dynamic_update_slice_in_dim(a_VD, before_WD + rows_WD, start, 0)

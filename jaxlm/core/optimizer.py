@@ -22,13 +22,10 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # (end value, 
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
-    """The learning rate at each optimizer step, as a fraction of its peak.
+    """The learning rate after so many completed optimizer steps, as a fraction of its peak.
 
     It rises linearly from 1 / (warmup_steps + 1) to 1 over the warm-up and stays there. Over the last
     `lr_decay_fraction` of the steps after the warm-up it falls to `min_lr_ratio`, as `lr_schedule` says.
-
-    Returns:
-        A function of the number of completed steps ([] int) that gives a fraction ([] float32).
 
     Raises:
         KeyError: SCHEDULES has no `lr_schedule`.
@@ -38,6 +35,19 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
     decay = SCHEDULES[config.lr_schedule](config.min_lr_ratio, decay_steps)
     phases = [warmup, optax.constant_schedule(1.0), decay]
     return optax.join_schedules(phases, [config.warmup_steps, max_steps - decay_steps])
+
+
+def _decay_and_scale(
+    config: Config, direction: optax.GradientTransformation, peak_lr: float
+) -> optax.GradientTransformation:
+    """`direction`, then decoupled weight decay, then the scheduled learning rate."""
+    mask = tree_of(config.model, lambda parameter: parameter.weight_decay)
+    schedule = make_schedule(config.optimizer, config.max_steps)
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(config.optimizer.weight_decay, mask=mask),
+        optax.scale_by_learning_rate(lambda step: peak_lr * schedule(step)),
+    )
 
 
 def adamw(config: Config) -> optax.GradientTransformation:
@@ -57,19 +67,6 @@ def muon(config: Config) -> optax.GradientTransformation:
 
 
 OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {"adamw": adamw, "muon": muon}
-
-
-def _decay_and_scale(
-    config: Config, direction: optax.GradientTransformation, peak_lr: float
-) -> optax.GradientTransformation:
-    """`direction`, then decoupled weight decay, then the scheduled learning rate."""
-    mask = tree_of(config.model, lambda parameter: parameter.weight_decay)
-    schedule = make_schedule(config.optimizer, config.max_steps)
-    return optax.chain(
-        direction,
-        optax.add_decayed_weights(config.optimizer.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(lambda step: peak_lr * schedule(step)),
-    )
 
 
 def make_transformation(config: Config) -> optax.GradientTransformation:
@@ -102,18 +99,12 @@ def multi_steps(inner: optax.GradientTransformation, every: int, cond: Callable 
     """`optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)`, in place.
 
     The state and, up to rounding, the numbers are those of optax, with four differences. Gradients whose norm
-    overflows are skipped too. The update is computed only when it is due, if `cond` branches. It is applied to the
-    parameters directly, so there is no tree of updates. With `every` 1 there is no accumulator.
-
-    Args:
-        inner: the transformation of the mean gradient.
-        every: micro-batches of an update.
-        cond: `jax.lax.cond`, or a function with its arguments that has no branch.
+    overflows are skipped too. The update is computed only when it is due, if `cond` (as `jax.lax.cond`) branches. It is
+    applied to the parameters directly, so there is no tree of updates. With `every` 1 there is no accumulator.
     """
-    reference = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)
 
     def init(params: Params) -> optax.MultiStepsState:
-        state = reference.init(params)
+        state = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite).init(params)
         acc_grads = () if every == 1 else state.acc_grads
         return state._replace(acc_grads=acc_grads, skip_state={"should_skip": state.skip_state["should_skip"]})
 
@@ -149,7 +140,7 @@ class NormState(NamedTuple):
 
 
 def record_grad_norm() -> optax.GradientTransformation:
-    """Passes gradients through and keeps their global norm in its state."""
+    """Changes no gradient; its state holds their global norm."""
     return optax.GradientTransformation(
         lambda params: NormState(jnp.float32(0)),
         lambda updates, state, params=None: (updates, NormState(optax.tree_utils.tree_norm(updates))),
@@ -171,18 +162,15 @@ def orthogonalize() -> optax.GradientTransformation:
 
     The scale is 0.2 sqrt(max(D, F)) (Liu et al. 2025, arXiv 2502.16982).
     """
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(
-            lambda m_LDF: jax.vmap(newton_schulz)(m_LDF) * (0.2 * max(m_LDF.shape[1:]) ** 0.5), updates
-        )
-    )
+
+    def direction(m_LDF: jax.Array) -> jax.Array:
+        return jax.vmap(newton_schulz)(m_LDF) * (0.2 * max(m_LDF.shape[1:]) ** 0.5)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(direction, updates))
 
 
 def newton_schulz(m_DF: jax.Array) -> jax.Array:
     """Five Newton-Schulz iterations towards the nearest orthogonal matrix, with the coefficients of Jordan (2024).
-
-    Args:
-        m_DF: any matrix.
 
     Returns:
         [D, F]: the singular vectors of m, with singular values between about 0.7 and 1.2.

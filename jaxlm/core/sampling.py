@@ -32,10 +32,9 @@ class SamplingParams(NamedTuple):
 
 def sampling_params(settings: Any) -> SamplingParams:
     """The SamplingParams of settings with a `temperature`, a `top_k` (0: all) and a `top_p` (1: all)."""
-    top_k, top_p = settings.top_k, settings.top_p
-    return SamplingParams(
-        np.float32(settings.temperature), np.int32(top_k) if top_k else None, np.float32(top_p) if top_p < 1 else None
-    )
+    top_k = np.int32(settings.top_k) if settings.top_k else None
+    top_p = np.float32(settings.top_p) if settings.top_p < 1 else None
+    return SamplingParams(np.float32(settings.temperature), top_k, top_p)
 
 
 class DecodeState(NamedTuple):
@@ -58,13 +57,13 @@ def top_k_top_p_mask(
     (Holtzman et al. 2020, arXiv 1904.09751). Both are thresholds on the logits, so nothing is sorted.
 
     Args:
-        device_ops: the operations of the device.
+        device_ops: the device's operations.
         logits_BV: float32; -inf is never sampled.
         top_k: [] integer, at least 1; None keeps all.
         top_p: [] float in (0, 1]; None keeps all.
 
     Returns:
-        [B, V] bool. Tokens that tie with the last one kept are kept.
+        [B, V] bool. It includes tokens that tie with the least likely of these.
     """
     mask_BV = logits_BV > -jnp.inf
     if top_k is not None:
@@ -74,16 +73,6 @@ def top_k_top_p_mask(
     weights_BV = jnp.where(mask_BV, jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)), 0)
     target_B1 = top_p * jnp.sum(weights_BV, axis=-1, keepdims=True)
     return mask_BV & (logits_BV >= _threshold(device_ops, logits_BV, weights_BV, target_B1))
-
-
-class _Search(NamedTuple):
-    """An interval with the threshold in it, and how many logits are at or above each end."""
-
-    rounds_left: jax.Array
-    low_B1: jax.Array
-    high_B1: jax.Array
-    count_low_B1: jax.Array
-    count_high_B1: jax.Array
 
 
 def _threshold(device_ops: ops.Ops, logits_BV: jax.Array, weights_BV: jax.Array | None, target: jax.Array) -> jax.Array:
@@ -98,42 +87,38 @@ def _threshold(device_ops: ops.Ops, logits_BV: jax.Array, weights_BV: jax.Array 
         padding = ((0, 0), (0, -logits_BV.shape[1] % device_ops.search_parts))
         parts = jnp.split(jnp.pad(logits_BV, padding, constant_values=-jnp.inf), device_ops.search_parts, axis=1)
 
-    def search(s: _Search) -> _Search:
-        cuts_BW = s.low_B1 + (s.high_B1 - s.low_B1) * steps_W
+    def search(carry):
+        rounds_left, low_B1, high_B1, count_low_B1, count_high_B1 = carry  # counts of logits at or above each end
+        cuts_BW = low_B1 + (high_B1 - low_B1) * steps_W
         cuts_BW1 = cuts_BW[..., None]
         count_BW = jnp.sum(sum((part[:, None] >= cuts_BW1).astype(jnp.int32) for part in parts), axis=-1)
-        if weights_BV is None:
-            enough_BW = count_BW >= target
-        else:
-            enough_BW = jnp.sum(jnp.where(logits_BV[:, None] >= cuts_BW1, weights_BV[:, None], 0), axis=-1) >= target
-        low_B1, high_B1, count_low_B1, count_high_B1 = (
-            jnp.max(jnp.where(enough_BW, cuts_BW, s.low_B1), axis=-1, keepdims=True),
-            jnp.min(jnp.where(enough_BW, s.high_B1, cuts_BW), axis=-1, keepdims=True),
-            jnp.min(jnp.where(enough_BW, count_BW, s.count_low_B1), axis=-1, keepdims=True),
-            jnp.max(jnp.where(enough_BW, s.count_high_B1, count_BW), axis=-1, keepdims=True),
+        sum_BW = count_BW
+        if weights_BV is not None:
+            sum_BW = jnp.sum(jnp.where(logits_BV[:, None] >= cuts_BW1, weights_BV[:, None], 0), axis=-1)
+        enough_BW = sum_BW >= target
+        interval = (
+            jnp.max(jnp.where(enough_BW, cuts_BW, low_B1), axis=-1, keepdims=True),
+            jnp.min(jnp.where(enough_BW, high_B1, cuts_BW), axis=-1, keepdims=True),
+            jnp.min(jnp.where(enough_BW, count_BW, count_low_B1), axis=-1, keepdims=True),
+            jnp.max(jnp.where(enough_BW, count_high_B1, count_BW), axis=-1, keepdims=True),
         )
-        return _Search(s.rounds_left - 1, low_B1, high_B1, count_low_B1, count_high_B1)
+        return rounds_left - 1, *interval
 
-    def unfinished(s: _Search) -> jax.Array:
-        return (s.rounds_left > 0) & jnp.any(s.count_low_B1 - s.count_high_B1 > 1)
+    def unfinished(carry):
+        rounds_left, *_, count_low_B1, count_high_B1 = carry
+        return (rounds_left > 0) & jnp.any(count_low_B1 - count_high_B1 > 1)
 
     high_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     low_B1 = jnp.min(jnp.where(logits_BV > -jnp.inf, logits_BV, high_B1), axis=-1, keepdims=True)
     counts_B1 = (jnp.full(low_B1.shape, count, jnp.int32) for count in (logits_BV.shape[1], 0))
-    start = _Search(jnp.int32(SEARCH_ROUNDS), low_B1, high_B1, *counts_B1)
-    return device_ops.search_loop(unfinished, search, start, SEARCH_ROUNDS).low_B1
+    start = (jnp.int32(SEARCH_ROUNDS), low_B1, high_B1, *counts_B1)
+    return device_ops.search_loop(unfinished, search, start, SEARCH_ROUNDS)[1]
 
 
 def sample_tokens(device_ops: ops.Ops, logits_BV: jax.Array, keys_B: jax.Array, params: SamplingParams) -> jax.Array:
     """A token for each sequence: the most likely one at temperature 0, else a random one.
 
     The probabilities are softmax(logits / temperature), restricted by `top_k_top_p_mask`.
-
-    Args:
-        device_ops: the operations of the device.
-        logits_BV: float32.
-        keys_B: a random key for each sequence.
-        params: temperature, top_k, top_p.
 
     Returns:
         [B] int32.
@@ -183,18 +168,15 @@ def sequence_keys(key: jax.Array, count: int) -> jax.Array:
 def prefill(
     config: ModelConfig, weights: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, new_slots: int
 ) -> DecodeState:
-    """Fills the cache with the prompts in one pass.
+    """Fills the cache with the prompts in one pass; gives the state that `decode` continues.
 
     Args:
-        config: the model's settings.
+        config: the model's settings, resolved for the device.
         weights: its parameters, from `model.prepare_decode_params`.
         ids_BP: prompts, each at the right end of its row. The ids to their left are ignored.
         lengths_B: tokens of each prompt, 0 to P. A row without tokens is padding and counts as ended.
         keys_B: a random key for each sequence.
         new_slots: how many tokens `decode` may add.
-
-    Returns:
-        The state that `decode` continues.
     """
     B, P = ids_BP.shape
     slots_P = jnp.arange(P)
@@ -211,11 +193,7 @@ def prefill(
 def decode_step(
     config: ModelConfig, weights: Any, state: DecodeState, params: SamplingParams, end_of_text: Any
 ) -> tuple[DecodeState, jax.Array]:
-    """Adds one token to each sequence.
-
-    Returns:
-        The next state, and the tokens, [B] int32: `end_of_text` for a sequence that has ended.
-    """
+    """Adds one token to each sequence: the next state, and [B] int32, `end_of_text` for a sequence that has ended."""
     s, slots_S = state, jnp.arange(state.cache.keys_GSK[0].shape[1])
     positions_B = s.slot - s.first_B
     keys_B = jax.vmap(jax.random.fold_in)(s.keys_B, positions_B)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import generate as generate_module
+from jaxlm.core import sampling
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import Decoder, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
@@ -17,7 +18,7 @@ SHORT, LONG = [7, 8, 9], list(range(30, 42))
 NEVER = -1  # no token is the end of a text
 
 
-def chunks_of(model, prompts, *, params=SAMPLED, key=0, tokens=10, end_of_text=NEVER, chunk=None):
+def chunks_of(model, prompts, *, params=SAMPLED, key=0, tokens=100, end_of_text=NEVER, chunk=None):
     weights = prepare_decode_params(*model)
     return list(generate(model[0], weights, prompts, params, jax.random.key(key), tokens, end_of_text, chunk))
 
@@ -29,65 +30,85 @@ def padded_model(small_model):
 
 
 @pytest.fixture(scope="module")
-def both(small_model):
-    """Ten tokens after SHORT and ten after LONG."""
-    [tokens] = chunks_of(small_model, [SHORT, LONG])
+def host_model(small_model):
+    """`small_model` as on an Apple GPU, where the host calls one program a token."""
+    return replace(small_model[0], implementation="apple"), small_model[1]
+
+
+@pytest.fixture(scope="module")
+def both(host_model):
+    """12 tokens after each of SHORT and LONG, which with LONG fill the context."""
+    [tokens] = chunks_of(host_model, [SHORT, LONG])
     return tokens
 
 
-def test_neither_chunks_nor_padding_rows_change_a_token(padded_model, both):
-    chunks = chunks_of(padded_model, [SHORT, LONG], chunk=3)
-    assert [chunk.shape for chunk in chunks] == [(2, 3), (2, 3), (2, 3), (2, 1)]
+@pytest.mark.parametrize("params", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+def test_neither_chunks_nor_padding_rows_nor_the_host_loop_change_a_token(padded_model, host_model, params):
+    chunks = chunks_of(padded_model, [SHORT, LONG], params=params, chunk=3)
+    assert [chunk.shape for chunk in chunks] == [(2, 3)] * 4
+    [tokens] = chunks_of(host_model, [SHORT, LONG], params=params)
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens)
+    end_of_text = int(tokens[0, 3])
+    chunks = chunks_of(padded_model, [SHORT, SHORT], params=params, end_of_text=end_of_text, chunk=3)
+    [tokens] = chunks_of(host_model, [SHORT, SHORT], params=params, end_of_text=end_of_text)
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens[:, : 3 * len(chunks)])
+    assert (tokens[:, 3 * len(chunks) :] == end_of_text).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 5, None])
+def test_any_chunk_gives_the_same_tokens(small_model, both, chunk):
+    """Without padding rows, on the device."""
+    chunks = chunks_of(small_model, [SHORT, LONG], chunk=chunk)
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both)
 
 
-def test_each_sequence_has_its_own_random_numbers(small_model, both):
-    assert (chunks_of(small_model, [SHORT, LONG], key=1)[0] != both).any(axis=1).all()
-    [twins] = chunks_of(small_model, [SHORT, SHORT])
-    np.testing.assert_array_equal(twins[0], both[0])
+def test_each_sequence_has_its_own_random_numbers(host_model, both):
+    assert (chunks_of(host_model, [SHORT, LONG], key=1)[0] != both).any(axis=1).all()
+    [twins] = chunks_of(host_model, [SHORT, SHORT])
+    np.testing.assert_array_equal(twins[0, :12], both[0])
     assert (twins[1] != twins[0]).any()
 
 
 def test_a_prompt_alone_gives_the_same_tokens(padded_model, both):
     chunks = chunks_of(padded_model, [SHORT], chunk=3)
-    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both[:1])
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1)[:, :12], both[:1])
 
 
+@pytest.mark.slow
 def test_a_longer_prompt_in_the_batch_changes_no_token(padded_model, both):
     """With it the prompts are padded to 32 tokens instead of 16."""
     [tokens, *_] = chunks_of(padded_model, [SHORT, [7] * 17], chunk=3)
     np.testing.assert_array_equal(tokens[0], both[0, :3])
 
 
-def test_padding_rows_delay_no_end(padded_model, both):
+def test_padding_rows_delay_no_end(padded_model, both, monkeypatch):
+    slots = []
+
+    def decode(*args):
+        state, tokens_BN = sampling.decode(*args)
+        slots.append(int(state.slot))
+        return state, tokens_BN
+
+    monkeypatch.setattr(generate_module, "decode", decode)
     chunks = chunks_of(padded_model, [SHORT], end_of_text=int(both[0, 0]), chunk=3)
     assert [chunk.shape for chunk in chunks] == [(1, 3)]
+    assert slots == [generate_module.PROMPT_BUCKET + 1]  # one token, not the whole chunk
 
 
-@pytest.mark.parametrize("params", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
-def test_the_host_loop_gives_the_tokens_of_the_device_loop(small_model, params):
-    on_host = replace(small_model[0], implementation="apple"), small_model[1]
-    [tokens] = chunks_of(small_model, [SHORT, LONG], params=params)
-    chunks = chunks_of(on_host, [SHORT, LONG], params=params, chunk=4)
-    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens)
-    end_of_text = int(tokens[0, 3])
-    [expected] = chunks_of(small_model, [SHORT, SHORT], params=params, end_of_text=end_of_text)
-    ended = chunks_of(on_host, [SHORT, SHORT], params=params, end_of_text=end_of_text, chunk=4)
-    np.testing.assert_array_equal(np.concatenate(ended, axis=1), expected[:, : 4 * len(ended)])
-    assert (expected[:, 4 * len(ended) :] == end_of_text).all()
-
-
-def test_greedy_tokens_fill_the_context_also_with_shared_key_value_heads(small_shared_model):
-    config, params = small_shared_model
+@pytest.mark.parametrize("name", ["padded_model", pytest.param("small_shared_model", marks=pytest.mark.slow)])
+def test_greedy_tokens_fill_the_context(name, request):
+    model = config, params = request.getfixturevalue(name)
     forward = jax.jit(Decoder(config).apply)
     prompts = [list(range(30, 44)), SHORT]
-    [tokens] = chunks_of(small_shared_model, prompts, params=GREEDY, tokens=100)
+    tokens = np.concatenate(chunks_of(model, prompts, params=GREEDY, chunk=3), axis=1)
     assert tokens.shape == (2, config.context - 14)
-    for prompt, new_tokens in zip(prompts, tokens.tolist(), strict=True):
-        ids = np.zeros((1, config.context), np.int32)
-        ids[0, : len(prompt) + len(new_tokens)] = prompt + new_tokens
-        logits = forward({"params": params}, ids)[0]
-        np.testing.assert_array_equal(np.argmax(logits[len(prompt) - 1 :][: len(new_tokens)], axis=-1), new_tokens)
+    ids = np.zeros((2, config.context), np.int32)
+    for row, prompt, new_tokens in zip(ids, prompts, tokens.tolist(), strict=True):
+        row[: len(prompt) + len(new_tokens)] = prompt + new_tokens
+    logits = forward({"params": params}, ids)
+    for row_logits, prompt, new_tokens in zip(logits, prompts, tokens.tolist(), strict=True):
+        np.testing.assert_array_equal(np.argmax(row_logits[len(prompt) - 1 :][: len(new_tokens)], axis=-1), new_tokens)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -114,8 +135,8 @@ def test_prompts_of_one_bucket_share_a_program_also_where_the_context_ends(small
     assert programs[0] == programs[1] != programs[2] == programs[3]
 
 
-def test_chunks_stop_once_all_sequences_have_ended(small_model, padded_model):
-    [endless] = chunks_of(small_model, [SHORT, SHORT], params=GREEDY)
+def test_chunks_stop_once_all_sequences_have_ended(host_model, padded_model):
+    [endless] = chunks_of(host_model, [SHORT, SHORT], params=GREEDY)
     end_of_text = int(endless[0, 4])
     end = endless[0].tolist().index(end_of_text)
     chunks = chunks_of(padded_model, [SHORT, SHORT], params=GREEDY, end_of_text=end_of_text, chunk=3)
@@ -129,7 +150,7 @@ def test_chunks_continue_while_one_sequence_has_not_ended(padded_model, both):
     chunks = chunks_of(padded_model, [SHORT, LONG], end_of_text=int(both[0, end]), chunk=3)
     ended, whole = np.concatenate(chunks, axis=1)
     np.testing.assert_array_equal(whole, both[1])
-    np.testing.assert_array_equal(ended, [*both[0, :end], *[both[0, end]] * (10 - end)])
+    np.testing.assert_array_equal(ended, [*both[0, :end], *[both[0, end]] * (12 - end)])
 
 
 def test_up_to_end_cuts_at_the_first_end_of_text():

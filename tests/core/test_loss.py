@@ -1,5 +1,7 @@
 """The loss in tiles compared with its definition over whole logits: values, gradients and memory."""
 
+import functools
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -23,9 +25,17 @@ def record(name="xla", **sizes):
     return replace(ops.get(name), **sizes)
 
 
-def with_gradients(x, embedding, targets, scale=1.0, device_ops=ops.get("xla"), dtype="float32"):  # noqa: B008
-    zeros = jnp.zeros(embedding.shape)
-    loss_sum, *gradients = device_ops.cross_entropy_and_grad(device_ops, x, embedding, targets, scale, zeros, dtype)
+SMALL_TILES = record(vocab_tile=3, exp_buffer_bytes=1)  # four tiles of 11 entries, chunks of 16 tokens
+
+
+@functools.cache
+def compiled(device_ops, dtype):
+    return jax.jit(partial(cross_entropy_and_grad, device_ops, matmul_dtype=dtype))
+
+
+def with_gradients(x, embedding, targets, scale=1.0, accumulator=0.0, device_ops=SMALL_TILES, dtype="float32"):
+    accumulator_VD = np.broadcast_to(np.float32(accumulator), embedding.shape)
+    loss_sum, *gradients = jax.device_get(compiled(device_ops, dtype)(x, embedding, targets, scale, accumulator_VD))
     return loss_sum, tuple(gradients)
 
 
@@ -43,36 +53,47 @@ def whole_logits_loss(x_ND, embedding_VD, targets_N):
 
 def arrays_of(program):
     """The shapes of all arrays that a traced program computes, those of its inner programs included."""
-    found, waiting = [], [program.jaxpr]
+    shapes, waiting = [], [program.jaxpr]
     while waiting:
         for equation in waiting.pop().eqns:
-            found += [variable.aval.shape for variable in equation.outvars]
+            shapes += [variable.aval.shape for variable in equation.outvars]
             for value in jax.tree.leaves(list(equation.params.values())):
                 value = getattr(value, "jaxpr", value)
                 if hasattr(value, "eqns"):
                     waiting.append(value)
-    return found
+    return shapes
 
 
-@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
-def test_values_of_the_tiles_of_every_device(name):
+def fast_and_slow(cases, fast):
+    """All cases; those that are not in `fast` are marked slow."""
+    assert fast <= set(cases)
+    return [case if case in fast else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "xla" else pytest.param(name, marks=pytest.mark.slow) for name in ops.IMPLEMENTATIONS]
+)
+def test_values_with_the_tiles_of_every_device(name):
     """The fused kernels of a Hopper GPU are tested in ops/test_hopper.py."""
     x, embedding, targets = draw(5, 2, 2000)
-    device_ops = replace(ops.get(name), cross_entropy=cross_entropy, cross_entropy_and_grad=cross_entropy_and_grad)
+    device_ops = ops.get(name)
     exact = float64.cross_entropy(np.float64(x), np.float64(embedding), targets)
-    alone = jax.jit(partial(device_ops.cross_entropy, device_ops, matmul_dtype="float32"))(x, embedding, targets)
-    value, _ = jax.jit(partial(with_gradients, device_ops=device_ops))(x, embedding, targets)
+    alone = jax.jit(partial(cross_entropy, device_ops, matmul_dtype="float32"))(x, embedding, targets)
+    value, _ = with_gradients(x, embedding, targets, device_ops=device_ops)
     np.testing.assert_allclose([alone, value], exact, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "tile", "exp_buffer"),
-    [("xla", 1, 1), ("xla", 3, LARGE), ("cpu", 10, 1), ("cuda", 11, LARGE), ("apple", 3, 1), ("apple", 20, LARGE)],
+    fast_and_slow(
+        list(itertools.product(("xla", "apple"), (1, 3, 10, 11, 20), (1, LARGE))),
+        {("xla", 3, 1), ("xla", 20, LARGE), ("apple", 10, LARGE)},
+    ),
 )
 def test_values_and_scaled_gradients(name, tile, exp_buffer):
     x, embedding, targets = draw(37, 3, 11)
     device_ops = record(name, vocab_tile=tile, exp_buffer_bytes=exp_buffer)
-    value, gradients = jax.jit(partial(with_gradients, device_ops=device_ops))(x, embedding, targets, -2.5)
+    value, gradients = with_gradients(x, embedding, targets, -2.5, device_ops=device_ops)
     alone = jax.jit(partial(cross_entropy, device_ops, matmul_dtype="float32"))(x, embedding, targets)
     x, embedding = np.float64(x), np.float64(embedding)
     np.testing.assert_allclose([value, alone], float64.cross_entropy(x, embedding, targets), rtol=1e-5)
@@ -82,61 +103,64 @@ def test_values_and_scaled_gradients(name, tile, exp_buffer):
     np.testing.assert_allclose(gradients[1], by_embedding, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_equals_optax_on_whole_logits():
     x, embedding, targets = draw(101, 16, 257)
     device_ops = record(vocab_tile=16, exp_buffer_bytes=2**14)
-    found = jax.jit(partial(with_gradients, device_ops=device_ops))(x, embedding, targets)
+    actual = with_gradients(x, embedding, targets, device_ops=device_ops)
     expected = jax.jit(jax.value_and_grad(lambda *a: whole_logits_loss(*a, targets), (0, 1)))(x, embedding)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
 
 
 def test_tokens_without_a_target_have_no_loss_and_no_gradient():
-    x, embedding, targets = draw(9, 3, 11)
-    run = jax.jit(partial(with_gradients, device_ops=record(vocab_tile=4)))
-    value, (by_x, by_embedding) = run(x, embedding, targets)
+    x, embedding, targets = draw(37, 3, 11)
+    value, (by_x, by_embedding) = with_gradients(x, embedding, targets)
     assert value > 0
     assert not by_x[targets == IGNORED].any()
     assert by_x[targets != IGNORED].all()
     assert by_embedding.any()
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(run(x, embedding, np.full(9, IGNORED))))
+    ignored = with_gradients(x, embedding, np.full(37, IGNORED))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(ignored))
 
 
 def test_large_logits_stay_finite():
-    x, embedding, targets = draw(5, 3, 11)
-    value, gradients = jax.jit(partial(with_gradients, device_ops=record(vocab_tile=2)))(1e3 * x, embedding, targets)
+    x, embedding, targets = draw(37, 3, 11)
+    value, gradients = with_gradients(1e3 * x, embedding, targets)
     expected = jax.jit(jax.grad(whole_logits_loss, (0, 1)))(1e3 * x, embedding, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, expected)
     exact = float64.cross_entropy(np.float64(1e3 * x), np.float64(embedding), targets)
     np.testing.assert_allclose(value, exact, rtol=1e-5)
 
 
-@pytest.mark.parametrize("activations", ["bfloat16", "float32"])
+ODD, EVEN = (37, 24, 101), (32, 16, 64)  # N, D and V; a CPU has a matmul of its own for multiples of 16
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "exp_buffer"),
-    [("xla", (37, 24, 101), 1), ("cpu", (32, 16, 64), LARGE), ("apple", (37, 24, 101), 1)],
+    ("activations", "name", "size", "exp_buffer"),
+    fast_and_slow(
+        list(itertools.product(("bfloat16", "float32"), ("cpu", "apple"), (ODD, EVEN), (1, LARGE))),
+        {("bfloat16", "cpu", ODD, 1), ("float32", "cpu", EVEN, LARGE)},
+    ),
 )
 def test_bfloat16_matmuls_lose_no_more_than_their_rounding(activations, name, size, exp_buffer):
     x, embedding, targets = draw(*size)
     x = jnp.asarray(float64.in_bfloat16(x), activations)
     embedding = float64.in_bfloat16(embedding)
     device_ops = record(name, vocab_tile=16, exp_buffer_bytes=exp_buffer)
-    run = jax.jit(partial(with_gradients, dtype="bfloat16", device_ops=device_ops))
-    found, (by_x, by_embedding) = run(x, embedding, targets)
+    value, (by_x, by_embedding) = with_gradients(x, embedding, targets, device_ops=device_ops, dtype="bfloat16")
     exact = float64.cross_entropy(np.float64(x), np.float64(embedding), targets)
     assert (by_x.dtype, by_embedding.dtype) == (activations, jnp.float32)
-    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
     expected = jax.jit(jax.grad(lambda *a: whole_logits_loss(*a, targets), (0, 1)))(np.float32(x), embedding)
     for gradient, reference in zip((by_x, by_embedding), expected, strict=True):
         assert np.linalg.norm(np.float64(gradient) - reference) < 2**-8 * np.linalg.norm(reference)
 
 
 def test_the_gradient_of_the_embedding_is_added_to_the_accumulator():
-    x, embedding, targets = draw(49, 3, 11)
+    x, embedding, targets = draw(37, 3, 11)
     accumulator = np.random.default_rng(0).normal(size=embedding.shape).astype(np.float32)
-    device_ops = record(vocab_tile=4, exp_buffer_bytes=1)
-    run = jax.jit(partial(cross_entropy_and_grad, device_ops, matmul_dtype="float32"))
-    *_, alone = run(x, embedding, targets, 1.0, jnp.zeros_like(accumulator))
-    *_, added = run(x, embedding, targets, 1.0, accumulator)
+    _, (_, alone) = with_gradients(x, embedding, targets)
+    _, (_, added) = with_gradients(x, embedding, targets, accumulator=accumulator)
     assert np.any(alone)
     np.testing.assert_allclose(added, alone + accumulator, rtol=1e-6, atol=1e-6)
 
@@ -147,14 +171,14 @@ def test_whole_logits_never_exist():
     whole = arrays_of(jax.make_jaxpr(jax.value_and_grad(whole_logits_loss, (0, 1)))(x, embedding, targets))
     assert (N, V) in whole
     evaluation = partial(cross_entropy, record(vocab_tile=tile), matmul_dtype="float32")
-    found = arrays_of(jax.make_jaxpr(evaluation)(x, embedding, targets))
-    assert (N, tile) in found
-    assert max(map(np.prod, found)) < N * V
+    shapes = arrays_of(jax.make_jaxpr(evaluation)(x, embedding, targets))
+    assert (N, tile) in shapes
+    assert max(map(np.prod, shapes)) < N * V
     rows, tiles = 32, 6
     device_ops = record(vocab_tile=tile, exp_buffer_bytes=rows * tiles * tile * 4)
-    found = arrays_of(jax.make_jaxpr(partial(with_gradients, device_ops=device_ops))(x, embedding, targets))
-    assert (tiles, rows, tile) in found
-    assert max(map(np.prod, found)) == rows * tiles * tile
+    shapes = arrays_of(jax.make_jaxpr(compiled(device_ops, "float32"))(x, embedding, targets, 1.0, embedding))
+    assert (tiles, rows, tile) in shapes
+    assert max(map(np.prod, shapes)) == rows * tiles * tile
 
 
 def test_whole_logits_never_exist_in_training_the_preset():
@@ -165,7 +189,7 @@ def test_whole_logits_never_exist_in_training_the_preset():
     assert max(map(np.prod, arrays_of(program))) <= LARGE // 4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_the_exp_buffer_takes_no_more_memory_than_it_may(optimized_compilation, dtype):
     N, D, V, limit = 512, 64, 9000, 2**23
     x, embedding, targets = map(jax.ShapeDtypeStruct, ((N, D), (V, D), (N,)), (dtype, "float32", "int32"))

@@ -19,6 +19,7 @@ LENGTHS = np.array([1, 5, 12, 8])
 NEW = 10
 NEVER = np.int32(-1)  # no token is the end of a text
 ROWS = 20_000
+SLOW = pytest.mark.slow
 TOP_KS, TOP_PS = (1, 2, 7, 49, 50, 51, 1000), (1e-9, 0.1, 0.5, 0.9, 0.999)
 
 jitted_mask = jax.jit(top_k_top_p_mask, static_argnums=0)
@@ -26,7 +27,7 @@ jitted_sample = jax.jit(sample_tokens, static_argnums=0)
 
 
 def mask_by_sorting(logits, top_k, top_p):
-    """One row of `top_k_top_p_mask` by its definition; ties with the last token kept are kept."""
+    """One row of `top_k_top_p_mask` by its definition. It includes ties with the least likely token."""
     ordered = np.sort(logits)[::-1]
     ordered = ordered[ordered >= ordered[min(top_k or len(logits), len(logits)) - 1]]
     cumulative = np.cumsum(np.exp(ordered - ordered[0]) / np.exp(ordered - ordered[0]).sum())
@@ -62,7 +63,9 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def model(small_model):
-    return dataclasses.replace(small_model[0], implementation="cpu"), small_model[1]
+    """The settings and the weights for decoding."""
+    config = dataclasses.replace(small_model[0], implementation="cpu")
+    return config, prepare_decode_params(config, small_model[1])
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def forward(small_model):
 
 def continued(model, prompts, params, end_of_text=NEVER, lengths=LENGTHS):
     """The state after NEW tokens, and the tokens."""
-    config, weights = model[0], prepare_decode_params(*model)
+    config, weights = model
     state = prefill(config, weights, prompts[0], lengths, prompts[1], NEW)
     state, tokens = decode(config, weights, state, params, end_of_text, NEW)
     return state, np.asarray(tokens)
@@ -94,15 +97,15 @@ def left_aligned(prompts, tokens):
     [
         ("xla", 50, itertools.product(TOP_KS, TOP_PS)),
         ("xla", 50, [(top_k, None) for top_k in (*TOP_KS, None)]),
-        ("xla", 50, [(None, top_p) for top_p in TOP_PS]),
-        ("xla", 1, itertools.product(TOP_KS, TOP_PS)),
-        ("apple", 50, itertools.product(TOP_KS, TOP_PS)),
+        pytest.param("xla", 50, [(None, top_p) for top_p in TOP_PS], marks=SLOW),
+        pytest.param("xla", 1, itertools.product(TOP_KS, TOP_PS), marks=SLOW),
+        pytest.param("apple", 50, itertools.product(TOP_KS, TOP_PS), marks=SLOW),
     ],
     ids=["both", "top_k", "top_p", "one token", "apple"],
 )
 def test_mask_equals_sorting(implementation, vocabulary, cuts):
     rng = np.random.default_rng(vocabulary)
-    logits = np.float32(rng.normal(size=(100, vocabulary)) * rng.choice([0.1, 1, 10, 1000], (100, 1)))
+    logits = np.float32(rng.normal(size=(40, vocabulary)) * rng.choice([0.1, 1, 10, 1000], (40, 1)))
     logits[::2] = np.round(logits[::2])  # ties
     for top_k, top_p in cuts:
         expected = [mask_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
@@ -111,13 +114,13 @@ def test_mask_equals_sorting(implementation, vocabulary, cuts):
 
 
 def test_minus_infinity_is_never_sampled():
-    logits = np.float32(np.random.default_rng(3).normal(size=(100, 50)))
+    logits = np.float32(np.random.default_rng(3).normal(size=(40, 50)))
     logits[np.random.default_rng(4).random(logits.shape) < 0.5] = -np.inf
-    for top_k, top_p in ((3, None), (None, 0.7), (20, 0.9), (None, None)):
+    for top_k, top_p in ((3, None), (50, 0.7), (20, 0.9), (None, None)):
         expected = [mask_by_sorting(row, top_k, top_p) for row in logits.astype(np.float64)]
         mask = jitted_mask(ops.get("xla"), logits, top_k, top_p)
         np.testing.assert_array_equal(mask, expected & (logits > -np.inf))
-    for params in (GREEDY, SamplingParams(1.5, 5, 0.95), SamplingParams(1.0)):
+    for params in (GREEDY, RESTRICTED, SAMPLED):
         tokens = sample(np.float32([0, -np.inf, 1, -np.inf, 2, 0, -np.inf, -1]), params)
         assert not np.isin(tokens, (1, 3, 6)).any()
 
@@ -128,8 +131,10 @@ def test_minus_infinity_is_never_sampled():
         GREEDY,
         SamplingParams(0.0, 3, 0.5),
         SamplingParams(1e-38),
-        SamplingParams(2.0, 1),
-        SamplingParams(2.0, None, 1e-6),
+        SamplingParams(2.0, 1, 0.999),
+        SamplingParams(2.0, 8, 1e-6),
+        pytest.param(SamplingParams(2.0, 1), marks=SLOW),
+        pytest.param(SamplingParams(2.0, None, 1e-6), marks=SLOW),
     ],
 )
 def test_limits_of_sampling_are_greedy(params):
@@ -144,10 +149,15 @@ def test_limits_of_sampling_are_greedy(params):
     [
         (SamplingParams(1.0), [SamplingParams(0.9), SamplingParams(1.1), SamplingParams(1.0, 7)]),
         (SamplingParams(0.7), [SamplingParams(0.77), SamplingParams(1 / 0.7)]),
-        (SamplingParams(1.5, 5), [SamplingParams(1.5, 4), SamplingParams(1.5, 6), SamplingParams(1.35, 5)]),
-        (
+        pytest.param(
+            SamplingParams(1.5, 5),
+            [SamplingParams(1.5, 4), SamplingParams(1.5, 6), SamplingParams(1.35, 5)],
+            marks=SLOW,
+        ),
+        pytest.param(
             SamplingParams(1.0, None, 0.8),
             [SamplingParams(1.0, None, 0.7), SamplingParams(1.0, None, 0.9), SamplingParams(1.0)],
+            marks=SLOW,
         ),
         (
             SamplingParams(2.0, 6, 0.8),
@@ -169,20 +179,26 @@ def test_tokens_follow_the_exact_distribution_and_no_other(params, others):
         assert chi_square(tokens, exact_distribution(logits, other)) > limit, other
 
 
-def test_apple_samples_the_same_tokens_without_loop_or_branch():
-    logits = np.random.default_rng(1).normal(size=(ROWS, 8)).astype(np.float32)
-    for params in (SamplingParams(1.5, 5, 0.9), SamplingParams(0.0, 5, 0.9)):
-        np.testing.assert_array_equal(sample(logits, params, implementation="apple"), sample(logits, params))
-    keys = jax.random.split(jax.random.key(0), ROWS)
-    jaxpr = str(jax.make_jaxpr(sample_tokens, static_argnums=0)(ops.get("apple"), logits, keys, params))
-    assert "while" not in jaxpr
-    assert "cond" not in jaxpr
+def test_apple_samples_without_loop_or_branch():
+    logits, keys = np.zeros((2, 8), np.float32), jax.random.split(jax.random.key(0), 2)
+    for implementation in ("xla", "apple"):
+        device_ops = ops.get(implementation)
+        jaxpr = str(jax.make_jaxpr(sample_tokens, static_argnums=0)(device_ops, logits, keys, RESTRICTED))
+        assert ("while" in jaxpr, "cond" in jaxpr) == ((True, True) if implementation == "xla" else (False, False))
+
+
+@SLOW
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_apple_samples_the_same_tokens(temperature):
+    logits, params = np.random.default_rng(1).normal(size=(ROWS, 8)), SamplingParams(temperature, 5, 0.9)
+    logits = logits.astype(np.float32)
+    np.testing.assert_array_equal(sample(logits, params, implementation="apple"), sample(logits, params))
 
 
 def test_successive_tokens_are_independent(model, prompts):
     """A model whose norm scale is 0 gives all 257 tokens the same probability at every position."""
-    config, params = model
-    uniform = config, params | {"norm": jnp.zeros_like(params["norm"])}
+    config, weights = model
+    uniform = config, weights | {"norm": np.zeros_like(weights["norm"])}
     keys = [jax.random.split(jax.random.key(seed), 4) for seed in range(15)]
     tokens_KBN = np.array([continued(uniform, (prompts[0], k), SamplingParams(1.0))[1] for k in keys])
     assert chi_square(tokens_KBN.ravel(), np.full(257, 1 / 257)) < 256 + 5 * (2 * 256) ** 0.5
@@ -190,34 +206,47 @@ def test_successive_tokens_are_independent(model, prompts):
         assert np.mean(np.diff(tokens_KBN, axis=axis) == 0) < 3 / 257
 
 
-def test_cached_logits_equal_the_forward_pass_at_every_position(model, prompts, forward):
-    """Token by token; one call for all tokens gives the same ones."""
-    config, weights = model[0], prepare_decode_params(*model)
-    state = prefill(config, weights, prompts[0], LENGTHS, prompts[1], NEW)
-    logits, tokens = [np.asarray(state.logits_BV)], []
+def test_cached_logits_equal_the_forward_pass(model, prompts, forward):
+    prompt_logits_BV = prefill(*model, prompts[0], LENGTHS, prompts[1], NEW).logits_BV
+    state, tokens = continued(model, prompts, SAMPLED)
+    expected = forward(left_aligned(prompts, tokens))
+    for logits_BV, positions in ((prompt_logits_BV, LENGTHS - 1), (state.logits_BV, LENGTHS - 1 + NEW)):
+        np.testing.assert_allclose(logits_BV, expected[range(4), positions], rtol=1e-4, atol=1e-4)
+
+
+@SLOW
+def test_single_steps_give_the_logits_at_every_position_and_the_tokens_of_one_call(model, prompts, forward):
+    state = prefill(*model, prompts[0], LENGTHS, prompts[1], NEW)
+    logits, tokens = [], []
     for _ in range(NEW):
-        state, token = decode_step(config, weights, state, SAMPLED, NEVER)
-        logits.append(np.asarray(state.logits_BV))
-        tokens.append(np.asarray(token))
+        state, token_B = decode_step(*model, state, SAMPLED, NEVER)
+        logits.append(state.logits_BV)
+        tokens.append(token_B)
     tokens = np.stack(tokens, axis=1)
     expected = forward(left_aligned(prompts, tokens))
     for i, logits_BV in enumerate(logits):
-        np.testing.assert_allclose(logits_BV, expected[range(4), LENGTHS - 1 + i], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(logits_BV, expected[range(4), LENGTHS + i], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(continued(model, prompts, SAMPLED)[1], tokens)
 
 
-@pytest.mark.parametrize("shape", [(4, 12), (1, 1)], ids=["48 rows", "one row"])
-def test_bf16_weights_give_the_logits_up_to_rounding(model, prompts, forward, shape):
+@pytest.mark.parametrize(
+    ("shape", "steps"), [((1, 1), 0), pytest.param((4, 12), 3, marks=SLOW)], ids=["one row", "48 rows"]
+)
+def test_bf16_weights_give_the_logits_up_to_rounding(small_model, prompts, forward, shape, steps):
     """A matmul of one row, as when one sequence is decoded, has a form of its own on a CPU."""
-    config = dataclasses.replace(model[0], precision="bf16_matmul")
-    weights = prepare_decode_params(config, model[1])
+    config = dataclasses.replace(small_model[0], implementation="cpu", precision="bf16_matmul")
+    weights = prepare_decode_params(config, small_model[1])
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((weights["head"], weights["blocks"][0]["down"])))
     B, P = shape
     lengths = np.minimum(LENGTHS[:B], P)
-    state = prefill(config, weights, prompts[0][:B, -P:], lengths, prompts[1][:B], 1)
-    expected = forward(left_aligned(prompts, np.zeros((4, NEW), np.int32)))[range(B), lengths - 1]
-    error = np.linalg.norm(state.logits_BV - expected) / np.linalg.norm(expected)
-    assert 1e-5 < error < 0.03
+    state = prefill(config, weights, prompts[0][:B, -P:], lengths, prompts[1][:B], NEW)
+    tokens = np.zeros((4, NEW), np.int32)
+    for step in range(steps + 1):
+        expected = forward(left_aligned(prompts, tokens))[range(B), lengths - 1 + step]
+        error = np.linalg.norm(state.logits_BV - expected) / np.linalg.norm(expected)
+        assert 1e-5 < error < 0.03
+        if step < steps:
+            state, tokens[:, step] = decode_step(config, weights, state, SAMPLED, NEVER)
 
 
 def test_greedy_tokens_equal_those_without_a_cache(model, prompts, forward):
@@ -229,18 +258,19 @@ def test_greedy_tokens_equal_those_without_a_cache(model, prompts, forward):
     assert len(np.unique(tokens)) > NEW  # not a repetition that a broken cache would give too
 
 
-def test_a_sequence_does_not_depend_on_the_others(model, prompts):
+@pytest.mark.parametrize("params", [SAMPLED, pytest.param(RESTRICTED, marks=SLOW)])
+def test_a_sequence_does_not_depend_on_the_others(model, prompts, params):
     ids, keys = prompts
-    _, tokens = continued(model, prompts, RESTRICTED)
+    _, tokens = continued(model, prompts, params)
     order = np.array([2, 0, 3, 1])
-    _, reordered = continued(model, (ids[order], keys[order]), RESTRICTED, lengths=LENGTHS[order])
+    _, reordered = continued(model, (ids[order], keys[order]), params, lengths=LENGTHS[order])
     np.testing.assert_array_equal(reordered, tokens[order])
     other_ids, lengths = (ids + 1) % 257, np.array([12, 5, 3, 1])
     other_ids[1] = ids[1]
-    _, beside_others = continued(model, (other_ids, keys), RESTRICTED, lengths=lengths)
+    _, beside_others = continued(model, (other_ids, keys), params, lengths=lengths)
     np.testing.assert_array_equal(beside_others[1], tokens[1])
     assert (beside_others[0] != tokens[0]).any()
-    _, with_other_keys = continued(model, (ids, keys[order]), RESTRICTED)
+    _, with_other_keys = continued(model, (ids, keys[order]), params)
     assert (with_other_keys != tokens).any(axis=1).all()
 
 
@@ -266,7 +296,7 @@ def test_decoding_stops_once_all_sequences_have_ended(model, prompts):
     state, tokens = continued(model, same, GREEDY, end_of_text, lengths)
     assert state.slot == 12 + end + 1
     assert (tokens[:, end:] == end_of_text).all()
-    state, tokens = decode(config, prepare_decode_params(*model), state, GREEDY, end_of_text, NEW)
+    state, tokens = decode(config, model[1], state, GREEDY, end_of_text, NEW)
     assert state.slot == 12 + end + 1
     assert (np.asarray(tokens) == end_of_text).all()
     # the host loop needs no weights, as it calls no program
@@ -277,6 +307,5 @@ def test_decoding_stops_once_all_sequences_have_ended(model, prompts):
 
 
 def test_a_row_without_tokens_counts_as_ended(model, prompts):
-    weights = prepare_decode_params(*model)
-    state = prefill(model[0], weights, prompts[0], np.array([0, 5, 12, 8]), prompts[1], NEW)
+    state = prefill(*model, prompts[0], np.array([0, 5, 12, 8]), prompts[1], NEW)
     assert state.done_B.tolist() == [True, False, False, False]
