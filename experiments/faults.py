@@ -42,7 +42,7 @@ from experiments.fault_child import CHANGE, Ended, Failed, Fault, ended, expect,
 from experiments.fault_damage import files
 
 STEPS, ACCUMULATED, SAVE_INTERVAL = 24, 2, 3
-SLEEP = 5  # seconds that a stopped run sleeps
+SLEEP = 10  # seconds that a stopped run sleeps
 TIMES = ("seconds", "tokens_per_second")  # what may differ in a row of metrics.jsonl
 CONFIG = f"""
 from jaxlm.config import default_config
@@ -228,7 +228,7 @@ def put_to_sleep(place: Place, workdir: Path) -> list[int]:
         median = np.median(step_seconds[previous:step])
         expect(abs(float(speed) - step_tokens / median) <= 1, f"Tokens/s is off at step {step}", session)
         if step >= 8:  # after the sleep; of each pause so far, at most 4 times as many are ahead
-            pauses = rows[step - 1]["seconds"] - sum(step_seconds[:step])
+            pauses = rows[step - 1]["seconds"] - rows[0]["seconds"] - sum(step_seconds[1:step])
             longest = (STEPS - step) * np.median(step_seconds[:step]) + 4 * pauses
             seconds = float(eta) * {"s": 1, "m": 60, "h": 3600}[unit]
             expect(seconds <= 1.1 * longest + 1, f"ETA is off at step {step}", session)
