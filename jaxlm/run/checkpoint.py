@@ -8,13 +8,13 @@ accumulated gradients are zero and need not be saved. Training does not wait for
 and the copy is written.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,14 +31,8 @@ from jaxlm.storage import atomic
 DIRECTORY = "checkpoints"
 FILES = "files.json"
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
-SAVED = {"params", "batches", "opt_state.inner_opt_state", "opt_state.gradient_step"}
-ZERO_BETWEEN_STEPS = {
-    "skipped_in_a_row",
-    "loss_sum",
-    "opt_state.mini_step",
-    "opt_state.acc_grads",
-    "opt_state.skip_state.should_skip",
-}
+SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
+ZERO_BETWEEN_STEPS = r"skipped_in_a_row|loss_sum|opt_state\.(mini_step|acc_grads|skip_state\['should_skip'\])"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 T = TypeVar("T")
@@ -62,9 +56,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Waits for the previous save and starts this one. The state's buffers may be donated at once.
 
-        Raises:
-            RunError: the previous save failed.
-            ValueError: the state has a part that a checkpoint does not save.
+        Raises RunError if the previous save failed, ValueError if the state has a part that a checkpoint does not save.
         """
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
         self.wait()
@@ -76,11 +68,7 @@ class Checkpoints:
         return self._save is not None and not self._save.done()
 
     def wait(self) -> None:
-        """Waits until the last save is complete and on the disk.
-
-        Raises:
-            RunError: there was no room for it, or the disk failed. The earlier checkpoints are unchanged.
-        """
+        """Waits until the last save is complete and on the disk. Raises RunError if there was no room for it."""
         save, self._save = self._save, None
         if save:
             save.result()
@@ -100,10 +88,7 @@ class Checkpoints:
         return self._arrays(step, sharding, params=like)["params"]
 
     def state(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
-        """The training state, placed by `sharding`; `like` gives the tree and its shapes.
-
-        Raises CorruptCheckpointError if it is not what was saved, RunError if it cannot be read now.
-        """
+        """The training state; arguments and errors as for `params`."""
         items = self._arrays(step, sharding, params=like.params, optimizer=_optimizer_item(like))
         optimizer = items["optimizer"]
         rest = like._replace(params={}, opt_state=like.opt_state._replace(inner_opt_state=()))
@@ -114,11 +99,8 @@ class Checkpoints:
     def newest(self, load: Callable[[int], T], steps: Sequence[int]) -> tuple[T, list[str]]:
         """Calls `load` with the last of `steps` whose checkpoint is whole.
 
-        Returns:
-            Its result, and for each later checkpoint the reason why it was skipped.
-
-        Raises:
-            UsageError: none is whole; the message has all reasons.
+        Returns its result, and for each later checkpoint the reason why it was skipped. Raises UsageError, with all
+        reasons, if none is whole.
         """
         skipped: list[str] = []
         for step in reversed(steps):
@@ -131,10 +113,7 @@ class Checkpoints:
         )
 
     def clean_up(self, newest: int) -> list[str]:
-        """Moves checkpoints after step `newest` aside and deletes unfinished saves; returns a line for each.
-
-        Raises OSError.
-        """
+        """Moves checkpoints after step `newest` aside and deletes unfinished saves; returns a line for each."""
         lines = []
         for path in sorted(self.directory.glob(_UNFINISHED)):
             shutil.rmtree(path)
@@ -149,23 +128,26 @@ class Checkpoints:
 
     def _new_manager(self) -> ocp.CheckpointManager:
         background = ocp.options.AsyncOptions(post_finalization_callback=self._write_file_hashes)
-        return ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, async_options=background),
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, async_options=background)
+        return ocp.CheckpointManager(self.directory, options=options)
 
     def _write(self, step: int, items: dict[str, Arrays], sums: dict[str, jax.Array], meta: dict[str, Any]) -> None:
         self._delete_unfinished()  # threads of a failed save may have written after it failed
         free, needed = shutil.disk_usage(self.directory).free, _size(items)
         if free < needed:
             raise RunError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
-        with self._disk_errors():
+        try:
             arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
             meta["checksums"] = {name: item_sums.tolist() for name, item_sums in sums.items()}
             if not self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))):
                 raise RuntimeError("orbax has a later one")
             self._manager.wait_until_finished()
             atomic.sync(self.directory)
+        except Exception as error:  # a full disk shows as OSError, ValueError or an XLA error
+            self._delete_unfinished()
+            # the old manager may count this step as saved and refuse later ones: google/orbax#605, maxtext#5260
+            self._manager = self._new_manager()
+            raise RunError(f"{self.directory} cannot take it ({_reason(error)})") from error
 
     def _delete_unfinished(self) -> None:
         for path in self.directory.glob(_UNFINISHED):
@@ -181,17 +163,13 @@ class Checkpoints:
 
     def _arrays(self, step: int, sharding: jax.sharding.Sharding, **like: Arrays) -> dict[str, Arrays]:
         """Restores items and compares their checksums."""
-
-        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
         expected = self.meta(step)["checksums"]
-        items = self._restore(
-            step, **{name: ocp.args.StandardRestore(jax.tree.map(placed, tree)) for name, tree in like.items()}
-        )
+        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+        items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in placed.items()})
         for name, item in items.items():
-            if path := _mismatch(item, expected[name]):
-                raise CorruptCheckpointError(f"{name}{path} does not match its checksum")
+            for path, actual, saved in zip(_paths(item), checksums(item).tolist(), expected[name], strict=True):
+                if actual != saved:
+                    raise CorruptCheckpointError(f"{name}{path} does not match its checksum")
         return items
 
     def _restore(self, step: int, **items: Any) -> Any:
@@ -200,20 +178,6 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds; the files themselves are sound
             raise RunError(f"cannot restore {self.directory / str(step)} ({_reason(error)}): try again") from error
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """Raises any error of a save as RunError, after making room and a new manager for the next save.
-
-        The old manager may count the failed step as saved and refuse later ones (google/orbax#605,
-        AI-Hypercomputer/maxtext#5260).
-        """
-        try:
-            yield
-        except Exception as error:  # a full disk shows as OSError, ValueError or an XLA error
-            self._delete_unfinished()
-            self._manager = self._new_manager()
-            raise RunError(f"{self.directory} cannot take it ({_reason(error)})") from error
 
 
 @jax.jit
@@ -227,8 +191,7 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def _size(items: Arrays) -> int:
-    leaves = jax.tree.leaves(items)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 2**20
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)) + 2**20
 
 
 def _check_files(checkpoint: Path, items: set[str]) -> None:
@@ -260,11 +223,9 @@ def _sha256(path: Path) -> str | None:
         raise RunError(f"cannot read {path} ({error.strerror}): see to that and try again") from error
 
 
-def _mismatch(tree: Arrays, expected: list[int]) -> str | None:
-    """The path of the first leaf whose checksum differs from `expected`."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    triples = zip(paths, checksums(tree).tolist(), expected, strict=True)
-    return next((path for path, actual, saved in triples if actual != saved), None)
+def _paths(tree: Arrays) -> list[str]:
+    """The path of each leaf, such as `['blocks']['wq']` or `.opt_state.mini_step`."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def _reason(error: BaseException) -> str:
@@ -275,20 +236,8 @@ def _reason(error: BaseException) -> str:
 
 def _optimizer_item(state: TrainState) -> dict[str, Arrays]:
     """The item `optimizer`. Raises ValueError if the state has a part that would be lost."""
-    unsaved = sorted(_parts("", state) - SAVED - ZERO_BETWEEN_STEPS)
+    unsaved = [path for path in _paths(state) if not re.match(rf"\.({SAVED}|{ZERO_BETWEEN_STEPS})(?!\w)", path)]
     if unsaved:
-        raise ValueError(
-            f"a checkpoint does not save {', '.join(unsaved)} of the training state: add it to SAVED and to the items"
-            f" in {__name__}"
-        )
+        names = ", ".join(unsaved)
+        raise ValueError(f"a checkpoint does not save {names} of the training state: add it to SAVED and to the items")
     return {"moments": state.opt_state.inner_opt_state, "step": state.step, "batches": state.batches}
-
-
-def _parts(path: str, state: Any) -> set[str]:
-    """Names of the parts of a state; those that SAVED or ZERO_BETWEEN_STEPS name are not opened."""
-    if path in SAVED | ZERO_BETWEEN_STEPS:
-        return {path}
-    children = state._asdict() if hasattr(state, "_asdict") else state if isinstance(state, dict) else None
-    if children is None:
-        return {path} if jax.tree.leaves(state) else set()
-    return set().union(*(_parts(f"{path}.{name}".lstrip("."), child) for name, child in children.items()))

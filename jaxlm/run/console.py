@@ -28,11 +28,8 @@ EARLY_LINES = (1, 2, 5, 10, 20, 50)  # steps with a line before the first interv
 
 def intervals(config: Config) -> dict[str, int]:
     """Optimizer steps between two pauses of each kind."""
-    return {
-        "evaluation": config.eval_interval,
-        "samples": config.generation_interval,
-        "checkpoint": config.save_interval,
-    }
+    c = config
+    return {"evaluation": c.eval_interval, "samples": c.generation_interval, "checkpoint": c.save_interval}
 
 
 def metrics_line(step: int, loss: float, lr: float, tokens_per_second: float, seconds_left: float) -> str:
@@ -60,19 +57,13 @@ class Console:
     """The listener that prints."""
 
     def __init__(self, config: Config, step: int):
-        """Starts the progress bar, on a terminal, at `step`."""
         self._config = config
         self._losses: list[float] = []  # since the last line
         self._step_seconds: list[float] = []
         self._terminal = Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self._bar = Progress(
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            console=self._terminal,
-            transient=True,
-            disable=not self._terminal.is_terminal,
-        )
+        columns = BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.description}")
+        hidden = not self._terminal.is_terminal
+        self._bar = Progress(*columns, console=self._terminal, transient=True, disable=hidden)
         self._task = self._bar.add_task("compiling", total=config.max_steps, completed=step)
         self._bar.start()
 
@@ -99,7 +90,6 @@ class Console:
             os.write(1, b"\x1b[?25h\n")
 
     def close(self) -> None:
-        """Removes the bar."""
         self._bar.stop()
 
     def _step(self, event: StepEvent) -> None:

@@ -12,25 +12,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+class Event:
+    """Something that happened in a run."""
+
+
+Listener = Callable[[Event], None]
+
+
 @dataclass(frozen=True)
-class MessageEvent:
-    """Lines for the user: what was restored, what will run, where the model is."""
-
-    text: str
+class MessageEvent(Event):
+    text: str  # lines for the user: what was restored, what will run, where the model is
 
 
 @dataclass(frozen=True)
-class EvaluationEvent:
-    """An evaluation is done."""
-
+class EvaluationEvent(Event):
     step: int
     val_loss: float  # nats per token
     val_bits_per_byte: float
 
 
 @dataclass(frozen=True)
-class StepEvent:
-    """An optimizer step is done."""
+class StepEvent(Event):
+    """An optimizer step is done. The fields up to `seconds` are those of metrics.jsonl."""
 
     step: int
     loss: float  # nats per token, mean over the step's micro-batches
@@ -47,75 +50,44 @@ class StepEvent:
         """The row of metrics.jsonl."""
         names = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds")
         row = {name: getattr(self, name) for name in names}
-        if self.evaluation:
-            row |= {name: getattr(self.evaluation, name) for name in ("val_loss", "val_bits_per_byte")}
-        return row
+        return row | vars(self.evaluation) if self.evaluation else row
 
 
 @dataclass(frozen=True)
-class SamplesEvent:
-    """Samples are generated."""
-
+class SamplesEvent(Event):
     step: int
     samples: tuple[tuple[str, str], ...]  # (prompt, prompt and completion)
 
 
 @dataclass(frozen=True)
-class SkippedEvent:
-    """A micro-batch is skipped because its gradients are not finite."""
-
+class SkippedEvent(Event):  # a micro-batch with gradients that are not finite
     step: int  # optimizer steps done
     skipped: int  # micro-batches skipped since the start of training
 
 
 @dataclass(frozen=True)
-class SavingEvent:
-    """A save begins; it runs in the background."""
-
-    step: int
+class SavingEvent(Event):
+    step: int  # whose save begins; it runs in the background
 
 
 @dataclass(frozen=True)
-class SavedEvent:
-    """A save is complete."""
-
-    step: int
+class SavedEvent(Event):
+    step: int  # whose save is complete
 
 
 @dataclass(frozen=True)
-class NotSavedEvent:
-    """A save failed; the next one tries again."""
-
-    step: int
+class NotSavedEvent(Event):
+    step: int  # whose save failed; the next save tries again
     reason: str
 
 
 @dataclass(frozen=True)
-class PauseEvent:
-    """Training paused: for `compilation`, `evaluation`, `samples` or `checkpoint`."""
-
-    kind: str
+class PauseEvent(Event):
+    kind: str  # `compilation`, `evaluation`, `samples` or `checkpoint`
     seconds: float
 
 
 @dataclass(frozen=True)
-class StoppingEvent:
-    """A signal stops the run after this step; a save follows."""
-
-    step: int
+class StoppingEvent(Event):
+    step: int  # after which a signal stops the run; a save follows
     signal: int
-
-
-Event = (
-    MessageEvent
-    | StepEvent
-    | EvaluationEvent
-    | SamplesEvent
-    | SkippedEvent
-    | SavingEvent
-    | SavedEvent
-    | NotSavedEvent
-    | PauseEvent
-    | StoppingEvent
-)
-Listener = Callable[[Event], None]

@@ -36,16 +36,9 @@ class LoadedModel(NamedTuple):
 
 
 def restore(workdir: Path, step: int | None, platform: str, precision: str = "auto") -> Checkpoint:
-    """Restores the model of a run's checkpoint.
+    """Restores the model of a run's checkpoint, of `step` or (None) the newest that is whole.
 
-    Args:
-        workdir: the run's work directory.
-        step: the step of the checkpoint; None: the newest that is whole.
-        platform: the platform to compute on.
-        precision: the precision to compute in.
-
-    Raises:
-        UsageError: there is no checkpoint, or none of this step.
+    `platform` and `precision` are those of the computation. Raises UsageError if there is no such checkpoint.
     """
     if not (workdir / DIRECTORY).is_dir():
         raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
@@ -72,14 +65,12 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
 
 
 def load(folder: Path, platform: str, precision: str = "auto") -> LoadedModel:
-    """Loads the Llama in a Hugging Face folder; `precision` is that of the computation.
+    """Loads the Llama in a Hugging Face folder. Raises UsageError if the folder has none.
 
-    Raises:
-        UsageError: the folder has no model, or one of another architecture.
+    `platform` and `precision` are those of the computation.
     """
     config = read_sizes(folder)
-    tokenizer = read_tokenizer(folder, config.vocab_size)
-    params = read_params(folder, config)
+    tokenizer, params = read_tokenizer(folder, config.vocab_size), read_params(folder, config)
     device = backend.start(platform)
     model = _resolve(config, device, precision)
     return LoadedModel(model, prepare_decode_params(model, jax.device_put(params, device)), tokenizer)

@@ -58,9 +58,9 @@ def compile_step(config: Config) -> Any:
 def step_memory(config: Config, compiled: Any) -> Memory | None:
     """The memory of a compiled step; None if the platform gives no analysis.
 
-    It counts the arguments (weights, moments, accumulated gradients, one micro-batch), the results that do not alias
-    arguments, and the temporaries. For a host-loop step it takes the program with the highest peak, and adds the
-    arrays that exist beside it; no buffer is reused there.
+    The sum of the arguments (weights, moments, accumulated gradients, one micro-batch), the results that do not alias
+    them, and the temporaries. A host-loop step reuses no buffer: its memory is that of the program with the highest
+    peak and of the arrays that exist beside it.
     """
     state = state_shapes(config)
     try:
@@ -79,13 +79,13 @@ def step_memory(config: Config, compiled: Any) -> Memory | None:
     return dataclasses.replace(least, temporaries=max(step - least.step, 0))
 
 
-def _allocated(analysis: Any) -> int:
-    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-
-
 def batch_shape(config: Config) -> jax.ShapeDtypeStruct:
     """Shape of a micro-batch: a sequence has one token more than the context."""
     return jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
+
+
+def _allocated(analysis: Any) -> int:
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
 def _size(tree: Any) -> int:

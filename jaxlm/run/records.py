@@ -34,7 +34,6 @@ class Records:
         self._samples.sync()
 
     def close(self) -> None:
-        """Closes the files."""
         self._metrics.close()
         self._samples.close()
 
@@ -54,9 +53,7 @@ class TensorBoard:
                 self._events.text(step, "samples", "\n\n".join(text for _, text in samples))
 
     def sync(self) -> None:
-        """Returns once all events are on the disk. Raises OSError if they cannot be written."""
         self._events.sync()
 
     def close(self) -> None:
-        """Closes the file."""
         self._events.close()

@@ -49,14 +49,10 @@ def restore_or_init(
     """Restores the newest whole checkpoint on `device`, or initialises the state.
 
     Initial parameters are those of the folder `config.init_from`, or are drawn on the CPU, so that one seed gives the
-    same model on every device.
+    same model on every device. Returns the state, the seconds trained before, and lines that say what was skipped.
 
-    Returns:
-        The state, the seconds trained before, and lines that say what was skipped.
-
-    Raises:
-        UsageError: the newest whole checkpoint does not fit the settings or the tokens, or none is whole; there is
-            no checkpoint and the folder does not fit the settings.
+    Raises UsageError if the newest whole checkpoint does not fit the settings or the tokens, if none is whole, or if
+    the folder does not fit the settings.
     """
 
     def load(step: int) -> tuple[TrainState, float]:

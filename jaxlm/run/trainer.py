@@ -68,13 +68,10 @@ class Trainer:
             workdir: an existing directory.
             tokens: the training and validation tokens.
             device: the device to train on.
-            ready: called with the compiled step and the number of steps done, before the first step; returns lines to
-                print, or raises.
+            ready: takes the compiled step and the number of steps done; returns lines to print, or raises.
             listeners: called with each event, see `jaxlm.run.events`.
 
-        Raises:
-            UsageError: the checkpoint does not fit the settings or the tokens, or none is whole; a prompt does not
-                fit the context.
+        Raises UsageError as `restore_or_init` does, or if a prompt does not fit the context.
         """
         self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
         self._ready = ready
@@ -104,10 +101,8 @@ class Trainer:
     def train(self) -> None:
         """Trains to `max_steps` and writes the final model.
 
-        Raises:
-            Stopped: on SIGINT, SIGTERM or SIGHUP, after saving.
-            RunError: too many micro-batches in a row had gradients that are not finite, or the last step cannot be
-                saved.
+        Raises Stopped on SIGINT, SIGTERM or SIGHUP, after saving; RunError if too many micro-batches in a row had
+        gradients that are not finite, or if the last step cannot be saved.
         """
         with self._signals, contextlib.closing(self):
             self._emit(MessageEvent("\n".join([*self._notes, self._header()])))
@@ -119,10 +114,7 @@ class Trainer:
             self._emit(MessageEvent(f"Done: {self.step:,} steps, the model is in {folder}"))
 
     def run_steps(self, last: int) -> None:
-        """Trains to step `last`, with all that is due on the way, and waits for the save in progress.
-
-        Raises Stopped and RunError as `train` does.
-        """
+        """Trains to step `last`, with all that is due on the way, and waits for the save in progress."""
         try:
             batches, train_step = self._compile()
             in_flight: Metrics | None = None
@@ -141,9 +133,7 @@ class Trainer:
 
     def close(self) -> None:
         """Closes the records and the listeners."""
-        for listener in tuple(self._listeners):
-            if hasattr(listener, "close"):
-                self._guard(listener, listener.close)
+        self._call_listeners("close")
         self._records.close()
 
     def _header(self) -> str:
@@ -159,17 +149,15 @@ class Trainer:
 
     def _compile(self) -> tuple[Iterator[np.ndarray], Any]:
         """The stream of batches and the compiled step."""
-        config = self.config
+        c, done = self.config, int(self.state.batches)
         with self._pause("compilation"):
-            batches = train_batch_stream(
-                self.tokens.train, config.model.context, config.batch_size, config.seed, int(self.state.batches)
-            )
-            train_step = make_train_step(config).lower(self.state, batch_shape(config)).compile()
-            memory = step_memory(config, train_step)
+            batches = train_batch_stream(self.tokens.train, c.model.context, c.batch_size, c.seed, done)
+            train_step = make_train_step(c).lower(self.state, batch_shape(c)).compile()
+            memory = step_memory(c, train_step)
             backend.keep_freed_memory(memory.gradients + memory.temporaries if memory else 0)
         if self._ready:
             self._emit(MessageEvent(self._ready(train_step, self.step)))
-        self._eval_step = make_eval_step(config)
+        self._eval_step = make_eval_step(c)
         return batches, train_step
 
     def _process_metrics(self, metrics: Metrics | None) -> StepEvent | None:
@@ -266,22 +254,14 @@ class Trainer:
         """Starts a save, after the rows of all steps up to this one are on the disk."""
         self._report_save(wait=True)
         try:
-            self._sync()
-            self._checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self._clock.seconds()))
+            self._records.sync()
+            self._call_listeners("sync", fatal=OSError)
         except OSError as error:
             self._report_failed_save(step, f"{self.workdir} does not take the rows before it ({error.strerror})")
-        except RunError as error:
-            self._report_failed_save(step, str(error))
-        else:
-            self._saving_step = step
-            self._emit(SavingEvent(step))
-
-    def _sync(self) -> None:
-        """Returns once the disk holds the records and what the listeners wrote. Raises OSError if it cannot."""
-        self._records.sync()
-        for listener in tuple(self._listeners):
-            if hasattr(listener, "sync"):
-                self._guard(listener, listener.sync, OSError)
+            return
+        self._checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self._clock.seconds()))
+        self._saving_step = step
+        self._emit(SavingEvent(step))
 
     def _report_save(self, wait: bool = False) -> None:
         """Reports that the save in progress is complete or failed, once that is known."""
@@ -311,25 +291,27 @@ class Trainer:
     def _emit(self, event: Event) -> None:
         """Sends an event to the records, whose errors end the run, and then to each listener."""
         self._records(event)
-        for listener in tuple(self._listeners):
-            self._guard(listener, lambda: listener(event))  # noqa: B023
+        self._call_listeners("__call__", event)
 
-    def _guard(self, listener: Any, call: Callable[[], None], *fatal: type[Exception]) -> None:
-        """Calls a listener. If it raises, names it and leaves it out from then on; `fatal` errors are raised."""
-        if listener not in self._listeners:
-            return
-        try:
-            call()
-        except fatal:
-            raise
-        except Exception as error:
-            self._listeners.remove(listener)
-            with contextlib.suppress(Exception):
-                listener.close()
-            name = getattr(listener, "__qualname__", type(listener).__qualname__)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            message = f"  → The listener {name} failed and is left out ({reason})"
-            if listener is self._console:
-                with contextlib.suppress(OSError):
-                    print(message, file=sys.stderr)
-            self._emit(MessageEvent(message))
+    def _call_listeners(self, method: str, *arguments: Any, fatal: type[Exception] | tuple[()] = ()) -> None:
+        """Calls a method of each listener that has it. If one raises, names it and leaves it out from then on."""
+        for listener in tuple(self._listeners):
+            try:
+                if listener in self._listeners and hasattr(listener, method):
+                    getattr(listener, method)(*arguments)
+            except fatal:
+                raise
+            except Exception as error:
+                self._leave_out(listener, error)
+
+    def _leave_out(self, listener: Any, error: Exception) -> None:
+        self._listeners.remove(listener)
+        with contextlib.suppress(Exception):
+            listener.close()
+        name = getattr(listener, "__qualname__", type(listener).__qualname__)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        message = f"  → The listener {name} failed and is left out ({reason})"
+        if listener is self._console:
+            with contextlib.suppress(OSError):
+                print(message, file=sys.stderr)
+        self._emit(MessageEvent(message))

@@ -9,7 +9,6 @@ import pytest
 from jaxlm.config import Config
 from jaxlm.run.console import Console, metrics_line, samples_block
 from jaxlm.run.events import MessageEvent, SamplesEvent, StepEvent
-from jaxlm.units import duration
 
 
 class Terminal(io.StringIO):
@@ -56,26 +55,6 @@ def test_samples_block_is_the_users():
         "   → She — 日",
         "=" * 70,
     ]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0, "0s"),
-        (45.4, "45s"),
-        (59, "59s"),
-        (60, "1.0m"),
-        (738, "12.3m"),
-        (3599, "60.0m"),
-        (3600, "1.0h"),
-        (8.5 * 3600, "8.5h"),
-        (47.9 * 3600, "47.9h"),
-        (48 * 3600, "2.0d"),
-        (9.2 * 86400, "9.2d"),
-    ],
-)
-def test_duration(seconds, words):
-    assert duration(seconds) == words
 
 
 def test_piped_only_the_lines_appear(capsys):

@@ -36,6 +36,7 @@ def first_losses(directory):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized_compilation")
 def test_the_first_losses_are_the_committed_ones(tmp_path):
     file = GOLDEN / f"jax-{jax.__version__}.json"

@@ -51,6 +51,7 @@ def test_fewer_chunks_need_more_memory():
     assert compiled_memory(compiled).temporaries < compiled_memory(one_chunk).temporaries / 8
 
 
+@pytest.mark.slow
 def test_an_apple_gpu_reuses_no_buffer_so_an_update_holds_two_states():
     config = dataclasses.replace(SMALL, batch_size=4, microbatch_chunks=2)
     memory = compiled_memory(resolve_run(config, SimpleNamespace(platform=APPLE[0])))

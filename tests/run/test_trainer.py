@@ -98,6 +98,12 @@ def without_clock(metrics):
     ]
 
 
+def copy_of_step_9(workdir):
+    """Copies the run to `workdir` without its last checkpoint, so that three steps are left."""
+    shutil.copytree("run", workdir, ignore=lambda folder, names: ["12"] if folder.endswith("checkpoints") else [])
+    return workdir
+
+
 def console_lines(console):
     pattern = r"Step +(\d+) \| Loss (\S+) \| LR (\S+) \| Tokens/s +(\d+) \| ETA (\S+)"
     return {int(match[1]): match for match in re.finditer(f"(?m)^{pattern}$", console)}
@@ -165,7 +171,7 @@ def test_piped_the_console_has_lines_and_no_control_characters(console):
 
 def test_the_header_describes_the_run(console):
     header = console[: console.index("Step ")]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(init_state(config_of("run")).params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state_shapes(config_of("run")).params))
     for part in (f"{parameters:,} parameters", "CPU", "12 steps", "64 tokens", "run", "tokens"):
         assert part in header
     tokens = len(np.memmap("tokens/train.bin", "<u2"))
@@ -304,15 +310,18 @@ def test_the_signal_handlers_are_restored(interruptions):
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == HANDLERS
 
 
-@pytest.mark.parametrize(("number", "stops"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)])
+@pytest.mark.parametrize(
+    ("number", "stops"),
+    [(signal.SIGINT, True), pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow), (signal.SIGHUP, False)],
+)
 def test_a_run_in_the_background_obeys_all_signals_but_an_ignored_hangup(console, number, stops, tmp_path):
     """A script starts background jobs with SIGINT ignored, nohup with SIGHUP ignored."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            at_step(patch, 5, send(number))
+            at_step(patch, 10, send(number))
             with pytest.raises(Stopped) if stops else contextlib.nullcontext():
-                train(str(tmp_path / "background"))
+                train(copy_of_step_9(str(tmp_path / "background")))
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
@@ -349,6 +358,17 @@ def test_a_checkpoint_of_other_settings_is_refused_without_config_json(console):
         train("nameless", "--config.seed=1")
 
 
+def test_intervals_may_change(console):
+    names = ("eval_interval=5", "save_interval=13", "generation_interval=100", "max_checkpoints=1")
+    shown = train(copy_of_step_9("other-intervals"), *(f"--config.{name}" for name in names))
+    assert rows("other-intervals/metrics.jsonl")[:9] == rows("run/metrics.jsonl")[:9]
+    assert [row["step"] for row in rows("other-intervals/metrics.jsonl") if "val_loss" in row] == [4, 8, 10, 12]
+    assert [path.name for path in Path("other-intervals/checkpoints").iterdir()] == ["12"]
+    assert list(console_lines(shown)) == [10, 12]
+    assert config_of("other-intervals").eval_interval == 5
+
+
+@pytest.mark.slow
 def test_settings_that_may_change_are_accepted(console):
     shutil.copytree("run", "changed")
     names = (
@@ -476,8 +496,7 @@ def test_damaged_checkpoints_cost_only_the_steps_since_the_last_whole_one(consol
 
 
 def test_damaged_lines_of_metrics_are_named_and_dropped(console):
-    shutil.copytree("run", "scratched")
-    shutil.rmtree("scratched/checkpoints/12")
+    copy_of_step_9("scratched")
     lines = Path("scratched/metrics.jsonl").read_bytes().splitlines(keepends=True)
     Path("scratched/metrics.jsonl").write_bytes(b"".join([*lines[:4], b"\0\0\0\n", *lines[5:]]))
     assert "scratched/metrics.jsonl had damaged lines" in train("scratched")
@@ -639,7 +658,7 @@ def test_events_come_in_order_and_hold_what_the_files_hold(monkeypatch, console)
 
 
 class Failing:
-    """A listener that raises at the first event of a type, or in `sync`."""
+    """A listener that raises at the first event of a type, or in `sync` (the empty tuple)."""
 
     def __init__(self, at, error):
         self.at, self.error, self.calls_after = at, error, 0
@@ -660,33 +679,26 @@ class Failing:
             self.fail()
 
 
-@pytest.mark.parametrize(
-    ("at", "error"),
-    [
-        (StepEvent, OSError(errno.ENOSPC, "No space left on device")),
-        (MessageEvent, ValueError("two\nlines")),
-        ((), RuntimeError("cannot sync")),
-    ],
-)
-def test_a_listener_that_raises_is_named_and_left_out(console, tmp_path, capsys, at, error):
-    config, listener, heard = tiny_run.resolved(config_of("run")), Failing(at, error), []
-    tokens = open_data(config)
+def test_a_listener_that_raises_is_named_and_left_out(console, capsys):
+    failing = [
+        Failing(StepEvent, OSError(errno.ENOSPC, "No space left on device")),
+        Failing(MessageEvent, ValueError("two\nlines")),
+        Failing((), RuntimeError("cannot sync")),
+    ]
+    config, workdir, events = tiny_run.resolved(config_of("run")), Path(copy_of_step_9("deserted")), []
     with tiny_run.shared_compilation("plain"):
-        trainer.Trainer(config, tmp_path, tokens, jax.devices()[0], listeners=[listener, heard.append]).train()
+        listeners = [*failing, events.append]
+        trainer.Trainer(config, workdir, open_data(config), jax.devices()[0], listeners=listeners).train()
     shown, err = capsys.readouterr()
-    (named,) = re.findall("(?m)^  → The listener Failing failed and is left out .*$", shown)
-    assert type(error).__name__ in named
+    named = re.findall(r"(?m)^  → The listener Failing failed and is left out \((\w+)", shown)
+    assert named == ["ValueError", "OSError", "RuntimeError"]
     assert "not saved" not in shown
-    assert (listener.failed, listener.calls_after, err) == (True, 0, "")
-    assert len(of_type(heard, StepEvent)) == LAST
-    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 9, 12]
-    assert without_clock(rows(tmp_path / "metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
-    assert_same_bits(saved_state_of(tmp_path, config), saved_state("run", LAST))
-
-
-def saved_state_of(workdir, config):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return Checkpoints(workdir).state(LAST, state_shapes(config), sharding)
+    assert [(listener.failed, listener.calls_after) for listener in failing] == [(True, 0)] * 3
+    assert err == ""
+    assert [event.step for event in of_type(events, StepEvent)] == [10, 11, 12]
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [3, 6, 9, 12]
+    assert without_clock(rows(workdir / "metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+    assert_same_bits(saved_state(workdir, LAST), saved_state("run", LAST))
 
 
 def test_a_console_that_fails_is_named_on_stderr(monkeypatch, console, capfd):
@@ -694,7 +706,7 @@ def test_a_console_that_fails_is_named_on_stderr(monkeypatch, console, capfd):
         raise OSError("no console")
 
     monkeypatch.setattr(Console, "__call__", fail)
-    assert train("mute") == ""
+    assert train(copy_of_step_9("mute")) == ""
     assert capfd.readouterr().err == "  → The listener Console failed and is left out (OSError: no console)\n"
     assert_same_bits(saved_state("mute", LAST), saved_state("run", LAST))
 
