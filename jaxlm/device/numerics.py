@@ -162,9 +162,9 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
     Raises:
         jax.errors.JaxRuntimeError: the device is out of memory.
     """
-    chunks, B = 1 if device.platform == "cpu" else min(config.microbatch_chunks, 2), config.chunk_size
-    sizes = {"batch_size": B * chunks, "microbatch_chunks": chunks, "grad_accum_steps": _MICRO_BATCHES}
-    config = dataclasses.replace(config, **sizes)
+    chunks = 1 if device.platform == "cpu" else min(config.microbatch_chunks, 2)
+    B = config.chunk_size * chunks
+    config = dataclasses.replace(config, batch_size=B, microbatch_chunks=chunks, grad_accum_steps=_MICRO_BATCHES)
     state = _trained(config)
     parts: list[Part] = []
     for name, group in (("random numbers", _random), ("sampling", _sampling), ("training", _training)):
