@@ -124,7 +124,7 @@ def test_the_process_reports_an_error_in_one_line(monkeypatch, capfd, config, tm
     ended = []
     monkeypatch.setattr(measure.os, "_exit", ended.append)
     monkeypatch.setattr(measure.threading.Thread, "start", lambda thread: None)
-    monkeypatch.setattr(measure.sys, "stdout", open(1, "w", closefd=False))
+    monkeypatch.setattr(measure.sys, "stdout", open(1, "w", closefd=False))  # noqa: SIM115  (capfd reads it)
     measure.main(json.dumps([str(tmp_path / "short"), True, 1e9, time.monotonic(), to_dict(longer)]))
     message = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert "context" in message["error"]
