@@ -321,15 +321,14 @@ def _expected_mask(logits_BV: np.ndarray, sorted_BV: np.ndarray) -> np.ndarray:
 
 def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
     """Greedy generation with a cache, at the shapes of the run's samples; the CPU computes the logits in one pass."""
-    model, B, V = config.model, config.sample.texts, config.model.vocab_size
-    rng = np.random.default_rng(2)
-    max_prompt = min(PROMPT_BUCKET, model.context // 2)
+    model, B, V, P = config.model, config.sample.texts, config.model.vocab_size, PROMPT_BUCKET
+    max_prompt = min(P, model.context // 2)
     N = min(config.sample.tokens, _MAX_NEW_TOKENS, model.context - max_prompt)
-    prompts = [rng.integers(0, V, 1 + i % max_prompt) for i in range(B)]
-    lengths_B = np.array([len(ids) for ids in prompts], np.int32)
-    ids_BP = np.zeros((B, PROMPT_BUCKET), np.int32)
-    for row, ids in zip(ids_BP, prompts, strict=True):
-        row[PROMPT_BUCKET - len(ids) :] = ids
+    lengths_B = 1 + np.arange(B, dtype=np.int32) % max_prompt
+    ids_BT = np.random.default_rng(2).integers(0, V, (B, max_prompt + N), np.int32)
+    ids_BP = np.zeros((B, P), np.int32)
+    for row_P, ids_T, length in zip(ids_BP, ids_BT, lengths_B, strict=True):
+        row_P[P - length :] = ids_T[:length]
 
     def generate(params: Params, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
         weights = prepare_decode_params(model, params)
@@ -341,13 +340,11 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
     keys_B = np.zeros((B, 2), np.uint32)
     first_BV, tokens_BN, last_BV = compute(generate, device, state.params, ids_BP, lengths_B, keys_B)
 
+    positions = lengths_B[:, None] - 1 + np.arange(N + 1)
+    np.put_along_axis(ids_BT, positions[:, 1:], tokens_BN, axis=1)
     plain = Decoder(_plain(config).model)
-    ids_BT = np.zeros((B, max_prompt + N), np.int32)
-    for row, ids, tokens_N in zip(ids_BT, prompts, tokens_BN, strict=True):
-        row[: len(ids) + N] = [*ids, *tokens_N]
     forward = jax.jit(lambda params, ids_BT: plain.apply({"params": params}, ids_BT))
     logits_BTV = compute(forward, _cpu(), state.params, ids_BT)
-    positions = lengths_B[:, None] - 1 + np.arange(N + 1)
     expected_BNV = np.take_along_axis(logits_BTV, positions[:, :, None], axis=1)
 
     limit = allowed(device, model.matmul_dtype)

@@ -66,16 +66,14 @@ def step_at(config: Config, timings: Timings, seconds: float) -> int:
     return bisect.bisect_right(steps, seconds, key=lambda step: seconds_at(config, timings, step))
 
 
-def saves(config: Config) -> range | list[int]:
+def saves(config: Config) -> list[int]:
     """The steps after which a checkpoint is saved."""
-    regular = range(config.save_interval, config.max_steps + 1, config.save_interval)
-    return regular if config.max_steps % config.save_interval == 0 else [*regular, config.max_steps]
+    return sorted({*range(config.save_interval, config.max_steps + 1, config.save_interval), config.max_steps})
 
 
 def deletions(config: Config) -> Iterator[tuple[int, int]]:
     """Pairs of checkpoints, named by their steps: the first is deleted when the second is complete."""
-    steps = saves(config)
-    return zip(steps, steps[config.max_checkpoints :], strict=False)
+    return zip(saves(config), saves(config)[config.max_checkpoints :], strict=False)
 
 
 def kept(config: Config, step: int) -> list[int]:
@@ -83,7 +81,7 @@ def kept(config: Config, step: int) -> list[int]:
     return [saved for saved in saves(config) if saved <= step][-config.max_checkpoints :]
 
 
-TIME_UNITS = (("day", 86400.0, 2 * 86400.0), ("hour", 3600.0, 7200.0), ("minute", 60.0, 120.0), ("second", 1.0, 0.0))
+TIME_UNITS = (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0), ("second", 1.0))
 MAX_ROWS = 16
 
 
@@ -94,7 +92,7 @@ def timeline(config: Config, timings: Timings) -> tuple[str, list[tuple[int, int
         The unit; and pairs of (units passed, step), the last one with `max_steps`.
     """
     seconds = seconds_at(config, timings, config.max_steps)
-    unit, length = next((unit, length) for unit, length, least in TIME_UNITS if seconds >= least)
+    unit, length = next((row for row in TIME_UNITS if seconds >= 2 * row[1]), TIME_UNITS[-1])
     count = math.ceil(seconds / length)
     every = math.ceil(count / MAX_ROWS)
     passed = [*range(every, count, every), count]

@@ -110,6 +110,7 @@ def test_the_last_line_of_the_process_is_the_result(run_child):
     [
         ("""echo '{"error": "no room"}'""", "no room"),
         ("""echo '{"share": 0.5}'; echo lost >&2; echo >&2; exit 3""", "status 3, 'lost'"),
+        ("""echo '{"step": 2}'; exit 4""", "status 4, ''"),
         ("""echo '{"share": 0.5}'""", "status 0, ''"),
     ],
 )
