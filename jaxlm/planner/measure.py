@@ -7,7 +7,6 @@ micro-batch, and the optimizer's update separately.
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -165,29 +164,24 @@ def _run_child(
     environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     request = json.dumps([str(workdir), brief, matmul_speed, time.monotonic(), to_dict(config)])
+    command = [sys.executable, "-m", "jaxlm.planner.measure", request]
+    pipe = subprocess.PIPE
     message: dict[str, Any] = {}
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", "jaxlm.planner.measure", request],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-        ) as child,
-    ):
+    last = ""
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    ) as child:
         try:
             for line in child.stdout or ():
-                if line.startswith("{"):  # plugins print other lines
+                if line.startswith("{"):
                     message = json.loads(line)
                     show(message.get("share", 1.0))
+                else:  # of a plugin, or of an exception
+                    last = line.strip() or last
         except BaseException:
             child.kill()
             raise
-        child.wait()
-        errors.seek(0)
-        last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "")
+        child.wait()  # before its stdin closes
     if child.returncode or "error" in message or "share" in message:
         raise RunError(f"the short run failed ({message.get('error') or f'status {child.returncode}, {last[:200]!r}'})")
     return message
@@ -202,11 +196,11 @@ def main(request: str) -> None:
         request: as JSON, the directory to create and write in; whether the run is brief and only fills the compilation
             cache; the speed of a matmul; the monotonic clock when the process was started; the config.
     """
-    stdout, sys.stdout = sys.stdout, io.TextIOWrapper(open(os.devnull, "wb"))  # noqa: SIM115
+    stdout, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     threading.Thread(target=_end_with_stdin, daemon=True).start()
 
     def send(message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=stdout, flush=True)
+        print(f"\n{json.dumps(message)}", file=stdout, flush=True)  # after an unfinished line of a plugin
 
     try:
         workdir, brief, matmul_speed, called, settings = json.loads(request)
