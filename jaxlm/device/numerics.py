@@ -33,20 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import Config, ModelConfig
-from jaxlm.core import ops
+from jaxlm.core import ops, sampling
 from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.parameters import Params, tree_of
-from jaxlm.core.sampling import (
-    SamplingParams,
-    counts_of_32_bits,
-    decode,
-    prefill,
-    sample_tokens,
-    sequence_keys,
-    top_k_top_p_mask,
-)
 from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
 from jaxlm.device.backend import describe, identity, resolve
 from jaxlm.errors import RunError
@@ -285,8 +276,8 @@ def _random(config: Config, device: jax.Device, state: TrainState) -> Iterator[P
     """Random bits, sort, top-k and top-p, sampled tokens."""
 
     def bits(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with counts_of_32_bits():
-            return sequence_keys(key, _SAMPLES), jax.random.bits(key, (2**16 + 1,))
+        with sampling.counts_of_32_bits():
+            return sampling.sequence_keys(key, _SAMPLES), jax.random.bits(key, (2**16 + 1,))
 
     key = np.array([3, 5], np.uint32)
     actual, expected = compute(bits, device, key), compute(bits, _cpu(), key)
@@ -298,13 +289,13 @@ def _random(config: Config, device: jax.Device, state: TrainState) -> Iterator[P
     yield Part("sort", float(np.mean(compute(jnp.sort, device, logits_BV) != sorted_BV)), 0)
 
     device_ops = ops.get(config.model.implementation)
-    sampling = SamplingParams(np.float32(0.8), np.int32(_TOP_K), np.float32(_TOP_P))
-    mask = jax.jit(partial(top_k_top_p_mask, device_ops))
-    mask_BV = compute(mask, device, logits_BV, sampling.top_k, sampling.top_p)
+    choice = sampling.SamplingParams(np.float32(0.8), np.int32(_TOP_K), np.float32(_TOP_P))
+    mask = jax.jit(partial(sampling.top_k_top_p_mask, device_ops))
+    mask_BV = compute(mask, device, logits_BV, choice.top_k, choice.top_p)
     yield Part("top-k and top-p", float(np.mean(mask_BV != _expected_mask(logits_BV, sorted_BV))), 0)
 
     actual_B, expected_B = (
-        compute(jax.jit(partial(sample_tokens, record)), where, logits_BV, expected[0], sampling)
+        compute(jax.jit(partial(sampling.sample_tokens, record)), where, logits_BV, expected[0], choice)
         for where, record in ((device, device_ops), (_cpu(), ops.get("xla")))
     )
     yield Part("sampled tokens", float(np.mean(actual_B != expected_B)), _NEAR_TIE)
@@ -332,9 +323,10 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
 
     def generate(params: Params, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
         weights = prepare_decode_params(model, params)
-        state = prefill(model, weights, ids_BP, lengths_B, keys_B, N)
+        state = sampling.prefill(model, weights, ids_BP, lengths_B, keys_B, N)
         first_BV = np.asarray(state.logits_BV)
-        state, tokens_BN = decode(model, weights, state, SamplingParams(np.float32(0)), np.int32(-1), N)
+        greedy = sampling.SamplingParams(np.float32(0))
+        state, tokens_BN = sampling.decode(model, weights, state, greedy, np.int32(-1), N)
         return first_BV, tokens_BN, state.logits_BV
 
     keys_B = np.zeros((B, 2), np.uint32)

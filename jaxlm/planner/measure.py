@@ -203,9 +203,9 @@ def main(request: str) -> None:
         print(f"\n{json.dumps(message)}", file=stdout, flush=True)  # after an unfinished line of a plugin
 
     try:
-        workdir, brief, matmul_speed, called, settings = json.loads(request)
+        workdir, brief, matmul_speed, call_time, settings = json.loads(request)
         plan = _plan_run(from_config_dict(settings), brief, matmul_speed)
-        result = _measure(plan, Path(workdir), called, lambda share: send({"share": share}))
+        result = _measure(plan, Path(workdir), call_time, lambda share: send({"share": share}))
         send(result | {"flops_per_second": matmul_speed})
     except (UsageError, RunError, jax.errors.JaxRuntimeError) as error:
         send({"error": str(error).splitlines()[0][:200]})
@@ -250,17 +250,17 @@ def _plan_run(config: Config, brief: bool, matmul_speed: float) -> _ShortRun:
     return _ShortRun(config, cycles, is_chunk)
 
 
-def _measure(plan: _ShortRun, workdir: Path, called: float, show: Callable[[float], None]) -> dict[str, Any]:
+def _measure(plan: _ShortRun, workdir: Path, call_time: float, show: Callable[[float], None]) -> dict[str, Any]:
     """Trains for some cycles of pauses in this process; returns the fields of a BenchmarkResult but for the matmul."""
     config, last = plan.config, plan.cycles * plan.config.save_interval + 1
     device = backend.start(config.platform, config.deterministic)
     before = time.monotonic()
     tokens = _random_tokens(config, workdir)
-    called += time.monotonic() - before  # a run does not do this
+    call_time += time.monotonic() - before  # a run does not do this
     workdir.mkdir()
     stopwatch = _Stopwatch(last, show)
     run = trainer.Trainer(config, workdir, tokens, device, listeners=[stopwatch])
-    start = time.monotonic() - called
+    start = time.monotonic() - call_time
     with contextlib.closing(run):
         run.run_steps(last)
     export_start = time.monotonic()
