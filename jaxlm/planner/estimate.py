@@ -66,19 +66,23 @@ def step_at(config: Config, timings: Timings, seconds: float) -> int:
     return bisect.bisect_right(steps, seconds, key=lambda step: seconds_at(config, timings, step))
 
 
-def saves(config: Config) -> list[int]:
+def saves(config: Config) -> range | list[int]:
     """The steps after which a checkpoint is saved."""
-    return sorted({*range(config.save_interval, config.max_steps + 1, config.save_interval), config.max_steps})
+    regular = range(config.save_interval, config.max_steps + 1, config.save_interval)
+    return regular if config.max_steps % config.save_interval == 0 else [*regular, config.max_steps]
 
 
 def deletions(config: Config) -> Iterator[tuple[int, int]]:
     """Pairs of checkpoints, named by their steps: the first is deleted when the second is complete."""
-    return zip(saves(config), saves(config)[config.max_checkpoints :], strict=False)
+    steps = saves(config)
+    return zip(steps, steps[config.max_checkpoints :], strict=False)
 
 
 def kept(config: Config, step: int) -> list[int]:
     """The checkpoints that exist after `step`."""
-    return [saved for saved in saves(config) if saved <= step][-config.max_checkpoints :]
+    steps = saves(config)
+    count = bisect.bisect_right(steps, step)
+    return list(steps[max(count - config.max_checkpoints, 0) : count])
 
 
 TIME_UNITS = (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0), ("second", 1.0))
