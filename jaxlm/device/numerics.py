@@ -316,10 +316,9 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
     max_prompt = min(P, model.context // 2)
     N = min(config.sample.tokens, _MAX_NEW_TOKENS, model.context - max_prompt)
     lengths_B = 1 + np.arange(B, dtype=np.int32) % max_prompt
-    ids_BT = np.random.default_rng(2).integers(0, V, (B, max_prompt + N), np.int32)
-    ids_BP = np.zeros((B, P), np.int32)
-    for row_P, ids_T, length in zip(ids_BP, ids_BT, lengths_B, strict=True):
-        row_P[P - length :] = ids_T[:length]
+    rng, ids_BP, ids_BT = np.random.default_rng(2), np.zeros((B, P), np.int32), np.zeros((B, max_prompt + N), np.int32)
+    for row_P, row_T, length in zip(ids_BP, ids_BT, lengths_B, strict=True):
+        row_T[:length] = row_P[P - length :] = rng.integers(0, V, length)
 
     def generate(params: Params, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
         weights = prepare_decode_params(model, params)
