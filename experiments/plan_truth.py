@@ -36,11 +36,11 @@ def child(argv: list[str]) -> None:
     from jaxlm.main import main
 
     main(argv)
-    ended = time.monotonic()
+    end = time.monotonic()
     from jaxlm.planner.measure import peak_bytes
 
     peak = peak_bytes(jax.devices()[0])
-    print(json.dumps({"ended": ended, "peak": peak}), flush=True)
+    print(json.dumps({"end": end, "peak": peak}), flush=True)
     os._exit(0)
 
 
@@ -48,10 +48,10 @@ def run(words: list[str], cache: Path) -> str:
     """Runs Python with this cache; returns its output."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{words[:2]} failed:\n{done.stdout}")
-    return done.stdout
+    process = subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        sys.exit(f"{words[:2]} failed:\n{process.stdout}")
+    return process.stdout
 
 
 def random_tokens(directory: Path, vocab_size: int) -> Path:
@@ -69,12 +69,12 @@ def compare(words: list[str], workdir: Path, cache: Path) -> tuple[dict[str, tup
     plan = json.loads(run(["-m", "jaxlm.plan", "--json", *words], cache))
     if plan["not_measured_because"]:
         sys.exit(f"the plan measured nothing: {plan['not_measured_because']}")
-    began = time.monotonic()
+    start = time.monotonic()
     real = json.loads(run(["-m", "experiments.plan_truth", "--child", *words], cache).splitlines()[-1])
     disk = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     return {
         "peak memory": (plan["memory"]["total_bytes"] / 1e6, real["peak"] / 1e6),
-        "time": (plan["schedule"]["total_seconds"], real["ended"] - began),
+        "time": (plan["schedule"]["total_seconds"], real["end"] - start),
         "disk": (plan["disk"]["left_bytes"] / 1e6, disk / 1e6),
     }, plan
 

@@ -11,7 +11,7 @@ import platform as machine
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -42,12 +42,8 @@ def main(argv: list[str]) -> None:
     print(f"The report is in {args.out}")
 
 
-def write_report(out: Path, parts: Iterator[tuple[str, Callable[[], str]]]) -> None:
-    """Writes the report again after each part.
-
-    Args:
-        out: the file.
-        parts: the title of each part, and a function that returns its text.
+def write_report(out: Path, parts: Iterable[tuple[str, Callable[[], str]]]) -> None:
+    """Writes the report again after each part, which is a title and a function that returns its text.
 
     Raises:
         UsageError: the file cannot be written.
@@ -87,12 +83,14 @@ def versions() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     chip = subprocess.run(command, capture_output=True, text=True).stdout.strip() if sys.platform == "darwin" else ""
-    lines = [
-        f"{machine.platform()}, {chip or machine.machine()}, {os.cpu_count()} cores, {memory / 1e9:.1f} GB",
-        f"Python {sys.version}",
-    ]
-    lines += [f"{name} {plugins.version_of(name) or 'is not installed'}" for name in DISTRIBUTIONS]
-    return "\n".join(lines + [f"{plugin} (plugin {plugin.module})" for plugin in plugins.installed()])
+    return "\n".join(
+        [
+            f"{machine.platform()}, {chip or machine.machine()}, {os.cpu_count()} cores, {memory / 1e9:.1f} GB",
+            f"Python {sys.version}",
+            *(f"{name} {plugins.version_of(name) or 'is not installed'}" for name in DISTRIBUTIONS),
+            *(f"{plugin} (plugin {plugin.module})" for plugin in plugins.installed()),
+        ]
+    )
 
 
 def _verify(plugin: plugins.Plugin, usable: list[str]) -> str:

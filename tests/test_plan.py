@@ -8,18 +8,21 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import m2_60m
 from jaxlm import plan
+from jaxlm.cli import read_config
 from jaxlm.config import from_config_dict
 from jaxlm.device import backend, numerics
 from jaxlm.device.numerics import Part
 from jaxlm.errors import RunError, UsageError
 from jaxlm.planner import measure, memory, report, tables
 from jaxlm.planner.measure import BenchmarkResult
-from jaxlm.run.memory import Memory
+from jaxlm.run.memory import Memory, compile_step, step_memory
 from tests import tiny_run
 from tests.tiny_run import is_one_line
 
@@ -83,7 +86,17 @@ def planned(capsys, *flags):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
+def test_the_memory_is_that_of_the_compiled_step(capsys):
+    flags = ("--no-measure", "--config.model.remat=false")
+    config = tiny_run.resolved(read_config([*TINY, flags[1]])[0])
+    expected = step_memory(config, compile_step(config))
+    assert planned(capsys, *flags)["memory"]["temporaries_bytes"] == expected.temporaries > 0
+
+
 def test_without_a_benchmark_memory_disk_and_schedule_are_known(capsys, monkeypatch):
+    program = jax.jit(lambda: jnp.zeros(10**6)).lower().compile()  # larger than the state
+    monkeypatch.setattr(memory, "compile_step", lambda config: program)
     flags = ("--no-measure", "--config.model.remat=false")
     report = planned(capsys, *flags)
     monkeypatch.setattr(memory, "compile_step", None)

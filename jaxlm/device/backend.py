@@ -149,21 +149,21 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         raise UsageError(
             f"jax-metal computes nothing in bfloat16, as model.precision {model.precision} would: set it to float32"
         )
-    on_cuda = device.platform == "gpu"
+    on_cuda, implementation = device.platform == "gpu", model.implementation
     precision = ("bf16" if on_cuda else "float32") if model.precision == "auto" else model.precision
-    model = dataclasses.replace(model, precision=precision)
     is_hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
     hopper_fits = is_hopper and precision == "bf16" and hopper.fits(model.width, model.mlp_width)
-    best = {"gpu": "hopper" if hopper_fits else "cuda", "cpu": "cpu"}.get(device.platform, "xla")
-    implementation = "apple" if on_apple(device) else best
-    if model.implementation == "cuda" and not on_cuda:
+    if implementation == "auto":
+        best = {"gpu": "hopper" if hopper_fits else "cuda", "cpu": "cpu"}.get(device.platform, "xla")
+        implementation = "apple" if on_apple(device) else best
+    if implementation == "cuda" and not on_cuda:
         raise UsageError("model.implementation cuda needs an NVIDIA GPU: set it to auto")
-    if model.implementation == "hopper" and not hopper_fits:
+    if implementation == "hopper" and not hopper_fits:
         raise UsageError(
             "model.implementation hopper needs a Hopper GPU (H100, H200), jax 0.11, bf16 precision and a width and an"
             f" mlp_width that are multiples of {hopper.BLOCK_K}: set it to auto"
         )
-    return dataclasses.replace(model, implementation=implementation) if model.implementation == "auto" else model
+    return dataclasses.replace(model, precision=precision, implementation=implementation)
 
 
 def resolve_run(config: Config, device: jax.Device) -> Config:
@@ -177,14 +177,11 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
         UsageError: as `resolve`.
     """
     model, chunks = resolve(config.model, device), config.microbatch_chunks
-    if chunks == 0 and (device.platform == "gpu" or on_apple(device)):
-        model = dataclasses.replace(model, remat=False)
-    if chunks == 0 and device.platform == "gpu":
-        chunks = 1
-    elif chunks == 0:
-        divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-        fitting = [n for n in divisors if config.batch_size // n * model.context <= CHUNK_TOKENS]
-        chunks = min(fitting, default=config.batch_size)
+    if chunks == 0:
+        on_cuda, B = device.platform == "gpu", config.batch_size
+        model = dataclasses.replace(model, remat=model.remat and not on_cuda and not on_apple(device))
+        fitting = [n for n in range(1, B + 1) if B % n == 0 and B // n * model.context <= CHUNK_TOKENS]
+        chunks = 1 if on_cuda else min(fitting, default=B)
     config = dataclasses.replace(config, microbatch_chunks=chunks, model=model)
     if on_apple(device) and config.chunk_size * model.context >= WRONG_FROM:
         raise UsageError(

@@ -33,20 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import Config, ModelConfig
-from jaxlm.core import ops
+from jaxlm.core import ops, sampling
 from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.parameters import Params, tree_of
-from jaxlm.core.sampling import (
-    SamplingParams,
-    counts_of_32_bits,
-    decode,
-    prefill,
-    sample_tokens,
-    sequence_keys,
-    top_k_top_p_mask,
-)
 from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
 from jaxlm.device.backend import describe, identity, resolve
 from jaxlm.errors import RunError
@@ -109,9 +100,9 @@ def remember(config: Config, device: jax.Device, parts: Sequence[Part]) -> None:
 
 def refuse_wrong(parts: Sequence[Part], device: jax.Device) -> None:
     """Raises RunError if a part failed. The message names the part that raised, or has the largest difference."""
-    if text := failure(parts):
+    if reason := failure(parts):
         raise RunError(
-            f"{describe(device)} {text}: update the system, the driver and jax, or train with --config.platform=cpu"
+            f"{describe(device)} {reason}: update the system, the driver and jax, or train with --config.platform=cpu"
             " (python -m jaxlm.plan --check shows all parts)"
         )
 
@@ -132,13 +123,11 @@ def failure(parts: Sequence[Part]) -> str:
     )
 
 
-def _cache_key(config: Config, device: jax.Device) -> Any:
+def _cache_key(c: Config, device: jax.Device) -> list[Any]:
     """Everything that the result depends on."""
-    c, sample = config, config.sample
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "MLX_ENABLE_TF32", "JAX_DEFAULT_MATMUL_PRECISION")]
-    model, chunked = dataclasses.asdict(c.model), c.microbatch_chunks > 1
-    shapes = [model, c.chunk_size, chunked, c.optimizer.name, sample.texts, sample.tokens]
-    return [*identity(device), *flags, c.deterministic, *shapes]
+    shapes = [dataclasses.asdict(c.model), c.chunk_size, c.microbatch_chunks > 1, c.sample.texts, c.sample.tokens]
+    return [*identity(device), *flags, c.deterministic, c.optimizer.name, *shapes]
 
 
 def table(parts: Sequence[Part]) -> str:
@@ -165,22 +154,13 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
         jax.errors.JaxRuntimeError: the device is out of memory.
     """
     chunks = 1 if device.platform == "cpu" else min(config.microbatch_chunks, 2)
-    config = dataclasses.replace(
-        config,
-        batch_size=config.chunk_size * chunks,
-        microbatch_chunks=chunks,
-        grad_accum_steps=_MICRO_BATCHES,
-    )
+    B = config.chunk_size * chunks
+    config = dataclasses.replace(config, batch_size=B, microbatch_chunks=chunks, grad_accum_steps=_MICRO_BATCHES)
     state = _trained(config)
     parts: list[Part] = []
-    groups = {
-        "random numbers": _random(config, device),
-        "sampling": _sampling(config, device, state),
-        "training": _training(config, device, state),
-    }
-    for name, group in groups.items():
+    for name, group in (("random numbers", _random), ("sampling", _sampling), ("training", _training)):
         try:
-            parts += group
+            parts += group(config, device, state)
         except Exception as error:
             if "RESOURCE_EXHAUSTED" in str(error):  # callers advise on memory
                 raise
@@ -199,13 +179,12 @@ def check_small_model(device: jax.Device) -> tuple[Part, ...]:
     ids_BT = rng.integers(0, SMALL_MODEL.vocab_size, (2, SMALL_MODEL.context + 1), np.int32)
 
     def outputs(model: ModelConfig, params: Params, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array, Params]:
-        zeros = jax.tree.map(jnp.zeros_like, params)
         logits_BTV: Any = Decoder(model).apply({"params": params}, ids_BT[:, :-1])
-        return logits_BTV, *loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], 1.0, zeros)
+        return logits_BTV, *_loss_and_gradient(model, params, ids_BT, 1.0)
 
     (logits_BTV, loss_sum, grads), (expected_BTV, expected_sum, expected_grads) = (
-        compute(jax.jit(partial(outputs, model)), place, params, ids_BT)
-        for model, place in ((resolve(SMALL_MODEL, device), device), (_plain(SMALL_MODEL), _cpu()))
+        compute(jax.jit(partial(outputs, resolve(SMALL_MODEL, place))), place, params, ids_BT)
+        for place in (device, _cpu())
     )
     limit = ALLOWED["tf32"]
     return (
@@ -213,6 +192,11 @@ def check_small_model(device: jax.Device) -> tuple[Part, ...]:
         Part("loss", abs(float(loss_sum) / float(expected_sum) - 1), _LOSS_SHARE * limit),
         *(Part(f"gradient of {name}", difference(a, b), limit) for name, a, b in _by_parameter(grads, expected_grads)),
     )
+
+
+def _loss_and_gradient(model: ModelConfig, params: Params, ids_BT: jax.Array, scale: float) -> tuple[jax.Array, Params]:
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], scale, zeros)
 
 
 def compute(function: Callable[..., Any], device: jax.Device, *arguments: Any) -> Any:
@@ -253,19 +237,16 @@ def _cpu() -> jax.Device:
     return jax.devices("cpu")[0]
 
 
-def _plain(model: ModelConfig) -> ModelConfig:
-    """The same model in float32, as the CPU computes it best."""
-    return dataclasses.replace(model, precision="float32", implementation="cpu", remat=True)
-
-
-def _plain_run(config: Config) -> Config:
-    return dataclasses.replace(config, model=_plain(config.model))
+def _plain(config: Config) -> Config:
+    """The same settings in float32, as the CPU computes them best."""
+    model = dataclasses.replace(config.model, precision="float32", implementation="cpu", remat=True)
+    return dataclasses.replace(config, model=model)
 
 
 def _trained(config: Config) -> TrainState:
     """A state like that of a trained model: no gradient is small and no moment zero. NumPy draws it on the host."""
     rng = np.random.default_rng(0)
-    plain = _plain_run(config)
+    plain = _plain(config)
     shapes = jax.eval_shape(lambda: init_state(plain))
 
     def draw(leaf: Any) -> np.ndarray:  # uniform, of standard deviation 1: three times as fast as a normal one
@@ -274,12 +255,10 @@ def _trained(config: Config) -> TrainState:
     def draw_parameter(leaf: Any, kind: str) -> np.ndarray:
         return 1 + 0.1 * draw(leaf) if kind == "norm_scale" else 0.02 * _WEIGHT_SCALE * draw(leaf)
 
-    kinds = tree_of(config.model, lambda parameter: parameter.kind)
-    params = jax.tree.map(draw_parameter, shapes.params, kinds)
+    params = jax.tree.map(draw_parameter, shapes.params, tree_of(config.model, lambda parameter: parameter.kind))
     grads = jax.tree.map(draw, shapes.params)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    opt_state = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
-    params, opt_state = compute(jax.jit(make_optimizer(plain).step), _cpu(), grads, opt_state, params)
+    params, opt_state = _last_update(config, grads, state.opt_state, params)
     inner_opt_state = jax.tree.map(
         lambda leaf: np.full_like(leaf, config.optimizer.warmup_steps) if leaf.dtype == np.int32 else leaf,
         opt_state.inner_opt_state,
@@ -287,12 +266,18 @@ def _trained(config: Config) -> TrainState:
     return state._replace(params=params, opt_state=opt_state._replace(inner_opt_state=inner_opt_state))
 
 
-def _random(config: Config, device: jax.Device) -> Iterator[Part]:
+def _last_update(config: Config, grads: Params, opt_state: Any, params: Params) -> tuple[Params, Any]:
+    """The CPU's update by the last micro-batch of a step."""
+    opt_state = opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
+    return compute(jax.jit(make_optimizer(_plain(config)).step), _cpu(), grads, opt_state, params)
+
+
+def _random(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
     """Random bits, sort, top-k and top-p, sampled tokens."""
 
     def bits(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with counts_of_32_bits():
-            return sequence_keys(key, _SAMPLES), jax.random.bits(key, (2**16 + 1,))
+        with sampling.counts_of_32_bits():
+            return sampling.sequence_keys(key, _SAMPLES), jax.random.bits(key, (2**16 + 1,))
 
     key = np.array([3, 5], np.uint32)
     actual, expected = compute(bits, device, key), compute(bits, _cpu(), key)
@@ -304,15 +289,13 @@ def _random(config: Config, device: jax.Device) -> Iterator[Part]:
     yield Part("sort", float(np.mean(compute(jnp.sort, device, logits_BV) != sorted_BV)), 0)
 
     device_ops = ops.get(config.model.implementation)
-    mask_BV = compute(
-        jax.jit(partial(top_k_top_p_mask, device_ops)), device, logits_BV, np.int32(_TOP_K), np.float32(_TOP_P)
-    )
-    expected_BV = _expected_mask(logits_BV, sorted_BV)
-    yield Part("top-k and top-p", float(np.mean(mask_BV != expected_BV)), 0)
+    choice = sampling.SamplingParams(np.float32(0.8), np.int32(_TOP_K), np.float32(_TOP_P))
+    mask = jax.jit(partial(sampling.top_k_top_p_mask, device_ops))
+    mask_BV = compute(mask, device, logits_BV, choice.top_k, choice.top_p)
+    yield Part("top-k and top-p", float(np.mean(mask_BV != _expected_mask(logits_BV, sorted_BV))), 0)
 
-    sampling = SamplingParams(np.float32(0.8), np.int32(_TOP_K), np.float32(_TOP_P))
     actual_B, expected_B = (
-        compute(jax.jit(partial(sample_tokens, record)), where, logits_BV, expected[0], sampling)
+        compute(jax.jit(partial(sampling.sample_tokens, record)), where, logits_BV, expected[0], choice)
         for where, record in ((device, device_ops), (_cpu(), ops.get("xla")))
     )
     yield Part("sampled tokens", float(np.mean(actual_B != expected_B)), _NEAR_TIE)
@@ -329,33 +312,30 @@ def _expected_mask(logits_BV: np.ndarray, sorted_BV: np.ndarray) -> np.ndarray:
 
 def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
     """Greedy generation with a cache, at the shapes of the run's samples; the CPU computes the logits in one pass."""
-    model, B, V = config.model, config.sample.texts, config.model.vocab_size
-    rng = np.random.default_rng(2)
-    max_prompt = min(PROMPT_BUCKET, model.context // 2)
+    model, B, V, P = config.model, config.sample.texts, config.model.vocab_size, PROMPT_BUCKET
+    max_prompt = min(P, model.context // 2)
     N = min(config.sample.tokens, _MAX_NEW_TOKENS, model.context - max_prompt)
-    prompts = [rng.integers(0, V, 1 + i % max_prompt) for i in range(B)]
-    lengths_B = np.array([len(ids) for ids in prompts], np.int32)
-    ids_BP = np.zeros((B, PROMPT_BUCKET), np.int32)
-    for row, ids in zip(ids_BP, prompts, strict=True):
-        row[PROMPT_BUCKET - len(ids) :] = ids
+    lengths_B = 1 + np.arange(B, dtype=np.int32) % max_prompt
+    rng, ids_BP, ids_BT = np.random.default_rng(2), np.zeros((B, P), np.int32), np.zeros((B, max_prompt + N), np.int32)
+    for row_P, row_T, length in zip(ids_BP, ids_BT, lengths_B, strict=True):
+        row_T[:length] = row_P[P - length :] = rng.integers(0, V, length)
 
     def generate(params: Params, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array) -> Any:
         weights = prepare_decode_params(model, params)
-        state = prefill(model, weights, ids_BP, lengths_B, keys_B, N)
+        state = sampling.prefill(model, weights, ids_BP, lengths_B, keys_B, N)
         first_BV = np.asarray(state.logits_BV)
-        state, tokens_BN = decode(model, weights, state, SamplingParams(np.float32(0)), np.int32(-1), N)
+        greedy = sampling.SamplingParams(np.float32(0))
+        state, tokens_BN = sampling.decode(model, weights, state, greedy, np.int32(-1), N)
         return first_BV, tokens_BN, state.logits_BV
 
     keys_B = np.zeros((B, 2), np.uint32)
     first_BV, tokens_BN, last_BV = compute(generate, device, state.params, ids_BP, lengths_B, keys_B)
 
-    plain = Decoder(_plain(model))
-    ids_BT = np.zeros((B, max_prompt + N), np.int32)
-    for row, ids, tokens_N in zip(ids_BT, prompts, tokens_BN, strict=True):
-        row[: len(ids) + N] = [*ids, *tokens_N]
+    positions = lengths_B[:, None] - 1 + np.arange(N + 1)
+    np.put_along_axis(ids_BT, positions[:, 1:], tokens_BN, axis=1)
+    plain = Decoder(_plain(config).model)
     forward = jax.jit(lambda params, ids_BT: plain.apply({"params": params}, ids_BT))
     logits_BTV = compute(forward, _cpu(), state.params, ids_BT)
-    positions = lengths_B[:, None] - 1 + np.arange(N + 1)
     expected_BNV = np.take_along_axis(logits_BTV, positions[:, :, None], axis=1)
 
     limit = allowed(device, model.matmul_dtype)
@@ -383,9 +363,8 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     for name, mean, expected in _by_parameter(acc_grads, expected_grads):
         yield Part(f"gradient of {name}", difference(2 * mean - _FIRST_GRADIENT * expected, expected), limit)
 
-    last = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1), acc_grads=acc_grads)
-    step = make_optimizer(_plain_run(config)).step
-    params, opt_state = compute(jax.jit(step), _cpu(), acc_grads, last, state.params)
+    before_last = state.opt_state._replace(acc_grads=acc_grads)
+    params, opt_state = _last_update(config, acc_grads, before_last, state.params)
     has_matmuls = config.optimizer.name == "muon"
     limit = allowed(device, "float32") if has_matmuls else ALLOWED["float32"]
     updates: dict[str, list[float]] = {}
@@ -401,15 +380,10 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
 
 def _expected_training(config: Config, params: Params, ids_2T: np.ndarray, shares_2: np.ndarray) -> tuple[Any, Params]:
     """The mean loss of a micro-batch of which each of two sequences fills a share of the rows, and its gradient."""
-    model, scale = _plain(config.model), 1 / config.model.context
-
-    @jax.jit
-    def one_sequence(params: Params, ids_BT: jax.Array) -> tuple[jax.Array, Params]:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        loss_sum, grads = loss_and_gradient(model, params, ids_BT[:, :-1], ids_BT[:, 1:], scale, zeros)
-        return loss_sum * scale, grads
-
+    scale = 1 / config.model.context
+    one_sequence = jax.jit(partial(_loss_and_gradient, _plain(config).model, scale=scale))
     results = [compute(one_sequence, _cpu(), params, ids_2T[i : i + 1]) for i in np.flatnonzero(shares_2)]
+    results = [(loss_sum * scale, grads) for loss_sum, grads in results]
     shares = shares_2[shares_2 > 0].astype(np.float32)
     return jax.tree.map(lambda *leaves: sum(s * leaf for s, leaf in zip(shares, leaves, strict=True)), *results)
 

@@ -138,8 +138,8 @@ def check_versions(plugin: Plugin) -> None:
     jax, jaxlib = version_of("jax"), version_of("jaxlib")
     if plugin.distribution == "jax-metal" and (jax, jaxlib) != (_METAL_JAX, _METAL_JAX):
         raise PluginError(
-            f"is made for jax {_METAL_JAX}: have jax=={_METAL_JAX} jaxlib=={_METAL_JAX} by"
-            " pip install -e '.[metal]', or take jax-mps"
+            f"is made for jax {_METAL_JAX}: get jax=={_METAL_JAX} jaxlib=={_METAL_JAX} by"
+            " pip install 'jaxlm[metal]', or use jax-mps"
         )
     minor, jaxlib_minor = (".".join(version.split(".")[:2]) for version in (plugin.version, jaxlib))
     if plugin.distribution == "jax-mps" and minor != jaxlib_minor:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from logging.handlers import BufferingHandler
 
 import jax
 from jax.extend.backend import backends
@@ -16,27 +17,16 @@ from jax.extend.backend import backends
 from jaxlm.device import numerics, plugins
 
 
-class _Exceptions(logging.Handler):
-    """Collects the exceptions of plugins that do not initialize, which jax only logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.exceptions: list[BaseException] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1]:
-            self.exceptions.append(record.exc_info[1])
-
-
 def _probe(module: str) -> tuple[str, str]:
     """Returns jax's name for the platform of a plugin, and what is wrong with it."""
     plugins.disable(plugin for plugin in plugins.installed() if plugin.module != module)
-    log = _Exceptions()
+    log = BufferingHandler(1000)  # jax only logs the exceptions of plugins that do not initialize
     logging.getLogger("jax").addHandler(log)
     try:
         names = [name for name in backends() if name not in ("cpu", "tpu")]  # jax has these without a plugin
-        if log.exceptions:
-            raise log.exceptions[0]
+        for record in log.buffer:
+            if record.exc_info and record.exc_info[1]:
+                raise record.exc_info[1]
         if not names:
             return "", "finds no device"
         return names[0], numerics.failure(numerics.check_small_model(jax.devices(names[0])[0]))

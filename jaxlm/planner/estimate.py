@@ -80,10 +80,12 @@ def deletions(config: Config) -> Iterator[tuple[int, int]]:
 
 def kept(config: Config, step: int) -> list[int]:
     """The checkpoints that exist after `step`."""
-    return [saved for saved in saves(config) if saved <= step][-config.max_checkpoints :]
+    steps = saves(config)
+    count = bisect.bisect_right(steps, step)
+    return list(steps[max(count - config.max_checkpoints, 0) : count])
 
 
-TIME_UNITS = (("day", 86400.0, 2 * 86400.0), ("hour", 3600.0, 7200.0), ("minute", 60.0, 120.0), ("second", 1.0, 0.0))
+TIME_UNITS = (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0), ("second", 1.0))
 MAX_ROWS = 16
 
 
@@ -94,7 +96,7 @@ def timeline(config: Config, timings: Timings) -> tuple[str, list[tuple[int, int
         The unit; and pairs of (units passed, step), the last one with `max_steps`.
     """
     seconds = seconds_at(config, timings, config.max_steps)
-    unit, length = next((unit, length) for unit, length, least in TIME_UNITS if seconds >= least)
+    unit, length = next((row for row in TIME_UNITS if seconds >= 2 * row[1]), TIME_UNITS[-1])
     count = math.ceil(seconds / length)
     every = math.ceil(count / MAX_ROWS)
     passed = [*range(every, count, every), count]

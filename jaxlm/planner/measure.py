@@ -7,8 +7,8 @@ micro-batch, and the optimizer's update separately.
 
 import contextlib
 import dataclasses
-import io
 import json
+import math
 import os
 import resource
 import subprocess
@@ -73,10 +73,9 @@ class BenchmarkResult:
 
 
 class _Stopwatch:
-    """The listener that keeps the seconds of steps, pauses and saves."""
+    """The listener that records the seconds of steps, pauses and saves; `show` receives the share that is done."""
 
     def __init__(self, last: int, show: Callable[[float], None]):
-        """`show` is called with the share of the steps up to `last` that is done."""
         self.steps: list[tuple[int, float, bool]] = []  # step, its seconds, whether a save was in progress
         self.pauses: dict[str, list[float]] = {}
         self.saves: list[float] = []
@@ -108,8 +107,8 @@ def seconds(config: Config, m: BenchmarkResult, val_windows: int) -> Timings:
     step = m.step
     if m.update:
         step = config.grad_accum_steps * (config.microbatch_chunks * max(m.step - m.update, 0.0) + m.update)
-    counts = [windows for windows in (config.data.eval_sequences, val_windows) if windows] or [1]
-    batches, all_batches = (-(-count // config.chunk_size) for count in (min(counts), val_windows or min(counts)))
+    windows = min([count for count in (config.data.eval_sequences, val_windows) if count], default=1)
+    batches, all_batches = (math.ceil(count / config.chunk_size) for count in (windows, val_windows or windows))
     return Timings(
         start=m.start + m.first,
         step=step,
@@ -150,11 +149,11 @@ def measure(config: Config, device: jax.Device, place: Path, show: Callable[[flo
     Raises:
         RunError: the run fails, for example for lack of memory.
     """
-    matmul_speed = _matmul_speed(config.model.matmul_dtype, device)  # in this process: a run has no such arrays
+    speed = _matmul_speed(config.model.matmul_dtype, device)  # in this process: a run has no such arrays
     with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:
         if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
-            _run_child(config, matmul_speed, Path(name, "brief"), True, lambda share: show(share / 4))
-        values = _run_child(config, matmul_speed, Path(name, "short"), False, lambda share: show(0.25 + 0.75 * share))
+            _run_child(config, speed, Path(name, "brief"), True, lambda share: show(share / 4))
+        values = _run_child(config, speed, Path(name, "short"), False, lambda share: show(0.25 + 0.75 * share))
         return BenchmarkResult(**values)
 
 
@@ -164,117 +163,58 @@ def _run_child(
     """Runs `main` in a subprocess and returns its last line. Raises RunError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    words = [str(workdir), str(int(brief)), str(matmul_speed), str(time.monotonic()), json.dumps(to_dict(config))]
-    command = [sys.executable, "-m", "jaxlm.planner.measure", *words]
+    request = json.dumps([str(workdir), brief, matmul_speed, time.monotonic(), to_dict(config)])
+    command = [sys.executable, "-m", "jaxlm.planner.measure", request]
+    pipe = subprocess.PIPE
     message: dict[str, Any] = {}
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as child,
-    ):
+    last = ""
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    ) as child:
         try:
             for line in child.stdout or ():
-                if not line.startswith("{"):  # printed by a plugin
-                    continue
-                message = json.loads(line)
-                if "share" in message:
-                    show(message["share"])
+                if line.startswith("{"):
+                    message = json.loads(line)
+                    show(message.get("share", 1.0))
+                else:  # of a plugin, or of an exception
+                    last = line.strip() or last
         except BaseException:
             child.kill()
             raise
-        child.wait()
-        errors.seek(0)
-        last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "")
+        child.wait()  # before its stdin closes
     if child.returncode or "error" in message or "share" in message:
-        reason = message.get("error") or f"status {child.returncode}, {last[:200]!r}"
-        raise RunError(f"the short run failed ({reason})")
+        raise RunError(f"the short run failed ({message.get('error') or f'status {child.returncode}, {last[:200]!r}'})")
     return message
 
 
-def main(argv: list[str]) -> None:
-    """Measures in this process. The last line on stdout is a JSON object: the result, or the error.
+def main(request: str) -> None:
+    """Measures in this process, and ends it. The last line on stdout is a JSON object: the result, or the error.
 
-    The process ends when the other end of its stdin closes.
+    The process also ends when the other end of its stdin closes.
 
     Args:
-        argv: the directory to create and write in; 1 for a brief run that only fills the compilation cache, else 0;
-            the speed of a matmul; the monotonic clock when the process was started; the config as JSON.
+        request: as JSON, the directory to create and write in; whether the run is brief and only fills the compilation
+            cache; the speed of a matmul; the monotonic clock when the process was started; the config.
     """
-    workdir, brief, matmul_speed, called = Path(argv[0]), argv[1] == "1", float(argv[2]), float(argv[3])
-    stdout, sys.stdout = sys.stdout, io.TextIOWrapper(open(os.devnull, "wb"))  # noqa: SIM115
+    stdout, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     threading.Thread(target=_end_with_stdin, daemon=True).start()
 
     def send(message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=stdout, flush=True)
+        print(f"\n{json.dumps(message)}", file=stdout, flush=True)  # after an unfinished line of a plugin
 
     try:
-        config = from_config_dict(json.loads(argv[4]))
-        device = backend.start(config.platform, config.deterministic)
-        result = _measure(config, device, workdir, brief, matmul_speed, called, lambda share: send({"share": share}))
-        send(dataclasses.asdict(result))
+        workdir, brief, matmul_speed, call_time, settings = json.loads(request)
+        plan = _plan_run(from_config_dict(settings), brief, matmul_speed)
+        result = _measure(plan, Path(workdir), call_time, lambda share: send({"share": share}))
+        send(result | {"flops_per_second": matmul_speed})
     except (UsageError, RunError, jax.errors.JaxRuntimeError) as error:
         send({"error": str(error).splitlines()[0][:200]})
-    stdout.flush()
     os._exit(0)
 
 
 def _end_with_stdin() -> None:
     sys.stdin.read()
     os._exit(1)
-
-
-def _measure(
-    config: Config,
-    device: jax.Device,
-    workdir: Path,
-    brief: bool,
-    matmul_speed: float,
-    called: float,
-    show: Callable[[float], None],
-) -> BenchmarkResult:
-    """Trains for some cycles of pauses in this process; the arguments are those of `main`."""
-    entered = time.monotonic()
-    plan = _plan_run(config, brief, matmul_speed)
-    config, last = plan.config, plan.cycles * plan.config.save_interval + 1
-    tokens = _random_tokens(config, workdir)
-    setup = time.monotonic() - entered  # a run does not do this
-    workdir.mkdir()
-    stopwatch = _Stopwatch(last, show)
-    run = trainer.Trainer(config, workdir, tokens, device, listeners=[stopwatch])
-    start = time.monotonic() - called - setup
-    with contextlib.closing(run):
-        run.run_steps(last)
-    export_start = time.monotonic()
-    card = model_card(workdir, config, run.step, {}, 0)
-    folder = write_model(workdir / "final_model", config, run.state.params, card)
-    end = time.monotonic() - export_start
-    checkpoint_bytes = max(_size(path) for path in (workdir / "checkpoints").iterdir())
-    peak = peak_bytes(device)
-    pauses = {kind: mean(seconds[1:] or seconds) for kind, seconds in stopwatch.pauses.items()}
-    kinds = ("evaluation", "samples", "checkpoint")
-    first = sum(stopwatch.pauses[kind][0] - pauses[kind] for kind in kinds)
-    steps, slowed_by_saves = _step_seconds(stopwatch, plan, last)
-    return BenchmarkResult(
-        config.batch_size,
-        config.grad_accum_steps,
-        config.microbatch_chunks,
-        start=start + stopwatch.pauses["compilation"][0] + max(stopwatch.steps[0][1] - median(steps), 0.0),
-        first=max(first, 0.0),
-        step=median(steps),
-        step_fast=steps[len(steps) // 4],
-        step_slow=steps[-1 - len(steps) // 4],
-        update=_update_seconds(config, run.state) if plan.is_chunk else 0.0,
-        evaluation=pauses["evaluation"] / (config.data.eval_sequences // config.chunk_size),
-        samples=pauses["samples"],
-        save=pauses["checkpoint"] + slowed_by_saves / max(plan.cycles - 1, 1),
-        saving=median(stopwatch.saves),
-        end=end,
-        flops_per_second=matmul_speed,
-        peak_bytes=peak,
-        checkpoint_bytes=checkpoint_bytes,
-        model_bytes=_size(folder),
-    )
 
 
 class _ShortRun(NamedTuple):
@@ -296,7 +236,7 @@ def _plan_run(config: Config, brief: bool, matmul_speed: float) -> _ShortRun:
     max_steps = max(config.max_steps, CYCLES * (LEAST_STEPS + 2) + 2)
     most = min(MOST_STEPS, (max_steps - 2) // CYCLES - 2)
     interval = 1 if brief else min(max(round(CYCLE_SECONDS / expected), LEAST_STEPS), most)
-    batches = CHUNK_BATCHES if is_chunk else max(-(-config.data.eval_sequences // config.chunk_size), 2)
+    batches = CHUNK_BATCHES if is_chunk else max(math.ceil(config.data.eval_sequences / config.chunk_size), 2)
     config = dataclasses.replace(
         config,
         eval_interval=interval,  # the intervals differ: what one pause frees the next cannot always use
@@ -310,6 +250,48 @@ def _plan_run(config: Config, brief: bool, matmul_speed: float) -> _ShortRun:
     return _ShortRun(config, cycles, is_chunk)
 
 
+def _measure(plan: _ShortRun, workdir: Path, call_time: float, show: Callable[[float], None]) -> dict[str, Any]:
+    """Trains for some cycles of pauses in this process; returns the fields of a BenchmarkResult but for the matmul."""
+    config, last = plan.config, plan.cycles * plan.config.save_interval + 1
+    device = backend.start(config.platform, config.deterministic)
+    before = time.monotonic()
+    tokens = _random_tokens(config, workdir)
+    call_time += time.monotonic() - before  # a run does not do this
+    workdir.mkdir()
+    stopwatch = _Stopwatch(last, show)
+    run = trainer.Trainer(config, workdir, tokens, device, listeners=[stopwatch])
+    start = time.monotonic() - call_time
+    with contextlib.closing(run):
+        run.run_steps(last)
+    export_start = time.monotonic()
+    card = model_card(workdir, config, run.step, {}, 0)
+    folder = write_model(workdir / "final_model", config, run.state.params, card)
+    end = time.monotonic() - export_start
+    peak = peak_bytes(device)
+    pauses = {kind: mean(seconds[1:] or seconds) for kind, seconds in stopwatch.pauses.items()}
+    first = sum(stopwatch.pauses[kind][0] - pauses[kind] for kind in ("evaluation", "samples", "checkpoint"))
+    steps, slowed_by_saves = _step_seconds(stopwatch, plan, last)
+    return {
+        "batch_size": config.batch_size,
+        "grad_accum_steps": config.grad_accum_steps,
+        "microbatch_chunks": config.microbatch_chunks,
+        "start": start + pauses["compilation"] + max(stopwatch.steps[0][1] - median(steps), 0.0),
+        "first": max(first, 0.0),
+        "step": median(steps),
+        "step_fast": steps[len(steps) // 4],
+        "step_slow": steps[-1 - len(steps) // 4],
+        "update": _update_seconds(config, run.state) if plan.is_chunk else 0.0,
+        "evaluation": pauses["evaluation"] / (config.data.eval_sequences // config.chunk_size),
+        "samples": pauses["samples"],
+        "save": pauses["checkpoint"] + slowed_by_saves / max(plan.cycles - 1, 1),
+        "saving": median(stopwatch.saves),
+        "end": end,
+        "peak_bytes": peak,
+        "checkpoint_bytes": max(_size(path) for path in (workdir / "checkpoints").iterdir()),
+        "model_bytes": _size(folder),
+    }
+
+
 def _random_tokens(config: Config, workdir: Path) -> TokenFiles:
     rng, vocab, context = np.random.default_rng(0), config.model.vocab_size, config.model.context
     train = rng.integers(vocab, size=max(TOKENS, 2 * context), dtype=np.uint16)
@@ -319,7 +301,7 @@ def _random_tokens(config: Config, workdir: Path) -> TokenFiles:
 
 def _step_seconds(stopwatch: _Stopwatch, plan: _ShortRun, last: int) -> tuple[list[float], float]:
     """Sorted seconds of the steps beside no pause and no save, and the seconds by which saves slowed steps."""
-    warm = [step for step in stopwatch.steps if step[0] > 1]
+    warm = stopwatch.steps[1:]
     # a micro-batch is reported with the next one, but at an interval at once: that step looks short, the next one long
     c = plan.config
     every = (c.eval_interval, c.generation_interval, c.save_interval)
@@ -343,7 +325,7 @@ def peak_bytes(device: jax.Device) -> int:
 
 def _matmul_speed(dtype: str, device: jax.Device) -> float:
     """Floating-point operations per second of a matmul of two square matrices."""
-    size = 2048 if device.platform == "cpu" else 8192 if device.platform == "gpu" else 4096
+    size = {"cpu": 2048, "gpu": 8192}.get(device.platform, 4096)
     a = jax.device_put(np.random.default_rng(0).standard_normal((size, size), np.float32), device).astype(dtype)
     result_dtype = "float32" if device.platform == "cpu" else dtype  # the fast form on each
     matmul = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=result_dtype))
@@ -367,4 +349,4 @@ def _median_seconds(compute: Callable[[], Any]) -> float:
 
 if __name__ == "__main__":
     quiet_libraries()
-    main(sys.argv[1:])
+    main(sys.argv[1])

@@ -24,24 +24,25 @@ def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
 
     Apple's plugins do not analyse memory, so the step for an Apple GPU is compiled for the CPU.
     """
-    key = measure.key(config, device)
-    if cached := user_cache.get("memory", key):
-        return Memory(**cached)
+    if cached := _cached(config, device):
+        return cached
     show(f"compiling (microbatch_chunks {config.microbatch_chunks}, remat {config.model.remat})", 0.0)
     with jax.default_device(jax.devices("cpu")[0]) if backend.on_apple(device) else nullcontext():
         memory = step_memory(config, compile_step(config))
-    if memory is None:
-        return least_memory(config)
-    user_cache.put("memory", key, dataclasses.asdict(memory))
-    return memory
+    if memory:
+        user_cache.put("memory", measure.key(config, device), dataclasses.asdict(memory))
+    return memory or least_memory(config)
 
 
 def memory_without_compiling(config: Config, device: jax.Device, compiled: Any) -> Memory:
     """The memory of a resolved config: by its compiled step if given, else from the cache, else the least it can be."""
     memory = step_memory(config, compiled) if compiled is not None else None
-    if memory is None and (cached := user_cache.get("memory", measure.key(config, device))):
-        memory = Memory(**cached)
-    return memory or least_memory(config)
+    return memory or _cached(config, device) or least_memory(config)
+
+
+def _cached(config: Config, device: jax.Device) -> Memory | None:
+    cached = user_cache.get("memory", measure.key(config, device))
+    return Memory(**cached) if cached else None
 
 
 def process_bytes(config: Config, device: jax.Device, benchmark: BenchmarkResult | None, show: ShowProgress) -> int:

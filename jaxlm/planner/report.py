@@ -1,8 +1,10 @@
 """The plan of a run as numbers: model, memory, speed, disk and schedule."""
 
 import dataclasses
+import math
 import shutil
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,19 +45,18 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
     train, val = (_token_count(data_directory(config) / name) for name in (TRAIN, VAL))
     available = backend.available_memory(device)
     memory = memory_of(config, device, show)
-    benchmark, problem, wrong_numbers = None, "", ""
-    if not measured:
-        benchmark = _cached_benchmark(config, device)
+    benchmark, problem, wrong_numbers = None if measured else _cached_benchmark(config, device), "", ""
     if benchmark is None and measured is not False:
-        if memory.total > available:
-            problem = "it does not fit"
-        else:
+        problem = "it does not fit"
+        if memory.total <= available:
             benchmark, problem, wrong_numbers = _run_benchmark(config, device, workdir, show)
     process = process_bytes(config, device, benchmark, show)
-    speed = None
+    speed, schedule = None, _schedule(config)
     if benchmark:
-        val_sequences = -(-(val - 1) // config.model.context) if val else 0
-        speed = _speed(config, benchmark, measure.seconds(config, benchmark, val_sequences))
+        val_sequences = math.ceil((val - 1) / config.model.context) if val else 0
+        timings = measure.seconds(config, benchmark, val_sequences)
+        speed = _speed(config, benchmark, timings)
+        schedule |= _dates(config, timings, speed, schedule["first_step_of"])
     return {
         "machine": {"device": backend.describe(device), "jax": jax.__version__, "precision": config.model.precision},
         "model": _model(config, train),
@@ -65,7 +66,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
         "not_measured_because": problem or None,
         "not_sound_because": wrong_numbers or None,
         "disk": _disk(config, workdir, benchmark, memory, (train or 0) + (val or 0)),
-        "schedule": _schedule(config, speed),
+        "schedule": schedule,
     }
 
 
@@ -73,12 +74,12 @@ def summary(config: Config, device: jax.Device, workdir: Path, compiled: Any, st
     """The plan in three lines, for the start of a run that has done `step` steps. Measures and compiles nothing."""
     memory = memory_without_compiling(config, device, compiled)
     benchmark = _cached_benchmark(config, device)
-    disk = _disk(config, workdir, benchmark, memory, 0)
+    disk = _disk(config, workdir, benchmark, memory, tokens=0)
     time = "Time: not measured here; python -m jaxlm.plan with the same flags does"
     if benchmark:
         timings = measure.seconds(config, benchmark, 0)
-        remaining = estimate.seconds_at(config, timings, config.max_steps) - estimate.seconds_at(config, timings, step)
-        remaining += timings.start
+        done, total = (estimate.seconds_at(config, timings, last) for last in (step, config.max_steps))
+        remaining = total - done + timings.start
         end = date_text(datetime.now(), remaining)
         time = f"Time: {seconds_text(timings.step)} a step, {duration(remaining)} to go, until {end}"
     return (
@@ -99,15 +100,13 @@ def _run_benchmark(
 ) -> tuple[BenchmarkResult | None, str, str]:
     """The benchmark's result, why there is none, and what the numerics check found wrong; caches a sound result."""
     wrong_numbers = ""
-    if device.platform != "cpu":
-        try:
-            numerics.require(config, device)  # first, as in a run: its time is not the benchmark's
-        except RunError as error:
-            wrong_numbers = str(error)
     try:
-        benchmark = measure.measure(
-            config, device, _existing(workdir), lambda share: show("measuring a short run", share)
-        )
+        if device.platform != "cpu":
+            numerics.require(config, device)  # first, as in a run: its time is not the benchmark's
+    except RunError as error:
+        wrong_numbers = str(error)
+    try:
+        benchmark = measure.measure(config, device, _existing(workdir), partial(show, "measuring a short run"))
     except RunError as error:
         return None, str(error), wrong_numbers
     if not wrong_numbers:
@@ -159,9 +158,9 @@ def _disk(
     """What the run writes. At most there is one checkpoint more than at the end, until the oldest is deleted."""
     checkpoint = benchmark.checkpoint_bytes if benchmark else memory.checkpoint_copy
     model, records = benchmark.model_bytes if benchmark else memory.weights, RECORD_BYTES * config.max_steps
-    rest = model + records
     count = len(estimate.saves(config))
     kept, most = (checkpoint * min(count, config.max_checkpoints + extra) for extra in (0, 1))
+    most += model + records
     free = shutil.disk_usage(_existing(workdir)).free
     written = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     return {
@@ -170,41 +169,41 @@ def _disk(
         "kept_checkpoints_bytes": kept,
         "final_model_bytes": model,
         "records_bytes": records,
-        "left_bytes": kept + rest,
-        "most_bytes": most + rest,
+        "left_bytes": kept + model + records,
+        "most_bytes": most,
         "free_bytes": free,
-        "fits": most + rest <= free + written,
+        "fits": most <= free + written,
     }
 
 
-def _schedule(config: Config, speed: dict[str, Any] | None) -> dict[str, Any]:
-    steps = {
+def _schedule(config: Config) -> dict[str, Any]:
+    every = {
         "samples": config.generation_interval,
         "evaluation": config.eval_interval,
-        "checkpoint": estimate.saves(config)[0],
+        "checkpoint": config.save_interval,
     }
-    schedule: dict[str, Any] = {
+    return {
         "steps": config.max_steps,
-        "first_step_of": {name: min(step, config.max_steps) for name, step in steps.items()},
-        "every_steps": steps | {"checkpoint": config.save_interval},
+        "first_step_of": {name: min(step, config.max_steps) for name, step in every.items()},
+        "every_steps": every,
         "deleted_after_steps": [list(pair) for pair in islice(estimate.deletions(config), 3)],
         "kept_at_the_end_steps": estimate.kept(config, config.max_steps),
     }
-    if not speed:
-        return schedule
-    timings = Timings(**{field.name: speed[f"{field.name}_seconds"] for field in dataclasses.fields(Timings)})
 
-    def at(step: int, step_seconds: str = "step_seconds") -> float:
-        return estimate.seconds_at(config, dataclasses.replace(timings, step=speed[step_seconds]), step)
 
+def _dates(config: Config, timings: Timings, speed: dict[str, Any], first_steps: dict[str, int]) -> dict[str, Any]:
+    """The seconds after which each part of the schedule is reached."""
+    total, fast, slow = (
+        estimate.seconds_at(config, dataclasses.replace(timings, step=speed[f"step_{which}seconds"]), config.max_steps)
+        for which in ("", "fast_", "slow_")
+    )
     unit, passed = estimate.timeline(config, timings)
-    last = config.max_steps
-    return schedule | {
-        "first_after_seconds": {name: at(step) for name, step in schedule["first_step_of"].items()},
-        "total_seconds": at(last),
-        "total_fast_seconds": at(last, "step_fast_seconds"),
+    return {
+        "first_after_seconds": {name: estimate.seconds_at(config, timings, step) for name, step in first_steps.items()},
+        "total_seconds": total,
+        "total_fast_seconds": fast,
         "others_share": SLOWDOWN,
-        "total_slow_seconds": (1 + SLOWDOWN) * at(last, "step_slow_seconds"),
+        "total_slow_seconds": (1 + SLOWDOWN) * slow,
         "timeline_unit": unit,
         "timeline": [
             {

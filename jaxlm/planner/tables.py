@@ -96,25 +96,21 @@ def _speed_lines(report: dict[str, Any]) -> Iterator[Table | str]:
         why = report["not_measured_because"]
         yield f"Speed: not measured ({why})" if why else "Speed: not measured, because of --no-measure"
         return
-    yield _table(
-        "Speed",
-        [
-            ("tokens per second", f"{speed['tokens_per_second']:,.0f}"),
-            ("a step", seconds_text(speed["step_seconds"])),
-            (
-                "  most steps",
-                f"{seconds_text(speed['step_fast_seconds'])} to {seconds_text(speed['step_slow_seconds'])}",
-            ),
-            ("  tokens measured at a time", f"{speed['measured_tokens_per_step']:,}"),
-            ("matmul speed", f"{speed['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
-            ("  of that, in a step", f"{speed['utilisation']:.0%}"),
-            ("time to the first step", seconds_text(speed["start_seconds"])),
-            ("an evaluation", seconds_text(speed["evaluation_seconds"])),
-            ("samples", seconds_text(speed["samples_seconds"])),
-            ("a save delays training by", seconds_text(speed["save_seconds"])),
-            ("  and is complete after", seconds_text(speed["saving_seconds"])),
-        ],
-    )
+    time = {name: seconds_text(seconds) for name, seconds in speed.items() if name.endswith("_seconds")}
+    rows = [
+        ("tokens per second", f"{speed['tokens_per_second']:,.0f}"),
+        ("a step", time["step_seconds"]),
+        ("  most steps", f"{time['step_fast_seconds']} to {time['step_slow_seconds']}"),
+        ("  tokens measured at a time", f"{speed['measured_tokens_per_step']:,}"),
+        ("matmul speed", f"{speed['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s"),
+        ("  of that, in a step", f"{speed['utilisation']:.0%}"),
+        ("time to the first step", time["start_seconds"]),
+        ("an evaluation", time["evaluation_seconds"]),
+        ("samples", time["samples_seconds"]),
+        ("a save delays training by", time["save_seconds"]),
+        ("  and is complete after", time["saving_seconds"]),
+    ]
+    yield _table("Speed", rows)
 
 
 def _schedule_lines(schedule: dict[str, Any], now: datetime) -> Iterator[Table | str]:

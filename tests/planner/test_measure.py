@@ -1,6 +1,7 @@
 """The short run in its own process, and the times computed from it for a larger run."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def test_the_stopwatch_separates_steps_beside_pauses_and_saves(config, monkeypat
     assert slowed == 2 * 3.0 - 2.5 * 1.0  # two steps during a save, and half a step that the save's pause hides
 
 
+@pytest.mark.slow
 def test_a_short_run_that_fails_is_an_error_of_one_line(config):
     longer = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=("word " * 40,)))
     with pytest.raises(RunError, match="context") as caught:
@@ -85,12 +87,66 @@ def test_a_short_run_that_fails_is_an_error_of_one_line(config):
     assert tiny_run.is_one_line(caught.value)
 
 
+@pytest.fixture
+def run_child(monkeypatch, tmp_path, config):
+    """Runs a shell program in place of the short run's process."""
+
+    def run_child(program):
+        (tmp_path / "child").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "child").chmod(0o700)
+        monkeypatch.setattr(measure.sys, "executable", str(tmp_path / "child"))
+        shares = []
+        return measure._run_child(config, 1e9, tmp_path / "short", True, shares.append), shares
+
+    return run_child
+
+
+def test_the_last_line_of_the_process_is_the_result(run_child):
+    assert run_child("""echo noise; echo '{"share": 0.5}'; echo '{"step": 2}'""") == ({"step": 2}, [0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("""echo '{"error": "no room"}'""", "no room"),
+        ("""echo '{"share": 0.5}'; echo lost >&2; echo >&2; exit 3""", "status 3, 'lost'"),
+        ("""echo '{"step": 2}'; exit 4""", "status 4, ''"),
+        ("""echo '{"share": 0.5}'""", "status 0, ''"),
+    ],
+)
+def test_a_process_without_a_result_has_failed(run_child, program, reason):
+    with pytest.raises(RunError) as caught:
+        run_child(program)
+    assert str(caught.value) == f"the short run failed ({reason})"
+
+
+def test_the_process_reports_an_error_in_one_line(monkeypatch, capfd, config, tmp_path):
+    longer = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=("word " * 40,)))
+    ended = []
+    monkeypatch.setattr(measure.os, "_exit", ended.append)
+    monkeypatch.setattr(measure.threading.Thread, "start", lambda thread: None)
+    monkeypatch.setattr(measure.sys, "stdout", open(1, "w", closefd=False))  # noqa: SIM115  (capfd reads it)
+    measure.main(json.dumps([str(tmp_path / "short"), True, 1e9, time.monotonic(), to_dict(longer)]))
+    message = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert "context" in message["error"]
+    assert ended == [0]
+
+
+@pytest.mark.slow
 def test_the_short_run_ends_when_its_stdin_closes(config, tmp_path):
-    words = [str(tmp_path / "short"), "0", "1e9", str(time.monotonic()), json.dumps(to_dict(config))]
-    command = [sys.executable, "-m", "jaxlm.planner.measure", *words]
+    request = json.dumps([str(tmp_path / "short"), False, 1e9, time.monotonic(), to_dict(config)])
+    command = [sys.executable, "-m", "jaxlm.planner.measure", request]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     assert process.returncode == 1
     assert "checkpoint_bytes" not in process.stdout
+
+
+def test_the_process_ends_when_its_stdin_closes(monkeypatch):
+    ended = []
+    monkeypatch.setattr(measure.sys, "stdin", io.StringIO())
+    monkeypatch.setattr(measure.os, "_exit", ended.append)
+    measure._end_with_stdin()
+    assert ended == [1]
 
 
 def test_whole_steps_take_the_measured_time(config):
