@@ -19,8 +19,7 @@ from tests.tiny_run import config_of, disk_room, is_one_line, listing, rows
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
-    with tiny_run.workplace(tmp_path_factory) as place:
-        tiny_run.train("run")
+    with tiny_run.workplace(tmp_path_factory, trained=True) as place:
         yield place
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import cli, main, sample
+from jaxlm import cli, main, prepare, sample
 from tests import tiny_run
+from tests.tiny_run import CODE
 
-CODE = "__import__('os').mkdir('ran')"
 PROMPTS = f'--config.sample.prompts=("{CODE[:9]}","A","My")'  # as many as the tiny run samples
 
 
@@ -57,9 +57,7 @@ def exit_status(module, *argv):
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
-    with tiny_run.workplace(tmp_path_factory) as place:
-        tiny_run.write_text(place / "text.txt", words=f"{CODE.replace(' ', '')} the king went home")
-        assert exit_status(main, "--config", "tiny.py", "--workdir", "run", PROMPTS) == 0
+    with tiny_run.workplace(tmp_path_factory, trained=True) as place:
         yield place
 
 
@@ -70,12 +68,18 @@ def test_the_hook_sees_code_in_a_pickle():
     Path("ran").rmdir()
 
 
+def test_a_corpus_is_not_code():
+    assert CODE in Path("text.txt").read_text(encoding="utf-8")
+    assert exit_status(prepare, "--corpus", "text.txt", "--out", "prepared", "--vocab_size", "300") == 0
+
+
 def test_records_and_prompts_are_not_code():
     for name in ("metrics.jsonl", "samples.jsonl"):
         with Path("run", name).open("ab") as file:
             file.write(b"\n".join((*CONTENTS, b"")))
     shutil.rmtree("run/checkpoints/12")  # so that the last steps run again
-    assert exit_status(main, "--config", "tiny.py", "--workdir", "run", PROMPTS) == 0
+    with tiny_run.shared_compilation("plain"):
+        assert exit_status(main, "--config", "tiny.py", "--workdir", "run", PROMPTS) == 0
     assert len(tiny_run.rows("run/metrics.jsonl")) == 12
     assert exit_status(sample, "--workdir", "run", "--prompt", CODE[:9], "--tokens", "5") == 0
 

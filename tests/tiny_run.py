@@ -1,12 +1,14 @@
 """A run so small that it takes a second: what the tests of the shell train, and how they look at what it left."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
 import io
 import json
-import os
 import resource
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import Config, from_config_dict
+from jaxlm.config import Config, DataConfig, SampleConfig, from_config_dict
 from jaxlm.core.train_step import TrainState, make_eval_step, make_train_step
 from jaxlm.device import backend
 from jaxlm.main import main
@@ -51,26 +53,49 @@ def get_config():
 """
 
 
-def write_text(path: Path, words: str = "the king dog cat sun old man saw went home é 日本", seed: int = 0) -> None:
+CODE = "__import__('os').mkdir('ran')"  # a word of the text that makes a directory if it is evaluated
+WORDS = f"the king dog cat sun old man saw went home é 日本 {CODE}"
+
+
+def write_text(path: Path, words: str = WORDS, seed: int = 0) -> None:
     choice = np.random.default_rng(seed).choice(words.split(), (150, 10))
     path.write_text(".\n".join(" ".join(line) for line in choice), encoding="utf-8")
 
 
 @contextlib.contextmanager
-def workplace(tmp_path_factory) -> Iterator[Path]:
-    """Makes a directory with a text and `tiny.py`, and works in it."""
-    place, before = tmp_path_factory.mktemp("place"), Path.cwd()
+def workplace(tmp_path_factory, trained: bool = False) -> Iterator[Path]:
+    """Makes a directory with a text and `tiny.py`, and works in it; `trained` adds `tokens` and the run in `run`.
+
+    That run (12 steps, checkpoints of 3, 6, 9 and 12) is a copy of the one that this process trains once.
+    """
+    place = tmp_path_factory.mktemp("place")
+    if trained:
+        shutil.copytree(trained_run()[0], place, dirs_exist_ok=True)
+    else:
+        _write_inputs(place)
+    with contextlib.chdir(place):
+        yield place
+
+
+@functools.cache
+def trained_run() -> tuple[Path, str]:
+    """Trains the run once in this process; returns its directory, to copy from, and what its console showed."""
+    place = Path(tempfile.mkdtemp(prefix="jaxlm-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    _write_inputs(place)
+    with contextlib.chdir(place):
+        return place, train("run", share="plain")
+
+
+def _write_inputs(place: Path) -> None:
     (place / "tiny.py").write_text(CONFIG)
     write_text(place / "text.txt")
-    os.chdir(place)
-    yield place
-    os.chdir(before)
 
 
 def train(workdir: str, *flags: str, config: str = "tiny.py", share: str = "") -> str:
     """Runs the command in the current directory; returns its console output, also as an error's `console`.
 
-    Runs of the same `share` compile once if they differ only in when they evaluate, sample and save.
+    Runs of the same `share` compile once if they differ only in their data, samples and intervals.
     """
     console = io.StringIO()
     with contextlib.redirect_stdout(console), shared_compilation(share) if share else contextlib.nullcontext():
@@ -111,7 +136,7 @@ class _SharedStep:
 
 def _key(config: Config) -> Config:
     names = ("eval_interval", "generation_interval", "save_interval", "max_checkpoints", "max_nonfinite_microbatches")
-    return dataclasses.replace(config, **dict.fromkeys(names, 1))
+    return dataclasses.replace(config, **dict.fromkeys(names, 1), data=DataConfig(), sample=SampleConfig())
 
 
 @functools.cache

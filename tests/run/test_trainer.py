@@ -50,14 +50,14 @@ train = functools.partial(tiny_run.train, share="plain")
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
-    with tiny_run.workplace(tmp_path_factory) as place:
+    with tiny_run.workplace(tmp_path_factory, trained=True) as place:
         yield place
 
 
 @pytest.fixture(scope="module")
 def console(place):
-    """What the uninterrupted run in `whole` shows."""
-    return train("whole", share="")
+    """What the uninterrupted run in `run` shows."""
+    return tiny_run.trained_run()[1]
 
 
 def at_step(patch, step, do):
@@ -104,15 +104,15 @@ def console_lines(console):
 
 
 def test_the_work_directory_holds_the_named_files(console):
-    names = {path.name for path in Path("whole").iterdir()}
+    names = {path.name for path in Path("run").iterdir()}
     assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final_model", "tensorboard"}
-    assert sorted(int(path.name) for path in Path("whole/checkpoints").iterdir()) == [3, 6, 9, 12]
-    assert list(Path("whole/tensorboard").iterdir())
-    assert (config_of("whole").batch_size, config_of("whole").sample.prompts[1]) == (2, "The king")
+    assert sorted(int(path.name) for path in Path("run/checkpoints").iterdir()) == [3, 6, 9, 12]
+    assert list(Path("run/tensorboard").iterdir())
+    assert (config_of("run").batch_size, config_of("run").sample.prompts[1]) == (2, "The king")
 
 
 def test_metrics_have_one_row_per_step_with_the_named_keys(console):
-    metrics = rows("whole/metrics.jsonl")
+    metrics = rows("run/metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, LAST + 1))
     assert [list(row) for row in metrics] == [KEYS + VAL_KEYS * (row["step"] % 4 == 0) for row in metrics]
     assert [row["tokens"] for row in metrics] == [64 * row["step"] for row in metrics]
@@ -123,7 +123,7 @@ def test_metrics_have_one_row_per_step_with_the_named_keys(console):
 
 
 def test_the_learning_rate_warms_up_and_decays(console):
-    rates = [row["lr"] for row in rows("whole/metrics.jsonl")]
+    rates = [row["lr"] for row in rows("run/metrics.jsonl")]
     assert rates.index(max(rates)) == 2
     assert max(rates) == pytest.approx(1e-2)
     assert rates[2:] == sorted(rates[2:], reverse=True)
@@ -131,7 +131,7 @@ def test_the_learning_rate_warms_up_and_decays(console):
 
 
 def test_the_model_learns(console):
-    losses = [row["loss"] for row in rows("whole/metrics.jsonl")]
+    losses = [row["loss"] for row in rows("run/metrics.jsonl")]
     assert losses[0] == pytest.approx(np.log(300), rel=0.02)
     assert losses[-1] < losses[0] - 0.3
 
@@ -139,9 +139,9 @@ def test_the_model_learns(console):
 @pytest.mark.slow
 def test_the_host_loop_gives_the_same_losses_and_samples(console):
     train("host-loop", "--config.model.implementation=apple", "--config.microbatch_chunks=2", share="")
-    for row, expected in zip(rows("host-loop/metrics.jsonl"), without_clock(rows("whole/metrics.jsonl")), strict=True):
+    for row, expected in zip(rows("host-loop/metrics.jsonl"), without_clock(rows("run/metrics.jsonl")), strict=True):
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert rows("host-loop/samples.jsonl") == rows("whole/samples.jsonl")
+    assert rows("host-loop/samples.jsonl") == rows("run/samples.jsonl")
 
 
 def test_console_lines_come_early_and_at_intervals(console):
@@ -150,11 +150,11 @@ def test_console_lines_come_early_and_at_intervals(console):
 
 
 def test_a_console_line_averages_the_loss_since_the_previous_line(console):
-    losses = [row["loss"] for row in rows("whole/metrics.jsonl")]
+    losses = [row["loss"] for row in rows("run/metrics.jsonl")]
     before = 0
     for step, line in console_lines(console).items():
         assert float(line[2]) == pytest.approx(np.mean(losses[before:step]), abs=6e-5)
-        assert float(line[3]) == pytest.approx(rows("whole/metrics.jsonl")[step - 1]["lr"], rel=5e-3)
+        assert float(line[3]) == pytest.approx(rows("run/metrics.jsonl")[step - 1]["lr"], rel=5e-3)
         before = step
 
 
@@ -165,8 +165,8 @@ def test_piped_the_console_has_lines_and_no_control_characters(console):
 
 def test_the_header_describes_the_run(console):
     header = console[: console.index("Step ")]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(init_state(config_of("whole")).params))
-    for part in (f"{parameters:,} parameters", "CPU", "12 steps", "64 tokens", "whole", "tokens"):
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(init_state(config_of("run")).params))
+    for part in (f"{parameters:,} parameters", "CPU", "12 steps", "64 tokens", "run", "tokens"):
         assert part in header
     tokens = len(np.memmap("tokens/train.bin", "<u2"))
     assert f"{12 * 64 / parameters:.3g} tokens a parameter" in header
@@ -179,10 +179,10 @@ def test_saves_are_announced(console):
 
 
 def test_samples_have_different_prompts_in_each_block(console):
-    samples = rows("whole/samples.jsonl")
+    samples = rows("run/samples.jsonl")
     assert [list(row) for row in samples] == [["step", "prompt", "text"]] * 6
     assert [row["step"] for row in samples] == [6] * 3 + [12] * 3
-    prompts = config_of("whole").sample.prompts
+    prompts = config_of("run").sample.prompts
     blocks = [tuple(row["prompt"] for row in samples if row["step"] == step) for step in (6, 12)]
     assert all(len(set(block)) == 3 and set(block) <= set(prompts) for block in blocks)
     assert set(blocks[0]) != set(blocks[1])
@@ -190,7 +190,7 @@ def test_samples_have_different_prompts_in_each_block(console):
 
 
 def test_the_console_shows_the_samples_of_the_file(console):
-    samples = [row for row in rows("whole/samples.jsonl") if row["step"] == 6]
+    samples = [row for row in rows("run/samples.jsonl") if row["step"] == 6]
     lines = console.splitlines()
     start = lines.index("GENERATION SAMPLES (Step 6)")
     assert [lines[start - 1], lines[start + 1], lines[start + 8]] == ["=" * 70] * 3
@@ -213,12 +213,12 @@ def whole_validation(params, config, ids):
 
 
 def test_the_last_validation_uses_all_validation_data(console):
-    config = tiny_run.resolved(config_of("whole"))
+    config = tiny_run.resolved(config_of("run"))
     ids = np.fromfile("tokens/val.bin", "<u2")
     assert (len(ids) - 1) % config.model.context
     assert len(ids) > 2 * config.data.eval_sequences * config.model.context
-    last = rows("whole/metrics.jsonl")[-1]
-    expected = whole_validation(saved_state("whole", LAST).params, config, ids)
+    last = rows("run/metrics.jsonl")[-1]
+    expected = whole_validation(saved_state("run", LAST).params, config, ids)
     assert last["val_loss"] == pytest.approx(expected, rel=1e-5)
     assert f"{last['val_loss']:.4f} ({last['val_bits_per_byte']:.4f} bits per byte)" in console
 
@@ -229,7 +229,7 @@ def test_bits_per_byte_count_the_decoded_bytes(console):
     tokenizer = load_tokenizer(300)
     ids = np.fromfile("tokens/val.bin", "<u2")[1:]
     size = len(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text]))
-    for row in rows("whole/metrics.jsonl"):
+    for row in rows("run/metrics.jsonl"):
         if "val_loss" in row:
             assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] * len(ids) / np.log(2) / size, rel=1e-6)
 
@@ -284,20 +284,20 @@ def test_a_resumed_run_says_so(interruptions):
 
 
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(interruptions):
-    whole, broken = saved_state("whole", LAST), saved_state("broken", LAST)
+    whole, broken = saved_state("run", LAST), saved_state("broken", LAST)
     assert_same_bits(broken, whole)
-    final = [Path(name, "final_model", "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    final = [Path(name, "final_model", "model.safetensors").read_bytes() for name in ("run", "broken")]
     assert final[0] == final[1]
 
 
 def test_an_interrupted_run_has_the_metrics_of_an_uninterrupted_one(interruptions):
-    assert without_clock(rows("broken/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+    assert without_clock(rows("broken/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
     seconds = [row["seconds"] for row in rows("broken/metrics.jsonl")]
     assert seconds == sorted(seconds)
 
 
 def test_an_interrupted_run_has_the_samples_of_an_uninterrupted_one(interruptions):
-    assert Path("broken/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
+    assert Path("broken/samples.jsonl").read_bytes() == Path("run/samples.jsonl").read_bytes()
 
 
 def test_the_signal_handlers_are_restored(interruptions):
@@ -319,11 +319,11 @@ def test_a_run_in_the_background_obeys_all_signals_but_an_ignored_hangup(console
 
 
 def test_a_finished_run_that_is_started_again_does_nothing(console):
-    before = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
-    shown = train("whole")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    shown = train("run")
     assert "Step " not in shown.replace("Resuming from step", "")
     assert "Saved" not in shown
-    after = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert {path for path in before if after.get(path) != before[path]} == set()
     assert all("tensorboard" in path.parts for path in after.keys() - before.keys())
 
@@ -332,25 +332,25 @@ def test_a_finished_run_that_is_started_again_does_nothing(console):
     "flag", ["seed=1", "batch_size=4", "grad_accum_steps=1", "model.layers=1", "model.heads=1", "optimizer.name=muon"]
 )
 def test_a_work_directory_of_other_settings_is_refused(console, flag):
-    before = tiny_run.listing(Path("whole"))
+    before = tiny_run.listing(Path("run"))
     with pytest.raises(UsageError) as caught:
-        train("whole", f"--config.{flag}")
+        train("run", f"--config.{flag}")
     assert is_one_line(caught.value)
     name, value = flag.split("=")
     assert re.search(rf"\b{name} is {value}\b", str(caught.value))
-    assert "whole" in str(caught.value)
-    assert tiny_run.listing(Path("whole")) == before
+    assert "run" in str(caught.value)
+    assert tiny_run.listing(Path("run")) == before
 
 
 def test_a_checkpoint_of_other_settings_is_refused_without_config_json(console):
-    shutil.copytree("whole", "nameless")
+    shutil.copytree("run", "nameless")
     Path("nameless/config.json").unlink()
     with pytest.raises(UsageError, match="seed is 1"):
         train("nameless", "--config.seed=1")
 
 
 def test_settings_that_may_change_are_accepted(console):
-    shutil.copytree("whole", "changed")
+    shutil.copytree("run", "changed")
     names = (
         "eval_interval=7",
         "save_interval=13",
@@ -362,7 +362,7 @@ def test_settings_that_may_change_are_accepted(console):
     flags = [f"--config.{name}" for name in (*names, "max_checkpoints=1", "optimizer.learning_rate=1e-3")]
     shown = train("changed", *flags)
     metrics = rows("changed/metrics.jsonl")
-    assert metrics[:LAST] == rows("whole/metrics.jsonl")
+    assert metrics[:LAST] == rows("run/metrics.jsonl")
     assert [row["step"] for row in metrics[LAST:]] == [13, 14]
     assert metrics[-1]["lr"] < 2e-3
     assert [path.name for path in Path("changed/checkpoints").iterdir()] == ["14"]
@@ -372,13 +372,13 @@ def test_settings_that_may_change_are_accepted(console):
 
 def test_other_tokens_are_refused(console):
     tiny_run.write_text(Path("other.txt"), seed=1)
-    before = tiny_run.listing(Path("whole"))
+    before = tiny_run.listing(Path("run"))
     with pytest.raises(UsageError) as caught:
-        train("whole", "--config.data.corpus=other.txt", "--config.data.dir=other_tokens")
+        train("run", "--config.data.corpus=other.txt", "--config.data.dir=other_tokens")
     assert is_one_line(caught.value)
     assert "train_" in str(caught.value)
-    changed = {path for path, held in tiny_run.listing(Path("whole")).items() if before.get(path) != held}
-    assert changed <= {"whole/config.json"}
+    changed = {path for path, held in tiny_run.listing(Path("run")).items() if before.get(path) != held}
+    assert changed <= {"run/config.json"}
 
 
 def test_rows_are_on_the_disk_before_their_checkpoint(monkeypatch):
@@ -425,9 +425,9 @@ def test_a_full_disk_costs_only_the_saves_meanwhile(monkeypatch, console):
     warned = re.findall(r"(?m)^  → Step (\d+) is not saved, (.*): make room; the next save tries again$", shown)
     assert [int(step) for step, _ in warned] == [6, 9]
     assert re.findall(r"Saved checkpoint: checkpoints/(\d+)", shown) == ["3", "12"]
-    assert without_clock(rows("filled/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
-    assert Path("filled/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
-    assert_same_bits(saved_state("filled", LAST), saved_state("whole", LAST))
+    assert without_clock(rows("filled/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+    assert Path("filled/samples.jsonl").read_bytes() == Path("run/samples.jsonl").read_bytes()
+    assert_same_bits(saved_state("filled", LAST), saved_state("run", LAST))
     assert sorted(path.name for path in Path("filled/checkpoints").iterdir()) == ["12", "3"]
 
 
@@ -443,7 +443,7 @@ def test_a_disk_that_does_not_answer_costs_only_a_save(monkeypatch, console):
     monkeypatch.setattr(shutil, "disk_usage", answer)
     shown = train("unanswered")
     assert re.findall(r"Step (\d+) is not saved", shown) == ["3"]
-    assert_same_bits(saved_state("unanswered", LAST), saved_state("whole", LAST))
+    assert_same_bits(saved_state("unanswered", LAST), saved_state("run", LAST))
 
 
 def test_a_run_that_cannot_save_its_last_step_says_so_and_resumes(console):
@@ -457,12 +457,12 @@ def test_a_run_that_cannot_save_its_last_step_says_so_and_resumes(console):
     for part in ("step 12 is not saved", "make room", "resumes from step 3"):
         assert part in str(caught.value)
     assert "Resuming from step 3" in train("too-full")
-    assert without_clock(rows("too-full/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
-    assert_same_bits(saved_state("too-full", LAST), saved_state("whole", LAST))
+    assert without_clock(rows("too-full/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+    assert_same_bits(saved_state("too-full", LAST), saved_state("run", LAST))
 
 
 def test_damaged_checkpoints_cost_only_the_steps_since_the_last_whole_one(console):
-    shutil.copytree("whole", "hurt")
+    shutil.copytree("run", "hurt")
     for step in (9, 12):
         for path in Path(f"hurt/checkpoints/{step}/params").rglob("d/*"):
             path.write_bytes(path.read_bytes()[:-1])
@@ -470,13 +470,13 @@ def test_damaged_checkpoints_cost_only_the_steps_since_the_last_whole_one(consol
     skipped = re.findall(r"(?m)^Skipped checkpoints/(\d+): .+$", shown)
     assert skipped == ["12", "9"]
     assert "Resuming from step 6" in shown
-    assert without_clock(rows("hurt/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
-    assert Path("hurt/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
-    assert_same_bits(saved_state("hurt", LAST), saved_state("whole", LAST))
+    assert without_clock(rows("hurt/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+    assert Path("hurt/samples.jsonl").read_bytes() == Path("run/samples.jsonl").read_bytes()
+    assert_same_bits(saved_state("hurt", LAST), saved_state("run", LAST))
 
 
 def test_damaged_lines_of_metrics_are_named_and_dropped(console):
-    shutil.copytree("whole", "scratched")
+    shutil.copytree("run", "scratched")
     shutil.rmtree("scratched/checkpoints/12")
     lines = Path("scratched/metrics.jsonl").read_bytes().splitlines(keepends=True)
     Path("scratched/metrics.jsonl").write_bytes(b"".join([*lines[:4], b"\0\0\0\n", *lines[5:]]))
@@ -605,7 +605,7 @@ def test_metrics_are_fetched_after_the_next_step_is_dispatched(console):
         make_train_step = trainer.make_train_step
         patch.setattr(trainer, "make_train_step", lambda config: Compiled(make_train_step(config)))
         train("watched", share="")
-    assert without_clock(rows("watched/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+    assert without_clock(rows("watched/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
     interval_ends = {2 * step for step in range(1, LAST + 1) if not (step % 4 and step % 3 and step % 6)}
     for micro_step in range(1, 2 * LAST + 1):
         first_fetch = log.index(("fetched", micro_step))
@@ -669,7 +669,7 @@ class Failing:
     ],
 )
 def test_a_listener_that_raises_is_named_and_left_out(console, tmp_path, capsys, at, error):
-    config, listener, heard = tiny_run.resolved(config_of("whole")), Failing(at, error), []
+    config, listener, heard = tiny_run.resolved(config_of("run")), Failing(at, error), []
     tokens = open_data(config)
     with tiny_run.shared_compilation("plain"):
         trainer.Trainer(config, tmp_path, tokens, jax.devices()[0], listeners=[listener, heard.append]).train()
@@ -680,8 +680,8 @@ def test_a_listener_that_raises_is_named_and_left_out(console, tmp_path, capsys,
     assert (listener.failed, listener.calls_after, err) == (True, 0, "")
     assert len(of_type(heard, StepEvent)) == LAST
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 9, 12]
-    assert without_clock(rows(tmp_path / "metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
-    assert_same_bits(saved_state_of(tmp_path, config), saved_state("whole", LAST))
+    assert without_clock(rows(tmp_path / "metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+    assert_same_bits(saved_state_of(tmp_path, config), saved_state("run", LAST))
 
 
 def saved_state_of(workdir, config):
@@ -696,7 +696,7 @@ def test_a_console_that_fails_is_named_on_stderr(monkeypatch, console, capfd):
     monkeypatch.setattr(Console, "__call__", fail)
     assert train("mute") == ""
     assert capfd.readouterr().err == "  → The listener Console failed and is left out (OSError: no console)\n"
-    assert_same_bits(saved_state("mute", LAST), saved_state("whole", LAST))
+    assert_same_bits(saved_state("mute", LAST), saved_state("run", LAST))
 
 
 def test_records_that_fail_end_the_run(monkeypatch, console):
