@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,6 +61,22 @@ def status(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print("stopped: run the same command to start again", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+@contextlib.contextmanager
+def run_errors(workdir: Path) -> Iterator[None]:
+    """Turns errors of the disk and of the device into a RunError that says what to do."""
+    import jax  # only now, so that errors in the flags need no jax
+
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise RunError("out of memory: set model.remat and microbatch_chunks, or a smaller batch_size") from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"the device failed ({reason}): the same command starts again or resumes") from error
 
 
 def find_config(name: str) -> Path:

@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxlm.cli import define_flags, read_flags, run
+from jaxlm.cli import define_flags, read_flags, run, run_errors
 from jaxlm.config import Config, differences, to_dict
 from jaxlm.data.token_files import TRAIN, TokenFiles, data_directory, open_tokens
-from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RunError, UsageError
+from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
+from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init
 from jaxlm.prepare import prepare
 from jaxlm.run.quiet import quiet_libraries
@@ -58,10 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> None:
-    import jax  # only now, so that --help and most errors need neither jax nor a device
-
-    from jaxlm.data.tokenizer import encode_prompts
-    from jaxlm.device import backend, numerics
+    from jaxlm.device import backend, numerics  # only now, so that --help and most errors need neither jax nor a device
     from jaxlm.planner.memory import check_memory
     from jaxlm.planner.report import summary
     from jaxlm.run.resume import check_room
@@ -81,19 +78,12 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
         atomic.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
         return summary(resolved, device, workdir, compiled, step)
 
-    try:
+    with run_errors(workdir):
         if device.platform != "cpu":
             numerics.require(resolved, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir):
             Trainer(resolved, workdir, tokens, device, before_first_step).train()
-    except OSError as error:
-        raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise RunError("out of memory: set model.remat and microbatch_chunks, or a smaller batch_size") from error
-        reason = str(error).splitlines()[0]
-        raise RunError(f"the device failed ({reason}): the same command resumes from the last checkpoint") from error
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from datetime import datetime
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxlm.cli import ArgumentParser, read_config, run
+from jaxlm.cli import ArgumentParser, read_config, run, run_errors
 from jaxlm.config import Config
-from jaxlm.errors import RunError
 from jaxlm.planner.tables import tables
 
 WIDTH = 80
@@ -72,21 +71,14 @@ def main(argv: list[str]) -> None:
     config, workdir = read_config(rest)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the memory to the short run's process
 
-    import jax  # only now, so that errors in the flags are shown at once
+    from jaxlm.planner.report import make_plan  # only now, so that errors in the flags are shown at once
 
-    from jaxlm.planner.report import make_plan
-
-    try:
+    with run_errors(workdir):
         if args.check:
             check(config, args.json)
             return
         with _progress() as show:
             report = make_plan(config, workdir, args.measure, show)
-    except OSError as error:
-        raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"the device failed ({reason}): set model.remat and microbatch_chunks") from error
     if args.json:
         print(json.dumps(report, indent=2))
         return

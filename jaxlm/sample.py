@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxlm.cli import ArgumentParser, run
-from jaxlm.config import PLATFORMS, PRECISIONS, SampleConfig
+from jaxlm.config import PLATFORMS, PRECISIONS, Config, SampleConfig
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import sampling_params
@@ -35,9 +35,9 @@ def main(argv: list[str]) -> None:
     """Runs the command with the arguments `argv`. Raises UsageError."""
     args = _parser().parse_args(argv)
     _check(args)
-    if args.step is not None and args.model:
-        raise UsageError("--step names a run's checkpoint: omit it with --model")
     if args.model:
+        if args.step is not None:
+            raise UsageError("--step names a run's checkpoint: omit it with --model")
         loaded = load(args.model, args.platform, args.precision)
         print(f"Model in {args.model}", file=sys.stderr)
     else:
@@ -45,21 +45,19 @@ def main(argv: list[str]) -> None:
         weights = prepare_decode_params(checkpoint.model, checkpoint.params)
         loaded = LoadedModel(checkpoint.model, weights, load_tokenizer(checkpoint.model.vocab_size))
         print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
+    prompts = _stdin_lines() if args.stdin else args.prompt or [""]
     on_terminal = sys.stdout.isatty() and not args.json
-    if args.stdin:
-        _print_all(loaded, _stdin_lines(), args)
-    elif not args.prompt and on_terminal and sys.stdin.isatty():
+    if on_terminal and sys.stdin.isatty() and not args.stdin and not args.prompt:
         _session(loaded, args)
-    elif len(args.prompt or [""]) == 1 and on_terminal:
-        _stream(loaded, args.prompt[0] if args.prompt else "", args, 0)
+    elif on_terminal and len(prompts) == 1:
+        _stream(loaded, prompts[0], args, 0)
     else:
-        _print_all(loaded, args.prompt or [""], args)
+        _print_all(loaded, prompts, args)
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m jaxlm.sample", description="Generates text with a trained model.", parents=[_sampling_parser()]
-    )
+    description, sampling = "Generates text with a trained model.", _sampling_parser()
+    parser = ArgumentParser(prog="python -m jaxlm.sample", description=description, parents=[sampling])
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", type=Path, help="a run's work directory")
     model.add_argument("--model", type=Path, help="the Hugging Face folder of a Llama, as jaxlm.export writes it")
@@ -69,9 +67,7 @@ def _parser() -> ArgumentParser:
     prompts.add_argument("--stdin", action="store_true", help="each line of stdin is a prompt")
     parser.add_argument("--json", action="store_true", help="write one JSON object per text, with its prompt")
     parser.add_argument("--platform", default="auto", choices=PLATFORMS, help="where to compute (%(default)s)")
-    parser.add_argument(
-        "--precision", default="auto", choices=PRECISIONS, help="as model.precision of a run (%(default)s)"
-    )
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="as a run's setting (%(default)s)")
     return parser
 
 
@@ -91,9 +87,8 @@ def _sampling_parser() -> ArgumentParser:
 
 
 def _check(args: Namespace) -> None:
-    SampleConfig(tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)  # checks them
-    if not 0 <= args.seed < 2**31:
-        raise UsageError(f"--seed is {args.seed}: it must be between 0 and 2147483647")
+    sample = SampleConfig(tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    Config(seed=args.seed, sample=sample)
 
 
 def _stdin_lines() -> list[str]:
@@ -135,10 +130,8 @@ def _stream(loaded: LoadedModel, prompt: str, args: Namespace, index: int) -> No
 def _session(loaded: LoadedModel, args: Namespace) -> None:
     """Reads prompts and completes them until the input ends (Ctrl-D)."""
     commands = ", ".join(f"/{name} {getattr(args, name)}" for name in CHANGEABLE)
-    print(
-        f"Type the beginning of a text. {commands} change the sampling; Ctrl-C ends a text, Ctrl-D the session.",
-        file=sys.stderr,
-    )
+    keys = "Ctrl-C ends a text, Ctrl-D the session"
+    print(f"Type the beginning of a text. {commands} change the sampling; {keys}.", file=sys.stderr)
     for index in itertools.count():
         print("> ", end="", file=sys.stderr, flush=True)
         try:

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from configs import quickstart
-from jaxlm.cli import ArgumentParser, find_config, read_config, status
+from jaxlm.cli import ArgumentParser, find_config, read_config, run_errors, status
 from jaxlm.config import from_config_dict
 from jaxlm.errors import RunError, Stopped, UsageError
 
@@ -99,6 +100,22 @@ def test_an_unexpected_error_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         status(main, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "^cannot write to runs/x .No space left on device.: make room"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"),
+            "^out of memory: set .*, or a smaller batch_size$",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: lost\nlong"), "^the device failed .INTERNAL: lost.: the same command"),
+    ],
+)
+def test_errors_of_disk_and_device_say_what_to_do(error, message):
+    with pytest.raises(RunError, match=message), run_errors(Path("runs/x")):
+        raise error
 
 
 def command(code, *argv, **options):

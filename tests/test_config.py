@@ -133,6 +133,21 @@ def test_value_on_the_bound_is_taken(name, value):
     assert settings(name, value).items() <= _only(to_dict(from_config_dict(settings(name, value))), name).items()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("batch_size", 0, "at least 1"),
+        ("model.norm_eps", 0.0, "above 0"),
+        ("optimizer.min_lr_ratio", 2.0, "at least 0 and at most 1"),
+        ("optimizer.b1", 1.0, "at least 0 and below 1"),
+        ("sample.top_p", 0.0, "above 0 and at most 1"),
+        ("optimizer.lr_schedule", "cosin", "did you mean cosine? it is one of cosine, linear"),
+    ],
+)
+def test_message_says_what_is_allowed(name, value, allowed):
+    assert_refused(settings(name, value), f"{name} is {value!r}: ", allowed)
+
+
 def _only(whole, name):
     group, _, name = name.rpartition(".")
     return {group: {name: whole[group][name]}} if group else {name: whole[name]}

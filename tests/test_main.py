@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 
 from jaxlm.cli import read_config
@@ -19,18 +18,18 @@ from jaxlm.core.train_step import init_state
 from jaxlm.device import backend, numerics
 from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
+from jaxlm.run import trainer
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import least_memory
 from jaxlm.run.quiet import quiet_libraries
-from jaxlm.run.resume import check_room
+from jaxlm.run.resume import check_room, restore_or_init
 from jaxlm.storage.lock import only_writer
 from tests import tiny_run
-from tests.tiny_run import CONFIG, disk_room, is_one_line, listing, rows, train
+from tests.tiny_run import CONFIG, assert_same_bits, disk_room, is_one_line, listing, rows, train
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = ["--config", "tiny.py", "--workdir", "new"]
-SHORT = ["--config.max_steps=3"]
-DONE = Path("runs/tiny")
+DONE = Path("run")
 
 
 def command(*argv):
@@ -40,13 +39,9 @@ def command(*argv):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process(tmp_path_factory):
-    """Works in a folder in which the real process has trained 3 steps in DONE; gives that process."""
-    with tiny_run.workplace(tmp_path_factory):
-        ended = command("--config", "tiny.py", *SHORT, "--config.generation_interval=1", "--config.data.dir=")
-        (prepared,) = Path("data").iterdir()
-        shutil.copytree(prepared, "tokens")
-        yield ended
+def place(tmp_path_factory):
+    with tiny_run.workplace(tmp_path_factory, trained=True) as place:
+        yield place
 
 
 def refused(argv, error=UsageError):
@@ -61,32 +56,31 @@ def refused(argv, error=UsageError):
     return str(caught.value)
 
 
-def test_the_process_trains_and_ends_with_status_0(process):
-    assert (process.returncode, process.stderr) == (0, "")
-    assert "Step      3 | Loss " in process.stdout
-    assert "GENERATION SAMPLES (Step 3)" in process.stdout
-    assert process.stdout.splitlines()[-1].endswith("runs/tiny/final_model")
+@pytest.mark.slow
+def test_process_trains_and_ends_with_status_0():
+    ended = command("--config", "tiny.py", "--config.max_steps=3", "--config.generation_interval=1")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "Step      3 | Loss " in ended.stdout
+    assert "GENERATION SAMPLES (Step 3)" in ended.stdout
+    assert ended.stdout.splitlines()[-1].endswith("runs/tiny/final_model")
+    assert [row["step"] for row in rows("runs/tiny/metrics.jsonl")] == [1, 2, 3]
+    assert sorted({row["step"] for row in rows("runs/tiny/samples.jsonl")}) == [1, 2, 3]
 
 
-def test_the_work_directory_is_named_after_the_config_and_flags_reach_the_run():
-    assert [row["step"] for row in rows(DONE / "metrics.jsonl")] == [1, 2, 3]
-    assert sorted({row["step"] for row in rows(DONE / "samples.jsonl")}) == [1, 2, 3]
-    assert tiny_run.config_of(DONE).generation_interval == 1
-
-
-def test_a_run_starts_with_the_plan_in_three_lines(process):
-    memory, disk, time = re.search(r"(?m)^(Memory: .*)\n(Disk: .*)\n(Time: .*)$", process.stdout).groups()
+def test_run_starts_with_the_plan_in_three_lines():
+    console = tiny_run.trained_run()[1]
+    memory, disk, time = re.search(r"(?m)^(Memory: .*)\n(Disk: .*)\n(Time: .*)$", console).groups()
     assert f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.2f} GB" in memory
     assert "free" in disk
     assert "python -m jaxlm.plan" in time
 
 
-def test_a_run_prepares_its_corpus_once(process):
-    assert "Preparing text.txt" in process.stdout
+def test_run_prepares_its_corpus_once():
+    assert "Preparing text.txt" in train("prepared", "--config.data.dir=", share="plain")
     (directory,) = Path("data").iterdir()
     assert re.fullmatch(r"text.*300", directory.name)
     before = listing(Path("data"))
-    assert "Preparing" not in train(str(DONE), "--config.data.dir=", *SHORT)
+    assert "Preparing" not in train("prepared", "--config.data.dir=", share="plain")
     assert listing(Path("data")) == before
 
 
@@ -103,7 +97,7 @@ def test_help_and_usage_errors_need_no_jax():
     assert ended.stderr.count("\n") == 3
 
 
-def test_a_usage_error_ends_the_process_with_status_2_and_one_line_on_stderr():
+def test_usage_error_ends_the_process_with_status_2_and_one_line_on_stderr():
     ended = command("--config", "tiny.py", "--config.batch_sise=4")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: ")
@@ -123,7 +117,7 @@ def test_a_usage_error_ends_the_process_with_status_2_and_one_line_on_stderr():
         ("\udcff", ""),
     ],
 )
-def test_a_config_file_that_fails_is_refused(source, named):
+def test_config_file_that_fails_is_refused(source, named):
     Path("failing.py").write_text(source, errors="surrogateescape")
     assert named in refused(["--config", "failing.py", "--workdir", "new"])
 
@@ -135,7 +129,7 @@ def test_a_config_file_that_fails_is_refused(source, named):
         (CONFIG.replace("batch_size = 2", "batch_size = 'two'"), "batch_size"),
     ],
 )
-def test_an_error_in_a_config_file_has_no_traceback(source, named):
+def test_error_in_a_config_file_has_no_traceback(source, named):
     Path("raising.py").write_text(source)
     message = refused(["--config", "raising.py", "--workdir", "new"])
     assert named in message
@@ -165,7 +159,7 @@ def test_an_error_in_a_config_file_has_no_traceback(source, named):
         ("--config.data.corpus=no_such_text.txt", "no_such_text.txt"),
     ],
 )
-def test_a_wrong_flag_is_refused_by_name(flag, named):
+def test_wrong_flag_is_refused_by_name(flag, named):
     directory = [] if "corpus" not in flag else ["--config.data.dir=elsewhere"]
     assert named in refused([*TINY, *directory, flag])
 
@@ -178,7 +172,7 @@ def test_a_wrong_flag_is_refused_by_name(flag, named):
         ("lines.jsonl", b'{"txt": "a"}\n', "line 1"),
     ],
 )
-def test_an_unusable_corpus_is_refused_by_name(name, content, named):
+def test_unusable_corpus_is_refused_by_name(name, content, named):
     Path(name).write_bytes(content)
     message = refused([*TINY, f"--config.data.corpus={name}", "--config.data.dir=elsewhere"])
     assert named in message
@@ -202,12 +196,12 @@ def test_unusable_token_files_are_refused(content, named):
         assert named in refused([*TINY, "--config.data.dir=foreign"])
 
 
-def test_a_prompt_longer_than_the_context_is_refused():
+def test_prompt_longer_than_the_context_is_refused():
     assert "16" in refused([*TINY, f'--config.sample.prompts=("{"x" * 40}",)'])
 
 
 @pytest.mark.parametrize("workdir", ["tiny.py", "tiny.py/below"])
-def test_a_work_directory_that_cannot_be_written_is_a_failure_of_one_line(workdir):
+def test_work_directory_that_cannot_be_written_is_a_failure_of_one_line(workdir):
     assert "tiny.py" in refused(["--config", "tiny.py", "--workdir", workdir], RunError)
 
 
@@ -216,33 +210,33 @@ def test_a_work_directory_that_cannot_be_written_is_a_failure_of_one_line(workdi
     [
         (200, "full-200"),
         pytest.param(4_000, "full-4000", marks=pytest.mark.slow),
-        (20_000, "step 3 is not saved"),
+        (20_000, "step 12 is not saved"),
     ],
 )
-def test_a_full_disk_is_a_failure_of_one_line(room, message, caplog, monkeypatch):
+def test_full_disk_is_a_failure_of_one_line(room, message, caplog, monkeypatch):
     """Whether there is no room for the settings, the metrics or a checkpoint."""
     monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
     for name in ("absl", "asyncio"):
         caplog.set_level(logging.getLogger(name).level, name)  # so that it is restored
     quiet_libraries()
     with disk_room(room), pytest.raises(RunError, match=message) as caught:
-        train(f"full-{room}", *SHORT)
+        train(f"full-{room}", share="plain")
     assert caught.value.exit_status == 1
     assert is_one_line(caught.value)
     assert caplog.text == ""
 
 
-def test_a_final_model_that_cannot_be_replaced_is_a_failure_of_one_line():
+def test_final_model_that_cannot_be_replaced_is_a_failure_of_one_line():
     shutil.copytree(DONE, "taken")
     shutil.rmtree("taken/final_model")
     Path("taken/final_model").write_text("a file")
     with pytest.raises(RunError, match="taken/final_model") as caught:
-        train("taken", *SHORT)
+        train("taken")
     assert is_one_line(caught.value)
     assert Path("taken/final_model").read_text() == "a file"
 
 
-def test_a_run_that_does_not_fit_on_the_disk_is_refused(monkeypatch):
+def test_run_that_does_not_fit_on_the_disk_is_refused(monkeypatch):
     usage = shutil.disk_usage(".")
     state = jax.eval_shape(lambda: init_state(tiny_run.config_of(DONE)))
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
@@ -256,7 +250,7 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(monkeypatch):
         check_room(Path("no/room"), read_config(["--config", "tiny.py", *flags])[0])
 
 
-def test_an_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
+def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
     device = SimpleNamespace(platform="mps")
 
     def refuse(config, device_given, say):
@@ -268,51 +262,57 @@ def test_an_unsound_accelerator_is_refused_before_anything_is_written(monkeypatc
     assert refused([*TINY, "--force"], RunError) == "sort differs"
 
 
-def test_a_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
+def test_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
     least = least_memory(tiny_run.config_of(DONE)).total
     message = "python -m jaxlm.plan"
     monkeypatch.setattr(backend, "available_memory", lambda device: least - 1)
-    assert message in refused([*TINY, *SHORT])
+    assert message in refused(TINY)
     monkeypatch.setattr(backend, "available_memory", lambda device: least + 1)  # too little once the step is compiled
     with pytest.raises(UsageError, match=message) as caught:
-        train("tight", *SHORT)
+        train("tight", share="plain")
     assert is_one_line(caught.value)
     assert rows("tight/metrics.jsonl") == []
     assert not Path("tight/config.json").exists()  # it would refuse settings that fit
-    assert "Done: 3 steps" in train("tight", *SHORT, "--force")
+    assert "Done: 12 steps" in train("tight", "--force", share="plain")
 
 
-def test_a_second_run_in_the_work_directory_is_refused_with_pid_and_host_of_the_first():
+def test_second_run_in_the_work_directory_is_refused_with_pid_and_host_of_the_first():
     shutil.copytree(DONE, "busy")
     with only_writer(Path("busy")):
-        message = refused(["--config", "tiny.py", "--workdir", "busy", "--config.max_steps=5"])
+        message = refused(["--config", "tiny.py", "--workdir", "busy"])
     assert f"process {os.getpid()} on {socket.gethostname()}" in message
 
 
-def test_a_damaged_config_json_is_refused():
+def test_damaged_config_json_is_refused():
     shutil.copytree(DONE, "damaged")
     Path("damaged/config.json").write_text('{"batch_size": 2')
     assert "config.json" in refused(["--config", "tiny.py", "--workdir", "damaged"])
 
 
-def test_a_run_whose_only_checkpoint_is_damaged_is_refused_and_nothing_is_deleted():
+def test_run_whose_only_checkpoint_is_damaged_is_refused_and_nothing_is_deleted():
     shutil.copytree(DONE, "unreadable")
-    for file in Path("unreadable/checkpoints/3/params").rglob("manifest.ocdbt"):
+    for step in (3, 6, 9):
+        shutil.rmtree(f"unreadable/checkpoints/{step}")
+    for file in Path("unreadable/checkpoints/12/params").rglob("manifest.ocdbt"):
         file.write_bytes(b"")
-    assert "checkpoints/3" in refused(["--config", "tiny.py", "--workdir", "unreadable", *SHORT])
+    assert "checkpoints/12" in refused(["--config", "tiny.py", "--workdir", "unreadable"])
 
 
-def test_a_run_starts_from_a_model_folder_and_resumes_without_it():
+def test_run_starts_from_a_model_folder_and_resumes_without_it(monkeypatch):
     shutil.copytree(DONE / "final_model", "initial")
-    flags = [*SHORT, "--config.init_from=initial", "--config.seed=9", "--config.optimizer.learning_rate=1e-9"]
-    train("continued", *flags)
-    drawn = jax.tree.leaves(init_state(tiny_run.config_of("continued")).params)
-    initial, trained = (jax.tree.leaves(tiny_run.saved_state(name, 3).params) for name in (DONE, "continued"))
-    for random, before, after in zip(drawn, initial, trained, strict=True):
-        np.testing.assert_allclose(after, before, atol=1e-7)
-        assert (random != after).any() or (random == before).all()
+    starts = []
+
+    def noting(*arguments):
+        restored = restore_or_init(*arguments)
+        starts.append(jax.device_get(restored[0].params))
+        return restored
+
+    monkeypatch.setattr(trainer, "restore_or_init", noting)
+    flags = ["--config.init_from=initial", "--config.seed=9"]
+    train("continued", *flags, share="plain")
+    assert_same_bits(starts[0], tiny_run.saved_state(DONE, 12).params)
     shutil.rmtree("initial")
-    assert "Done: 3 steps" in train("continued", *flags)
+    assert "Done: 12 steps" in train("continued", *flags)
     assert "| initialised from | initial |" in Path("continued/final_model/README.md").read_text()
     assert "init_from" in refused(["--config", "tiny.py", "--workdir", "continued", "--config.init_from=elsewhere"])
 
@@ -322,11 +322,11 @@ def test_a_run_starts_from_a_model_folder_and_resumes_without_it():
     [
         (["--config.init_from=nowhere"], "nowhere/config.json"),
         (["--config.init_from=tokens"], "tokens/config.json"),
-        (["--config.init_from=runs/tiny/final_model", "--config.model.width=32"], "--config.model.width=16"),
-        (["--config.init_from=runs/tiny/final_model", "--config.model.tied=false"], "--config.model.tied=True"),
+        (["--config.init_from=run/final_model", "--config.model.width=32"], "--config.model.width=16"),
+        (["--config.init_from=run/final_model", "--config.model.tied=false"], "--config.model.tied=True"),
     ],
 )
-def test_an_unfit_model_folder_is_refused_before_the_corpus_is_prepared(flags, named):
+def test_unfit_model_folder_is_refused_before_the_corpus_is_prepared(flags, named):
     assert named in refused([*TINY, "--config.data.dir=unprepared", *flags])
 
 

@@ -95,7 +95,7 @@ def _write_inputs(place: Path) -> None:
 def train(workdir: str, *flags: str, config: str = "tiny.py", share: str = "") -> str:
     """Runs the command in the current directory; returns its console output, also as an error's `console`.
 
-    Runs of the same `share` compile once if they differ only in their data, samples and intervals.
+    Runs of the same `share` compile once if they differ only in their start, data, samples and intervals.
     """
     console = io.StringIO()
     with contextlib.redirect_stdout(console), shared_compilation(share) if share else contextlib.nullcontext():
@@ -136,7 +136,8 @@ class _SharedStep:
 
 def _key(config: Config) -> Config:
     names = ("eval_interval", "generation_interval", "save_interval", "max_checkpoints", "max_nonfinite_microbatches")
-    return dataclasses.replace(config, **dict.fromkeys(names, 1), data=DataConfig(), sample=SampleConfig())
+    plain = {"seed": 0, "init_from": "", "data": DataConfig(), "sample": SampleConfig()}
+    return dataclasses.replace(config, **dict.fromkeys(names, 1), **plain)
 
 
 @functools.cache

@@ -269,7 +269,9 @@ def check_init(config: Config) -> None:
     """Raises UsageError, with the flags to add, if a run cannot start from the model in `init_from`."""
     folder = Path(config.init_from)
     model = read_sizes(folder)
-    names = [field.name for field in dataclasses.fields(model) if field.metadata and field.name != "context"]
+    names = [
+        field.name for field in dataclasses.fields(model) if field.metadata.get("fixed") and field.name != "context"
+    ]
     different = {name: getattr(model, name) for name in names if getattr(model, name) != getattr(config.model, name)}
     if different:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in different.items())

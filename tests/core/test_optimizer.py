@@ -96,10 +96,9 @@ def test_a_name_without_a_function_raises(monkeypatch):
     """As when a schedule or an optimizer is added to the names in config.py alone."""
     assert tuple(optimizer.SCHEDULES) == jaxlm.config.LR_SCHEDULES
     assert tuple(optimizer.OPTIMIZERS) == jaxlm.config.OPTIMIZERS
-    monkeypatch.setattr(jaxlm.config, "LR_SCHEDULES", ("cosine", "linear", "inverse"))
+    monkeypatch.setattr(jaxlm.config, "check_values", lambda group, prefix: None)
     with pytest.raises(KeyError, match="inverse"):
         make_schedule(OptimizerConfig(lr_schedule="inverse"), 10)
-    monkeypatch.setattr(jaxlm.config, "OPTIMIZERS", ("adamw", "muon", "lion"))
     with pytest.raises(KeyError, match="lion"):
         make_optimizer(replace(CONFIG, optimizer=OptimizerConfig(name="lion", warmup_steps=2)))
 
