@@ -91,7 +91,11 @@ def page() -> Iterator[str]:
     yield "| former | present | values |"
     yield "|---|---|---|"
     for old, new in OLD_NAMES.items():
-        values = ", ".join(f"`{before}` is `{after}`" for before, after in OLD_VALUES.get(old, {}).items())
+        values = ", ".join(
+            f"`{before}` is " + (f"`{after}`" if after else "the default")
+            for before, after in OLD_VALUES.get(old, {}).items()
+            if before != after
+        )
         yield f"| `{old}` | `{new}` | {values} |"
 
 

@@ -42,7 +42,7 @@ OLD_NAMES = {
 }
 # Old values of those settings, and their present values. None: the setting keeps its default.
 OLD_VALUES: dict[str, dict[str, str | None]] = {
-    "model.dtype": {"bfloat16": "bf16", "mixed": "bf16_matmul"},
+    "model.dtype": {"auto": "auto", "float32": "float32", "bfloat16": "bf16", "mixed": "bf16_matmul"},
     "model.attention": {"auto": None, "plain": None, "cudnn": "cuda"},
     "model.kernels": {"auto": None, "plain": None, "fused": "hopper"},
     "model.loops": {"auto": None, "compiled": None, "unrolled": "apple"},
@@ -96,11 +96,16 @@ def check_values(group: Any, prefix: str) -> None:
     for field in dataclasses.fields(group):
         name, value = prefix + field.name, getattr(group, field.name)
         choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds", {})
-        if choices and value not in choices:
-            raise UsageError(f"{name} is {value!r:.100}: {_nearest(value, choices)}it is one of {', '.join(choices)}")
+        if choices:
+            _check_choice(name, value, choices)
         if not all(_BOUNDS[bound][1](value, limit) for bound, limit in bounds.items()):
             allowed = " and ".join(f"{_BOUNDS[bound][0]} {limit}" for bound, limit in bounds.items())
             raise UsageError(f"{name} is {value}: it must be {allowed}")
+
+
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r:.100}: {_nearest(value, choices)}it is one of {', '.join(choices)}")
 
 
 def _nearest(name: str, names: Collection[str]) -> str:
@@ -112,15 +117,15 @@ def _nearest(name: str, names: Collection[str]) -> str:
 class ModelConfig:
     """The decoder: sizes, initialisation and how it is computed."""
 
-    vocab_size: int = setting(50_257, low=1, fixed=True)
-    context: int = setting(1024, low=1, fixed=True)  # tokens
-    layers: int = setting(8, low=1, fixed=True)
-    heads: int = setting(8, low=1, fixed=True)
+    vocab_size: int = setting(50_257, low=1, fixed=True)  # tokens; a smaller vocabulary has GPT-2's first ones
+    context: int = setting(1024, low=1, fixed=True)  # tokens in a sequence
+    layers: int = setting(8, low=1, fixed=True)  # blocks, each of attention and an MLP
+    heads: int = setting(8, low=1, fixed=True)  # attention heads, each of width / heads numbers
     kv_heads: int = setting(0, low=0, fixed=True)  # heads of keys and values, shared by the queries'; 0: as many
-    width: int = setting(512, low=1, fixed=True)
-    mlp_width: int = setting(2048, low=1, fixed=True)
-    rope_theta: float = setting(10_000.0, above=0, fixed=True)
-    norm_eps: float = setting(1e-6, above=0, fixed=True)
+    width: int = setting(512, low=1, fixed=True)  # numbers per position in the residual stream
+    mlp_width: int = setting(2048, low=1, fixed=True)  # numbers per position inside the MLP
+    rope_theta: float = setting(10_000.0, above=0, fixed=True)  # base of RoPE's frequencies
+    norm_eps: float = setting(1e-6, above=0, fixed=True)  # RMSNorm adds it to the mean square
     tied: bool = setting(True, fixed=True)  # the head reads the input embedding; False: one of its own
     output_init: str = setting("scaled", ("scaled", "zero"))  # output matrices: scaled (0.02 / sqrt(2 layers)) or zero
     precision: str = setting("auto", PRECISIONS)  # float32, bf16 (mixed precision) or bf16_matmul; weights are float32
@@ -152,10 +157,10 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW, or Muon on the blocks' matrices and AdamW on the rest. Both follow one schedule."""
 
-    name: str = setting("adamw", OPTIMIZERS, fixed=True)
+    name: str = setting("adamw", OPTIMIZERS, fixed=True)  # adamw, or muon: Muon on the matrices of the blocks
     learning_rate: float = setting(3e-4, above=0)  # peak
     muon_learning_rate: float = setting(6e-3, above=0)  # peak, of the matrices that Muon updates
-    warmup_steps: int = setting(100, low=0)
+    warmup_steps: int = setting(100, low=0)  # optimizer steps over which the learning rate rises to its peak
     lr_schedule: str = setting("cosine", LR_SCHEDULES)  # how the learning rate falls: cosine or linear
     lr_decay_fraction: float = setting(1.0, low=0, high=1)  # it falls over this last fraction of steps after warm-up
     min_lr_ratio: float = setting(0.1, low=0, high=1)  # learning rate at max_steps, as a fraction of the peak
@@ -187,7 +192,7 @@ class DataConfig:
 class SampleConfig:
     """The samples that a run writes while it trains."""
 
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = PROMPTS  # each block of samples draws from these at random
     texts: int = setting(10, low=1)  # samples at a time
     tokens: int = setting(60, low=1)  # of each sample
     temperature: float = setting(0.8, low=0)  # 0: greedy
@@ -324,8 +329,11 @@ def _with_new_names(settings: Mapping[str, Any], group: str) -> dict[str, Any]:
         old_group, _, old_name = old.rpartition(".")
         if old_group == group and old_name in renamed:
             value = renamed.pop(old_name)
-            if isinstance(value, str):
-                value = OLD_VALUES.get(old, {}).get(value, value)
+            if old in OLD_VALUES:
+                if not isinstance(value, str):
+                    raise UsageError(f"{old} must be a string")
+                _check_choice(old, value, OLD_VALUES[old])
+                value = OLD_VALUES[old][value]
             if value is not None:
                 renamed[new.rpartition(".")[2]] = value
     return renamed

@@ -361,11 +361,11 @@ def test_an_old_name_in_a_flag_is_refused_with_the_new_one():
         check_name("model.hidden")
 
 
-def test_a_wrong_value_under_an_old_name_is_refused_under_the_new_one():
-    settings = default_config()
-    settings.model.dtype = "float16"
-    with pytest.raises(UsageError, match=r"model\.precision is 'float16'"):
-        from_config_dict(settings)
+@pytest.mark.parametrize("values", [{"dtype": "float16"}, {"attention": "flash", "loops": "unrolled"}])
+def test_a_wrong_value_of_an_old_setting_is_refused(values):
+    name, value = next(iter(values.items()))
+    with pytest.raises(UsageError, match=rf"model\.{name} is '{value}': .*it is one of auto"):
+        from_config_dict({"model": values})
 
 
 @pytest.mark.parametrize("old", OLD_NAMES)
@@ -382,8 +382,8 @@ def test_a_name_outside_its_group_is_refused(wrong):
 def test_an_old_value_may_leave_the_default_and_the_last_old_name_wins(monkeypatch):
     old_names = {"data.first": "data.corpus", "data.second": "data.corpus"}
     monkeypatch.setattr(config_module, "OLD_NAMES", old_names)
-    monkeypatch.setattr(config_module, "OLD_VALUES", {"data.second": {"auto": None}})
-    for values, corpus in (("ab", "b"), (("a", "auto"), "a"), (("a", None), "a")):
+    monkeypatch.setattr(config_module, "OLD_VALUES", {"data.second": {"auto": None, "b": "b"}})
+    for values, corpus in ((("a", "b"), "b"), (("a", "auto"), "a")):
         for order in (1, -1):
             group = dict(list(zip(("first", "second"), values, strict=True))[::order])
             assert from_config_dict({"data": group}).data.corpus == corpus
@@ -393,8 +393,9 @@ def test_an_old_value_may_leave_the_default_and_the_last_old_name_wins(monkeypat
     ("wrong", "named"),
     [
         ({"slices": {}}, "microbatch_chunks"),
-        ({"model": {"dtype": {}}}, "model.precision"),
-        ({"model": {"dtype": [1]}}, "model.precision"),
+        ({"model": {"dtype": {}}}, "model.dtype"),
+        ({"model": {"dtype": [1]}}, "model.dtype"),
+        ({"model": {"attention": 1, "loops": "unrolled"}}, "model.attention"),
     ],
 )
 def test_a_value_of_another_type_under_an_old_name_is_refused(wrong, named):
