@@ -96,11 +96,16 @@ def check_values(group: Any, prefix: str) -> None:
     for field in dataclasses.fields(group):
         name, value = prefix + field.name, getattr(group, field.name)
         choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds", {})
-        if choices and value not in choices:
-            raise UsageError(f"{name} is {value!r:.100}: {_nearest(value, choices)}it is one of {', '.join(choices)}")
+        if choices:
+            _check_choice(name, value, choices)
         if not all(_BOUNDS[bound][1](value, limit) for bound, limit in bounds.items()):
             allowed = " and ".join(f"{_BOUNDS[bound][0]} {limit}" for bound, limit in bounds.items())
             raise UsageError(f"{name} is {value}: it must be {allowed}")
+
+
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r:.100}: {_nearest(value, choices)}it is one of {', '.join(choices)}")
 
 
 def _nearest(name: str, names: Collection[str]) -> str:
@@ -325,8 +330,10 @@ def _with_new_names(settings: Mapping[str, Any], group: str) -> dict[str, Any]:
         if old_group == group and old_name in renamed:
             value = renamed.pop(old_name)
             if old in OLD_VALUES:
-                _one_of(old, str(value), tuple(OLD_VALUES[old]))
-                value = OLD_VALUES[old][str(value)]
+                if not isinstance(value, str):
+                    raise UsageError(f"{old} must be a string")
+                _check_choice(old, value, OLD_VALUES[old])
+                value = OLD_VALUES[old][value]
             if value is not None:
                 renamed[new.rpartition(".")[2]] = value
     return renamed

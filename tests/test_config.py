@@ -361,7 +361,7 @@ def test_an_old_name_in_a_flag_is_refused_with_the_new_one():
         check_name("model.hidden")
 
 
-@pytest.mark.parametrize("values", [{"dtype": "float16"}, {"attention": "flash", "loops": "unrolled"}, {"kernels": 1}])
+@pytest.mark.parametrize("values", [{"dtype": "float16"}, {"attention": "flash", "loops": "unrolled"}])
 def test_a_wrong_value_of_an_old_setting_is_refused(values):
     name, value = next(iter(values.items()))
     with pytest.raises(UsageError, match=rf"model\.{name} is '{value}': .*it is one of auto"):
@@ -395,6 +395,7 @@ def test_an_old_value_may_leave_the_default_and_the_last_old_name_wins(monkeypat
         ({"slices": {}}, "microbatch_chunks"),
         ({"model": {"dtype": {}}}, "model.dtype"),
         ({"model": {"dtype": [1]}}, "model.dtype"),
+        ({"model": {"attention": 1, "loops": "unrolled"}}, "model.attention"),
     ],
 )
 def test_a_value_of_another_type_under_an_old_name_is_refused(wrong, named):
