@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shapes = jax.eval_shape(lambda: init_state(config)), batches[0]
     step = make_train_step(config).lower(*shapes).compile()
     state = init_state(config)
-    backend.keep_freed_memory(step.memory_analysis().temp_size_in_bytes)
+    backend.keep_freed_memory(device, step.memory_analysis().temp_size_in_bytes)
 
     def train(state, steps):
         for micro_step in range(steps * args.accum):

@@ -24,8 +24,8 @@ OPTIMIZERS = ("adamw", "muon")  # the functions are in core/optimizer.py
 LR_SCHEDULES = ("cosine", "linear")  # likewise
 IMPLEMENTATIONS = ("auto", "xla", "cpu", "cuda", "hopper", "apple")
 
-# Names of settings in old config files and checkpoints, and their present names. If several have one present name, the
-# last in this order wins.
+# Names of settings in old config files and checkpoints, and their present names. If several old names are of
+# one setting, the last of them wins.
 OLD_NAMES = {
     "slices": "microbatch_chunks",
     "max_skipped": "max_nonfinite_microbatches",

@@ -113,7 +113,7 @@ def shared_compilation(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "make_train_step", lambda config: _SharedStep(_key(config), name))
         patch.setattr(trainer, "make_eval_step", lambda config: _eval_step(_key(config), name))
-        patch.setattr(backend, "keep_freed_memory", lambda temporaries: None)
+        patch.setattr(backend, "keep_freed_memory", lambda device, temporaries: None)
         yield
 
 

@@ -41,10 +41,10 @@ class Metrics(NamedTuple):
 
 
 def init_state(config: Config) -> TrainState:
-    """Draws the parameters from the seed; moments and counters are zero."""
+    """Draws the parameters from the seed and initialises the optimizer for them; counters are zero."""
     params = init_params(config.model, jax.random.key(config.seed))
     # each leaf its own array: a donated state may not hold one buffer twice
-    opt_state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(make_optimizer(config).init, params))
+    opt_state = jax.tree.map(jnp.copy, jax.jit(make_optimizer(config).init)(params))
     return TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0))
 
 

@@ -100,22 +100,23 @@ def _cache_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
 
 
-def keep_freed_memory(temporaries: int) -> None:
-    """Makes glibc's malloc keep freed memory for the next step of a CPU. Call it after compilation.
+def keep_freed_memory(device: jax.Device, temporaries: int) -> None:
+    """Makes glibc's malloc keep freed memory for the next step, if a CPU computes it. Call it after compilation.
 
     By default, malloc returns large chunks to the system. Getting them back costs about a microsecond a page, a tenth
     of a step. malloc keeps them for the main thread only, so `start` makes the CPU compute in it.
 
     malloc reuses the smallest free chunk that fits. One chunk of the step's size and some small ones are allocated and
     freed here, so that later allocations do not fragment the large one. They use no memory until they are written.
-    Before that, jax's caches of traced functions are freed.
+    Before that, on every device, jax's caches of traced functions are freed.
 
     Args:
+        device: what computes the step.
         temporaries: bytes that a step allocates and frees.
     """
     jax.clear_caches()
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if device.platform == "cpu" and hasattr(libc, "mallopt"):
         libc.malloc_trim(0)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -142,6 +142,8 @@ class Checkpoints:
             if not self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))):
                 raise RuntimeError("orbax has a later one")
             self._manager.wait_until_finished()
+            if not (self.directory / str(step) / FILES).is_file():
+                raise RuntimeError("orbax renamed it before its files were hashed")
             atomic.sync(self.directory)
         except Exception as error:  # a full disk shows as OSError, ValueError or an XLA error
             self._delete_unfinished()

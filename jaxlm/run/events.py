@@ -1,11 +1,12 @@
 """What a training run tells its listeners: one typed event for each thing that happens.
 
-A listener is a callable that takes an event. Events hold host values only, and the trainer sends them after the next
-micro-batch is on the device, so no listener makes the device wait. Two methods are optional: `sync`, which the trainer
-calls before a save (if it raises OSError, the save is not made), and `close`, which it calls at the end.
+A listener is a callable that takes an event. Events hold host values only, and between intervals the trainer sends
+them after the next micro-batch is on the device, so no listener makes the device wait. Two methods are optional:
+`sync`, which the trainer calls before a save, and `close`, which it calls at the end.
 
 A listener that raises is named on the console and receives no further events. The records
-(`jaxlm.run.records.Records`) are the exception: resuming needs them, so an error of theirs ends the run.
+(`jaxlm.run.records.Records`) are the exception, because resuming needs them: they are never left out, and no checkpoint
+is saved while the disk does not take their rows.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class StepEvent(Event):
 
     step: int
     loss: float  # nats per token, mean over the step's micro-batches
-    lr: float
+    lr: float  # AdamW's; Muon's is in proportion
     grad_norm: float  # before clipping
     tokens: int  # since the start of training
     tokens_per_second: float

@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, samples.jsonl and TensorBoard's events."""
 
+import contextlib
 from pathlib import Path
 
 from jaxlm.run.events import Event, SamplesEvent, StepEvent
@@ -11,7 +12,7 @@ class Records:
     """The listener that writes metrics.jsonl and samples.jsonl.
 
     A resumed run relies on these files: they hold every step of a checkpoint before the checkpoint exists. So the
-    trainer treats this listener as part of itself and does not leave it out when it fails.
+    trainer treats this listener as part of itself: a save is made only after `sync`.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -53,7 +54,8 @@ class TensorBoard:
                 self._events.text(step, "samples", "\n\n".join(text for _, text in samples))
 
     def sync(self) -> None:
-        self._events.sync()
+        with contextlib.suppress(OSError):  # the events stay in memory, and the next sync tries again
+            self._events.sync()
 
     def close(self) -> None:
         self._events.close()

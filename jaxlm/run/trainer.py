@@ -154,7 +154,7 @@ class Trainer:
             batches = train_batch_stream(self.tokens.train, c.model.context, c.batch_size, c.seed, done)
             train_step = make_train_step(c).lower(self.state, batch_shape(c)).compile()
             memory = step_memory(c, train_step)
-            backend.keep_freed_memory(memory.gradients + memory.temporaries if memory else 0)
+            backend.keep_freed_memory(self.device, memory.gradients + memory.temporaries if memory else 0)
         if self._ready:
             self._emit(MessageEvent(self._ready(train_step, self.step)))
         self._eval_step = make_eval_step(c)
@@ -255,10 +255,11 @@ class Trainer:
         self._report_save(wait=True)
         try:
             self._records.sync()
-            self._call_listeners("sync", fatal=OSError)
         except OSError as error:
-            self._report_failed_save(step, f"{self.workdir} does not take the rows before it ({error.strerror})")
+            reason = error.strerror or error
+            self._report_failed_save(step, f"{self.workdir} does not take the rows before it ({reason})")
             return
+        self._call_listeners("sync")
         self._checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self._clock.seconds()))
         self._saving_step = step
         self._emit(SavingEvent(step))
@@ -289,18 +290,16 @@ class Trainer:
         self._emit(PauseEvent(kind, self._clock.seconds() - start))
 
     def _emit(self, event: Event) -> None:
-        """Sends an event to the records, whose errors end the run, and then to each listener."""
+        """Sends an event to the records, and then to each listener."""
         self._records(event)
         self._call_listeners("__call__", event)
 
-    def _call_listeners(self, method: str, *arguments: Any, fatal: type[Exception] | tuple[()] = ()) -> None:
+    def _call_listeners(self, method: str, *arguments: Any) -> None:
         """Calls a method of each listener that has it. If one raises, names it and leaves it out from then on."""
         for listener in tuple(self._listeners):
             try:
                 if listener in self._listeners and hasattr(listener, method):
                     getattr(listener, method)(*arguments)
-            except fatal:
-                raise
             except Exception as error:
                 self._leave_out(listener, error)
 

@@ -184,3 +184,18 @@ def test_evaluation_sums_the_losses_of_all_targets(small_model):
     targets[2:4, 5:] = -1
     loss_sum = make_eval_step(replace(CONFIG, model=model))(params, ids[:, :-1], targets)
     assert loss_sum == pytest.approx(float64.loss(params, ids[:, :-1], targets, model), rel=1e-5)
+
+
+def test_an_optimizer_may_start_from_other_numbers_than_zeros(monkeypatch):
+    optimizer = make_optimizer(CONFIG)
+
+    def init(params):
+        opt_state = optimizer.init(params)
+        return opt_state._replace(inner_opt_state=(opt_state.inner_opt_state, params))
+
+    monkeypatch.setattr("jaxlm.core.train_step.make_optimizer", lambda config: optimizer._replace(init=init))
+    state = init_state(CONFIG)
+    copies = state.opt_state.inner_opt_state[1]
+    for copy, leaf in zip(jax.tree.leaves(copies), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(copy, leaf)
+        assert copy.unsafe_buffer_pointer() != leaf.unsafe_buffer_pointer()

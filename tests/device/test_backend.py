@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +231,12 @@ def test_a_child_process_compiles_with_the_same_flags(monkeypatch):
     backend.start("cpu", deterministic=True)
     assert os.environ["XLA_FLAGS"] == flags
     assert flags.split()[-1] == "--xla_cpu_multi_thread_eigen=true"
+
+
+@pytest.mark.parametrize(("device", "calls"), [(CPU, True), (SimpleNamespace(platform="gpu"), False)])
+def test_malloc_is_configured_for_a_cpu_only(monkeypatch, device, calls):
+    libc = mock.MagicMock()
+    libc.malloc.return_value = 8
+    monkeypatch.setattr(backend.ctypes, "CDLL", lambda name: libc)
+    backend.keep_freed_memory(device, 10)
+    assert libc.mallopt.called == libc.malloc.called == calls

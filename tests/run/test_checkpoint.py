@@ -423,3 +423,12 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints):
     with pytest.raises(RunError) as caught:
         checkpoints.state(3, like(other), CPU)
     assert is_one_line(caught.value)
+
+
+def test_a_checkpoint_without_file_hashes_is_no_saved_checkpoint(trained, tmp_path, monkeypatch):
+    """As with a version of orbax that calls its callback after it renames the directory, or not at all."""
+    monkeypatch.setattr(Checkpoints, "_write_file_hashes", lambda checkpoints: None)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, committed(trained), META)
+    with pytest.raises(RunError, match="before its files were hashed"):
+        checkpoints.wait()

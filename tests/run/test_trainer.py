@@ -683,7 +683,7 @@ def test_a_listener_that_raises_is_named_and_left_out(console, capsys):
     failing = [
         Failing(StepEvent, OSError(errno.ENOSPC, "No space left on device")),
         Failing(MessageEvent, ValueError("two\nlines")),
-        Failing((), RuntimeError("cannot sync")),
+        Failing((), TimeoutError("cannot sync")),
     ]
     config, workdir, events = tiny_run.resolved(config_of("run")), Path(copy_of_step_9("deserted")), []
     with tiny_run.shared_compilation("plain"):
@@ -691,7 +691,7 @@ def test_a_listener_that_raises_is_named_and_left_out(console, capsys):
         trainer.Trainer(config, workdir, open_data(config), jax.devices()[0], listeners=listeners).train()
     shown, err = capsys.readouterr()
     named = re.findall(r"(?m)^  → The listener Failing failed and is left out \((\w+)", shown)
-    assert named == ["ValueError", "OSError", "RuntimeError"]
+    assert named == ["ValueError", "OSError", "TimeoutError"]
     assert "not saved" not in shown
     assert [(listener.failed, listener.calls_after) for listener in failing] == [(True, 0)] * 3
     assert err == ""
