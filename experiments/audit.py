@@ -43,7 +43,7 @@ from jaxlm.config import Config, from_config_dict
 from jaxlm.core.checksum import checksums
 from jaxlm.core.sampling import sequence_keys
 from jaxlm.device import backend
-from jaxlm.device.backend import WRONG_FROM
+from jaxlm.device.backend import CONTRACTION_LIMIT
 
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
 # by XLA's ChloPreserveHighLevelOpsPass, and ChloLegalizeToHighLevelMhloPass in jaxlib 0.4.34
@@ -143,8 +143,10 @@ def violations(operation: Any, platform: str) -> Iterator[Violation]:
     elif name == "dot_general":
         numbers = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
         sizes = [operation.operands[0].type.shape[axis] for axis in numbers.lhs_contracting_dimensions]
-        if math.prod(sizes) >= WRONG_FROM:
-            reasons.append(f"contracts {math.prod(sizes):,} numbers, {WRONG_FROM:,} or more (pytorch/pytorch#195163)")
+        if math.prod(sizes) >= CONTRACTION_LIMIT:
+            reasons.append(
+                f"contracts {math.prod(sizes):,} numbers, {CONTRACTION_LIMIT:,} or more (pytorch/pytorch#195163)"
+            )
         if len(sizes) > 1 and numbers.lhs_batching_dimensions:
             reasons.append("a batched matmul with two contracted axes (jax-ml/jax#20114)")
     for reason in reasons:

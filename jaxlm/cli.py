@@ -11,12 +11,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from jaxlm.config import Config, check_name, from_config_dict
+from jaxlm.config import OLD_NAMES, Config, check_name, from_config_dict
 from jaxlm.errors import RunError, Stopped, UsageError
 
 _PACKAGE = Path(__file__).parent
@@ -112,7 +112,8 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
     parser.add_argument("--config", default=str(QUICKSTART))
     args, others = parser.parse_known_args(argv)
     config_file = find_config(args.config)
-    for setting in re.findall(r"(?m)^--config\.([\w.]+)", "\n".join(others)):
+    overridden = re.findall(r"(?m)^--config\.([\w.]+)", "\n".join(others))
+    for setting in overridden:
         check_name(setting)
     words = ["jaxlm.main", f"--config={config_file}", *others]
     values = define_flags(words)
@@ -125,7 +126,20 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
         raise UsageError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags begin with --")
+    settings = _without_old_names_of(overridden, settings)
     return from_config_dict(settings), Path(values.workdir or Path("runs", config_file.stem)), values.force
+
+
+def _without_old_names_of(overridden: list[str], settings: Any) -> Any:
+    """The settings of an old config file without the old names of those that a flag overrides."""
+    if not isinstance(settings, ConfigDict):
+        return settings  # which is refused later
+    kept = settings.to_dict()
+    for old, new in OLD_NAMES.items():
+        group, _, name = old.rpartition(".")
+        if new in overridden:
+            (kept[group] if group else kept).pop(name, None)
+    return kept
 
 
 def define_flags(words: list[str]) -> flags.FlagValues:

@@ -299,7 +299,7 @@ def from_config_dict(settings: ml_collections.ConfigDict | Mapping[str, Any]) ->
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
-    """As `from_config_dict`, for a model alone. Its vocabulary need not be that of our tokenizer."""
+    """As `from_config_dict`, for a model alone. Its vocabulary need not be that of jaxlm's tokenizer."""
     return _build(ModelConfig, settings, "model")
 
 

@@ -29,7 +29,7 @@ DISTRIBUTIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with `argv`, the words after its name. Raises UsageError."""
+    """Runs the command with `argv`, the command-line arguments. Raises UsageError."""
     parser = ArgumentParser(prog="python -m jaxlm.doctor", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("jaxlm-doctor.txt"), help="the report (%(default)s)")
     parser.add_argument("--config", default="m2_60m", help="as of jaxlm.main, like --config.NAME=VALUE")
@@ -98,7 +98,7 @@ def _verify(plugin: plugins.Plugin, usable: list[str]) -> str:
     try:
         name = plugins.verify(plugin, refresh=True)
     except plugins.PluginError as error:
-        return f"UNFIT: {error}"
+        return f"FAILED: {error}"
     usable.append(plugin.platform)
     return f"computes a small model's logits, loss and gradients as the CPU does, as jax's platform {name}"
 

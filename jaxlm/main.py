@@ -47,7 +47,7 @@ def check_workdir(workdir: Path, config: Config) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; `argv` is the words after its name. Raises UsageError, RunError and Stopped."""
+    """Runs the command; `argv` is the command-line arguments. Raises UsageError, RunError and Stopped."""
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}{define_flags([]).get_help()}\nThe settings are those of jaxlm/config.py.")
         return

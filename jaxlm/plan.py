@@ -44,7 +44,7 @@ def check(config: Config, as_json: bool) -> None:
     device = backend.start(config.platform, config.deterministic)
     config = backend.resolve_run(config, device)
     parts = numerics.check(config, device)
-    numerics.remember(config, device, parts)
+    numerics.store_result(config, device, parts)
     rows = [
         part._asdict() | {"difference": part.difference if math.isfinite(part.difference) else None, "ok": part.ok}
         for part in parts
@@ -54,7 +54,7 @@ def check(config: Config, as_json: bool) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; `argv` is the words after its name. Raises UsageError and RunError."""
+    """Runs the command; `argv` is the command-line arguments. Raises UsageError and RunError."""
     parser = ArgumentParser(
         prog="python -m jaxlm.plan",
         description="Predicts what a run costs. Also takes the flags of jaxlm.main.",

@@ -49,9 +49,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--vocab_size", type=int, default=GPT2_VOCAB_SIZE, help="tokens in the vocabulary (%(default)s)"
     )
-    parser.add_argument("--validation", type=float, default=0.01, help="fraction held out for validation (%(default)s)")
+    parser.add_argument(
+        "--val_fraction",
+        "--validation",
+        type=float,
+        default=0.01,
+        help="fraction held out for validation (%(default)s)",
+    )
     args = parser.parse_args(argv)
-    meta = prepare(",".join(args.corpus), args.out, args.vocab_size, args.validation)
+    meta = prepare(",".join(args.corpus), args.out, args.vocab_size, args.val_fraction)
     print(f"{args.out}: {_describe(meta.train)} for training, {_describe(meta.val)} for validation")
 
 

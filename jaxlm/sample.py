@@ -26,7 +26,7 @@ from jaxlm.run.load import LoadedModel, load, restore
 from jaxlm.run.quiet import quiet_libraries
 
 STREAM_CHUNK = 8  # tokens generated between two updates of the terminal
-TOGETHER = 16  # prompts completed at once
+PROMPT_BATCH = 16  # prompts completed at once
 CHANGEABLE = ("temperature", "top_k", "top_p", "tokens", "seed")  # in a session
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
 
@@ -100,8 +100,8 @@ def _stdin_lines() -> list[str]:
 
 def _print_all(loaded: LoadedModel, prompts: Sequence[str], args: Namespace) -> None:
     """Prints a text for each prompt, separated by blank lines, or a JSON object per line."""
-    for first in range(0, len(prompts), TOGETHER):
-        group = prompts[first : first + TOGETHER]
+    for first in range(0, len(prompts), PROMPT_BATCH):
+        group = prompts[first : first + PROMPT_BATCH]
         ids = encode_prompts(loaded.tokenizer, group, loaded.config.context)
         (tokens_BN,) = _generate(loaded, ids, args, first, None)
         for index, (prompt, start, row) in enumerate(zip(group, ids, tokens_BN, strict=True), first):

@@ -167,3 +167,15 @@ def test_wrong_arguments_are_a_usage_error_that_names_them(argv, named, capsys):
     assert "--help" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_flag_overrides_the_old_name_in_a_config_file(tmp_path):
+    file = tmp_path / "old.py"
+    file.write_text(
+        "from jaxlm.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+        "    config.slices = 4\n    config.model.hidden = 64\n    config.model.loops = 'unrolled'\n    return config\n"
+    )
+    config, _ = read_config(
+        ["--config", str(file), "--config.model.mlp_width=128", "--config.model.implementation=xla"]
+    )
+    assert (config.microbatch_chunks, config.model.mlp_width, config.model.implementation) == (4, 128, "xla")

@@ -50,7 +50,7 @@ def test_the_card_describes_the_training(tmp_path):
     meta = json.loads(Path("tokens/meta.json").read_text())
     train, val = meta["train"]["sha256"], meta["val"]["sha256"]
     assert table == {
-        "sizes": "2 layers, 2 heads, width 16, hidden width 24, context 16, vocabulary 300 (GPT-2's)",
+        "sizes": "2 layers, 2 heads, width 16, MLP width 24, context 16, vocabulary 300 (GPT-2's)",
         "initialised from": "random weights, seed 0",
         "text": f"text.txt (tokenizer gpt2, train_sha256 {train}, val_sha256 {val})",
         "trained": "9 of 12 steps, 576 tokens",

@@ -20,7 +20,7 @@ from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import checkpoint_bytes
-from jaxlm.run.memory import least_memory
+from jaxlm.run.memory import min_memory
 from jaxlm.run.quiet import quiet_libraries
 from jaxlm.run.resume import check_room, restore_or_init
 from jaxlm.storage.lock import only_writer
@@ -263,7 +263,7 @@ def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
 
 
 def test_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
-    least = least_memory(tiny_run.config_of(DONE)).total
+    least = min_memory(tiny_run.config_of(DONE)).total
     message = "python -m jaxlm.plan"
     monkeypatch.setattr(backend, "available_memory", lambda device: least - 1)
     assert message in refused(TINY)

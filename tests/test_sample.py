@@ -248,7 +248,7 @@ def test_json_writes_one_object_per_line(sample):
 
 
 def test_each_line_of_stdin_is_a_prompt(sample, monkeypatch):
-    monkeypatch.setattr("jaxlm.sample.TOGETHER", 3)
+    monkeypatch.setattr("jaxlm.sample.PROMPT_BATCH", 3)
     prompts = ["語", "", "日本日", "本", "本", "本"]
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{prompt}\n" for prompt in prompts)))
     objects = [json.loads(line) for line in sample("--stdin", "--json").splitlines()]

@@ -1,7 +1,7 @@
 """The layers as pure functions of arrays.
 
 Shape letters, here and in the whole core: B batch, T time (queries), S time (keys), D width, H heads,
-K head width, F hidden width, V vocabulary, L layers. A name ends in the shape of its array.
+K head width, F MLP width, V vocabulary, L layers. A name ends in the shape of its array.
 """
 
 from collections.abc import Callable

@@ -26,7 +26,7 @@ if jax.__version_info__ < (0, 5):
 
 CHUNK_TOKENS = 1024  # tokens in a chunk, at most, on devices that share the machine's memory
 APPLE = ("mps", "METAL")  # jax's names for the platforms of an Apple GPU
-WRONG_FROM = 32_767  # matmuls on M1 and M2 that contract so many numbers or more read past their operands
+CONTRACTION_LIMIT = 32_767  # matmuls on M1 and M2 that contract so many numbers or more read past their operands
 
 _ALSO_APPLE = ("metal", "mtl", "iree_metal")  # the platforms of other plugins
 _MIN_COMPILE_SECONDS = 0.1  # of a program that is worth caching
@@ -80,7 +80,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
             raise UsageError(
                 f"platform {by_environment or platform} does not start ({reason}): try --config.platform=cpu"
             ) from error
-        print(f"Computing without {plugin}, which does not start any more ({reason})", file=sys.stderr)
+        print(f"Computing without {plugin}, which no longer starts ({reason})", file=sys.stderr)
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
     if platform not in ("auto", "cpu") and device in jax.devices("cpu"):
@@ -142,9 +142,9 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
     """
     if on_apple(device):
         for name in ("context", "width", "mlp_width"):
-            if getattr(model, name) >= WRONG_FROM:
+            if getattr(model, name) >= CONTRACTION_LIMIT:
                 raise UsageError(
-                    f"an Apple GPU computes sums over {WRONG_FROM:,} or more numbers wrong: set model.{name} lower"
+                    f"an Apple GPU computes sums of {CONTRACTION_LIMIT:,} or more numbers wrong: set a lower model.{name}"
                 )
     if device.platform == "METAL" and model.precision in ("bf16", "bf16_matmul"):
         raise UsageError(
@@ -184,9 +184,9 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
         fitting = [n for n in range(1, B + 1) if B % n == 0 and B // n * model.context <= CHUNK_TOKENS]
         chunks = 1 if on_cuda else min(fitting, default=B)
     config = dataclasses.replace(config, microbatch_chunks=chunks, model=model)
-    if on_apple(device) and config.chunk_size * model.context >= WRONG_FROM:
+    if on_apple(device) and config.chunk_size * model.context >= CONTRACTION_LIMIT:
         raise UsageError(
-            f"an Apple GPU computes sums over {WRONG_FROM:,} or more numbers wrong, and a gradient is one over the"
+            f"an Apple GPU computes sums of {CONTRACTION_LIMIT:,} or more numbers wrong, and a gradient is one over the"
             f" {config.chunk_size * model.context:,} tokens of a chunk: set more microbatch_chunks, or 0"
         )
     return config

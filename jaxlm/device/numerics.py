@@ -46,7 +46,7 @@ from jaxlm.storage import user_cache
 # The largest relative error allowed in a row or column of a gradient, by what the matmuls read. A wrong row differs by
 # about 1. bfloat16 rounds to 2**-9, and a row of the 60M preset differs by up to 0.22 on an H100. TF32, which an NVIDIA
 # GPU uses for float32, rounds four times as finely. In float32 only the order of sums and the exponentials differ. For
-# a greedy token: how far its logit lies below the largest, in standard deviations.
+# a greedy token: how far its logit is below the largest, in standard deviations.
 ALLOWED = {"bfloat16": 0.4, "tf32": 0.1, "float32": 0.001}
 SMALL_MODEL = ModelConfig(vocab_size=257, context=24, layers=2, heads=2, width=32, mlp_width=48, precision="float32")
 _LOSS_SHARE = 0.01  # of ALLOWED, for a loss: the rounding errors of thousands of tokens average out
@@ -89,11 +89,11 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
         return
     say(f"Checking once that {describe(device)} computes what the CPU does")
     parts = check(config, device)
-    remember(config, device, parts)
+    store_result(config, device, parts)
     refuse_wrong(parts, device)
 
 
-def remember(config: Config, device: jax.Device, parts: Sequence[Part]) -> None:
+def store_result(config: Config, device: jax.Device, parts: Sequence[Part]) -> None:
     """Stores for `require` whether the device passed."""
     user_cache.put("numerics", _cache_key(config, device), all(part.ok for part in parts))
 

@@ -29,7 +29,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 | | |
 |---|---|
-| sizes | {model.layers} layers, {model.heads} heads, width {model.width}, hidden width {model.mlp_width}, \
+| sizes | {model.layers} layers, {model.heads} heads, width {model.width}, MLP width {model.mlp_width}, \
 context {model.context}, vocabulary {model.vocab_size:,} (GPT-2's) |
 | initialised from | {start} |
 | text | {text} |

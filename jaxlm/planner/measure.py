@@ -41,7 +41,7 @@ from jaxlm.run.quiet import quiet_libraries
 
 CYCLES, CHUNK_CYCLES = 3, 2  # the first pauses include what happens only once
 CYCLE_SECONDS = 8.0  # of steps, longer than a save
-LEAST_STEPS, MOST_STEPS = 5, 100  # of a cycle
+MIN_STEPS, MAX_STEPS = 5, 100  # of a cycle
 CHUNK_BATCHES = 2  # of an evaluation
 WHOLE_STEP_SECONDS = 4.0  # a step that is expected to take longer is measured by one chunk
 EXPECTED_SHARE = 0.4  # of the speed of a matmul, before anything is measured
@@ -233,9 +233,9 @@ def _plan_run(config: Config, brief: bool, matmul_speed: float) -> _ShortRun:
         config = dataclasses.replace(config, batch_size=config.chunk_size, grad_accum_steps=1, microbatch_chunks=1)
     cycles = 1 if brief else CHUNK_CYCLES if is_chunk else CYCLES
     # max_steps is compiled into the step: if it is large enough, use the run's own, so that a run finds it compiled
-    max_steps = max(config.max_steps, CYCLES * (LEAST_STEPS + 2) + 2)
-    most = min(MOST_STEPS, (max_steps - 2) // CYCLES - 2)
-    interval = 1 if brief else min(max(round(CYCLE_SECONDS / expected), LEAST_STEPS), most)
+    max_steps = max(config.max_steps, CYCLES * (MIN_STEPS + 2) + 2)
+    most = min(MAX_STEPS, (max_steps - 2) // CYCLES - 2)
+    interval = 1 if brief else min(max(round(CYCLE_SECONDS / expected), MIN_STEPS), most)
     batches = CHUNK_BATCHES if is_chunk else max(math.ceil(config.data.eval_sequences / config.chunk_size), 2)
     config = dataclasses.replace(
         config,

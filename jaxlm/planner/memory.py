@@ -12,11 +12,11 @@ from jaxlm.device import backend
 from jaxlm.errors import UsageError
 from jaxlm.planner import measure
 from jaxlm.planner.measure import BenchmarkResult
-from jaxlm.run.memory import Memory, compile_step, least_memory, step_memory
+from jaxlm.run.memory import Memory, compile_step, min_memory, step_memory
 from jaxlm.storage import user_cache
 from jaxlm.units import gb
 
-ShowProgress = Callable[[str, float], None]  # receives the present activity and the share of it that is done
+ShowProgress = Callable[[str, float], None]  # receives the current activity and the share of it that is done
 
 
 def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
@@ -31,13 +31,13 @@ def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
         memory = step_memory(config, compile_step(config))
     if memory:
         user_cache.put("memory", measure.key(config, device), dataclasses.asdict(memory))
-    return memory or least_memory(config)
+    return memory or min_memory(config)
 
 
 def memory_without_compiling(config: Config, device: jax.Device, compiled: Any) -> Memory:
     """The memory of a resolved config: by its compiled step if given, else from the cache, else the least it can be."""
     memory = step_memory(config, compiled) if compiled is not None else None
-    return memory or _cached(config, device) or least_memory(config)
+    return memory or _cached(config, device) or min_memory(config)
 
 
 def _cached(config: Config, device: jax.Device) -> Memory | None:

@@ -64,7 +64,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
         "setting": better_setting(config, device, available - process, memory, show),
         "speed": speed,
         "not_measured_because": problem or None,
-        "not_sound_because": wrong_numbers or None,
+        "numerics_check_failure": wrong_numbers or None,
         "disk": _disk(config, workdir, benchmark, memory, (train or 0) + (val or 0)),
         "schedule": schedule,
     }
@@ -98,7 +98,7 @@ def _cached_benchmark(config: Config, device: jax.Device) -> BenchmarkResult | N
 def _run_benchmark(
     config: Config, device: jax.Device, workdir: Path, show: ShowProgress
 ) -> tuple[BenchmarkResult | None, str, str]:
-    """The benchmark's result, why there is none, and what the numerics check found wrong; caches a sound result."""
+    """The benchmark's result, why there is none, and what the numerics check found wrong; caches it if it passed."""
     wrong_numbers = ""
     try:
         if device.platform != "cpu":

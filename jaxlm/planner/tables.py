@@ -80,7 +80,7 @@ def _disk_table(disk: dict[str, Any]) -> Table:
 def _advice(report: dict[str, Any]) -> str:
     setting, fits = report["setting"], report["memory"]["fits"]
     if setting is None:
-        return "The present microbatch_chunks and remat are the best choice."
+        return "The current microbatch_chunks and remat are the best choice."
     if not setting["fits"]:
         return "No microbatch_chunks and remat make it fit: choose a smaller model, context or\nbatch_size."
     chunks, remat = setting["microbatch_chunks"], str(setting["remat"]).lower()
@@ -90,7 +90,7 @@ def _advice(report: dict[str, Any]) -> str:
 
 def _speed_lines(report: dict[str, Any]) -> Iterator[Table | str]:
     speed = report["speed"]
-    if why := report["not_sound_because"]:
+    if why := report["numerics_check_failure"]:
         yield f"A run would be refused: {why}"
     if not speed:
         why = report["not_measured_because"]

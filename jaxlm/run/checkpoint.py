@@ -68,7 +68,7 @@ class Checkpoints:
         return self._save is not None and not self._save.done()
 
     def wait(self) -> None:
-        """Waits until the last save is complete and on the disk. Raises RunError if there was no room for it."""
+        """Waits until the last save is complete and on the disk. Raises RunError if it failed."""
         save, self._save = self._save, None
         if save:
             save.result()
@@ -149,7 +149,7 @@ class Checkpoints:
             self._delete_unfinished()
             # the old manager may count this step as saved and refuse later ones: google/orbax#605, maxtext#5260
             self._manager = self._new_manager()
-            raise RunError(f"{self.directory} cannot take it ({_reason(error)})") from error
+            raise RunError(f"{self.directory} cannot be written ({_reason(error)})") from error
 
     def _delete_unfinished(self) -> None:
         for path in self.directory.glob(_UNFINISHED):
@@ -178,7 +178,7 @@ class Checkpoints:
         _check_files(self.directory / str(step), set(items))
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # orbax and tensorstore raise many kinds; the files themselves are sound
+        except Exception as error:  # orbax and tensorstore raise many kinds; the files match their hashes
             raise RunError(f"cannot restore {self.directory / str(step)} ({_reason(error)}): try again") from error
 
 
@@ -226,7 +226,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _paths(tree: Arrays) -> list[str]:
-    """The path of each leaf, such as `['blocks']['wq']` or `.opt_state.mini_step`."""
+    """The path of each leaf, such as `['blocks']['query']` or `.opt_state.mini_step`."""
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 

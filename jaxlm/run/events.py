@@ -1,12 +1,12 @@
 """What a training run tells its listeners: one typed event for each thing that happens.
 
-A listener is a callable that takes an event. Events hold host values only, and between intervals the trainer sends
-them after the next micro-batch is on the device, so no listener makes the device wait. Two methods are optional:
-`sync`, which the trainer calls before a save, and `close`, which it calls at the end.
+A listener is a callable that takes an event; `close`, if it has that, is called at the end. It runs in a thread of its
+own, so it delays no step. If it raises, it is named on the console and receives no further events. Events hold host
+values only. Between intervals the trainer sends them after it has dispatched the next micro-batch.
 
-A listener that raises is named on the console and receives no further events. The records
-(`jaxlm.run.records.Records`) are the exception, because resuming needs them: they are never left out, and no checkpoint
-is saved while the disk does not take their rows.
+The trainer's own listeners are the console, TensorBoard and the records, which it calls itself. The records
+(`jaxlm.run.records.Records`) are never left out, because resuming needs them: while their rows cannot be written, no
+checkpoint is saved.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,7 @@ def state_shapes(config: Config) -> TrainState:
     return jax.eval_shape(lambda: init_state(config))
 
 
-def least_memory(config: Config) -> Memory:
+def min_memory(config: Config) -> Memory:
     """The memory that no setting avoids: all but the temporaries. Compiles nothing and allocates nothing."""
     state = state_shapes(config)
     weights = _size(state.params)
@@ -75,7 +75,7 @@ def step_memory(config: Config, compiled: Any) -> Memory | None:
             step = analysis.argument_size_in_bytes + _allocated(analysis)
     except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
         return None
-    least = least_memory(config)
+    least = min_memory(config)
     return dataclasses.replace(least, temporaries=max(step - least.step, 0))
 
 

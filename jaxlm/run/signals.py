@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """A context in which the stop signals are noted. On exit, the former handlers are back."""
+    """A context that records stop signals. On exit, it restores the former handlers."""
 
     def __init__(self, before_exit: Callable[[], None]):
         """`before_exit` is called, from another thread, before a second SIGINT ends the process."""

@@ -21,6 +21,7 @@ from jaxlm.device import backend
 from jaxlm.errors import RunError, Stopped
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
+from jaxlm.run.background import BackgroundListener
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.clock import Clock
 from jaxlm.run.console import Console, intervals
@@ -69,7 +70,7 @@ class Trainer:
             tokens: the training and validation tokens.
             device: the device to train on.
             ready: takes the compiled step and the number of steps done; returns lines to print, or raises.
-            listeners: called with each event, see `jaxlm.run.events`.
+            listeners: each is called with every event, in its own thread; see `jaxlm.run.events`.
 
         Raises UsageError as `restore_or_init` does, or if a prompt does not fit the context.
         """
@@ -87,7 +88,11 @@ class Trainer:
         self._clock = Clock(seconds)
         self._records = Records(workdir, self.step)
         self._console = Console(config, self.step)
-        self._listeners: list[Any] = [TensorBoard(workdir, self.step), self._console, *listeners]
+        self._listeners: list[Any] = [self._console, *map(BackgroundListener, listeners)]
+        try:
+            self._listeners.append(TensorBoard(workdir, self.step))
+        except OSError as error:
+            self._notes.append(f"TensorBoard's events are not written ({error.strerror or error})")
         self._signals = StopSignals(self._console.show_cursor)
         self._notes += [
             f"{path} had damaged lines; {path.name}.damaged holds the original" for path in self._records.damaged
@@ -257,7 +262,7 @@ class Trainer:
             self._records.sync()
         except OSError as error:
             reason = error.strerror or error
-            self._report_failed_save(step, f"{self.workdir} does not take the rows before it ({reason})")
+            self._report_failed_save(step, f"{self.workdir} cannot store the rows up to it ({reason})")
             return
         self._call_listeners("sync")
         self._checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self._clock.seconds()))
@@ -307,7 +312,8 @@ class Trainer:
         self._listeners.remove(listener)
         with contextlib.suppress(Exception):
             listener.close()
-        name = getattr(listener, "__qualname__", type(listener).__qualname__)
+        source = getattr(listener, "listener", listener)
+        name = getattr(source, "__qualname__", type(source).__qualname__)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         message = f"  → The listener {name} failed and is left out ({reason})"
         if listener is self._console:

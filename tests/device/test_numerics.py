@@ -284,7 +284,7 @@ def test_a_device_is_checked_until_it_passes_for_each_shape_and_version(monkeypa
         require(config, STAND_IN)
     require(CONFIG, newer)
     assert checked == [CONFIG, CONFIG, CONFIG, UNROLLED, CONFIG]
-    numerics.remember(CONFIG, STAND_IN, WRONG)  # as a later check may find
+    numerics.store_result(CONFIG, STAND_IN, WRONG)  # as a later check may find
     require(CONFIG, STAND_IN)
     monkeypatch.setenv("MLX_ENABLE_TF32", "1")
     require(CONFIG, STAND_IN)

@@ -15,7 +15,7 @@ from experiments.audit import CONVERTED, audit, inspect, preset
 from experiments.memory import on_apple
 from jaxlm.core import layers, ops
 from jaxlm.core.train_step import init_state, make_train_step
-from jaxlm.device.backend import APPLE, WRONG_FROM
+from jaxlm.device.backend import APPLE, CONTRACTION_LIMIT
 from jaxlm.run.checkpoint import checkpoint_bytes
 
 
@@ -75,7 +75,7 @@ def test_the_step_of_other_devices_is_refused_by_the_lines_of_its_loops_and_bran
         ("complex", lambda x: lax.complex(x, x), [array(3)]),
         ("cbrt", lax.cbrt, [array(3)]),
         ("add", lambda x: x + x, [array(3, dtype=jnp.bfloat16)]),
-        ("dot_general", linear, [array(1, 2, WRONG_FROM), array(WRONG_FROM, 3)]),
+        ("dot_general", linear, [array(1, 2, CONTRACTION_LIMIT), array(CONTRACTION_LIMIT, 3)]),
         ("dot_general", lambda x: jnp.einsum("BTD,BTD->B", x, x), [array(2, 3, 4)]),
     ],
 )
@@ -91,7 +91,7 @@ def test_batched_gathers_and_scatters_are_found():
 
 
 def test_what_both_can_do_is_let_through():
-    assert not found(linear, array(1, 2, WRONG_FROM - 1), array(WRONG_FROM - 1, 3))
+    assert not found(linear, array(1, 2, CONTRACTION_LIMIT - 1), array(CONTRACTION_LIMIT - 1, 3))
     assert not found(lambda x: jnp.einsum("BTD,BSD->BTS", x, x), array(2, 3, 4))
     assert not found(lambda x: lax.fori_loop(0, 9, lambda _, y: y * y, x), array(3), platform="mps")
     assert not found(lambda x: x + x, array(3, dtype=jnp.bfloat16), platform="mps")

@@ -26,7 +26,7 @@ def table_of(workdir, config):
 def test_the_card_describes_the_training_up_to_its_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(to_line, ROWS)))
     assert table_of(tmp_path, CONFIG) == {
-        "sizes": "8 layers, 8 heads, width 512, hidden width 2048, context 1024, vocabulary 50,257 (GPT-2's)",
+        "sizes": "8 layers, 8 heads, width 512, MLP width 2048, context 1024, vocabulary 50,257 (GPT-2's)",
         "initialised from": "random weights, seed 0",
         "text": "mine.txt,ours.txt (train_sha256 ab, val_sha256 cd)",
         "trained": "1,101 of 2,000 steps, 72,155,136 tokens",

@@ -17,7 +17,7 @@ from jaxlm.errors import RunError
 from jaxlm.planner import measure
 from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.run.events import PauseEvent, SavedEvent, SavingEvent, StepEvent
-from jaxlm.run.memory import least_memory
+from jaxlm.run.memory import min_memory
 from tests import tiny_run
 from tests.tiny_run import listing
 
@@ -53,7 +53,7 @@ def test_the_short_run_measures_the_trainer_and_leaves_no_files(config):
     assert all(value > 0 for name, value in values.items() if name not in ("update", "first"))
     assert result.start > result.step
     assert measure.reduced(config, result) == config
-    state = least_memory(config)
+    state = min_memory(config)
     assert 0.5 * state.checkpoint_copy < result.checkpoint_bytes < state.checkpoint_copy + 40_000
     assert state.weights < result.model_bytes < state.weights + 5_000_000  # the tokenizer's files
 

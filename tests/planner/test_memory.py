@@ -30,7 +30,7 @@ def test_a_run_fits_to_the_byte(monkeypatch, source):
     monkeypatch.setattr(memory, "step_memory", lambda config, compiled: by_analysis)
     monkeypatch.setattr(memory.measure, "key", lambda *arguments: "key")
     monkeypatch.setattr(user_cache, "get", lambda *key: cached and dataclasses.asdict(cached))
-    monkeypatch.setattr(memory, "least_memory", lambda config: SIZES)
+    monkeypatch.setattr(memory, "min_memory", lambda config: SIZES)
     monkeypatch.setattr(backend, "available_memory", lambda device: TOTAL)
     memory.check_memory(Config(), None, "compiled")
     monkeypatch.setattr(backend, "available_memory", lambda device: TOTAL - 1)

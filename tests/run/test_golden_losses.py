@@ -1,6 +1,7 @@
 """The losses of the quickstart's first steps, compared with committed ones: a refactoring must not change them.
 
-`python -m tests.run.test_golden_losses` writes those of the installed version of jax.
+`python -m tests.run.test_golden_losses` writes those of the installed version of jax. A version that has none is
+compared with the newest one that has.
 """
 
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from packaging.version import Version
 
 from configs import quickstart
 from jaxlm.config import from_config_dict
@@ -40,8 +42,8 @@ def first_losses(directory):
 @pytest.mark.usefixtures("optimized_compilation")
 def test_the_first_losses_are_the_committed_ones(tmp_path):
     file = GOLDEN / f"jax-{jax.__version__}.json"
-    if not file.is_file():
-        pytest.skip(f"no losses of jax {jax.__version__}: python -m {__name__} writes them")
+    if not file.is_file():  # a version of jax that nobody has written them for
+        file = max(GOLDEN.glob("jax-*.json"), key=lambda file: Version(file.stem.removeprefix("jax-")))
     expected, losses = json.loads(file.read_text()), first_losses(tmp_path)
     assert losses == pytest.approx(expected, rel=TOLERANCE), (
         "The first losses of the quickstart have changed. If you meant to change no number (a refactoring, a"

@@ -11,7 +11,7 @@ from configs import m2_60m
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.core.train_step import init_state
 from jaxlm.device.backend import APPLE, resolve_run
-from jaxlm.run.memory import compile_step, least_memory, step_memory
+from jaxlm.run.memory import compile_step, min_memory, step_memory
 
 PRESET = from_config_dict(m2_60m.get_config())
 SIZES = {"vocab_size": 300, "context": 16, "layers": 1, "heads": 2, "width": 16, "mlp_width": 24}
@@ -26,7 +26,7 @@ def compiled_memory(config):
 
 
 def test_least_memory_of_the_preset_by_hand():
-    least = least_memory(PRESET)
+    least = min_memory(PRESET)
     weights = 4 * 59_294_720
     assert (least.weights, least.accumulated, least.gradients) == (weights,) * 3
     assert least.moments == pytest.approx(2 * weights, abs=100)  # and counters

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jaxlm.core.model import Decoder, loss_and_gradient
 from jaxlm.core.train_step import init_state
 from jaxlm.data.token_files import train_batch_stream
 from jaxlm.errors import RunError, Stopped, UsageError
+from jaxlm.interop.huggingface import write_model
 from jaxlm.main import open_data
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import Checkpoints
@@ -658,7 +660,7 @@ def test_events_come_in_order_and_hold_what_the_files_hold(monkeypatch, console)
 
 
 class Failing:
-    """A listener that raises at the first event of a type, or in `sync` (the empty tuple)."""
+    """A listener that raises at the first event of a type, or in `close` (the empty tuple)."""
 
     def __init__(self, at, error):
         self.at, self.error, self.calls_after = at, error, 0
@@ -673,8 +675,7 @@ class Failing:
         self.failed = True
         raise self.error
 
-    def sync(self):
-        self.calls_after += self.failed
+    def close(self):
         if self.at == ():
             self.fail()
 
@@ -683,7 +684,7 @@ def test_a_listener_that_raises_is_named_and_left_out(console, capsys):
     failing = [
         Failing(StepEvent, OSError(errno.ENOSPC, "No space left on device")),
         Failing(MessageEvent, ValueError("two\nlines")),
-        Failing((), TimeoutError("cannot sync")),
+        Failing((), TimeoutError("cannot close")),
     ]
     config, workdir, events = tiny_run.resolved(config_of("run")), Path(copy_of_step_9("deserted")), []
     with tiny_run.shared_compilation("plain"):
@@ -691,13 +692,44 @@ def test_a_listener_that_raises_is_named_and_left_out(console, capsys):
         trainer.Trainer(config, workdir, open_data(config), jax.devices()[0], listeners=listeners).train()
     shown, err = capsys.readouterr()
     named = re.findall(r"(?m)^  → The listener Failing failed and is left out \((\w+)", shown)
-    assert named == ["ValueError", "OSError", "TimeoutError"]
+    assert sorted(named) == ["OSError", "TimeoutError", "ValueError"]
     assert "not saved" not in shown
     assert [(listener.failed, listener.calls_after) for listener in failing] == [(True, 0)] * 3
     assert err == ""
     assert [event.step for event in of_type(events, StepEvent)] == [10, 11, 12]
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [3, 6, 9, 12]
     assert without_clock(rows(workdir / "metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+    assert_same_bits(saved_state(workdir, LAST), saved_state("run", LAST))
+
+
+def test_a_slow_listener_delays_no_step(console):
+    """It holds the first event until the run has written its final model."""
+    workdir, seen = Path(copy_of_step_9("unhurried")), []
+    model_written = threading.Event()
+
+    def listener(event):
+        model_written.wait(60)
+        seen.append(event)
+        if isinstance(event, MessageEvent) and event.text.startswith("Done"):
+            seen.append("end")
+
+    def write(*arguments):
+        model_written.set()
+        return write_model(*arguments)
+
+    config = tiny_run.resolved(config_of("run"))
+    with pytest.MonkeyPatch.context() as patch, tiny_run.shared_compilation("plain"):
+        patch.setattr(trainer, "write_model", write)
+        trainer.Trainer(config, workdir, open_data(config), jax.devices()[0], listeners=[listener]).train()
+    assert [event.step for event in of_type(seen, StepEvent)] == [10, 11, 12]
+    assert seen[-1] == "end"
+
+
+def test_a_file_in_the_place_of_tensorboards_folder_is_named_and_stops_nothing(console):
+    workdir = Path(copy_of_step_9("boardless"))
+    shutil.rmtree(workdir / "tensorboard")
+    (workdir / "tensorboard").write_text("a file")
+    assert "TensorBoard's events are not written (File exists)" in train(str(workdir))
     assert_same_bits(saved_state(workdir, LAST), saved_state("run", LAST))
 
 

@@ -213,7 +213,7 @@ def _matmul(
         x_NK, w_VK: the operands, each with its contracted axis last.
         epilogue: takes half a tile of the result [HALF_M, columns] float32, the index of its first column, and the
             matching parts of each of `rows` (broadcast over the columns) and of `tiles`, in float32. It returns for
-            each output the pieces that lie side by side in it, each a multiple of 64 columns wide; and what is summed
+            each output the adjacent pieces of it, each a multiple of 64 columns wide; and what is summed
             by rows.
         widths: of the outputs, which are [N, width] in the dtype of x.
         rows: [N] float32 each.
