@@ -34,7 +34,7 @@ def get_config():
 `--config.batch_size=16 --config.model.width=256`.
 
 A run resumes with the same value of every setting marked *fixed*, because these define what its checkpoints mean. The
-other settings may change between sessions.
+other settings may change between sessions. The data may not change either: its token files are compared by hash.
 """
 
 

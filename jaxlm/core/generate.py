@@ -1,13 +1,13 @@
 """Prompts to new tokens, for prompts of any lengths."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.core import ops
+from jaxlm.core.parameters import Params
 from jaxlm.core.sampling import SamplingParams, decode, prefill, sequence_keys
 
 PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -15,7 +15,7 @@ PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few leng
 
 def generate(
     config: ModelConfig,
-    weights: Any,
+    weights: Params,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     key: jax.Array,

@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.core import ops
 from jaxlm.core.model import Cache, empty_cache, forward_with_cache
+from jaxlm.core.parameters import Params
 
 SEARCH_FAN_OUT = 8  # parts into which a round of the threshold search divides its interval
 SEARCH_ROUNDS = 10  # at most; the interval is then 2**-30 of the logits' range
@@ -166,7 +167,7 @@ def sequence_keys(key: jax.Array, count: int) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("config", "new_slots"))
 def prefill(
-    config: ModelConfig, weights: Any, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, new_slots: int
+    config: ModelConfig, weights: Params, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, new_slots: int
 ) -> DecodeState:
     """Fills the cache with the prompts in one pass; gives the state that `decode` continues.
 
@@ -191,7 +192,7 @@ def prefill(
 
 @partial(jax.jit, static_argnames="config")
 def decode_step(
-    config: ModelConfig, weights: Any, state: DecodeState, params: SamplingParams, end_of_text: Any
+    config: ModelConfig, weights: Params, state: DecodeState, params: SamplingParams, end_of_text: Any
 ) -> tuple[DecodeState, jax.Array]:
     """Adds one token to each sequence: the next state, and [B] int32, `end_of_text` for a sequence that has ended."""
     s, slots_S = state, jnp.arange(state.cache.keys_GSK[0].shape[1])
@@ -207,7 +208,7 @@ def decode_step(
 
 
 def decode(
-    config: ModelConfig, weights: Any, state: DecodeState, params: SamplingParams, end_of_text: Any, count: int
+    config: ModelConfig, weights: Params, state: DecodeState, params: SamplingParams, end_of_text: Any, count: int
 ) -> tuple[DecodeState, jax.Array | np.ndarray]:
     """Adds up to `count` tokens to each sequence; stops when all have ended.
 

@@ -143,8 +143,9 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
     if on_apple(device):
         for name in ("context", "width", "mlp_width"):
             if getattr(model, name) >= CONTRACTION_LIMIT:
+                limit = f"{CONTRACTION_LIMIT:,}"
                 raise UsageError(
-                    f"an Apple GPU computes sums of {CONTRACTION_LIMIT:,} or more numbers wrong: set a lower model.{name}"
+                    f"an Apple GPU computes sums of {limit} or more numbers wrong: set a lower model.{name}"
                 )
     if device.platform == "METAL" and model.precision in ("bf16", "bf16_matmul"):
         raise UsageError(

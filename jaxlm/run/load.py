@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.core.model import init_params, prepare_decode_params
+from jaxlm.core.parameters import Params
 from jaxlm.data.tokenizer import TokenizerProtocol
 from jaxlm.device import backend
 from jaxlm.errors import UsageError
@@ -24,14 +25,14 @@ class Checkpoint(NamedTuple):
     config: Config
     tokens: dict[str, Any]  # fingerprints of the run's tokens
     model: ModelConfig  # resolved for the device
-    params: Any
+    params: Params
 
 
 class LoadedModel(NamedTuple):
     """A model that is ready to generate text."""
 
     config: ModelConfig  # resolved for the device
-    weights: Any  # from `model.prepare_decode_params`
+    weights: Params  # from `model.prepare_decode_params`
     tokenizer: TokenizerProtocol
 
 
