@@ -315,7 +315,7 @@ def test_a_plugin_that_passed_computes_until_it_no_longer_starts(install, tmp_pa
     broken.touch()
     out, err = start("auto", tmp_path)
     assert out == "False 3\n"
-    assert f"Computing without jax-mps {VERSION} (with jax {JAX}, jaxlib {JAXLIB}), which does not start" in err
+    assert f"Computing without jax-mps {VERSION} (with jax {JAX}, jaxlib {JAXLIB}), which no longer starts" in err
     assert "no queue" in err
 
 

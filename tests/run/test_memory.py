@@ -25,7 +25,7 @@ def compiled_memory(config):
     return step_memory(config, compile_step(config))
 
 
-def test_least_memory_of_the_preset_by_hand():
+def test_min_memory_of_the_preset_by_hand():
     least = min_memory(PRESET)
     weights = 4 * 59_294_720
     assert (least.weights, least.accumulated, least.gradients) == (weights,) * 3
