@@ -1,4 +1,27 @@
-"""Errors that end a command early with one line and no traceback."""
+"""Errors that end a command early with one line and no traceback, and advice that fits the cause."""
+
+import errno
+
+_DISK_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "choose a file system that holds larger files",
+    errno.EROFS: "make the disk writable, or choose another place",
+    errno.EACCES: "check the permissions, or choose another place",
+    errno.EPERM: "check the permissions, or choose another place",
+    errno.ENOENT: "check that the folder is still there",
+    errno.ENOTDIR: "check that each part of the path is a folder",
+    errno.ESTALE: "check that the disk is still mounted",
+    errno.ENODEV: "check that the disk is still connected",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EIO: "the disk may be failing: copy what matters, and choose another",
+}
+
+
+def disk_advice(error: OSError) -> str:
+    """What a person can do about an error of the disk, as the end of a sentence."""
+    return _DISK_ADVICE.get(error.errno or 0, "check the disk, or choose another place")
 
 
 class _OneLine(Exception):
