@@ -82,10 +82,11 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     parts = {name: (function, arguments) for name, function, arguments in lowered.programs(config)}
     state = parts["train_update"][1][0]
     sampling = [parts[name] for name in ("decode_params", "prefill", "decode_step")]
+    key, indices = jax.ShapeDtypeStruct((2,), np.uint32), jax.ShapeDtypeStruct((config.sample.texts,), np.int32)
     return {
         "training step": [parts[name] for name in ("train_start", "train_chunk", "train_update")],
         "evaluation step": [parts["evaluation"]],
-        "sampling": [(sequence_keys, (jax.ShapeDtypeStruct((2,), np.uint32), config.sample.texts)), *sampling],
+        "sampling": [(sequence_keys, (key, indices)), *sampling],
         "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state),))],
     }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import glob
 import io
@@ -79,6 +80,28 @@ def run_errors(workdir: Path) -> Iterator[None]:
         raise RunError(f"the device failed ({reason}): the same command starts again or resumes") from error
 
 
+def expand_home(text: str) -> str:
+    """`text` with the home directory for a ~ or ~USER at its beginning.
+
+    Raises:
+        UsageError: there is no such home directory.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UsageError(f"there is no home directory for {text}: write it in full, or ./{text} for that name itself")
+    return expanded
+
+
+def expand_homes(paths: str) -> str:
+    """`expand_home` for each of several paths, separated by commas."""
+    return re.sub(r"((?:^|,)\s*)(~[^,/]*)", lambda match: match[1] + expand_home(match[2]), paths)
+
+
+def path(text: str) -> Path:
+    """The path that a person wrote: the type of a flag. Raises UsageError as `expand_home`."""
+    return Path(expand_home(text))
+
+
 def find_config(name: str) -> Path:
     """The config file of that path, or the shipped preset of that name, such as `m2_60m`.
 
@@ -109,7 +132,7 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
         UsageError: an unknown flag, a config file that is missing or fails, a wrong setting.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=str(QUICKSTART))
+    parser.add_argument("--config", type=expand_home, default=str(QUICKSTART))
     args, others = parser.parse_known_args(argv)
     config_file = find_config(args.config)
     overridden = re.findall(r"(?m)^--config\.([\w.]+)", "\n".join(others))
@@ -127,7 +150,15 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags begin with --")
     settings = _without_old_names_of(overridden, settings)
-    return from_config_dict(settings), Path(values.workdir or Path("runs", config_file.stem)), values.force
+    workdir = path(values.workdir) if values.workdir else Path("runs", config_file.stem)
+    return _with_homes(from_config_dict(settings)), workdir, values.force
+
+
+def _with_homes(config: Config) -> Config:
+    """The config with home directories in the settings that are paths."""
+    corpus, directory = expand_homes(config.data.corpus), expand_home(config.data.dir)
+    data = dataclasses.replace(config.data, corpus=corpus, dir=directory)
+    return dataclasses.replace(config, data=data, init_from=expand_home(config.init_from))
 
 
 def _without_old_names_of(overridden: list[str], settings: Any) -> Any:

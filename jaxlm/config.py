@@ -7,7 +7,6 @@ A config file returns an `ml_collections.ConfigDict` (from `default_config()`), 
 
 import dataclasses
 import difflib
-import math
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import ml_collections
 from jaxlm.errors import UsageError
 
 INT32_MAX = 2**31 - 1
+FLOAT32_MAX = 3.4028234e38
 PLATFORMS = ("auto", "cpu", "cuda", "mps", "metal")
 PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
 OPTIMIZERS = ("adamw", "muon")  # the functions are in core/optimizer.py
@@ -195,7 +195,7 @@ class SampleConfig:
     prompts: tuple[str, ...] = PROMPTS  # each block of samples draws from these at random
     texts: int = setting(10, low=1)  # samples at a time
     tokens: int = setting(60, low=1)  # of each sample
-    temperature: float = setting(0.8, low=0)  # 0: greedy
+    temperature: float = setting(0.8, low=0, high=1_000_000)  # 0: greedy
     top_k: int = setting(50, low=0, high=INT32_MAX)  # sample from the k most likely tokens; 0: from all
     top_p: float = setting(1.0, above=0, high=1)  # sample from the fewest tokens of this probability together; 1: all
 
@@ -349,8 +349,8 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
         if abs(value) > INT32_MAX:
             raise UsageError(f"{name} is an integer of more than 31 bits: choose a smaller one")
         value = float(value) if kind is float else value
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        described = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+    if type(value) is not kind or (kind is float and not abs(value) <= FLOAT32_MAX):
+        described = {int: "an integer", float: "a number that float32 holds", bool: "True or False", str: "a string"}
         raise UsageError(f"{name} is {value!r:.100}: it must be {described[kind]}")
     return value
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from jaxlm.cli import ArgumentParser, read_config, run
+from jaxlm.cli import ArgumentParser, path, read_config, run
 from jaxlm.config import Config
 from jaxlm.device import plugins
 from jaxlm.device.isolated import run_isolated
@@ -31,7 +31,7 @@ DISTRIBUTIONS = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 def main(argv: list[str]) -> None:
     """Runs the command with `argv`, the command-line arguments. Raises UsageError."""
     parser = ArgumentParser(prog="python -m jaxlm.doctor", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--out", type=Path, default=Path("jaxlm-doctor.txt"), help="the report (%(default)s)")
+    parser.add_argument("--out", type=path, default=Path("jaxlm-doctor.txt"), help="the report (%(default)s)")
     parser.add_argument("--config", default="m2_60m", help="as of jaxlm.main, like --config.NAME=VALUE")
     args, others = parser.parse_known_args(argv)
     flags = [f"--config={args.config}", *others]

@@ -6,7 +6,7 @@
 import os
 from pathlib import Path
 
-from jaxlm.cli import ArgumentParser, run
+from jaxlm.cli import ArgumentParser, path, run
 from jaxlm.errors import UsageError
 from jaxlm.interop.gguf import DTYPES, require_gguf, write_gguf
 from jaxlm.interop.huggingface import write_model
@@ -17,8 +17,8 @@ from jaxlm.run.quiet import quiet_libraries
 def main(argv: list[str]) -> None:
     """Runs the command with the arguments `argv`. Raises UsageError and RunError."""
     parser = ArgumentParser(prog="python -m jaxlm.export", description="Exports a run's model to other programs.")
-    parser.add_argument("--workdir", type=Path, required=True, help="the run's work directory")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write, or a file named *.gguf")
+    parser.add_argument("--workdir", type=path, required=True, help="the run's work directory")
+    parser.add_argument("--out", type=path, required=True, help="the folder to write, or a file named *.gguf")
     parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="of the export (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices in a GGUF file (f16)")
     parser.add_argument("--step", type=int, help="step of the checkpoint (the newest)")

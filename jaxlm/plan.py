@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxlm.cli import ArgumentParser, read_config, run, run_errors
 from jaxlm.config import Config
 from jaxlm.planner.tables import tables
+from jaxlm.terminal import console
 
 WIDTH = 80
 
@@ -26,9 +26,9 @@ WIDTH = 80
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
     """A progress bar on stderr, if that is a terminal; yields the function that updates it."""
-    console = Console(stderr=True)
+    terminal = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)
 
@@ -82,10 +82,10 @@ def main(argv: list[str]) -> None:
     if args.json:
         print(json.dumps(report, indent=2))
         return
-    console = Console(width=WIDTH, highlight=False, markup=False, emoji=False)
+    terminal = console(width=WIDTH, highlight=False, markup=False, emoji=False)
     for part in tables(report, datetime.now()):
-        console.print(part)
-        console.print()
+        terminal.print(part)
+        terminal.print()
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from jaxlm.cli import ArgumentParser, run
+from jaxlm.cli import ArgumentParser, expand_homes, path, run
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import find_prepared, write_token_files
 from jaxlm.data.token_files import FileMeta, Meta
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
+from jaxlm.terminal import console
 
 
 def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta:
@@ -20,13 +20,13 @@ def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: 
     """
     if meta := find_prepared(source, directory, vocab_size, validation_fraction):
         return meta
-    console = Console()
-    console.out(f"Preparing {source} in {directory}", highlight=False)
+    terminal = console()
+    terminal.out(f"Preparing {source} in {directory}", highlight=False)
     corpus = open_corpus(source)  # a download shows its own progress bar
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        *columns, TimeRemainingColumn(), console=terminal, transient=True, disable=not terminal.is_terminal
     ) as bar:
         task = bar.add_task("Reading", total=None)
 
@@ -35,7 +35,7 @@ def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: 
 
         meta = write_token_files(corpus, directory, vocab_size, validation_fraction, show)
     seconds, size = time.monotonic() - started, (meta.train.bytes + meta.val.bytes) / 1e6
-    console.out(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)", highlight=False)
+    terminal.out(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)", highlight=False)
     return meta
 
 
@@ -43,9 +43,13 @@ def main(argv: list[str]) -> None:
     """Runs the command with the arguments `argv`. Raises UsageError and RunError."""
     parser = ArgumentParser(prog="python -m jaxlm.prepare", description="Encodes text into token files.")
     parser.add_argument(
-        "--corpus", nargs="+", required=True, help="novels, tinystories, or paths or patterns of text files"
+        "--corpus",
+        nargs="+",
+        type=expand_homes,
+        required=True,
+        help="novels, tinystories, or paths or patterns of text files",
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory for train.bin, val.bin and meta.json")
+    parser.add_argument("--out", type=path, required=True, help="directory for train.bin, val.bin and meta.json")
     parser.add_argument(
         "--vocab_size", type=int, default=GPT2_VOCAB_SIZE, help="tokens in the vocabulary (%(default)s)"
     )

@@ -7,26 +7,30 @@ session that completes each line typed. The texts go to stdout, everything else 
 import copy
 import itertools
 import json
+import os
+import select
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxlm.cli import ArgumentParser, run
+from jaxlm.cli import ArgumentParser, path, run
 from jaxlm.config import PLATFORMS, PRECISIONS, Config, SampleConfig
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import sampling_params
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
-from jaxlm.errors import UsageError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.run.load import LoadedModel, load, restore
 from jaxlm.run.quiet import quiet_libraries
+from jaxlm.terminal import printable
 
 STREAM_CHUNK = 8  # tokens generated between two updates of the terminal
 PROMPT_BATCH = 16  # prompts completed at once
+READ_BYTES = 1 << 16  # of stdin at once
 CHANGEABLE = ("temperature", "top_k", "top_p", "tokens", "seed")  # in a session
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
 
@@ -45,26 +49,24 @@ def main(argv: list[str]) -> None:
         weights = prepare_decode_params(checkpoint.model, checkpoint.params)
         loaded = LoadedModel(checkpoint.model, weights, load_tokenizer(checkpoint.model.vocab_size))
         print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
-    prompts = _stdin_lines() if args.stdin else args.prompt or [""]
-    on_terminal = sys.stdout.isatty() and not args.json
-    if on_terminal and sys.stdin.isatty() and not args.stdin and not args.prompt:
-        _session(loaded, args)
-    elif on_terminal and len(prompts) == 1:
-        _stream(loaded, prompts[0], args, 0)
+    if args.stdin:
+        _print_all(loaded, _from_stdin(loaded), args)
+    elif args.prompt or args.json or not (sys.stdout.isatty() and sys.stdin.isatty()):
+        _print_all(loaded, _given(loaded, args.prompt or [""]), args)
     else:
-        _print_all(loaded, prompts, args)
+        _session(loaded, args)
 
 
 def _parser() -> ArgumentParser:
     description, sampling = "Generates text with a trained model.", _sampling_parser()
     parser = ArgumentParser(prog="python -m jaxlm.sample", description=description, parents=[sampling])
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", type=Path, help="a run's work directory")
-    model.add_argument("--model", type=Path, help="the Hugging Face folder of a Llama, as jaxlm.export writes it")
+    model.add_argument("--workdir", type=path, help="a run's work directory")
+    model.add_argument("--model", type=path, help="the Hugging Face folder of a Llama, as jaxlm.export writes it")
     parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", help="beginning of the text; repeat for several texts")
-    prompts.add_argument("--stdin", action="store_true", help="each line of stdin is a prompt")
+    prompts.add_argument("--stdin", action="store_true", help="each line of stdin is a prompt, answered as it comes")
     parser.add_argument("--json", action="store_true", help="write one JSON object per text, with its prompt")
     parser.add_argument("--platform", default="auto", choices=PLATFORMS, help="where to compute (%(default)s)")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="as a run's setting (%(default)s)")
@@ -91,36 +93,87 @@ def _check(args: Namespace) -> None:
     Config(seed=args.seed, sample=sample)
 
 
-def _stdin_lines() -> list[str]:
-    try:
-        return [line.removesuffix("\n") for line in sys.stdin]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not UTF-8 text ({error.reason}): convert it first") from error
+class Prompt(NamedTuple):
+    """The beginning of a text."""
+
+    number: int  # selects its random numbers
+    text: str
+    ids: list[int]
 
 
-def _print_all(loaded: LoadedModel, prompts: Sequence[str], args: Namespace) -> None:
+def _encode(loaded: LoadedModel, number: int, text: str) -> Prompt:
+    (ids,) = encode_prompts(loaded.tokenizer, [text], loaded.config.context)
+    return Prompt(number, text, ids)
+
+
+def _given(loaded: LoadedModel, texts: Sequence[str]) -> list[list[Prompt]]:
+    """The prompts of the flags, in groups. Raises UsageError if one is unfit."""
+    prompts = [_encode(loaded, number, text) for number, text in enumerate(texts)]
+    return [prompts[i : i + PROMPT_BATCH] for i in range(0, len(prompts), PROMPT_BATCH)]
+
+
+def _from_stdin(loaded: LoadedModel) -> Iterator[list[Prompt]]:
+    """The prompts of stdin's lines, in groups. Names an unfit line on stderr, and raises UsageError at the end."""
+    count = unfit = 0
+    for lines in _line_groups(sys.stdin.fileno()):
+        group = []
+        for number, line in enumerate(lines, count):
+            try:
+                text = line.removesuffix(b"\r").decode("utf-8" if number else "utf-8-sig")
+                group.append(_encode(loaded, number, text))
+            except (UnicodeDecodeError, UsageError) as error:
+                reason = f"it is not UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else error
+                print(f"error: line {number + 1}: {reason}", file=sys.stderr)
+        count, unfit = count + len(lines), unfit + len(lines) - len(group)
+        if group:
+            yield group
+    if unfit:
+        raise UsageError(f"{unfit} of {count} lines have no text: correct the lines named above")
+
+
+def _line_groups(file: int) -> Iterator[list[bytes]]:
+    """The lines of a file descriptor, without their ends, as they come: at most PROMPT_BATCH at once.
+
+    It waits for the first line of a group, but for no further one.
+    """
+    lines: list[bytes] = []
+    rest, ended = b"", False
+    while lines or not ended:
+        while not ended and (not lines or (len(lines) < PROMPT_BATCH and select.select([file], [], [], 0)[0])):
+            part = os.read(file, READ_BYTES)
+            *whole, rest = (rest + part).split(b"\n")
+            ended = not part
+            lines += [*whole, rest] if ended and rest else whole
+        if lines:
+            yield lines[:PROMPT_BATCH]
+        lines = lines[PROMPT_BATCH:]
+
+
+def _print_all(loaded: LoadedModel, groups: Iterable[Sequence[Prompt]], args: Namespace) -> None:
     """Prints a text for each prompt, separated by blank lines, or a JSON object per line."""
-    for first in range(0, len(prompts), PROMPT_BATCH):
-        group = prompts[first : first + PROMPT_BATCH]
-        ids = encode_prompts(loaded.tokenizer, group, loaded.config.context)
-        (tokens_BN,) = _generate(loaded, ids, args, first, None)
-        for index, (prompt, start, row) in enumerate(zip(group, ids, tokens_BN, strict=True), first):
-            text = _decode(loaded, prompt, start, row)
+    on_terminal, separators = sys.stdout.isatty(), itertools.chain([""], itertools.repeat("\n"))
+    for group in groups:
+        if on_terminal and len(group) == 1 and not args.json:
+            print(end=next(separators))
+            _stream(loaded, group[0], args)
+            continue
+        (tokens_BN,) = _generate(loaded, group, args, None)
+        for prompt, row in zip(group, tokens_BN, strict=True):
+            text = _decode(loaded, prompt, row)
             if args.json:
-                print(json.dumps({"prompt": prompt, "text": text}))
+                print(json.dumps({"prompt": prompt.text, "text": text}))
             else:
-                print("\n" * (index > 0) + text)
+                print(next(separators) + (printable(text) if on_terminal else text))
         sys.stdout.flush()
 
 
-def _stream(loaded: LoadedModel, prompt: str, args: Namespace, index: int) -> None:
-    """Prints a text while it is generated; `index` selects its random numbers."""
-    (start,) = encode_prompts(loaded.tokenizer, [prompt], loaded.config.context)
+def _stream(loaded: LoadedModel, prompt: Prompt, args: Namespace) -> None:
+    """Prints a text on a terminal while it is generated."""
     nothing = np.zeros((1, 0), np.int32)
-    parts = itertools.chain([nothing], _generate(loaded, [start], args, index, STREAM_CHUNK))
+    parts = itertools.chain([nothing], _generate(loaded, [prompt], args, STREAM_CHUNK))
     shown = text = ""
     for tokens_1N in itertools.accumulate(parts, lambda before, part: np.concatenate([before, part], axis=1)):
-        text = _decode(loaded, prompt, start, tokens_1N[0])
+        text = printable(_decode(loaded, prompt, tokens_1N[0]))
         whole = text.rstrip(UNFINISHED)
         print(whole[len(shown) :], end="", flush=True)
         shown = whole
@@ -142,7 +195,7 @@ def _session(loaded: LoadedModel, args: Namespace) -> None:
             if line.startswith("/"):
                 args = _changed(args, line.split())
             else:
-                _stream_until_interrupted(loaded, line.removesuffix("\n"), args, index)
+                _stream_until_interrupted(loaded, _encode(loaded, index, line.removesuffix("\n")), args)
         except UnicodeDecodeError as error:
             print(f"error: the line is not UTF-8 ({error.reason})", file=sys.stderr)
         except UsageError as error:
@@ -159,26 +212,30 @@ def _changed(args: Namespace, words: Sequence[str]) -> Namespace:
     return changed
 
 
-def _stream_until_interrupted(loaded: LoadedModel, prompt: str, args: Namespace, index: int) -> None:
+def _stream_until_interrupted(loaded: LoadedModel, prompt: Prompt, args: Namespace) -> None:
     try:
-        _stream(loaded, prompt, args, index)
+        _stream(loaded, prompt, args)
     except KeyboardInterrupt:
         print()
 
 
 def _generate(
-    loaded: LoadedModel, ids: Sequence[Sequence[int]], args: Namespace, index: int, chunk: int | None
+    loaded: LoadedModel, prompts: Sequence[Prompt], args: Namespace, chunk: int | None
 ) -> Iterator[np.ndarray]:
-    params = sampling_params(args)
-    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), index)
+    params, key = sampling_params(args), jax.random.fold_in(jax.random.PRNGKey(args.seed), 0)
+    ids, indices = [prompt.ids for prompt in prompts], [prompt.number for prompt in prompts]
     config, weights, tokenizer = loaded
-    return generate(config, weights, ids, params, key, args.tokens, tokenizer.end_of_text, chunk)
+    return generate(config, weights, ids, params, key, args.tokens, tokenizer.end_of_text, chunk, indices)
 
 
-def _decode(loaded: LoadedModel, prompt: str, start: Sequence[int], row: np.ndarray) -> str:
-    """The text of the prompt and the completion; the ids `start` of an empty prompt are no text."""
-    completion = up_to_end(row, loaded.tokenizer.end_of_text)
-    return loaded.tokenizer.decode([*(start if prompt else ()), *completion])
+def _decode(loaded: LoadedModel, prompt: Prompt, row: np.ndarray) -> str:
+    """The text of the prompt and the completion; the ids of an empty prompt are no text. Raises RunError."""
+    try:
+        completion = up_to_end(row, loaded.tokenizer.end_of_text)
+    except FloatingPointError as error:
+        advice = "choose an earlier --step of the run, or another --model"
+        raise RunError(f"{error}, because its weights are damaged or diverged: {advice}") from error
+    return loaded.tokenizer.decode([*(prompt.ids if prompt.text else ()), *completion])
 
 
 if __name__ == "__main__":

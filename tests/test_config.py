@@ -105,6 +105,7 @@ def assert_refused(wrong, *named):
         ("sample.texts", 0),
         ("sample.tokens", 0),
         ("sample.temperature", -0.1),
+        ("sample.temperature", 1e7),
         ("sample.top_k", -1),
         ("sample.top_p", 0.0),
         ("sample.top_p", 1.1),
@@ -124,6 +125,8 @@ def test_value_out_of_bounds_is_refused_by_name(name, value):
         ("optimizer.min_lr_ratio", 0.0),
         ("data.eval_sequences", 0),
         ("sample.temperature", 0.0),
+        ("sample.temperature", 1e6),
+        ("optimizer.clip_norm", 3.4e38),
         ("sample.top_k", 0),
         ("max_nonfinite_microbatches", 1),
     ],
@@ -171,9 +174,9 @@ def test_a_corpus_or_a_directory_is_required():
     assert_refused({"data": {"corpus": "", "dir": ""}}, "data.corpus", "data.dir")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.5e38, -3.5e38])
 @pytest.mark.parametrize("name", of_type(float))
-def test_non_finite_numbers_are_refused(name, value):
+def test_numbers_that_float32_does_not_hold_are_refused(name, value):
     assert_refused(settings(name, value), name)
 
 

@@ -10,6 +10,7 @@ COMMANDS = {"main", "prepare", "plan", "sample", "export", "doctor"}
 MAY_IMPORT = {
     "errors": set(),
     "units": set(),
+    "terminal": set(),
     "config": {"errors"},
     "storage": {"errors"},
     "cli": {"config", "errors"},
@@ -17,7 +18,7 @@ MAY_IMPORT = {
     "data": {"config", "errors", "storage"},
     "interop": {"config", "errors", "storage", "data", "core"},  # the table of parameters
     "device": {"config", "errors", "storage", "core"},
-    "run": {"config", "errors", "storage", "core", "data", "interop", "device", "units"},
+    "run": {"config", "errors", "storage", "core", "data", "interop", "device", "terminal", "units"},
 }
 MAY_IMPORT["planner"] = MAY_IMPORT["run"] | {"run"}
 

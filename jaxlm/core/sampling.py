@@ -17,6 +17,7 @@ from jaxlm.core import ops
 from jaxlm.core.model import Cache, empty_cache, forward_with_cache
 from jaxlm.core.parameters import Params
 
+NOT_FINITE = -1  # in place of a token whose logits are NaN or infinite
 SEARCH_FAN_OUT = 8  # parts into which a round of the threshold search divides its interval
 SEARCH_ROUNDS = 10  # at most; the interval is then 2**-30 of the logits' range
 
@@ -122,20 +123,22 @@ def sample_tokens(device_ops: ops.Ops, logits_BV: jax.Array, keys_B: jax.Array, 
     The probabilities are softmax(logits / temperature), restricted by `top_k_top_p_mask`.
 
     Returns:
-        [B] int32.
+        [B] int32; NOT_FINITE where the logits have no finite maximum.
     """
+    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     side = 4 * math.ceil(logits_BV.shape[1] ** 0.5 / 4)  # of a square with room for all tokens
 
     def sample() -> jax.Array:
         padding = ((0, 0), (0, side**2 - logits_BV.shape[1]))
         square_BV = jnp.pad(logits_BV, padding, constant_values=-jnp.inf)
-        scaled_BV = (square_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / params.temperature
+        scaled_BV = (square_BV - best_B1) / params.temperature
         mask_BV = top_k_top_p_mask(device_ops, scaled_BV, params.top_k, params.top_p)
         weights_BV = jnp.where(mask_BV, jnp.exp(scaled_BV), 0)
         with counts_of_32_bits():
             return jax.vmap(_sample_index)(weights_BV.reshape(-1, side, side), keys_B)
 
-    return device_ops.sampling_cond(params.temperature > 0, sample, lambda: _argmax(logits_BV))
+    token_B = device_ops.sampling_cond(params.temperature > 0, sample, lambda: _argmax(logits_BV, best_B1))
+    return jnp.where(jnp.abs(best_B1[:, 0]) < jnp.inf, token_B, NOT_FINITE)
 
 
 def _sample_index(weights_RC: jax.Array, key: jax.Array) -> jax.Array:
@@ -151,18 +154,17 @@ def _sample_index(weights_RC: jax.Array, key: jax.Array) -> jax.Array:
     return (row * weights_RC.shape[1] + column).astype(jnp.int32)
 
 
-def _argmax(logits_BV: jax.Array) -> jax.Array:
-    """`jnp.argmax` over the vocabulary, by two simple reductions: its own takes ten times as long on a CPU."""
-    best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+def _argmax(logits_BV: jax.Array, best_B1: jax.Array) -> jax.Array:
+    """`jnp.argmax` over the vocabulary, given the maximum: its own takes ten times as long on a CPU."""
     ids_V, last = jnp.arange(logits_BV.shape[1]), logits_BV.shape[1] - 1
-    return jnp.min(jnp.where(best_BV, ids_V, last), axis=-1).astype(jnp.int32)
+    return jnp.min(jnp.where(logits_BV == best_B1, ids_V, last), axis=-1).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames="count")
-def sequence_keys(key: jax.Array, count: int) -> jax.Array:
-    """A random key for each sequence, [count, 2] uint32, from a raw key. (A typed key has a sharding, which a plugin
-    may not support.)"""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+@jax.jit
+def sequence_keys(key: jax.Array, indices_B: jax.Array) -> jax.Array:
+    """The random keys of the sequences of these indices, [B, 2] uint32, from a raw key. (A typed key has a sharding,
+    which a plugin may not support.)"""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, indices_B)
 
 
 @partial(jax.jit, static_argnames=("config", "new_slots"))
@@ -194,7 +196,10 @@ def prefill(
 def decode_step(
     config: ModelConfig, weights: Params, state: DecodeState, params: SamplingParams, end_of_text: Any
 ) -> tuple[DecodeState, jax.Array]:
-    """Adds one token to each sequence: the next state, and [B] int32, `end_of_text` for a sequence that has ended."""
+    """Adds one token to each sequence: the next state, and [B] int32, `end_of_text` for a sequence that has ended.
+
+    A sequence ends with `end_of_text`, with NOT_FINITE or with the last token that its context has room for.
+    """
     s, slots_S = state, jnp.arange(state.cache.keys_GSK[0].shape[1])
     positions_B = s.slot - s.first_B
     keys_B = jax.vmap(jax.random.fold_in)(s.keys_B, positions_B)
@@ -204,7 +209,8 @@ def decode_step(
     logits_BV, cache = forward_with_cache(
         config, weights, token_B[:, None], positions_B[:, None], s.cache, s.slot, mask_B1S
     )
-    return DecodeState(cache, logits_BV, s.slot + 1, s.first_B, token_B == end_of_text, s.keys_B), token_B
+    done_B = (token_B == end_of_text) | (token_B == NOT_FINITE) | (positions_B >= config.context - 1)
+    return DecodeState(cache, logits_BV, s.slot + 1, s.first_B, done_B, s.keys_B), token_B
 
 
 def decode(

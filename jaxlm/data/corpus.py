@@ -106,9 +106,12 @@ def _tinystories() -> Corpus:
 def _download_tinystories(filename: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.utils.logging import set_verbosity_error
     except ImportError as error:
         raise UsageError('the corpus tinystories needs huggingface_hub: pip install "jaxlm[hub]"') from error
+    if HF_HUB_CACHE.startswith("~"):
+        raise UsageError("tinystories needs a folder, and there is no home directory: set HF_HOME to a folder")
     set_verbosity_error()  # no line per retry
     cached = try_to_load_from_cache(_TINYSTORIES, filename, repo_type="dataset")
     if isinstance(cached, str):

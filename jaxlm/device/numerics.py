@@ -277,7 +277,7 @@ def _random(config: Config, device: jax.Device, state: TrainState) -> Iterator[P
 
     def bits(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         with sampling.counts_of_32_bits():
-            return sampling.sequence_keys(key, _SAMPLES), jax.random.bits(key, (2**16 + 1,))
+            return sampling.sequence_keys(key, jnp.arange(_SAMPLES)), jax.random.bits(key, (2**16 + 1,))
 
     key = np.array([3, 5], np.uint32)
     actual, expected = compute(bits, device, key), compute(bits, _cpu(), key)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from statistics import mean, median
 
-from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxlm.config import Config
@@ -20,6 +19,7 @@ from jaxlm.run.events import (
     SkippedEvent,
     StepEvent,
 )
+from jaxlm.terminal import console, printable
 from jaxlm.units import duration
 
 RULE = "=" * 70
@@ -49,8 +49,8 @@ def samples_block(step: int, samples: Sequence[tuple[str, str]]) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Replaces line breaks, and control characters that a terminal would obey, by spaces."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """Replaces white space, and what a terminal would obey, by single spaces."""
+    return " ".join(printable(text).split())
 
 
 class Console:
@@ -60,7 +60,7 @@ class Console:
         self._config = config
         self._losses: list[float] = []  # since the last line
         self._step_seconds: list[float] = []
-        self._terminal = Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._terminal = console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         columns = BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.description}")
         hidden = not self._terminal.is_terminal
         self._bar = Progress(*columns, console=self._terminal, transient=True, disable=hidden)

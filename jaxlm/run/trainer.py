@@ -252,8 +252,16 @@ class Trainer:
         ids = [self._prompts[i] for i in chosen]
         params = prepare_decode_params(self.config.model, self.state.params)
         (tokens_BN,) = generate(self.config.model, params, ids, sampling_params(c), key, c.tokens, end_of_text)
-        texts = [self._tokenizer.decode(up_to_end(row, end_of_text)) for row in tokens_BN]
-        return tuple((c.prompts[i], c.prompts[i] + text) for i, text in zip(chosen, texts, strict=True))
+        return tuple(
+            (c.prompts[i], c.prompts[i] + self._completion(row)) for i, row in zip(chosen, tokens_BN, strict=True)
+        )
+
+    def _completion(self, row: np.ndarray) -> str:
+        """The text of new tokens, or why there is none: samples end no run."""
+        try:
+            return self._tokenizer.decode(up_to_end(row, self._tokenizer.end_of_text))
+        except FloatingPointError as error:
+            return f" ({error})"
 
     def _save(self, step: int) -> None:
         """Starts a save, after the rows of all steps up to this one are on the disk."""

@@ -11,9 +11,11 @@ from jaxlm.storage import atomic
 
 
 def directory() -> Path | None:
-    """jaxlm's cache directory, created if missing; None if it is not writable."""
+    """jaxlm's cache directory, created if missing; None if it is not writable or there is no home directory."""
     default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(default), "jaxlm")
+    path = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or default), "jaxlm")
+    if not path.is_absolute():
+        return None
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""Generation: chunks, padding rows and the end of the context change no token."""
+"""Generation: neither chunks nor the other sequences of a batch change a token."""
 
 from dataclasses import replace
 
@@ -18,9 +18,9 @@ SHORT, LONG = [7, 8, 9], list(range(30, 42))
 NEVER = -1  # no token is the end of a text
 
 
-def chunks_of(model, prompts, *, params=SAMPLED, key=0, tokens=100, end_of_text=NEVER, chunk=None):
+def chunks_of(model, prompts, *, params=SAMPLED, key=0, tokens=100, end_of_text=NEVER, chunk=None, indices=None):
     weights = prepare_decode_params(*model)
-    return list(generate(model[0], weights, prompts, params, jax.random.key(key), tokens, end_of_text, chunk))
+    return list(generate(model[0], weights, prompts, params, jax.random.key(key), tokens, end_of_text, chunk, indices))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def host_model(small_model):
 
 @pytest.fixture(scope="module")
 def both(host_model):
-    """12 tokens after each of SHORT and LONG, which with LONG fill the context."""
+    """The tokens after SHORT and LONG up to the end of the context: 21 and 12, then NEVER."""
     [tokens] = chunks_of(host_model, [SHORT, LONG])
     return tokens
 
@@ -45,7 +45,7 @@ def both(host_model):
 @pytest.mark.parametrize("params", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 def test_neither_chunks_nor_padding_rows_nor_the_host_loop_change_a_token(padded_model, host_model, params):
     chunks = chunks_of(padded_model, [SHORT, LONG], params=params, chunk=3)
-    assert [chunk.shape for chunk in chunks] == [(2, 3)] * 4
+    assert [chunk.shape for chunk in chunks] == [(2, 3)] * 7
     [tokens] = chunks_of(host_model, [SHORT, LONG], params=params)
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens)
     end_of_text = int(tokens[0, 3])
@@ -66,20 +66,22 @@ def test_any_chunk_gives_the_same_tokens(small_model, both, chunk):
 def test_each_sequence_has_its_own_random_numbers(host_model, both):
     assert (chunks_of(host_model, [SHORT, LONG], key=1)[0] != both).any(axis=1).all()
     [twins] = chunks_of(host_model, [SHORT, SHORT])
-    np.testing.assert_array_equal(twins[0, :12], both[0])
+    np.testing.assert_array_equal(twins[0], both[0])
     assert (twins[1] != twins[0]).any()
 
 
 def test_a_prompt_alone_gives_the_same_tokens(padded_model, both):
     chunks = chunks_of(padded_model, [SHORT], chunk=3)
-    np.testing.assert_array_equal(np.concatenate(chunks, axis=1)[:, :12], both[:1])
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), both[:1])
 
 
 @pytest.mark.slow
 def test_a_longer_prompt_in_the_batch_changes_no_token(padded_model, both):
-    """With it the prompts are padded to 32 tokens instead of 16."""
-    [tokens, *_] = chunks_of(padded_model, [SHORT, [7] * 17], chunk=3)
-    np.testing.assert_array_equal(tokens[0], both[0, :3])
+    """With it the prompts are padded to 32 tokens instead of 16, and it fills the context with one token."""
+    tokens = np.concatenate(chunks_of(padded_model, [SHORT, [7] * 23], chunk=3), axis=1)
+    np.testing.assert_array_equal(tokens[0], both[0])
+    assert tokens[1, 0] != NEVER
+    assert (tokens[1, 1:] == NEVER).all()
 
 
 def test_padding_rows_delay_no_end(padded_model, both, monkeypatch):
@@ -102,13 +104,12 @@ def test_greedy_tokens_fill_the_context(name, request):
     forward = jax.jit(Decoder(config).apply)
     prompts = [list(range(30, 44)), SHORT]
     tokens = np.concatenate(chunks_of(model, prompts, params=GREEDY, chunk=3), axis=1)
-    assert tokens.shape == (2, config.context - 14)
-    ids = np.zeros((2, config.context), np.int32)
-    for row, prompt, new_tokens in zip(ids, prompts, tokens.tolist(), strict=True):
-        row[: len(prompt) + len(new_tokens)] = prompt + new_tokens
-    logits = forward({"params": params}, ids)
-    for row_logits, prompt, new_tokens in zip(logits, prompts, tokens.tolist(), strict=True):
-        np.testing.assert_array_equal(np.argmax(row_logits[len(prompt) - 1 :][: len(new_tokens)], axis=-1), new_tokens)
+    assert tokens.shape == (2, config.context - len(SHORT))
+    assert (tokens[0, config.context - 14 :] == NEVER).all()
+    ids = np.array([(prompt + row)[: config.context] for prompt, row in zip(prompts, tokens.tolist(), strict=True)])
+    expected = np.argmax(forward({"params": params}, ids), axis=-1)
+    for row, prompt, predicted in zip(ids, prompts, expected, strict=True):
+        np.testing.assert_array_equal(predicted[len(prompt) - 1 : -1], row[len(prompt) :])
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -147,10 +148,33 @@ def test_chunks_stop_once_all_sequences_have_ended(host_model, padded_model):
 
 def test_chunks_continue_while_one_sequence_has_not_ended(padded_model, both):
     end = next(i for i, token in enumerate(both[0]) if token not in both[1])
-    chunks = chunks_of(padded_model, [SHORT, LONG], end_of_text=int(both[0, end]), chunk=3)
+    end_of_text = int(both[0, end])
+    chunks = chunks_of(padded_model, [SHORT, LONG], end_of_text=end_of_text, chunk=3)
+    assert len(chunks) == 5  # LONG fills the context with the fourth
     ended, whole = np.concatenate(chunks, axis=1)
-    np.testing.assert_array_equal(whole, both[1])
-    np.testing.assert_array_equal(ended, [*both[0, :end], *[both[0, end]] * (12 - end)])
+    np.testing.assert_array_equal(whole, both[1, :12])
+    np.testing.assert_array_equal(up_to_end(ended, end_of_text), both[0, :end])
+    assert (ended[end:] == end_of_text).all()
+
+
+def test_indices_select_the_random_numbers(host_model):
+    [tokens] = chunks_of(host_model, [SHORT] * 3)
+    [selected] = chunks_of(host_model, [SHORT] * 2, indices=[2, 1])
+    np.testing.assert_array_equal(selected, tokens[[2, 1]])
+
+
+@pytest.mark.parametrize("name", ["padded_model", "host_model"])
+def test_logits_that_are_not_finite_end_a_sequence_and_are_named(name, request):
+    """The weights of one token are NaN, so that only the sequence that holds it is lost."""
+    config, params = request.getfixturevalue(name)
+    damaged = params["embedding"].at[LONG[0]].set(np.nan)
+    model = replace(config, tied=False), params | {"embedding": damaged, "head": params["embedding"]}
+    [tokens] = chunks_of(model, [SHORT, LONG], params=GREEDY, end_of_text=0)
+    assert tokens[1].tolist() == [-1] + [0] * (tokens.shape[1] - 1)
+    assert (tokens[0] >= 0).all()
+    up_to_end(tokens[0], 0)
+    with pytest.raises(FloatingPointError):
+        up_to_end(tokens[1], 0)
 
 
 def test_up_to_end_cuts_at_the_first_end_of_text():

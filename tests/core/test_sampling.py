@@ -10,7 +10,15 @@ import pytest
 
 from jaxlm.core import ops
 from jaxlm.core.model import Decoder, prepare_decode_params
-from jaxlm.core.sampling import SamplingParams, decode, decode_step, prefill, sample_tokens, top_k_top_p_mask
+from jaxlm.core.sampling import (
+    NOT_FINITE,
+    SamplingParams,
+    decode,
+    decode_step,
+    prefill,
+    sample_tokens,
+    top_k_top_p_mask,
+)
 
 GREEDY = SamplingParams(0.0)
 SAMPLED = SamplingParams(1.5)  # with the program of GREEDY
@@ -177,6 +185,25 @@ def test_tokens_follow_the_exact_distribution_and_no_other(params, others):
     assert chi_square(tokens, exact_distribution(logits, params)) < limit
     for other in others:
         assert chi_square(tokens, exact_distribution(logits, other)) > limit, other
+
+
+@pytest.mark.parametrize("implementation", ["xla", "apple"])
+@pytest.mark.parametrize("params", [GREEDY, RESTRICTED])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_without_a_finite_maximum_are_marked(implementation, params, value):
+    logits = np.random.default_rng(1).normal(size=(ROWS, 8)).astype(np.float32)
+    logits[1::2] = value
+    tokens = sample(logits, params, implementation=implementation)
+    assert (tokens[1::2] == NOT_FINITE).all()
+    assert ((tokens[::2] >= 0) & (tokens[::2] < 8)).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e6])
+def test_the_extreme_temperatures_are_exact(temperature):
+    """The least is greedy, the largest draws from the top_k alike."""
+    logits = np.array([0.5, 2.0, -3.0, 1.5, -0.5, 1.0, 0.0, -1.0], np.float32)
+    expected = [0, 1, 0, 0, 0, 0, 0, 0] if temperature < 1 else [0, 1 / 3, 0, 1 / 3, 0, 1 / 3, 0, 0]
+    assert chi_square(sample(logits, SamplingParams(temperature, 3, 1.0)), np.array(expected)) < 35
 
 
 def test_apple_samples_without_loop_or_branch():
