@@ -1,6 +1,11 @@
 """How commands find their config file, and how they end."""
 
+import argparse
+import contextlib
+import importlib
+import io
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +14,7 @@ import jax
 import pytest
 
 from configs import quickstart
-from jaxlm.cli import ArgumentParser, find_config, read_config, run_errors, status
+from jaxlm.cli import ArgumentParser, expand_homes, find_config, path, read_config, run_errors, status
 from jaxlm.config import from_config_dict
 from jaxlm.errors import RunError, Stopped, UsageError
 
@@ -179,3 +184,72 @@ def test_a_flag_overrides_the_old_name_in_a_config_file(tmp_path):
         ["--config", str(file), "--config.model.mlp_width=128", "--config.model.implementation=xla"]
     )
     assert (config.microbatch_chunks, config.model.mlp_width, config.model.implementation) == (4, 128, "xla")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def test_every_path_of_a_command_line_may_begin_with_the_home_directory(home):
+    (home / "mine.py").write_text(
+        "from configs.quickstart import get_config as quickstart\n\n\ndef get_config():\n"
+        "    config = quickstart()\n    config.data.dir = '~/tokens'\n    return config\n"
+    )
+    config, workdir = read_config(
+        ["--config=~/mine.py", "--workdir=~/run", "--config.init_from=~", "--config.data.corpus=~/a.txt, ~/*/~b.txt,c~"]
+    )
+    assert workdir == home / "run"
+    assert config.data.corpus == f"{home}/a.txt, {home}/*/~b.txt,c~"
+    assert (config.data.dir, config.init_from) == (f"{home}/tokens", str(home))
+    assert read_config(["--config=~/mine.py"])[1] == Path("runs/mine")
+    assert expand_homes("novels") == "novels"
+    assert path("") == Path()
+
+
+def test_another_users_home_directory_is_found(home):
+    root = pwd.getpwuid(0)
+    assert path(f"~{root.pw_name}/x") == Path(root.pw_dir, "x")
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/x", "~", "~/x"])
+def test_a_path_without_its_home_directory_is_refused(home, monkeypatch, text):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    for flag in ("--workdir", "--config", "--config.data.dir", "--config.data.corpus", "--config.init_from"):
+        with pytest.raises(UsageError, match="no home directory") as caught:
+            read_config([f"{flag}={text}"])
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def flags_of(command, monkeypatch):
+    """The flags that a command defines, by name."""
+    flags = {}
+
+    def add_argument(group, *names, original=argparse._ActionsContainer.add_argument, **options):
+        flags[names[0]] = options
+        return original(group, *names, **options)
+
+    monkeypatch.setattr("argparse._ActionsContainer.add_argument", add_argument)
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module(f"jaxlm.{command}").main(["--help"])
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("sample", {"--workdir", "--model"}),
+        ("export", {"--workdir", "--out"}),
+        ("prepare", {"--corpus", "--out"}),
+        ("doctor", {"--out"}),
+    ],
+)
+def test_every_flag_for_a_path_has_its_type(home, monkeypatch, command, named):
+    types = {name: options.get("type") for name, options in flags_of(command, monkeypatch).items()}
+    assert {name for name, kind in types.items() if kind in (path, expand_homes)} == named
+    assert Path not in types.values()
+    assert all(str(types[name]("~/books")) == f"{home}/books" for name in named)

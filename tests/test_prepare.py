@@ -32,6 +32,15 @@ def test_the_output_describes_the_files_and_a_second_run_does_nothing(tmp_path, 
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_forced_colours_bring_no_bar_into_a_log(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
+    main(["--corpus", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--vocab_size", "500"])
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err
+    assert len(out.splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     "argv",
     [

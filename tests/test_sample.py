@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import termios
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -21,12 +22,12 @@ from jaxlm.config import Config, ModelConfig, to_dict
 from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.parameters import tree_of
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import UsageError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import write_model
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.load import LoadedModel
 from jaxlm.run.memory import state_shapes
-from jaxlm.sample import CHANGEABLE, _session, main
+from jaxlm.sample import CHANGEABLE, _encode, _from_stdin, _line_groups, _print_all, _session, main
 from tests.tiny_run import is_one_line
 
 FULL = "[日本語]{15}\ufffd"  # a text of 46 tokens, the context: 15 characters and the first byte of another
@@ -83,6 +84,7 @@ def place(tmp_path_factory):
             checkpoints.save(step, zeros._replace(params=spelling_params(step)), meta)
         checkpoints.wait()
         write_model(Path("run/final_model"), CONFIG, spelling_params(120), "")
+        write_model(Path("diverged"), CONFIG, jax.tree.map(lambda leaf: leaf * np.nan, spelling_params(120)), "")
         yield
 
 
@@ -203,6 +205,8 @@ def test_terminal_shows_the_same_text_as_it_is_generated(sample, flags):
         (["--tokens", "many"], "--tokens"),
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
+        (["--temperature", "inf"], "temperature"),
+        (["--temperature", "1e39"], "temperature"),
         (["--top_k", "-1"], "top_k"),
         (["--top_p", "0"], "top_p"),
         (["--promt", "Once"], "--promt"),
@@ -247,28 +251,160 @@ def test_json_writes_one_object_per_line(sample):
     assert "\n\n".join(row["text"] for row in objects) + "\n" == sample(*flags)
 
 
-def test_each_line_of_stdin_is_a_prompt(sample, monkeypatch):
+@pytest.fixture
+def type_in(monkeypatch):
+    """Sets what stdin holds."""
+    with contextlib.ExitStack() as files:
+
+        def type_in(text):
+            Path("typed").write_bytes(text if isinstance(text, bytes) else text.encode())
+            monkeypatch.setattr("sys.stdin", files.enter_context(Path("typed").open()))
+
+        yield type_in
+
+
+def test_each_line_of_stdin_is_a_prompt(sample, type_in, monkeypatch):
     monkeypatch.setattr("jaxlm.sample.PROMPT_BATCH", 3)
     prompts = ["語", "", "日本日", "本", "本", "本"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{prompt}\n" for prompt in prompts)))
+    type_in("".join(f"{prompt}\n" for prompt in prompts))
     objects = [json.loads(line) for line in sample("--stdin", "--json").splitlines()]
     assert [row["prompt"] for row in objects] == prompts
     assert all(row["text"].startswith(row["prompt"]) for row in objects)
     assert len({row["text"] for row in objects[3:]}) > 1
-    first = sample(*(word for prompt in prompts[:3] for word in ("--prompt", prompt)))
-    assert first == "\n\n".join(row["text"] for row in objects[:3]) + "\n"
+    given = sample(*(word for prompt in prompts for word in ("--prompt", prompt)))
+    assert given == "\n\n".join(row["text"] for row in objects) + "\n"
 
 
-def test_empty_stdin_writes_nothing(sample, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+def test_the_text_of_a_line_does_not_depend_on_its_neighbours(sample, type_in, capsys):
+    """Neither on a prompt that leaves room for one token, nor on one that does not fit."""
+
+    def texts(*prompts):
+        type_in("\n".join(prompts))
+        return [json.loads(line)["text"] for line in sample("--stdin", "--json").splitlines()]
+
+    first, second, third = texts("語", "日本", "語")
+    assert all(re.fullmatch(FULL, text) for text in (first, second, third))
+    assert first != third
+    beside_long = texts("日" * 15, "日本", "語")
+    assert beside_long[1:] == [second, third]
+    assert re.fullmatch(FULL, beside_long[0])
+    type_in("語\n" + "日" * 30 + "\n語\n")
+    with pytest.raises(UsageError):
+        main(["--workdir", "run", "--stdin"])
+    assert capsys.readouterr().out == f"{first}\n\n{third}\n"
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_no_prompt(sample, type_in):
+    type_in("\ufeff日\r\n\r\n日\ufeff本\r\r".encode())
+    prompts = [json.loads(line)["prompt"] for line in sample("--stdin", "--json", "--tokens", "1").splitlines()]
+    assert prompts == ["日", "", "日\ufeff本\r"]
+
+
+def test_empty_stdin_writes_nothing(sample, type_in):
+    type_in("")
     assert sample("--stdin") == ""
 
 
-def test_stdin_that_is_not_utf8_is_refused(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\n"), encoding="utf-8"))
-    with pytest.raises(UsageError, match="UTF-8") as caught:
-        main(["--workdir", "run", "--stdin"])
-    assert is_one_line(caught.value)
+def test_an_unfit_line_is_named_and_the_others_are_answered(type_in, capsys):
+    type_in(b"\xff\n" + "日\n".encode() + b"x" * 46 + b"\n\n\xe6\x97")
+    with pytest.raises(UsageError, match="3 of 5 lines") as caught:
+        main(["--workdir", "run", "--stdin", "--json"])
+    assert (caught.value.exit_status, is_one_line(caught.value)) == (2, True)
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["日", ""]
+    errors = err.splitlines()[1:]
+    for error, beginning in zip(errors, ("line 1: .*UTF-8", "line 3: .* 46 tokens", "line 5: .*UTF-8"), strict=True):
+        assert re.match(f"error: {beginning}", error)
+
+
+@pytest.fixture
+def pipe():
+    """The two ends of a pipe. The writing end is closed after a while, so that no test waits for ever."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as reader, os.fdopen(writing, "wb", buffering=0) as writer:
+        timer = threading.Timer(20, writer.close)
+        timer.start()
+        yield reader, writer
+        timer.cancel()
+
+
+def test_lines_come_in_groups_that_wait_for_the_first_line_only(pipe):
+    reader, writer = pipe
+    groups = _line_groups(reader.fileno())
+    writer.write(b"a\n\nb")
+    assert next(groups) == [b"a", b""]
+    writer.write(b"c\n")
+    assert next(groups) == [b"bc"]
+    writer.write(b"x\n" * 20)
+    assert [len(next(groups)), len(next(groups))] == [16, 4]
+    writer.write(b"end")
+    writer.close()
+    assert list(groups) == [[b"end"]]
+
+
+def test_the_lines_of_a_file_come_in_full_groups(type_in, monkeypatch):
+    monkeypatch.setattr("jaxlm.sample.READ_BYTES", 7)
+    type_in("".join(f"{number}\n" for number in range(40)))
+    groups = list(_line_groups(sys.stdin.fileno()))
+    assert [len(group) for group in groups] == [16, 16, 8]
+    assert b"\n".join(itertools.chain(*groups)).split() == [b"%d" % number for number in range(40)]
+
+
+@pytest.fixture
+def echoing(monkeypatch):
+    """A model that adds what the test appends to the list, one chunk each."""
+    chunks = []
+    monkeypatch.setattr(
+        "jaxlm.sample._generate", lambda _, group, *__: (np.array([ids] * len(group), int) for ids in chunks)
+    )
+    return LoadedModel(ModelConfig(context=40), None, load_tokenizer(257)), chunks
+
+
+def test_an_open_pipe_is_answered_line_by_line(pipe, echoing, monkeypatch, capsys):
+    """Each line is written once the one before is answered."""
+    (reader, writer), (loaded, chunks) = pipe, echoing
+    monkeypatch.setattr("sys.stdin", reader)
+    chunks.append([])
+    answers, arguments = [], Namespace(**dict.fromkeys(CHANGEABLE, 1), json=False)
+
+    def lines():
+        groups = _from_stdin(loaded)
+        for line in (b"one\n", b"two\n"):
+            writer.write(line)
+            yield next(groups)
+            answers.append(capsys.readouterr().out)
+        assert not writer.closed
+
+    _print_all(loaded, lines(), arguments)
+    assert answers == ["one\n", "\ntwo\n"]
+
+
+CODES = "\x1b[2J\x9b3日\x07\u202e\x7f\x00\t\n本\r"
+
+
+def test_sampled_text_cannot_control_a_terminal(echoing, capsys):
+    """Its bytes come one by one. In a pipe they are unchanged."""
+    loaded, chunks = echoing
+    chunks += [[int(i)] for i in loaded.tokenizer.encode(CODES)]
+    arguments = Namespace(**dict.fromkeys(CHANGEABLE, 1), json=False)
+    group = [_encode(loaded, 0, CODES)]
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        _print_all(loaded, [group], arguments)
+    assert terminal.getvalue() == " [2J 3日    \t\n本 " * 2 + "\n"
+    chunks[:] = [[int(i) for i in loaded.tokenizer.encode(CODES)]]
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        _print_all(loaded, [group * 2], arguments)
+    assert not set(terminal.getvalue()) & set("\x1b\x9b\x07\u202e\x7f\x00\r")
+    _print_all(loaded, [group], arguments)
+    assert capsys.readouterr().out == CODES * 2 + "\n"
+
+
+def test_weights_that_are_not_finite_end_the_command_with_advice(capsys):
+    for flags in ([], ["--temperature", "0"]):
+        with pytest.raises(RunError, match=r"not finite.*--step") as caught:
+            main(["--model", "diverged", "--prompt", "日", *flags])
+        assert (caught.value.exit_status, is_one_line(caught.value)) == (1, True)
+        assert capsys.readouterr().out == ""
 
 
 def test_exported_folder_gives_the_same_text(sample, capsys):

@@ -123,6 +123,14 @@ def test_a_full_disk_is_not_a_missing_network(tmp_path, monkeypatch, number, err
         open_corpus("tinystories")
 
 
+def test_without_a_home_directory_nothing_is_downloaded_into_the_working_directory(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    with pytest.raises(UsageError, match="no home directory: set HF_HOME"):
+        open_corpus("tinystories")
+
+
 MARK = "<|endoftext|>"
 STORIES = {"train": [f"There were {i} cats.\nThey slept." for i in range(300)], "valid": ["A dog barked.", "The end."]}
 HUB_FILES = {

@@ -67,6 +67,17 @@ def test_piped_only_the_lines_appear(capsys):
     assert capsys.readouterr() == (f"{long_line}\nsecond\n", "")
 
 
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"])
+def test_no_variable_brings_the_bar_into_a_pipe(environment, monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, "1")
+    console = Console(Config(), 0)
+    console(step_event(3))
+    console(MessageEvent("a line"))
+    console.show_cursor()
+    console.close()
+    assert capsys.readouterr() == ("a line\n", "")
+
+
 @pytest.mark.parametrize("columns", [80, 100])
 def test_on_a_terminal_a_bar_shows_the_progress_and_the_next_pause(environment, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

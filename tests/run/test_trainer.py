@@ -197,6 +197,15 @@ def test_samples_have_different_prompts_in_each_block(console):
     assert all(row["text"].startswith(row["prompt"]) and len(row["text"]) > len(row["prompt"]) for row in samples)
 
 
+def test_samples_of_logits_that_are_not_finite_say_so_and_end_no_run(console, monkeypatch):
+    monkeypatch.setattr(
+        trainer, "generate", lambda *_: iter([np.array([[72, -1, 299], [72, 73, 299], [-1, 299, 299]])])
+    )
+    train("not-finite", "--config.max_steps=6")
+    texts = [row["text"].removeprefix(row["prompt"]) for row in rows("not-finite/samples.jsonl")]
+    assert texts == [" (the model's logits are not finite)", "ij", " (the model's logits are not finite)"]
+
+
 def test_the_console_shows_the_samples_of_the_file(console):
     samples = [row for row in rows("run/samples.jsonl") if row["step"] == 6]
     lines = console.splitlines()

@@ -44,6 +44,25 @@ def test_without_the_variable_it_is_the_platforms_directory(tmp_path, monkeypatc
     assert user_cache.directory() == Path(tmp_path, usual)
 
 
+@pytest.mark.parametrize("variable", ["", "~/cache", "cache"])
+def test_without_a_home_directory_it_is_none(tmp_path, monkeypatch, variable):
+    """A relative path would put the cache into whatever folder a command is started in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    user_cache.put("probe", ["mps"], 1)
+    assert user_cache.directory() is None
+    assert user_cache.get("probe", ["mps"]) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_variable_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/mine")
+    assert user_cache.directory() == tmp_path / "mine" / "jaxlm"
+
+
 def test_a_read_only_directory_is_none(monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert user_cache.directory() is None
