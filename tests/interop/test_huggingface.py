@@ -445,6 +445,29 @@ def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path):
     assert is_one_line(caught.value)
 
 
+def test_a_model_whose_weights_a_person_deleted_is_written_with_its_card(folder):
+    (folder / "model.safetensors").unlink()
+    write_model(folder, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "new")
+    assert (folder / "model.safetensors").is_file()
+    assert (folder / "README.md").read_text().startswith("new\n")
+
+
+def test_all_leftovers_of_a_killed_call_are_deleted_even_if_nothing_is_to_write(folder):
+    whole = listing(folder)
+    for name in ("merges.txt", "model.safetensors"):
+        (folder / f".{name}.jaxlm-0123456789abcdef.tmp").write_text("half")
+    write_model(folder, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
+    assert listing(folder) == whole
+
+
+@pytest.mark.parametrize("layers", range(1, 9))
+def test_the_tensors_are_aligned_to_8_bytes(tmp_path, layers):
+    model = ModelConfig(**SIZES | {"layers": layers, "mlp_width": 10**layers if layers < 5 else 8})
+    folder = write_model(tmp_path / "model", Config(model=model), random_params(model), "")
+    with (folder / "model.safetensors").open("rb") as file:
+        assert int.from_bytes(file.read(8), "little") % 8 == 0
+
+
 class Killed(BaseException):
     pass
 
@@ -591,6 +614,7 @@ def test_the_rows_must_be_those_of_config_json(folder):
         ({"a": 0, "b": 400}, [], 300),
         ({"a": "1", "b": None, "c": True}, ["<s>", {"id": "2"}], 300),
         (7, 7, 300),
+        ({"a": -5}, [], 300),
     ],
 )
 def test_the_rows_of_any_tokenizer_end_with_its_last_token(folder, vocab, added, rows):
