@@ -13,6 +13,7 @@ _DISK_ADVICE = {
     errno.ENOTDIR: "check that each part of the path is a folder",
     errno.ESTALE: "check that the disk is still mounted",
     errno.ENODEV: "check that the disk is still connected",
+    errno.EEXIST: "move away what has its name",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.EIO: "the disk may be failing: copy what matters, and choose another",

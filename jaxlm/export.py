@@ -8,10 +8,12 @@ from pathlib import Path
 
 from jaxlm.cli import ArgumentParser, path, run
 from jaxlm.errors import UsageError
+from jaxlm.interop import gguf, huggingface
 from jaxlm.interop.gguf import DTYPES, require_gguf, write_gguf
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
 from jaxlm.run.quiet import quiet_libraries
+from jaxlm.storage.atomic import leftover_of
 
 
 def main(argv: list[str]) -> None:
@@ -30,27 +32,29 @@ def main(argv: list[str]) -> None:
         out = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
     elif args.dtype:
         raise UsageError("--dtype applies to GGUF files only: a Hugging Face folder is float32")
-    _check_output(out, args.overwrite)
+    _check_output(out, args.format == "gguf", args.overwrite)
 
     from jaxlm.core.model import parameter_count  # jax: imported after the quick checks
     from jaxlm.run.load import restore
 
-    step, config, tokens, _, params = restore(args.workdir, args.step, "cpu")
+    step, config, meta, _, params = restore(args.workdir, args.step, "cpu")
     if args.format == "gguf":
         write_gguf(out, config.model, params, dtype)
     else:
-        write_model(out, config, params, model_card(args.workdir, config, step, tokens, parameter_count(params)))
+        write_model(out, config, params, model_card(args.workdir, config, step, meta, parameter_count(params)))
     print(f"{out} holds the model of step {step:,}")
 
 
-def _check_output(out: Path, overwrite: bool) -> None:
+def _check_output(out: Path, is_gguf: bool, overwrite: bool) -> None:
     """Raises UsageError if `out` exists and is not an earlier export, or is one and `overwrite` is not set."""
-    if not os.path.lexists(out) or (out.is_dir() and out.suffix != ".gguf" and not any(out.iterdir())):
+    if not os.path.lexists(out) or (not is_gguf and out.is_dir() and all(map(leftover_of, os.listdir(out)))):
         return
-    exported = out.is_file() if out.suffix == ".gguf" else (out / "model.safetensors").is_file()
-    if not exported:
-        raise UsageError(f"{out} exists and is not an exported model: choose another --out")
-    if not overwrite:
+    if not (gguf.read_mark(out) if is_gguf else huggingface.read_mark(out)).sound:
+        raise UsageError(
+            f"{out} exists and is not a model as this version of jaxlm exports it: move it away or choose another --out"
+        )
+    unfinished = not is_gguf and not os.path.lexists(out / huggingface.CONFIG)  # by a kill
+    if not (overwrite or unfinished):
         raise UsageError(f"{out} exists: choose another --out, or add --overwrite")
 
 

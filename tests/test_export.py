@@ -1,5 +1,6 @@
 """The command that exports a model."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,7 +8,9 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxlm.errors import RunError, UsageError
 from jaxlm.export import main
@@ -15,6 +18,8 @@ from jaxlm.interop.huggingface import read_params
 from jaxlm.sample import main as sample
 from tests import tiny_run
 from tests.tiny_run import config_of, disk_room, is_one_line, listing, rows
+
+gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,10 +54,11 @@ def test_the_card_describes_the_training(tmp_path):
     bits = recorded[8]["val_bits_per_byte"]
     meta = json.loads(Path("tokens/meta.json").read_text())
     train, val = meta["train"]["sha256"], meta["val"]["sha256"]
+    sha256 = hashlib.sha256(Path("text.txt").read_bytes()).hexdigest()
     assert table == {
         "sizes": "2 layers, 2 heads, width 16, MLP width 24, context 16, vocabulary 300 (GPT-2's)",
         "initialised from": "random weights, seed 0",
-        "text": f"text.txt (tokenizer gpt2, train_sha256 {train}, val_sha256 {val})",
+        "text": f"text.txt (sha256 {sha256}, tokenizer gpt2, train_sha256 {train}, val_sha256 {val})",
         "trained": "9 of 12 steps, 576 tokens",
         "training loss": f"{recorded[9]['loss']:.4f} nats per token (step 9)",
         "validation loss": f"{recorded[8]['val_loss']:.4f} nats per token, {bits:.4f} bits per byte (step 8)",
@@ -66,7 +72,6 @@ def test_the_card_describes_the_training(tmp_path):
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 def test_an_export_is_replaced_only_with_overwrite(tmp_path, form):
-    pytest.importorskip("gguf")
     out = tmp_path / {"hf": "model", "gguf": "model.gguf"}[form]
     export("--format", form, "--out", out, "--step", 3)
     before = listing(tmp_path) | {"": out.read_bytes() if out.is_file() else None}
@@ -81,7 +86,6 @@ def test_an_export_is_replaced_only_with_overwrite(tmp_path, form):
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 def test_other_files_are_never_overwritten(tmp_path, form):
-    pytest.importorskip("gguf")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "of.gguf").mkdir()
     (tmp_path / "file").write_text("mine")
@@ -92,6 +96,76 @@ def test_other_files_are_never_overwritten(tmp_path, form):
             export("--format", form, "--out", tmp_path / name, "--overwrite")
         assert is_one_line(caught.value)
     assert listing(tmp_path) == before
+
+
+def strangers_model(place):
+    """A folder with a model of another program and a thesis, and a GGUF file."""
+    place.mkdir()
+    (place / "thesis.txt").write_text("mine")
+    weights = load_file("run/final_model/model.safetensors")
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    writer = gguf.GGUFWriter(place / "model.gguf", "llama")
+    writer.add_tensor("norm", np.ones(4, np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    (place / "text.gguf").write_text("mine")
+
+
+@pytest.mark.parametrize(("form", "name"), [("hf", "m"), ("gguf", "m/model.gguf"), ("gguf", "m/text.gguf")])
+def test_a_strangers_model_is_never_overwritten(tmp_path, form, name):
+    strangers_model(tmp_path / "m")
+    before = listing(tmp_path)
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(UsageError, match="move it away") as caught:
+            export("--format", form, "--out", tmp_path / name, *flags)
+        assert is_one_line(caught.value)
+    assert listing(tmp_path) == before
+
+
+def test_an_export_that_a_person_quantized_or_trained_further_is_theirs(tmp_path):
+    """They keep the metadata and change the tensors."""
+    export("--format", "gguf", "--out", tmp_path / "model.gguf")
+    content = bytearray((tmp_path / "model.gguf").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(UsageError, match="move it away"):
+        export("--format", "gguf", "--out", tmp_path / "model.gguf", "--overwrite")
+
+
+def test_overwriting_keeps_what_else_is_in_the_folder(tmp_path):
+    export("--out", tmp_path / "model", "--step", 3)
+    (tmp_path / "model" / "x.gguf").write_text("mine")
+    (tmp_path / "model.tmp").mkdir()
+    (tmp_path / "model.tmp" / "letter").write_text("mine")
+    export("--out", tmp_path / "model", "--overwrite")
+    expected = listing(Path("run/final_model")) | {"run/final_model/x.gguf": b"mine"}
+    assert listing(tmp_path / "model") == {
+        path.replace("run/final_model", f"{tmp_path}/model"): data for path, data in expected.items()
+    }
+    assert (tmp_path / "model.tmp" / "letter").read_text() == "mine"
+
+
+def test_a_killed_export_is_completed_by_the_same_command(tmp_path, monkeypatch):
+    """Whether it ended before or after the first rename."""
+    for renames in (0, 1, 5):
+        out, done, replace = tmp_path / f"{renames}", [], Path.replace
+
+        def replace_or_die(self, target, done=done, renames=renames, replace=replace):
+            if len(done) == renames:
+                raise KeyboardInterrupt
+            done.append(target)
+            return replace(self, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", replace_or_die)
+            patch.setattr(Path, "unlink", lambda self, **flags: None)
+            with pytest.raises(KeyboardInterrupt):
+                export("--out", out)
+        assert len(os.listdir(out)) == 8
+        export("--out", out)
+        assert sorted(os.listdir(out)) == sorted(os.listdir("run/final_model"))
+        with pytest.raises(UsageError, match="--overwrite"):
+            export("--out", out)
 
 
 def test_an_empty_folder_is_used(tmp_path, monkeypatch):
@@ -105,7 +179,6 @@ def test_an_empty_folder_is_used(tmp_path, monkeypatch):
 
 
 def test_a_gguf_file_is_written_to_the_file_or_folder_of_out(tmp_path):
-    pytest.importorskip("gguf")
     export("--format", "gguf", "--out", tmp_path / "new" / "mine.gguf")
     export("--format", "gguf", "--out", tmp_path, "--dtype", "q8_0")
     export("--format", "gguf", "--out", tmp_path)
@@ -116,8 +189,7 @@ def test_a_gguf_file_is_written_to_the_file_or_folder_of_out(tmp_path):
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, form):
-    pytest.importorskip("gguf")
-    with disk_room(5_000), pytest.raises(RunError, match="room") as caught:
+    with disk_room(5_000), pytest.raises(RunError, match="larger files") as caught:
         export("--format", form, "--out", tmp_path / "out.gguf")
     assert is_one_line(caught.value)
     assert list(tmp_path.iterdir()) == []

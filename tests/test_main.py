@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxlm.cli import read_config
 from jaxlm.core.train_step import init_state
@@ -234,6 +235,43 @@ def test_final_model_that_cannot_be_replaced_is_a_failure_of_one_line():
         train("taken")
     assert is_one_line(caught.value)
     assert Path("taken/final_model").read_text() == "a file"
+
+
+def test_what_a_person_puts_into_final_model_stays():
+    shutil.copytree(DONE, "guest")
+    model = Path("guest/final_model")
+    (model / ".git").mkdir()
+    (model / ".git" / "HEAD").write_text("mine")
+    (model / "x.gguf").write_text("mine")
+    (model / "README.md").write_text("My words.")
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in model.rglob("*")}
+    contents = listing(model)
+    assert "Done: 12 steps" in train("guest")
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in model.rglob("*")} == before
+    assert listing(model) == contents
+
+
+def test_weights_that_a_person_changed_in_final_model_stay():
+    shutil.copytree(DONE, "tuned")
+    file = Path("tuned/final_model/model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    before = listing(file.parent)
+    with pytest.raises(RunError, match=r"final_model/model\.safetensors .* move it away") as caught:
+        train("tuned")
+    assert is_one_line(caught.value)
+    assert listing(file.parent) == before
+
+
+def test_the_card_names_the_text_or_the_folder_of_the_tokens():
+    shutil.copytree(DONE, "bare")
+    card = Path("bare/final_model/README.md")
+    trained_on = card.read_text()
+    assert "\n| text | text.txt (sha256 " in trained_on
+    shutil.copytree("tokens", "elsewhere")
+    Path("elsewhere/meta.json").unlink()
+    train("bare", f"--config.data.dir={Path('elsewhere').absolute()}")
+    assert "\n| text | token files in elsewhere (tokenizer gpt2, " in card.read_text()
+    assert str(Path.cwd()) not in card.read_text()
 
 
 def test_run_that_does_not_fit_on_the_disk_is_refused(monkeypatch):

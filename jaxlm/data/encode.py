@@ -8,7 +8,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -102,21 +102,14 @@ def _new_files(directory: Path) -> Iterator[dict[str, BinaryIO]]:
 
     META appears first, so that an incomplete set is never mistaken for token files without META.
     """
-    created = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with only_writer(directory), ExitStack() as stack:
+        with atomic.new_directory(directory), only_writer(directory), ExitStack() as stack:
             paths = {name: stack.enter_context(atomic.new_file(directory / name)) for name in (TRAIN, VAL, META)}
             yield {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
-        created.clear()
     except OSError as error:
         raise RunError(
             f"cannot write to {directory} ({error.strerror}): make room or choose another directory"
         ) from error
-    finally:
-        for path in created:
-            with suppress(OSError):  # not empty: another program uses it
-                path.rmdir()
 
 
 def _encode_all(

@@ -12,8 +12,9 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.core.parameters import Params
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.errors import RunError, UsageError
+from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.interop.huggingface import layer_tensors
+from jaxlm.interop.mark import KEY, Mark, tensors_sha256
 from jaxlm.storage import atomic
 
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # of the matrices; llama.cpp's file types
@@ -33,11 +34,23 @@ def write_gguf(file: Path, config: ModelConfig, params: Params, dtype: str) -> N
         RunError: the disk failed; an existing file is unchanged.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.new_file(file) as temporary:
+        with atomic.new_directory(file.parent), atomic.new_file(file) as temporary:
             _write(temporary, config, params, dtype)
     except OSError as error:
-        raise RunError(f"cannot write {file} ({error}): make room and run the same command again") from error
+        raise RunError(f"cannot write {file} ({error}): {disk_advice(error)}, run the same command again") from error
+
+
+def read_mark(file: Path) -> Mark:
+    """The mark of a GGUF file."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(file)
+        tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+        field = reader.get_field(KEY)
+        return Mark(field and field.contents(), tensors_sha256(tensors, tensors.__getitem__))
+    except Exception:  # the package raises nothing more specific for what is not a GGUF file
+        return Mark()
 
 
 def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
@@ -66,6 +79,7 @@ def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)
 
+    written = {}
     for parameter, tensors in layer_tensors(config, params):
         kind = gguf.GGMLQuantizationType["F32" if parameter.kind == "norm_scale" else dtype.upper()]
         if tensors[0].shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
@@ -73,7 +87,9 @@ def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
         for name, tensor in zip(parameter.names(parameter.gguf_name), tensors, strict=True):
             if parameter.rope_heads:
                 tensor = interleave_rope_rows(tensor, parameter.rope_heads)
-            writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
+            written[name] = gguf.quantize(tensor, kind)
+            writer.add_tensor(name, written[name], raw_dtype=kind)
+    writer.add_string(KEY, tensors_sha256(written, written.__getitem__))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

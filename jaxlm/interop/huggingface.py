@@ -8,22 +8,28 @@ rows of query and key matrices have the same order.
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
 from jaxlm.config import Config, ModelConfig, SampleConfig, model_config
 from jaxlm.core.parameters import Parameter, Params, check_tree, leaves_by_path, parameter_table, tree_of
 from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, TokenizerProtocol, load_tokenizer
-from jaxlm.errors import RunError, UsageError
+from jaxlm.errors import RunError, UsageError, disk_advice
+from jaxlm.interop.mark import KEY as MARK_KEY
+from jaxlm.interop.mark import Mark, tensors_sha256
+from jaxlm.interop.model_card import is_sealed, seal
 from jaxlm.storage import atomic
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, AttributeError)  # what safetensors raises
 
 # names of the settings in config.json
 _SIZES = {
@@ -66,26 +72,95 @@ class ForeignTokenizer:
 
 
 def write_model(folder: Path, config: Config, params: Params, card: str) -> Path:
-    """Writes the model in float32, its tokenizer and the model card; replaces `folder` atomically and returns it.
+    """Writes the model in float32, its tokenizer and the model card into `folder`, and returns it.
+
+    Other files of the folder stay, and so does a README.md that a person wrote or edited. If the folder has this model
+    already, only what is missing is written. Weights of another step replace the old ones in one rename. If any other
+    file of the model changes too, config.json is removed first and written last: after a kill in between, no program
+    loads the folder, and the same call completes it.
 
     Raises:
         ValueError: `params` are not those of the table of parameters.
-        RunError: the disk failed. If that was before the replacement, the folder is unchanged.
+        RunError: the folder has a model that jaxlm did not write, or the disk failed. Unless it failed during the
+            renames, the folder is unchanged.
     """
+    tensors = named_tensors(config.model, params)
     try:
-        with atomic.new_folder(folder) as temporary:
-            _write_files(temporary, config, params, card)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write {folder} ({error}): make room and run the same command again") from error
+        with atomic.new_directory(folder):
+            _update(folder, tensors, _texts(config, card))
+    except OSError as error:
+        raise RunError(f"cannot write {folder} ({error}): {disk_advice(error)}, run the same command again") from error
     return folder
 
 
-def _write_files(folder: Path, config: Config, params: Params, card: str) -> None:
+def _update(folder: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str, bytes]) -> None:
+    """Writes the files that are missing or differ, unless they are a person's."""
+    for name in (WEIGHTS, *texts):
+        atomic.remove_leftovers(folder / name)
+    sha256, mark = tensors_sha256(tensors, tensors.__getitem__), read_mark(folder)
+    complete = mark.actual == sha256 and os.path.lexists(folder / CONFIG)
+    changed = [name for name, text in texts.items() if _is_due(folder / name, text, complete)]
+    if not mark.sound and mark.actual != sha256:
+        foreign = [name for name in (WEIGHTS, *changed) if name != CARD and os.path.lexists(folder / name)]
+        if foreign:
+            raise RunError(
+                f"{folder / foreign[0]} is not as this version of jaxlm wrote it: move it away and run the same command"
+                " again"
+            )
+    needs_swap = not complete and any(name != CARD for name in changed)
+    order = [WEIGHTS] * (mark.actual != sha256) + [name for name in changed if name != CONFIG] + [CONFIG] * needs_swap
+    with ExitStack() as stack:  # it renames last what it entered first
+        staged = {name: stack.enter_context(atomic.new_file(folder / name)) for name in reversed(order)}
+        for name, path in staged.items():
+            if name == WEIGHTS:
+                _write_weights(path, tensors, {"format": "pt", MARK_KEY: sha256})
+            else:
+                path.write_bytes(texts[name])
+            atomic.sync(path)
+        if needs_swap:
+            (folder / CONFIG).unlink(missing_ok=True)
+            atomic.sync(folder)
+
+
+def _is_due(file: Path, text: bytes, complete: bool) -> bool:
+    """Whether to write `text` to `file`: in a complete folder, what differs is a person's unless it is our card."""
+    if not os.path.lexists(file):
+        return True
+    present = file.read_bytes()
+    return present != text and (is_sealed(present) if file.name == CARD else not complete)
+
+
+def read_mark(folder: Path) -> Mark:
+    """The mark of the model in `folder`."""
+    try:
+        with safe_open(folder / WEIGHTS, "numpy") as file:
+            metadata = file.metadata() or {}
+            return Mark(metadata.get(MARK_KEY), tensors_sha256(file.keys(), file.get_tensor))
+    except _UNREADABLE:
+        return Mark()
+
+
+def _write_weights(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file. The library orders the metadata at random; this gives the same bytes each time."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # aligns the tensors
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            out.write(tensor.astype("<f4", order="C", copy=False).data)
+
+
+def _texts(config: Config, card: str) -> dict[str, bytes]:
+    """The folder's files but for the weights."""
     tokenizer = load_tokenizer(config.model.vocab_size)
     tokenizer_json = _tokenizer_json(tokenizer)
-    save_file(named_tensors(config.model, params), folder / "model.safetensors", metadata={"format": "pt"})
     files = {
-        "config.json": _config_json(config.model, tokenizer),
+        CONFIG: _config_json(config.model, tokenizer),
         "generation_config.json": _generation_json(config.sample, tokenizer),
         "tokenizer.json": tokenizer_json,
         "tokenizer_config.json": {
@@ -100,10 +175,7 @@ def _write_files(folder: Path, config: Config, params: Params, card: str) -> Non
     }
     texts = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items()}
     texts["merges.txt"] = "\n".join(["#version: 0.2", *tokenizer_json["model"]["merges"]])
-    texts["README.md"] = card
-    for name, text in texts.items():
-        (folder / name).write_bytes(f"{text.rstrip()}\n".encode(errors="replace"))  # the card may name any file
-    shutil.copymode(folder / "README.md", folder / "model.safetensors")  # save_file restricts it to its owner
+    return {name: f"{text}\n".encode() for name, text in texts.items()} | {CARD: seal(card)}
 
 
 def named_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
@@ -181,7 +253,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def read_sizes(folder: Path) -> ModelConfig:
-    """The sizes of the Llama in `folder`.
+    """The sizes of the Llama in `folder`, without the rows of a padded vocabulary, which no token has.
 
     Raises:
         UsageError: it is not a Hugging Face folder, or jaxlm does not support its model.
@@ -209,7 +281,19 @@ def read_sizes(folder: Path) -> ModelConfig:
             f"{file}: head_dim is {fields['head_dim']!r:.100}, but jaxlm supports only"
             f" hidden_size / num_attention_heads, {model.width // model.heads}"
         )
-    return model
+    return dataclasses.replace(model, vocab_size=_used_rows(folder, model.vocab_size))
+
+
+def _used_rows(folder: Path, rows: int) -> int:
+    """How many of the vocabulary's `rows` reach to the last token in tokenizer.json; all if there is no such file."""
+    file = folder / "tokenizer.json"
+    content = _read_json(file) if os.path.isfile(file) else {}
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += range(len(vocab)) if isinstance(vocab, list) else []  # Unigram's
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return min(rows, max((i + 1 for i in ids if type(i) is int and i >= 0), default=rows))
 
 
 def read_params(folder: Path, config: ModelConfig) -> Params:
@@ -218,19 +302,21 @@ def read_params(folder: Path, config: ModelConfig) -> Params:
     Raises:
         UsageError: a file is missing or damaged, or the tensors are not those of a model of these sizes.
     """
-    tensors = _read_tensors(folder)
+    tensors, rows = _read_tensors(folder), _read_json(folder / CONFIG).get("vocab_size", 0)
     if config.tied:
         tensors.pop("lm_head.weight", None)  # a copy of the embedding
-    params = tree_of(config, lambda parameter: _take(parameter, tensors, folder))
+    params = tree_of(config, lambda parameter: _take(parameter, tensors, folder, rows))
     if unknown := [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]:
         raise UsageError(f"{folder} contains the tensor {unknown[0]}, which jaxlm's model does not have")
     return params
 
 
-def _take(parameter: Parameter, tensors: dict[str, np.ndarray], folder: Path) -> npt.NDArray[np.float32]:
+def _take(parameter: Parameter, tensors: dict[str, np.ndarray], folder: Path, rows: int) -> npt.NDArray[np.float32]:
     """Removes one parameter from `tensors`, checks it and returns it in jaxlm's layout."""
     shape = parameter.shape[1:] if parameter.stacked else parameter.shape
     shape = shape[::-1] if parameter.hf_transposed else shape
+    if parameter.kind == "embedding":  # config.json counts the rows of a padded vocabulary
+        shape = (max(rows, shape[0]), *shape[1:])
     layers = []
     for name in parameter.names(parameter.hf_name):
         if name not in tensors:
@@ -243,12 +329,12 @@ def _take(parameter: Parameter, tensors: dict[str, np.ndarray], folder: Path) ->
         if tensor.dtype.name not in _DTYPES:
             raise UsageError(f"{folder}: {name} is {tensor.dtype.name}, but jaxlm reads only {', '.join(_DTYPES)}")
         layers.append((tensor.T if parameter.hf_transposed else tensor).astype(np.float32))
-    return np.stack(layers) if parameter.stacked else layers[0]
+    return np.stack(layers) if parameter.stacked else layers[0][: parameter.shape[0]]
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
+    names = {WEIGHTS}
     if os.path.isfile(index):
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -260,7 +346,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             raise UsageError(f"{path} is missing: jaxlm reads weights from safetensors files")
         try:
             tensors |= load_file(path)
-        except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             raise UsageError(f"{path} is damaged, or of a kind that jaxlm does not read ({error})") from error
     return tensors
 
@@ -269,6 +355,8 @@ def check_init(config: Config) -> None:
     """Raises UsageError, with the flags to add, if a run cannot start from the model in `init_from`."""
     folder = Path(config.init_from)
     model = read_sizes(folder)
+    if not _own_tokenizer(_read_json(folder / "tokenizer.json"), model.vocab_size):
+        raise UsageError(f"init_from {folder} has another tokenizer: training supports only GPT-2's")
     names = [
         field.name for field in dataclasses.fields(model) if field.metadata.get("fixed") and field.name != "context"
     ]
@@ -276,8 +364,6 @@ def check_init(config: Config) -> None:
     if different:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in different.items())
         raise UsageError(f"init_from {folder} is a model of other sizes: add {flags}")
-    if not isinstance(read_tokenizer(folder, model.vocab_size), Tokenizer):
-        raise UsageError(f"init_from {folder} has another tokenizer: training supports only GPT-2's")
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
@@ -288,7 +374,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
     """
     file = folder / "tokenizer.json"
     content = _read_json(file)
-    if 256 < vocab_size <= GPT2_VOCAB_SIZE and _is_same(content, gpt2 := load_tokenizer(vocab_size)):
+    if gpt2 := _own_tokenizer(content, vocab_size):
         return gpt2
     try:
         import tokenizers
@@ -305,10 +391,13 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
     return ForeignTokenizer(tokenizer, end_of_text)
 
 
-def _is_same(content: Mapping[str, Any], gpt2: Tokenizer) -> bool:
-    """Whether a tokenizer.json has the tokens of `gpt2` and no other processing of the text."""
+def _own_tokenizer(content: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
+    """jaxlm's tokenizer, if a tokenizer.json has its tokens and no other processing of the text."""
+    if not 256 < vocab_size <= GPT2_VOCAB_SIZE:
+        return None
+    gpt2 = load_tokenizer(vocab_size)
     model, before, after = (content.get(name) or {} for name in ("model", "pre_tokenizer", "post_processor"))
-    return (
+    same = (
         all(isinstance(part, dict) for part in (model, before, after))
         and model.get("vocab") == _vocabulary(gpt2)
         and content.get("normalizer") is None
@@ -316,6 +405,7 @@ def _is_same(content: Mapping[str, Any], gpt2: Tokenizer) -> bool:
         and before.get("use_regex", True) is True
         and after.get("type", "ByteLevel") == "ByteLevel"
     )
+    return gpt2 if same else None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The model card of an exported model."""
 
+import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,22 +51,62 @@ The run's settings:
 """
 
 
-def model_card(workdir: Path, config: Config, step: int, tokens: Mapping[str, Any], parameters: int) -> str:
-    """The card, in Markdown, of the model after `step` of the run in `workdir`; `tokens` has its files' hashes."""
+def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any], parameters: int) -> str:
+    """The card, in Markdown, of the model after `step` of the run in `workdir`; `meta` is that of its checkpoint.
+
+    Of paths, the card has the last part only: a card is published.
+    """
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
-    hashes = ", ".join(f"{name} {value}" for name, value in tokens.items())
+    data = dataclasses.replace(config.data, corpus=_base_names(config.data.corpus), dir=_base_name(config.data.dir))
+    config = dataclasses.replace(config, data=data, init_from=_base_name(config.init_from))
     return _CARD.format(
         parameters=parameters,
         config=config,
         model=config.model,
         start=config.init_from or f"random weights, seed {config.seed}",
-        text=f"{config.data.corpus or config.data.dir} ({hashes})",
+        text=_text(meta),
         step=step,
         tokens=step * config.tokens_per_step,
         loss=_last(rows, {"loss": "nats per token"}),
         val_loss=_last(rows, {"val_loss": "nats per token", "val_bits_per_byte": "bits per byte"}),
         settings=json.dumps(to_dict(config), indent=2, ensure_ascii=False),
     )
+
+
+def _text(meta: Mapping[str, Any]) -> str:
+    """What the model was trained on, with hashes; checkpoints of earlier versions have no more than these."""
+    source, hashes = meta.get("source", {}), dict(meta.get("tokens", {}))
+    if "text" in source:
+        name, hashes = _base_names(source["text"]), {"sha256": source["sha256"]} | hashes
+    else:
+        name = f"token files in {_base_name(source['tokens'])}" if source else "not recorded"
+    return f"{name} ({', '.join(f'{key} {value}' for key, value in hashes.items())})"
+
+
+def _base_names(corpus: str) -> str:
+    """The names of a corpus's files without their folders."""
+    return ",".join(_base_name(path.strip()) for path in corpus.split(","))
+
+
+def _base_name(path: str) -> str:
+    return path and os.path.basename(os.path.abspath(path))
+
+
+def seal(card: str) -> bytes:
+    """The file of the card, which ends with the hash of the rest: a person's edit is then recognised."""
+    body = f"{card.rstrip()}\n".encode(errors="replace")  # it may name any file
+    return body + _seal_line(body)
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether the file is a card as `seal` wrote it."""
+    body = data[: data.rfind(b"<!--")]
+    return data == body + _seal_line(body)
+
+
+def _seal_line(body: bytes) -> bytes:
+    digest = hashlib.sha256(body).hexdigest()
+    return f"<!-- written by jaxlm, which keeps an edited card; sha256 {digest} -->\n".encode()
 
 
 def _last(rows: Sequence[Mapping[str, Any]], units: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ class Checkpoint(NamedTuple):
 
     step: int
     config: Config
-    tokens: dict[str, Any]  # fingerprints of the run's tokens
+    meta: dict[str, Any]  # from `resume.describe_run`
     model: ModelConfig  # resolved for the device
     params: Params
 
@@ -57,7 +57,7 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
         model = _resolve(config.model, device, precision)
         like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         params = checkpoints.params(step, like, SingleDeviceSharding(device))
-        return Checkpoint(step, config, meta["tokens"], model, params)
+        return Checkpoint(step, config, meta, model, params)
 
     restored, skipped = checkpoints.newest(load, steps if step is None else [step])
     for reason in skipped:

@@ -37,10 +37,12 @@ def check_room(workdir: Path, config: Config) -> None:
 
 
 def describe_run(config: Config, tokens: TokenFiles, seconds: float) -> dict[str, Any]:
-    """The item `meta` of a checkpoint: the settings, fingerprints of the tokens, seconds trained."""
+    """The item `meta` of a checkpoint: the settings, fingerprints of the tokens and their source, seconds trained."""
     train, val = tokens.sha256
     fingerprint = {"tokenizer": TOKENIZER_NAME, "train_sha256": train, "val_sha256": val}
-    return {"config": to_dict(config), "tokens": fingerprint, "seconds": seconds}
+    meta = tokens.meta
+    source = {"text": meta.source, "sha256": meta.source_sha256} if meta else {"tokens": str(tokens.directory)}
+    return {"config": to_dict(config), "tokens": fingerprint, "source": source, "seconds": seconds}
 
 
 def restore_or_init(

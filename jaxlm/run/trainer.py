@@ -113,8 +113,8 @@ class Trainer:
             self._emit(MessageEvent("\n".join([*self._notes, self._header()])))
             if self.step < self.config.max_steps:
                 self.run_steps(self.config.max_steps)
-            tokens = describe_run(self.config, self.tokens, 0)["tokens"]
-            card = model_card(self.workdir, self.config, self.step, tokens, parameter_count(self.state.params))
+            meta = describe_run(self.config, self.tokens, 0)
+            card = model_card(self.workdir, self.config, self.step, meta, parameter_count(self.state.params))
             folder = write_model(self.workdir / "final_model", self.config, self.state.params, card)
             self._emit(MessageEvent(f"Done: {self.step:,} steps, the model is in {folder}"))
 

@@ -1,9 +1,10 @@
-"""Atomic replacement of files and folders: the data reach the disk before the name points to them."""
+"""Atomic replacement of files: the data reach the disk before the name points to them."""
 
 import contextlib
 import fcntl
 import os
-import shutil
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,8 +42,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write the new contents of `path` to; it replaces `path` at the end. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Yields a path to write the new contents of `path` to; it replaces `path` at the end. Raises OSError.
+
+    The name of that path is random, so that it is no file of the user's. Leftovers of killed writes are deleted.
+    """
+    remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.jaxlm-{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         sync(temporary)
@@ -52,17 +57,28 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Deletes what killed writes of `path` left beside it. Raises OSError."""
+    for file in path.parent.iterdir():
+        if leftover_of(file.name) == path.name:
+            file.unlink(missing_ok=True)
+
+
+def leftover_of(name: str) -> str | None:
+    """The name of the file whose killed write left a file called `name`; None if no write did."""
+    match = re.fullmatch(r"\.(.+)\.jaxlm-[0-9a-f]{16}\.tmp", name, re.DOTALL)
+    return match and match[1]
+
+
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """As `new_file`, for a folder. The old folder is deleted just before it is replaced."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+def new_directory(path: Path) -> Iterator[None]:
+    """Creates the directory `path` and its parents; on failure, deletes those that it created and that are empty."""
+    created = [each for each in (path, *path.parents) if not os.path.lexists(each)]
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        sync_tree(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for each in created:
+            with contextlib.suppress(OSError):  # not empty: another program uses it
+                each.rmdir()
+        raise

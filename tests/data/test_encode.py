@@ -19,6 +19,7 @@ from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
 from jaxlm.data.token_files import open_tokens
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError
+from jaxlm.storage.atomic import leftover_of
 from tests.tiny_run import disk_room
 
 FILES = ["meta.json", "train.bin", "val.bin"]
@@ -202,7 +203,14 @@ def test_a_path_through_a_new_directory_works(tmp_path):
 def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)
     out, synced = tmp_path / "out", []
-    monkeypatch.setattr(encode.atomic, "sync", lambda path: synced.append((path.name, *names_in(out))))
+
+    def shown(name):
+        return f"{leftover_of(name)}.tmp" if leftover_of(name) else name
+
+    def note(path):
+        synced.append((shown(path.name), *sorted(map(shown, names_in(out)))))
+
+    monkeypatch.setattr(encode.atomic, "sync", note)
     write_token_files(open_corpus(str(tmp_path / "a.txt")), out, 500, 0.1)
     assert synced == [
         ("meta.json.tmp", "lock", "meta.json.tmp", "train.bin.tmp", "val.bin.tmp"),
@@ -236,7 +244,8 @@ def test_killed_while_writing_and_run_again(tmp_path):
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert (out / "train.bin.tmp").stat().st_size > 0
+    (left,) = (out / name for name in names_in(out) if leftover_of(name) == "train.bin")
+    assert left.stat().st_size > 0
     assert not set(FILES) & set(names_in(out))
     with pytest.raises(UsageError, match=r"train.bin is missing"):
         open_tokens(out, 500, 8)

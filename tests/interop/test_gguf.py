@@ -9,7 +9,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.core.layers import rope, rope_cos_sin
 from jaxlm.core.parameters import tree_of
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.interop.gguf import interleave_rope_rows, write_gguf
+from jaxlm.interop.gguf import interleave_rope_rows, read_mark, write_gguf
 from jaxlm.interop.huggingface import named_tensors
 
 gguf = pytest.importorskip("gguf")
@@ -89,6 +89,18 @@ def test_the_tensors_are_the_parameters(written, params):
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         atol = np.abs(value).max() * {"f32": 0, "f16": 1e-3, "q8_0": 1e-2}[dtype]
         np.testing.assert_allclose(values, value, rtol=0, atol=atol)
+
+
+def test_the_mark_is_that_of_the_tensors(tmp_path, params):
+    file = tmp_path / "model.gguf"
+    write_gguf(file, CONFIG, params, "q8_0")
+    assert read_mark(file).sound
+    first = file.read_bytes()
+    write_gguf(file, CONFIG, params, "q8_0")
+    assert file.read_bytes() == first
+    for content in (first[:-1] + bytes([first[-1] ^ 1]), first[: len(first) // 2], b"", b"GGUF"):
+        file.write_bytes(content)
+        assert not read_mark(file).sound
 
 
 def test_rotating_adjacent_reordered_rows_is_rotating_halves():

@@ -1,8 +1,16 @@
 """The Hugging Face folder: its files, the way back from one, and what is refused."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import os
+import re
+import shutil
 import sys
+from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import jax
 import ml_dtypes
@@ -64,7 +72,9 @@ def test_the_folder_has_the_files_that_other_programs_read(written):
     _, _, folder = written
     names = {"config.json", "generation_config.json", "model.safetensors", "README.md", "merges.txt", "vocab.json"}
     assert {path.name for path in folder.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
-    assert (folder / "README.md").read_text(encoding="utf-8") == "# A card of ? 日\n"
+    card = "# A card of ? 日\n"
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    assert re.fullmatch(f"{re.escape(card)}<!-- .* {digest} -->\n", (folder / "README.md").read_text(encoding="utf-8"))
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
@@ -100,7 +110,7 @@ def test_the_json_files_describe_the_model(written):
         "model_max_length": 16,
     }
     with safe_open(folder / "model.safetensors", framework="np") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "jaxlm.sha256": mock.ANY}
 
 
 def test_matrices_are_transposed_and_each_layer_has_its_own(written):
@@ -197,7 +207,7 @@ def test_16_bit_weights_in_several_files_are_read_as_float32(folder, dtype):
         ({"head_dim": None, "rope_scaling": None, "quantization_config": None}, {}),
         ({"rope_theta": "absent", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_theta": 5e5}),
         ({"rope_theta": 1_000_000}, {"rope_theta": 1e6}),
-        ({"vocab_size": 128_256}, {"vocab_size": 128_256}),
+        ({"vocab_size": 128_256}, {}),
         ({"tie_word_embeddings": "absent"}, {"tied": False}),
         ({"max_position_embeddings": "absent"}, {"context": 2048}),
         ({"pretraining_tp": 1, "mlp_bias": False, "use_cache": True}, {}),
@@ -348,32 +358,265 @@ def test_the_same_tokens_with_other_processing_are_another_tokenizer(folder, fie
     assert isinstance(read_tokenizer(folder, 300), ForeignTokenizer)
 
 
-def test_the_whole_folder_is_replaced(folder):
-    (folder / "stale.txt").write_text("of an earlier export")
-    doubled = jax.tree.map(lambda leaf: leaf * 2, random_params(MODELS["tied"]))
-    assert write_model(folder, Config(model=MODELS["tied"]), doubled, "") == folder
-    assert not (folder / "stale.txt").exists()
+def test_other_files_of_the_folder_stay(folder):
+    (folder / ".git").mkdir()
+    for name in ("x.gguf", ".git/HEAD", "model.safetensors.tmp", "README.md.tmp"):
+        (folder / name).write_text("mine")
+    before, doubled = listing(folder), jax.tree.map(lambda leaf: leaf * 2, random_params(MODELS["tied"]))
+    assert write_model(folder, Config(model=MODELS["tied"]), doubled, "new") == folder
     jax.tree.map(np.testing.assert_array_equal, read_params(folder, MODELS["tied"]), doubled)
+    after = listing(folder)
+    changed = {path for path in before | after if before.get(path) != after.get(path)}
+    assert changed == {str(folder / name) for name in ("model.safetensors", "README.md")}
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_exports_are_synced_before_they_replace_earlier_ones(tmp_path, monkeypatch):
+def test_the_same_model_is_not_written_again_and_a_persons_edits_of_it_stay(folder, monkeypatch):
+    change(folder / "generation_config.json", temperature=0.1)
+    (folder / "merges.txt").unlink()
+    before = listing(folder)
+    write_model(folder, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
+    assert listing(folder).keys() - before.keys() == {str(folder / "merges.txt")}
+    assert listing(folder) == before | {str(folder / "merges.txt"): (folder / "merges.txt").read_bytes()}
+    monkeypatch.setattr(atomic, "new_file", None)
+    write_model(folder, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
+
+
+@pytest.mark.parametrize("edit", [b"mine", b"", b"# new\n", b"\xff<!-- \xff -->\n"])
+def test_an_edited_card_stays_and_an_unedited_one_is_replaced(folder, edit):
+    params, card = random_params(MODELS["tied"]), folder / "README.md"
+    write_model(folder, Config(model=MODELS["tied"]), params, "new")
+    assert card.read_text().startswith("new\n<!--")
+    for text in (edit, b"My words.\n" + card.read_bytes(), card.read_bytes() + b"My words.\n"):
+        card.write_bytes(text)
+        write_model(folder, Config(model=MODELS["tied"]), jax.tree.map(np.negative, params), "newer")
+        assert card.read_bytes() == text
+
+
+def save_again(folder):
+    """As a fine-tuning program does that keeps the metadata."""
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="np") as opened:
+        metadata = opened.metadata()
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (save_again, "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"mine"), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "config.json"),
+    ],
+)
+def test_a_model_that_jaxlm_did_not_write_is_refused(folder, change, named):
+    change(folder)
+    if named == "config.json":
+        (folder / named).write_text("{}")
+    before = listing(folder)
+    for params in (random_params(MODELS["tied"]), jax.tree.map(np.negative, random_params(MODELS["tied"]))):
+        with pytest.raises(RunError, match=f"{named} is not as .* wrote it: move it away") as caught:
+            write_model(folder, Config(model=MODELS["tied"]), params, "new")
+        assert is_one_line(caught.value)
+        assert listing(folder) == before
+
+
+def test_the_model_of_an_earlier_version_stays_unless_it_differs(folder):
+    """It has the same tensors and no mark."""
+    file = folder / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    before, params = listing(folder), random_params(MODELS["tied"])
+    write_model(folder, Config(model=MODELS["tied"]), params, "")
+    with pytest.raises(RunError, match="move it away"):
+        write_model(folder, Config(model=MODELS["tied"]), jax.tree.map(np.negative, params), "")
+    assert listing(folder) == before
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to("disk")
+    write_model(tmp_path / "model", Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+    (tmp_path / "model").unlink()
+    (tmp_path / "model").symlink_to("not mounted")
+    with pytest.raises(RunError, match="model") as caught:
+        write_model(tmp_path / "model", Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
+    assert is_one_line(caught.value)
+
+
+def test_a_model_whose_weights_a_person_deleted_is_written_with_its_card(folder):
+    (folder / "model.safetensors").unlink()
+    write_model(folder, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "new")
+    assert (folder / "model.safetensors").is_file()
+    assert (folder / "README.md").read_text().startswith("new\n")
+
+
+def test_all_leftovers_of_a_killed_call_are_deleted_even_if_nothing_is_to_write(folder):
+    whole = listing(folder)
+    for name in ("merges.txt", "model.safetensors"):
+        (folder / f".{name}.jaxlm-0123456789abcdef.tmp").write_text("half")
+    write_model(folder, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
+    assert listing(folder) == whole
+
+
+@pytest.mark.parametrize("layers", range(1, 9))
+def test_the_tensors_are_aligned_to_8_bytes(tmp_path, layers):
+    model = ModelConfig(**SIZES | {"layers": layers, "mlp_width": 10**layers if layers < 5 else 8})
+    folder = write_model(tmp_path / "model", Config(model=model), random_params(model), "")
+    with (folder / "model.safetensors").open("rb") as file:
+        assert int.from_bytes(file.read(8), "little") % 8 == 0
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_before(monkeypatch, number):
+    """The process ends before its system call `number` of those that change a folder, and makes no more of them."""
+    done = []
+
+    def call(original, *args, **kwargs):
+        if len(done) >= number:
+            raise Killed
+        done.append(args)
+        return original(*args, **kwargs)
+
+    for name in ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, partial(call, getattr(os, name)))
+
+
+OLD, NEW = Config(model=MODELS["tied"]), Config(model=MODELS["shared"])
+KILLS = {  # the model in the folder, what is written, and whether a reader always finds one of the two
+    "no folder": (None, OLD, False),
+    "another step": (OLD, OLD, True),
+    "another model": (OLD, NEW, False),
+    "other samples": (OLD, dataclasses.replace(OLD, sample=SampleConfig(temperature=0)), False),
+    "another vocabulary": (OLD, Config(model=dataclasses.replace(MODELS["tied"], vocab_size=301)), False),
+}
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_a_kill_leaves_the_old_or_the_new_model_after_the_same_call_again(tmp_path, case):
+    old, new, always = KILLS[case]
+
+    def write(folder, config, factor=1):
+        write_model(folder, config, jax.tree.map(lambda leaf: leaf * factor, random_params(config.model)), f"{factor}")
+
+    def files(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if not atomic.leftover_of(path.name)}
+
+    def model(folder):
+        return {name: data for name, data in files(folder).items() if name != "README.md"}
+
+    write(tmp_path / "whole", new, 2)
+    if old:
+        write(tmp_path / "old", old)
+        (tmp_path / "old" / "mine.gguf").write_text("mine")
+        (tmp_path / "whole" / "mine.gguf").write_text("mine")
+    for number in itertools.count():
+        folder = tmp_path / f"{number}"
+        if old:
+            shutil.copytree(tmp_path / "old", folder)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_before(patch, number)
+            try:
+                write(folder, new, 2)
+                break
+            except Killed:
+                pass
+        if old and model(folder) not in (model(tmp_path / "old"), model(tmp_path / "whole")):
+            assert not always
+            assert "config.json" not in files(folder)  # no program loads it
+        write(folder, new, 2)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files(tmp_path / "whole")
+    assert number > 5
+
+
+def test_all_files_are_synced_before_the_first_is_replaced(folder, monkeypatch):
+    log, replace, unlink = [], Path.replace, Path.unlink
+    monkeypatch.setattr(Path, "replace", lambda self, target: (log.append(target.name), replace(self, target)))
+    monkeypatch.setattr(
+        Path, "unlink", lambda self, **flags: (log.append(f"unlink {self.name}"), unlink(self, **flags))
+    )
+    monkeypatch.setattr(atomic, "sync", lambda path: log.append(f"sync {atomic.leftover_of(path.name) or path.name}"))
+    model = dataclasses.replace(MODELS["tied"], layers=2)
+    write_model(folder, Config(model=model), random_params(model), "new")
+    log = [entry for entry in log if not entry.endswith(".tmp")]
+    removed = log.index("unlink config.json")
+    assert set(log[:removed]) == {f"sync {name}" for name in ("config.json", "model.safetensors", "README.md")}
+    assert log[removed + 1 :] == [
+        "sync model",
+        *("sync model.safetensors", "model.safetensors", "sync model"),
+        *("sync README.md", "README.md", "sync model"),
+        *("sync config.json", "config.json", "sync model"),
+    ]
+
+
+def test_a_gguf_file_is_synced_before_it_replaces_an_earlier_one(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    synced = []
-    monkeypatch.setattr(atomic, "sync", lambda path: synced.append(path.name))
-    monkeypatch.setattr(atomic, "sync_tree", lambda path: synced.append(path.name))
-    model, params = MODELS["tied"], random_params(MODELS["tied"])
-    write_model(tmp_path / "model", Config(model=model), params, "")
-    write_gguf(tmp_path / "model.gguf", model, params, "f32")
-    assert synced == ["model.tmp", tmp_path.name, "model.gguf.tmp", tmp_path.name]
+    log, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (log.append(target.name), replace(self, target)))
+    monkeypatch.setattr(atomic, "sync", lambda path: log.append(f"sync {atomic.leftover_of(path.name) or path.name}"))
+    write_gguf(tmp_path / "model.gguf", MODELS["tied"], random_params(MODELS["tied"]), "f32")
+    assert log == ["sync model.gguf", "model.gguf", f"sync {tmp_path.name}"]
 
 
 @pytest.mark.parametrize("room", [100, 15_000])
 def test_a_full_disk_leaves_the_folder_unchanged(folder, room):
-    before, new = listing(folder), folder.with_name("new")
+    before, new = listing(folder), folder.with_name("new") / "deep"
+    other = jax.tree.map(np.negative, random_params(MODELS["tied"]))
     with disk_room(room):
         for target in (folder, new):
-            with pytest.raises(RunError, match=r"(?i)too large"):
-                write_model(target, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
+            with pytest.raises(RunError, match=r"(?i)too large.*larger files"):
+                write_model(target, Config(model=MODELS["tied"]), other, "")
     assert listing(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def pad(folder, rows=64):
+    """Adds rows that no token has to the vocabulary, as programs do for speed."""
+    change(folder / "config.json", vocab_size=300 + rows)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+
+    def add_rows(tensors):
+        for name in tensors.keys() & set(names):
+            tensors[name] = np.concatenate([tensors[name], np.full((rows, 16), 9, np.float32)])
+
+    change_tensors(folder, add_rows)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_rows_of_a_padded_vocabulary_are_cut(tmp_path, name):
+    model, params = MODELS[name], random_params(MODELS[name])
+    folder = write_model(tmp_path / "model", Config(model=model), params, "")
+    pad(folder)
+    assert read_sizes(folder) == model
+    jax.tree.map(np.testing.assert_array_equal, read_params(folder, model), params)
+    assert isinstance(read_tokenizer(folder, 300), Tokenizer)
+    check_init(Config(model=model, init_from=str(folder)))
+    with pytest.raises(UsageError, match=r"add --config\.model\.vocab_size=300$"):
+        check_init(Config(model=dataclasses.replace(model, vocab_size=301), init_from=str(folder)))
+
+
+def test_the_rows_must_be_those_of_config_json(folder):
+    pad(folder)
+    change(folder / "config.json", vocab_size=365)
+    with pytest.raises(UsageError, match=r"\[364, 16\], not \[365, 16\] as in config.json"):
+        read_params(folder, read_sizes(folder))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "added", "rows"),
+    [
+        ({"a": 0, "b": 40}, [{"id": 41, "content": "<s>"}], 42),
+        ([["a", 0.5], ["b", 0.5]], None, 2),
+        ({"a": 0, "b": 400}, [], 300),
+        ({"a": "1", "b": None, "c": True}, ["<s>", {"id": "2"}], 300),
+        (7, 7, 300),
+        ({"a": -5}, [], 300),
+    ],
+)
+def test_the_rows_of_any_tokenizer_end_with_its_last_token(folder, vocab, added, rows):
+    change(folder / "tokenizer.json", model={"vocab": vocab}, added_tokens=added)
+    assert read_sizes(folder).vocab_size == rows

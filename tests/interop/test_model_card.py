@@ -5,7 +5,7 @@ import re
 import pytest
 
 from jaxlm.config import Config, DataConfig, from_config_dict
-from jaxlm.interop.model_card import model_card
+from jaxlm.interop.model_card import is_sealed, model_card, seal
 from jaxlm.storage.jsonl import to_line
 
 CONFIG = Config(max_steps=2000, data=DataConfig(corpus="mine.txt,ours.txt", dir="tokens"))
@@ -16,8 +16,12 @@ ROWS = [
 ]
 
 
-def table_of(workdir, config):
-    card = model_card(workdir, config, 1101, {"train_sha256": "ab", "val_sha256": "cd"}, 59_294_720)
+TOKENS = {"train_sha256": "ab", "val_sha256": "cd"}
+META = {"tokens": TOKENS, "source": {"text": "mine.txt,ours.txt", "sha256": "ef"}}
+
+
+def table_of(workdir, config, meta=META):
+    card = model_card(workdir, config, 1101, meta, 59_294_720)
     assert "# A language model of 59,294,720 parameters\n" in card
     assert from_config_dict(json.loads(re.search("```json\n(.*?)```", card, re.DOTALL)[1])) == config
     return dict(re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \|$", card))
@@ -28,7 +32,7 @@ def test_the_card_describes_the_training_up_to_its_step(tmp_path):
     assert table_of(tmp_path, CONFIG) == {
         "sizes": "8 layers, 8 heads, width 512, MLP width 2048, context 1024, vocabulary 50,257 (GPT-2's)",
         "initialised from": "random weights, seed 0",
-        "text": "mine.txt,ours.txt (train_sha256 ab, val_sha256 cd)",
+        "text": "mine.txt,ours.txt (sha256 ef, train_sha256 ab, val_sha256 cd)",
         "trained": "1,101 of 2,000 steps, 72,155,136 tokens",
         "training loss": "2.2500 nats per token (step 1,101)",
         "validation loss": "3.0000 nats per token, 1.2500 bits per byte (step 1,100)",
@@ -43,10 +47,42 @@ def test_losses_without_metrics_are_not_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("row", "changes", "expected"),
     [
-        ("initialised from", {"init_from": "models/llama"}, "models/llama"),
+        ("initialised from", {"init_from": "llama"}, "llama"),
         ("initialised from", {"seed": 7}, "random weights, seed 7"),
-        ("text", {"data": DataConfig(corpus="", dir="tokens")}, "tokens (train_sha256 ab, val_sha256 cd)"),
     ],
 )
-def test_the_card_names_the_first_weights_and_the_text(tmp_path, row, changes, expected):
+def test_the_card_names_the_first_weights(tmp_path, row, changes, expected):
     assert table_of(tmp_path, dataclasses.replace(CONFIG, **changes))[row] == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"text": "/home/john/ours.txt, ../b/*.txt", "sha256": "ef"}, "ours.txt,*.txt (sha256 ef, "),
+        ({"text": "novels", "sha256": "ef"}, "novels (sha256 ef, "),
+        ({"tokens": "/home/john/tokens"}, "token files in tokens ("),
+        (None, "not recorded ("),
+    ],
+)
+def test_the_card_names_the_text_of_the_tokens_and_not_of_the_config(tmp_path, source, expected):
+    meta = {"tokens": TOKENS} | ({"source": source} if source else {})
+    assert table_of(tmp_path, CONFIG, meta)["text"] == f"{expected}train_sha256 ab, val_sha256 cd)"
+
+
+def test_the_card_has_no_folders(tmp_path):
+    data = DataConfig(corpus="/home/john/a.txt,/home/john/b/", dir="/home/john/tokens")
+    config = dataclasses.replace(CONFIG, data=data, init_from="/home/john/llama/")
+    meta = {"tokens": TOKENS, "source": {"text": "/home/john/a.txt,/home/john/b/", "sha256": "ef"}}
+    card = model_card(tmp_path, config, 1101, meta, 59_294_720)
+    assert "john" not in card
+    for name in ("| a.txt,b (", '"a.txt,b"', '"tokens"', "| llama |", '"llama"'):
+        assert name in card
+
+
+def test_a_card_is_sealed_and_any_edit_breaks_the_seal():
+    data = seal("# A card  \n\n")
+    assert data.startswith(b"# A card\n<!--")
+    assert is_sealed(data)
+    for index in range(len(data)):
+        assert not is_sealed(data[:index] + b"~" + data[index + 1 :])
+        assert not is_sealed(data[:index])

@@ -1,12 +1,14 @@
 """Atomic replacement, checked by the order of the system calls."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from jaxlm.storage import atomic
-from tests.tiny_run import disk_room
+from tests.tiny_run import disk_room, listing
 
 
 @pytest.fixture
@@ -44,21 +46,47 @@ def test_a_file_is_synced_before_its_rename_and_its_directory_after(tmp_path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-@needs_proc
-def test_a_folder_is_synced_before_its_rename(tmp_path, calls):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").write_bytes(b"")
-    with atomic.new_folder(tmp_path / "folder") as temporary:
-        (temporary / "deep").mkdir()
-        (temporary / "deep" / "file").write_bytes(b"new")
-    order = [(kind, path.relative_to(tmp_path).as_posix()) for kind, path, _ in calls]
-    before = order[: order.index(("rename", "folder.tmp"))]
-    assert {("sync", f"folder.tmp{path}") for path in ("/deep/file", "/deep", "")} <= set(before)
-    assert order[-1] == ("sync", ".")
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted((tmp_path / "folder").rglob("*"))] == [
-        "folder/deep",
-        "folder/deep/file",
-    ]
+def test_a_temporary_file_is_none_of_the_users(tmp_path):
+    for name in ("a.tmp", ".a.tmp", ".a.jaxlm-.tmp", ".a.jaxlm-old.tmp", "a.jaxlm-0123456789abcdef.tmp"):
+        (tmp_path / name).write_text("mine")
+    before = listing(tmp_path)
+    atomic.write_file(tmp_path / "a", b"new")
+    assert listing(tmp_path) == before | {str(tmp_path / "a"): b"new"}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from jaxlm.storage import atomic
+with atomic.new_file(Path(sys.argv[1])) as temporary:
+    temporary.write_bytes(b"half")
+    os._exit(9)
+"""
+
+
+def test_what_a_killed_write_left_is_deleted_by_the_next_of_that_file_only(tmp_path):
+    names = ("a", "a.jaxlm-0123456789abcdef.tmp", "[a]")
+    for name in names:
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / name], check=False)
+    assert len(listing(tmp_path)) == 3
+    for number, name in enumerate(names, 1):
+        assert {atomic.leftover_of(left) for left in os.listdir(tmp_path)} - {None} == set(names[number - 1 :])
+        atomic.write_file(tmp_path / name, b"new")
+        assert len(listing(tmp_path)) == 3
+    assert set(os.listdir(tmp_path)) == set(names)
+
+
+def test_a_new_directory_goes_on_failure_with_what_was_created_for_it_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyError), atomic.new_directory(tmp_path / "mine" / "a" / "b"):
+        raise KeyError
+    assert list(listing(tmp_path)) == [str(tmp_path / "mine")]
+    with pytest.raises(KeyError), atomic.new_directory(tmp_path / "mine"):
+        raise KeyError
+    with pytest.raises(KeyError), atomic.new_directory(tmp_path / "mine" / "a" / "b"):
+        (tmp_path / "mine" / "a" / "letter").write_text("of another program")
+        raise KeyError
+    assert {path.name for path in tmp_path.rglob("*")} == {"mine", "a", "letter"}
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

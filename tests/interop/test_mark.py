@@ -1,0 +1,38 @@
+"""The hash of tensors, which tells what jaxlm wrote from what a person changed."""
+
+import numpy as np
+import pytest
+
+from jaxlm.interop.mark import Mark, tensors_sha256
+
+TENSORS = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
+
+
+def sha256(tensors):
+    return tensors_sha256(tensors, tensors.__getitem__)
+
+
+def test_the_order_and_the_layout_in_memory_do_not_matter():
+    assert sha256(TENSORS) == sha256(dict(reversed(TENSORS.items())))
+    assert sha256({"a": np.eye(3, 2).T}) == sha256({"a": np.ascontiguousarray(np.eye(3, 2).T)})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": TENSORS["a"].reshape(3, 2), "b": TENSORS["b"]},
+        {"a": TENSORS["a"], "b": TENSORS["b"].view(np.int32)},
+        {"a": TENSORS["a"], "c": TENSORS["b"]},
+        {"a": TENSORS["a"], "b": TENSORS["b"] * np.float32(1 + 2**-23)},
+        {"a": TENSORS["a"]},
+    ],
+)
+def test_any_other_tensors_have_another_hash(other):
+    assert sha256(other) != sha256(TENSORS)
+
+
+def test_a_mark_is_sound_if_it_is_there_and_fits():
+    assert [Mark(*pair).sound for pair in (("a", "a"), ("a", "b"), (None, "a"), ("a", None), (None, None))] == [
+        True,
+        *[False] * 4,
+    ]
