@@ -22,6 +22,7 @@ from jaxlm.run import trainer
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import min_memory
 from jaxlm.run.quiet import quiet_libraries
+from jaxlm.run.records import record_bytes
 from jaxlm.run.resume import check_room, restore_or_init
 from jaxlm.storage.lock import only_writer
 from tests import tiny_run
@@ -160,7 +161,7 @@ def test_error_in_a_config_file_has_no_traceback(source, named):
     ],
 )
 def test_wrong_flag_is_refused_by_name(flag, named):
-    directory = [] if "corpus" not in flag else ["--config.data.dir=elsewhere"]
+    directory = [] if "corpus" not in flag else ["--config.data.dir="]
     assert named in refused([*TINY, *directory, flag])
 
 
@@ -174,7 +175,7 @@ def test_wrong_flag_is_refused_by_name(flag, named):
 )
 def test_unusable_corpus_is_refused_by_name(name, content, named):
     Path(name).write_bytes(content)
-    message = refused([*TINY, f"--config.data.corpus={name}", "--config.data.dir=elsewhere"])
+    message = refused([*TINY, f"--config.data.corpus={name}", "--config.data.dir="])
     assert named in message
 
 
@@ -242,12 +243,13 @@ def test_run_that_does_not_fit_on_the_disk_is_refused(monkeypatch):
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     for steps, keep, saves in ((7, 5, 3), (12, 5, 4), (12, 2, 3)):
         flags = [f"--config.max_steps={steps}", f"--config.max_checkpoints={keep}"]
-        needed = saves * checkpoint_bytes(state) + weights + 1000 * steps
+        config = read_config(["--config", "tiny.py", *flags])[0]
+        needed = saves * checkpoint_bytes(state) + weights + record_bytes(config, steps)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed - 1))
         message = refused(["--config", "tiny.py", "--workdir", "no/room", *flags])
         assert f"{needed / 1e9:.2f} GB" in message
         monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed))
-        check_room(Path("no/room"), read_config(["--config", "tiny.py", *flags])[0])
+        check_room(Path("no/room"), config)
 
 
 def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
@@ -327,7 +329,7 @@ def test_run_starts_from_a_model_folder_and_resumes_without_it(monkeypatch):
     ],
 )
 def test_unfit_model_folder_is_refused_before_the_corpus_is_prepared(flags, named):
-    assert named in refused([*TINY, "--config.data.dir=unprepared", *flags])
+    assert named in refused([*TINY, "--config.data.dir=", "--config.data.corpus=missing.txt", *flags])
 
 
 def test_help_names_the_flags(capsys):

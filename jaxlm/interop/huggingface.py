@@ -270,7 +270,9 @@ def check_init(config: Config) -> None:
     folder = Path(config.init_from)
     model = read_sizes(folder)
     names = [
-        field.name for field in dataclasses.fields(model) if field.metadata.get("fixed") and field.name != "context"
+        field.name
+        for field in dataclasses.fields(model)
+        if field.metadata.get("fixed") and field.name not in ("context", "output_init")
     ]
     different = {name: getattr(model, name) for name in names if getattr(model, name) != getattr(config.model, name)}
     if different:
