@@ -10,7 +10,7 @@ from jaxlm.run.workdir import RECORDS
 from jaxlm.storage import tensorboard
 from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, to_line
 
-TOKEN_BYTES = 16  # of a sample's token in a file, escapes included: more than the mean of any text, or of random tokens
+TOKEN_BYTES = 16  # of a sample's token in a file, escapes included: three times the mean of stories, twice of random tokens
 _LONGEST = -2.2250738585072014e-308  # as JSON
 
 
@@ -72,7 +72,7 @@ def _scalars(event: StepEvent) -> bytes:
 
 
 def record_bytes(config: Config, steps: int) -> int:
-    """An upper bound of the bytes that `steps` steps add to the records and to TensorBoard's events."""
+    """At most the bytes that `steps` steps add to the records and to TensorBoard's events, with TOKEN_BYTES a token."""
     evaluation = EvaluationEvent(INT32_MAX, _LONGEST, _LONGEST)
     numbers = dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "seconds"), _LONGEST)
     event = StepEvent(INT32_MAX, tokens=2**63, step_seconds=0, seconds_left=0, evaluation=evaluation, **numbers)
