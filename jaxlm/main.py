@@ -60,13 +60,18 @@ def main(argv: list[str]) -> None:
         return
     config, workdir, force = read_flags(argv)
     saved = check_workdir(workdir, config)
-    own = own_directory(saved, config) if (resumes := bool(saved_steps(workdir))) else None
+    resumes = bool(saved_steps(workdir))
     if config.init_from and not resumes:
         check_init(config)
+    own = own_directory(saved, config) if resumes else None
+    _train(config, workdir, force, open_data(config, own, _names_corpus(argv, config)))
+
+
+def _names_corpus(argv: list[str], config: Config) -> bool:
+    """Whether a person named the corpus: by a flag, or in a config file whose `data.dir` no flag replaces."""
     names = {word.partition("=")[0] for word in argv}
-    dir_is_flag, default = "--config.data.dir" in names, DataConfig().corpus
-    corpus_is_named = "--config.data.corpus" in names or not (dir_is_flag or config.data.corpus == default)
-    _train(config, workdir, force, open_data(config, own, corpus_is_named))
+    in_file = config.data.corpus != DataConfig().corpus and "--config.data.dir" not in names
+    return in_file or "--config.data.corpus" in names
 
 
 def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> None:

@@ -79,6 +79,12 @@ def test_a_run_that_was_never_saved_starts_again(workdir):
     check_workdir(workdir, Config())
 
 
+def test_a_run_of_an_earlier_version_that_lost_its_folder_is_refused(workdir):
+    lose(workdir, "deleted")
+    (workdir / "has_checkpoints").unlink()
+    assert "checkpoints is not there" in refusal(workdir)
+
+
 def test_empty_records_are_no_loss(workdir):
     lose(workdir, "deleted")
     for name in ("metrics.jsonl", "samples.jsonl"):
