@@ -9,7 +9,7 @@ from configs import m2_60m
 from jaxlm.config import from_config_dict
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.run.events import EvaluationEvent, SamplesEvent, StepEvent
-from jaxlm.run.records import Records, TensorBoard, record_bytes
+from jaxlm.run.records import TOKEN_BYTES, Records, TensorBoard, record_bytes
 
 
 def read(path):
@@ -71,3 +71,9 @@ def test_the_room_for_the_records_of_the_preset_is_not_three_times_what_they_tak
     story = " and then the little girl saw a big dog in the park" * 5  # of 60 tokens
     size = written(tmp_path / "run", config, 1000, rng.random, lambda: story)
     assert size <= record_bytes(config, 1000) <= 3 * size
+
+
+def test_texts_of_the_assumed_length_fit_in_both_files(tmp_path):
+    config = from_config_dict({"eval_interval": 1, "generation_interval": 1, "sample": {"prompts": ["a"]}})
+    text = "x" * (TOKEN_BYTES * config.sample.tokens)
+    assert written(tmp_path / "run", config, 20, lambda: -1e-300 / 3, lambda: text) <= record_bytes(config, 20)
