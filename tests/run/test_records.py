@@ -73,7 +73,8 @@ def test_the_room_for_the_records_of_the_preset_is_not_three_times_what_they_tak
     assert size <= record_bytes(config, 1000) <= 3 * size
 
 
-def test_texts_of_the_assumed_length_fit_in_both_files(tmp_path):
-    config = from_config_dict({"eval_interval": 1, "generation_interval": 1, "sample": {"prompts": ["a"]}})
+@pytest.mark.parametrize("interval", [1, 1000])  # with samples at each step, and at the last alone
+def test_texts_of_the_assumed_length_and_long_numbers_fit_in_all_files(tmp_path, interval):
+    config = from_config_dict({"eval_interval": 1, "generation_interval": interval, "sample": {"prompts": ["a"]}})
     text = "x" * (TOKEN_BYTES * config.sample.tokens)
     assert written(tmp_path / "run", config, 20, lambda: -1e-300 / 3, lambda: text) <= record_bytes(config, 20)
