@@ -36,9 +36,10 @@ from jaxlm.data.token_files import META, TRAIN, VAL, TokenFiles, open_tokens
 from jaxlm.data.tokenizer import END_OF_TEXT, encode_prompts, load_tokenizer
 from jaxlm.errors import RunError
 from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer, write_model
-from jaxlm.main import check_workdir, open_data
+from jaxlm.main import open_data
 from jaxlm.prepare import prepare
 from jaxlm.run.load import Checkpoint
+from jaxlm.run.workdir import check_workdir
 from jaxlm.storage.jsonl import keep_up_to
 
 SIZES = {"vocab_size": 300, "context": 8}

@@ -31,6 +31,7 @@ from jaxlm.core.train_step import TrainState, make_train_step
 from jaxlm.data.token_files import TokenFiles, train_batch_stream
 from jaxlm.device import backend
 from jaxlm.main import open_data
+from jaxlm.prepare import prepare
 from jaxlm.run import trainer
 from jaxlm.run.events import Event, PauseEvent, StepEvent
 
@@ -60,6 +61,7 @@ def preset(platform: str) -> tuple[Config, TokenFiles, jax.Device]:
     """The preset, smaller on a CPU as described above, with enough validation text for its evaluation."""
     flags = ["--config", "configs/m2_60m.py", "--config.data.corpus=novels", "--config.data.val_fraction=0.1"]
     config, _ = read_config([*flags, "--config.data.dir=data/overhead", f"--config.platform={platform}"])
+    prepare("novels", Path(config.data.dir), config.model.vocab_size, config.data.val_fraction)
     tokens = open_data(config)
     device = backend.start(platform)
     config = backend.resolve_run(config, device)

@@ -8,9 +8,10 @@ A config file returns an `ml_collections.ConfigDict` (from `default_config()`), 
 import dataclasses
 import difflib
 import operator
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -79,16 +80,21 @@ _BOUNDS = {
 }
 
 
-def setting(default: Any, choices: Collection[str] = (), *, fixed: bool = False, **bounds: float) -> Any:
+def setting(
+    default: Any, choices: Collection[str] = (), *, fixed: bool = False, paths: bool = False, **bounds: float
+) -> Any:
     """Declares a setting.
 
     Args:
         default: its default.
         choices: all its values; empty: any.
-        fixed: a run cannot resume with another value, because it defines what the checkpoint means.
+        fixed: a run cannot resume with another value, because it defines what the checkpoint means
+            or how the run began.
+        paths: it names files, and is the same however their paths are written.
         **bounds: `low` and `high` are the least and the largest value; `above` and `below` are themselves excluded.
     """
-    return dataclasses.field(default=default, metadata={"choices": choices, "fixed": fixed, "bounds": bounds})
+    metadata = {"choices": choices, "fixed": fixed, "paths": paths, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_values(group: Any, prefix: str) -> None:
@@ -127,7 +133,7 @@ class ModelConfig:
     rope_theta: float = setting(10_000.0, above=0, fixed=True)  # base of RoPE's frequencies
     norm_eps: float = setting(1e-6, above=0, fixed=True)  # RMSNorm adds it to the mean square
     tied: bool = setting(True, fixed=True)  # the head reads the input embedding; False: one of its own
-    output_init: str = setting("scaled", ("scaled", "zero"))  # output matrices: scaled (0.02 / sqrt(2 layers)) or zero
+    output_init: str = setting("scaled", ("scaled", "zero"), fixed=True)  # output matrices; scaled: 0.02/sqrt(2 layers)
     precision: str = setting("auto", PRECISIONS)  # float32, bf16 (mixed precision) or bf16_matmul; weights are float32
     implementation: str = setting("auto", IMPLEMENTATIONS)  # xla (plain JAX), cpu, cuda, hopper (H100, H200) or apple
     remat: bool = True  # recompute each block backward: less memory, a fifth more work. GPU: needs microbatch_chunks
@@ -177,9 +183,9 @@ class OptimizerConfig:
 class DataConfig:
     """The corpus, its token files and the validation split."""
 
-    corpus: str = "novels"  # a named corpus, or paths and patterns separated by commas
-    dir: str = ""  # directory of train.bin and val.bin; empty: data/CORPUS-VOCABULARY
-    val_fraction: float = setting(0.01, above=0, below=1)  # of the text, held out for validation
+    corpus: str = setting("novels", paths=True)  # a named corpus, or paths and patterns separated by commas
+    dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: data/CORPUS-VOCABULARY
+    val_fraction: float = setting(0.01, above=0, below=1, fixed=True)  # of the text, held out for validation
     eval_sequences: int = setting(64, low=0)  # of `context` tokens, per evaluation, evenly spaced; 0: the whole text
 
     def __post_init__(self):
@@ -219,7 +225,7 @@ class Config:
     max_checkpoints: int = setting(5, low=1)  # checkpoints that are kept; older ones are deleted
     max_nonfinite_microbatches: int = setting(10, low=1)  # non-finite micro-batches in a row that stop the run
     seed: int = setting(0, low=0, high=INT32_MAX, fixed=True)  # of the initial weights, the data order and the samples
-    init_from: str = setting("", fixed=True)  # Hugging Face folder with the initial weights; empty: random
+    init_from: str = setting("", fixed=True, paths=True)  # Hugging Face folder with the initial weights; empty: random
     platform: str = setting("auto", PLATFORMS)  # auto (the best that works), cpu, cuda, mps or metal
     deterministic: bool = False  # bitwise reproducible across sessions on an NVIDIA GPU, but slower
     model: ModelConfig = ModelConfig()
@@ -355,8 +361,17 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def differences(saved: Any, config: Any, group: str = "") -> list[str]:
-    """The fixed settings that differ between a saved run and this one, one phrase each.
+class Difference(NamedTuple):
+    """A setting that differs between a saved run and this one."""
+
+    name: str
+    value: Any
+    saved: Any
+    fixed: bool
+
+
+def differences(saved: Any, config: Any, group: str = "") -> list[Difference]:
+    """The settings that differ between a saved run and this one.
 
     Args:
         saved: the saved settings as nested dicts.
@@ -367,13 +382,28 @@ def differences(saved: Any, config: Any, group: str = "") -> list[str]:
     """
     if not isinstance(saved, Mapping):
         raise UsageError(f"the saved settings are damaged: {group or 'config'} must be a group")
-    saved, prefix, phrases = _with_new_names(saved, group), group and f"{group}.", []
+    saved, prefix, found = _with_new_names(saved, group), group and f"{group}.", []
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value, metadata = getattr(config, field.name), field.metadata
         if dataclasses.is_dataclass(value):
-            phrases += differences(saved.get(field.name, {}), value, field.name)
-        elif field.metadata.get("fixed"):
-            saved_value = saved.get(field.name, field.default)
-            if saved_value != value:
-                phrases.append(f"{prefix}{field.name} is {value}, the saved run has {saved_value}")
-    return phrases
+            found += differences(saved.get(field.name, {}), value, field.name)
+            continue
+        saved_value = saved.get(field.name, field.default)
+        same = same_paths if metadata.get("paths") else operator.eq
+        if not same(tuple(saved_value) if isinstance(saved_value, list) else saved_value, value):
+            found.append(Difference(prefix + field.name, value, saved_value, metadata.get("fixed", False)))
+    return found
+
+
+def same_paths(first: Any, second: Any) -> bool:
+    """Whether two values of a setting name the same files: relative or not, through links or not, in the same order."""
+    if first == second or not (first and second):
+        return bool(first == second)
+    try:
+        return _real_paths(first) == _real_paths(second)
+    except (AttributeError, ValueError):  # from a damaged file: not a string, or not one that a path can be
+        return False
+
+
+def _real_paths(value: str) -> list[str]:
+    return [os.path.realpath(path.strip()) for path in value.split(",")]

@@ -5,45 +5,52 @@ checkpoint in the work directory. If the data is missing, the corpus that the co
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from jaxlm.cli import define_flags, read_flags, run, run_errors
-from jaxlm.config import Config, differences, to_dict
-from jaxlm.data.token_files import TRAIN, TokenFiles, data_directory, open_tokens
+from jaxlm.config import Config, DataConfig, to_dict
+from jaxlm.data.corpus import source_changed
+from jaxlm.data.directories import check_named_directory, own_directory
+from jaxlm.data.token_files import TokenFiles, data_directory, open_tokens, read_meta
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init
 from jaxlm.prepare import prepare
 from jaxlm.run.quiet import quiet_libraries
+from jaxlm.run.workdir import check_workdir, saved_steps
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 
 
-def open_data(config: Config) -> TokenFiles:
-    """The token files of the config: those in `data.dir` if they exist, else the corpus's, prepared if missing.
+def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = False) -> TokenFiles:
+    """The token files in `data.dir`, or else those of the corpus, which are prepared if missing.
+
+    Args:
+        config: the settings.
+        own: where the run that is resumed has its tokens. They are used even if the corpus has changed since.
+        corpus_is_named: whether the corpus must be that of `data.dir`.
 
     Raises:
         UsageError: the files do not fit the config, or the corpus cannot be read.
     """
     data, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
-    if data.corpus and not (data.dir and os.path.isfile(directory / TRAIN)):
+    if data.dir:
+        check_named_directory(config, corpus_is_named)
+    elif own and (meta := read_meta(own)) and meta.fits_files(own):
+        directory = own
+        if _has_changed(data.corpus, meta.source_sha256):
+            print(f"{data.corpus} has changed: the run resumes with the tokens that it began with, in {own}")
+    else:
         prepare(data.corpus, directory, vocab_size, data.val_fraction)
     return open_tokens(directory, vocab_size, config.model.context)
 
 
-def check_workdir(workdir: Path, config: Config) -> None:
-    """Raises UsageError if `workdir` belongs to a run with other fixed settings."""
-    file = workdir / "config.json"
-    if not os.path.lexists(file):
-        return
+def _has_changed(corpus: str, sha256: str) -> bool:
     try:
-        saved = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is damaged: delete it, each checkpoint holds the settings too") from error
-    if changes := differences(saved, config):
-        raise UsageError(f"{workdir} belongs to another run: {'; '.join(changes)}; choose another --workdir")
+        return source_changed(corpus, sha256)
+    except UsageError:  # it cannot be read
+        return True
 
 
 def main(argv: list[str]) -> None:
@@ -52,9 +59,19 @@ def main(argv: list[str]) -> None:
         print(f"{__doc__}{define_flags([]).get_help()}\nThe settings are those of jaxlm/config.py.")
         return
     config, workdir, force = read_flags(argv)
-    if config.init_from and not os.path.lexists(workdir / "config.json"):  # a resumed run does not read it
+    saved = check_workdir(workdir, config)
+    resumes = bool(saved_steps(workdir))
+    if config.init_from and not resumes:
         check_init(config)
-    _train(config, workdir, force, open_data(config))
+    own = own_directory(saved, config) if resumes else None
+    _train(config, workdir, force, open_data(config, own, _names_corpus(argv, config)))
+
+
+def _names_corpus(argv: list[str], config: Config) -> bool:
+    """Whether a person named the corpus: by a flag, or in a config file whose `data.dir` no flag replaces."""
+    names = {word.partition("=")[0] for word in argv}
+    in_file = config.data.corpus != DataConfig().corpus and "--config.data.dir" not in names
+    return in_file or "--config.data.corpus" in names
 
 
 def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> None:
@@ -65,7 +82,6 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
     from jaxlm.run.trainer import Trainer
 
     encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
-    check_workdir(workdir, config)
     device = backend.start(config.platform, config.deterministic)
     resolved = backend.resolve_run(config, device)
     check_room(workdir, resolved)

@@ -20,6 +20,8 @@ FIXED = {
     "grad_accum_steps",
     "seed",
     "init_from",
+    "data.val_fraction",
+    "model.output_init",
     "model.vocab_size",
     "model.context",
     "model.layers",
@@ -269,18 +271,40 @@ def test_settings_survive_json():
 
 
 @pytest.mark.parametrize("name", [name for name, _ in all_settings()])
-def test_only_fixed_settings_differ(name):
+def test_a_difference_says_whether_the_setting_is_fixed(name):
     saved = json.loads(json.dumps(to_dict(Config())))
     group, _, last = name.rpartition(".")
     (saved[group] if group else saved)[last] = "something else"
-    phrases = differences(saved, Config())
-    assert [phrase.split()[0] for phrase in phrases] == [name] * (name in FIXED)
-    assert all("something else" in phrase for phrase in phrases)
+    (found,) = differences(saved, Config())
+    assert (found.name, found.saved, found.fixed) == (name, "something else", name in FIXED)
 
 
-def test_difference_names_both_values():
-    (phrase,) = differences(to_dict(Config(seed=3)), Config(seed=4))
-    assert ("3" in phrase, "4" in phrase) == (True, True)
+def test_difference_has_both_values():
+    assert differences(to_dict(Config(seed=3)), Config(seed=4)) == [("seed", 4, 3, True)]
+
+
+def test_settings_read_from_json_do_not_differ():
+    assert differences(json.loads(json.dumps(to_dict(Config()))), Config()) == []
+
+
+@pytest.mark.parametrize("name", ["init_from", "data.corpus", "data.dir"])
+def test_paths_differ_only_if_they_lead_elsewhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("link").symlink_to("folder")
+    config = from_config_dict(settings(name, "folder"))
+    for same in ("folder", "folder/", "./folder", "link", f"{tmp_path}/folder", "link/../folder"):
+        assert differences(settings(name, same), config) == []
+    for other in ("", "other", "folder/inside", ".", "folder,folder", 3, ["folder"], None, "a\0b", "\ud800"):
+        assert [found.name for found in differences(settings(name, other), config)] == [name]
+    assert [found.name for found in differences(settings(name, "."), from_config_dict(settings("data.dir", "")))]
+
+
+def test_corpora_of_the_same_files_in_the_same_order_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = from_config_dict(settings("data.corpus", "a.txt, b/*.txt"))
+    assert differences(settings("data.corpus", f"./a.txt,{tmp_path}/b/*.txt"), config) == []
+    assert len(differences(settings("data.corpus", "b/*.txt,a.txt"), config)) == 1
 
 
 def test_a_setting_missing_in_saved_settings_has_its_default():

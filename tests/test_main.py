@@ -1,5 +1,6 @@
 """The training command: the real process, and what a person may get wrong."""
 
+import json
 import logging
 import os
 import re
@@ -14,8 +15,10 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxlm import main as command_main
 from jaxlm.cli import read_config
 from jaxlm.core.train_step import init_state
+from jaxlm.data import corpus
 from jaxlm.device import backend, numerics
 from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
@@ -23,6 +26,7 @@ from jaxlm.run import trainer
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import min_memory
 from jaxlm.run.quiet import quiet_libraries
+from jaxlm.run.records import record_bytes
 from jaxlm.run.resume import check_room, restore_or_init
 from jaxlm.storage.lock import only_writer
 from tests import tiny_run
@@ -161,7 +165,7 @@ def test_error_in_a_config_file_has_no_traceback(source, named):
     ],
 )
 def test_wrong_flag_is_refused_by_name(flag, named):
-    directory = [] if "corpus" not in flag else ["--config.data.dir=elsewhere"]
+    directory = [] if "corpus" not in flag else ["--config.data.dir="]
     assert named in refused([*TINY, *directory, flag])
 
 
@@ -175,7 +179,7 @@ def test_wrong_flag_is_refused_by_name(flag, named):
 )
 def test_unusable_corpus_is_refused_by_name(name, content, named):
     Path(name).write_bytes(content)
-    message = refused([*TINY, f"--config.data.corpus={name}", "--config.data.dir=elsewhere"])
+    message = refused([*TINY, f"--config.data.corpus={name}", "--config.data.dir="])
     assert named in message
 
 
@@ -280,12 +284,13 @@ def test_run_that_does_not_fit_on_the_disk_is_refused(monkeypatch):
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     for steps, keep, saves in ((7, 5, 3), (12, 5, 4), (12, 2, 3)):
         flags = [f"--config.max_steps={steps}", f"--config.max_checkpoints={keep}"]
-        needed = saves * checkpoint_bytes(state) + weights + 1000 * steps
+        config = read_config(["--config", "tiny.py", *flags])[0]
+        needed = saves * checkpoint_bytes(state) + weights + record_bytes(config, steps)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed - 1))
         message = refused(["--config", "tiny.py", "--workdir", "no/room", *flags])
         assert f"{needed / 1e9:.2f} GB" in message
         monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed))
-        check_room(Path("no/room"), read_config(["--config", "tiny.py", *flags])[0])
+        check_room(Path("no/room"), config)
 
 
 def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
@@ -365,7 +370,166 @@ def test_run_starts_from_a_model_folder_and_resumes_without_it(monkeypatch):
     ],
 )
 def test_unfit_model_folder_is_refused_before_the_corpus_is_prepared(flags, named):
-    assert named in refused([*TINY, "--config.data.dir=unprepared", *flags])
+    assert named in refused([*TINY, "--config.data.dir=", "--config.data.corpus=missing.txt", *flags])
+
+
+def killed(*_):
+    raise RunError("killed")
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "checkpoints/*"])
+def test_run_that_lost_its_checkpoints_is_refused_until_its_records_are_moved_away(lost):
+    workdir = f"lost-{len(lost)}"
+    shutil.copytree(DONE, workdir)
+    for path in list(Path(workdir).glob(lost)):
+        shutil.rmtree(path)
+    message = refused(["--config", "tiny.py", "--workdir", workdir])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert name in message
+        Path(workdir, name).rename(f"{workdir}/{name}.old")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="killed"):
+        patch.setattr(trainer.Trainer, "_save", killed)
+        train(workdir, share="plain")
+    assert len(rows(f"{workdir}/metrics.jsonl")) == 3  # it was killed before its first save, so it starts again
+    assert "Done: 12 steps" in train(workdir, share="plain")
+    assert rows(f"{workdir}/metrics.jsonl")[-1]["loss"] == rows(DONE / "metrics.jsonl")[-1]["loss"]
+
+
+def test_run_of_an_earlier_version_is_marked_when_it_resumes():
+    shutil.copytree(DONE, "earlier")
+    Path("earlier/has_checkpoints").unlink()
+    train("earlier")
+    shutil.rmtree("earlier/checkpoints")
+    Path("earlier/checkpoints").mkdir()
+    refused(["--config", "tiny.py", "--workdir", "earlier"])
+
+
+def copy_of_own(name):
+    """Copies a run on `own.txt`, prepared in the default directory, with three steps left; returns its last loss."""
+    if not Path("own").exists():
+        tiny_run.write_text(Path("own.txt"), seed=5)
+        train("own", "--config.data.corpus=own.txt", "--config.data.dir=", share="plain")
+        shutil.rmtree("own/checkpoints/12")
+    shutil.copytree("own", name)
+    return rows("own/metrics.jsonl")[-1]["loss"]
+
+
+def resume_own(name, source="own.txt"):
+    return train(name, f"--config.data.corpus={source}", "--config.data.dir=", share="plain")
+
+
+def unreadable(paths):
+    raise UsageError("cannot read it")
+
+
+@pytest.mark.parametrize("fate", ["changed", "grown", "unreadable", "removed"])
+def test_run_resumes_with_its_own_tokens_whatever_became_of_the_corpus(fate, monkeypatch):
+    loss = copy_of_own(fate)
+    text, files = Path("own.txt").read_text(), listing(Path("data"))
+    if fate == "removed":
+        Path("own.txt").unlink()
+    elif fate == "unreadable":
+        monkeypatch.setattr(corpus, "files_sha256", unreadable)
+    else:
+        Path("own.txt").write_text("other text. " * 500 if fate == "changed" else f"{text} more")
+    shown = resume_own(fate)
+    Path("own.txt").write_text(text)
+    assert "Done: 12 steps" in shown
+    assert rows(f"{fate}/metrics.jsonl")[-1]["loss"] == loss
+    assert listing(Path("data")) == files
+    assert len(re.findall(r"(?m)^own.txt has changed: .* data/own-txt-300$", shown)) == (fate != "removed")
+    assert "Preparing" not in shown
+    assert "delete" not in shown
+
+
+def test_run_resumes_if_its_tokens_are_prepared_again():
+    loss = copy_of_own("again")
+    shutil.rmtree("data/own-txt-300")
+    assert "Preparing own.txt" in resume_own("again")
+    assert rows("again/metrics.jsonl")[-1]["loss"] == loss
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_run_resumes_with_its_corpus_written_in_another_way(absolute):
+    copy_of_own(f"respelt-{absolute}")
+    files = listing(Path("data"))
+    shown = resume_own(f"respelt-{absolute}", str(Path("own.txt").absolute()) if absolute else "./own.txt")
+    assert "Done: 12 steps" in shown
+    assert "data.corpus" not in shown
+    assert "changed" not in shown
+    assert listing(Path("data")) == files
+
+
+def test_other_validation_fraction_is_refused_by_its_name_on_resume():
+    copy_of_own("fraction")
+    flags = ["--config.data.corpus=own.txt", "--config.data.dir=", "--config.data.val_fraction=0.2"]
+    message = refused(["--config", "tiny.py", "--workdir", "fraction", *flags])
+    assert "data.val_fraction is 0.2" in message
+    assert "delete" not in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--config.data.dir=tokns"], "did you mean tokens"),
+        (["--config.data.dir", "tokns"], "did you mean tokens"),
+        (["--config.data.corpus=tiny.py"], "not of tiny.py"),
+        (["--config.data.dir=tokens", "--config.data.corpus", "tiny.py"], "not of tiny.py"),
+        (["--config", "torn.py"], "not of another.txt"),
+    ],
+)
+def test_data_directory_that_is_not_what_was_asked_for_is_refused(flags, named):
+    Path("torn.py").write_text(CONFIG.replace("text.txt", "another.txt"))
+    assert named in refused([*TINY, *flags])
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ("tiny.py", ["--config.data.corpus=./text.txt"]),
+        ("torn.py", ["--config.data.dir=tokens"]),  # the flag replaces the corpus of the config
+        ("novels.py", []),  # a config that names no corpus
+    ],
+)
+def test_named_data_directory_needs_no_corpus(config, flags, monkeypatch):
+    Path("torn.py").write_text(CONFIG.replace("text.txt", "another.txt"))
+    Path("novels.py").write_text(CONFIG.replace('config.data.corpus = "text.txt"', ""))
+    opened = []
+    monkeypatch.setattr(command_main, "_train", lambda config, workdir, force, tokens: opened.append(tokens.directory))
+    main(["--config", config, "--workdir", "new", *flags])
+    assert opened == [Path("tokens")]
+
+
+def test_run_that_began_with_a_model_folder_written_in_another_way_resumes():
+    shutil.copytree(DONE / "final_model", "start")
+    train("begun", "--config.init_from=start", share="plain")
+    for path in ("./start/", str(Path("start").absolute())):
+        shown = train("begun", f"--config.init_from={path}")
+        assert "Done: 12 steps" in shown
+        assert "init_from" not in shown
+    assert "output_init" in refused(["--config", "tiny.py", "--workdir", "begun", "--config.model.output_init=zero"])
+
+
+def test_missing_model_folder_is_refused_before_the_corpus_is_prepared_also_by_a_run_that_was_never_saved():
+    Path("unsaved/checkpoints").mkdir(parents=True)
+    shutil.copy(DONE / "config.json", "unsaved")
+    settings = json.loads(Path("unsaved/config.json").read_text()) | {"init_from": "gone"}
+    Path("unsaved/config.json").write_text(json.dumps(settings))
+    flags = ["--config.init_from=gone", "--config.data.dir=", "--config.data.corpus=missing.txt"]
+    assert "gone/config.json" in refused(["--config", "tiny.py", "--workdir", "unsaved", *flags])
+
+
+def test_fewer_steps_than_are_done_end_at_once_with_the_model_of_the_last():
+    shutil.copytree(DONE, "shorter")
+    shutil.rmtree("shorter/final_model")
+    shown = train("shorter", "--config.max_steps=6")
+    assert "max_steps is 6, was 12 up to step 12" in shown
+    assert "Done: 12 steps" in shown
+    assert "| 12 of 12 steps, 768 tokens |" in Path("shorter/final_model/README.md").read_text()
+    assert rows("shorter/metrics.jsonl") == rows(DONE / "metrics.jsonl")
+    state = tiny_run.saved_state(DONE, 12)
+    shutil.copy(DONE / "config.json", "shorter")
+    assert_same_bits(tiny_run.saved_state("shorter", 12), state)
 
 
 def test_help_names_the_flags(capsys):

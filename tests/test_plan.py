@@ -23,6 +23,7 @@ from jaxlm.errors import RunError, UsageError
 from jaxlm.planner import measure, memory, report, tables
 from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.run.memory import Memory, compile_step, step_memory
+from jaxlm.run.records import record_bytes
 from tests import tiny_run
 from tests.tiny_run import is_one_line
 
@@ -136,7 +137,8 @@ def test_the_benchmark_gives_times_and_sizes(capsys, benchmark_calls):
     assert report["schedule"]["total_seconds"] == pytest.approx(6 + 12 * 2 + evaluations + 2 * 0.25 + 4 * 0.125 + 1.5)
     assert report["speed"]["tokens_per_second"] == 64 / 2
     assert report["memory"]["total_bytes"] == 600_000_000
-    assert report["disk"]["left_bytes"] == 4 * 170_000 + 3_000_000 + 12 * 1000
+    assert report["disk"]["left_bytes"] == 4 * 170_000 + 3_000_000 + report["disk"]["records_bytes"]
+    assert report["disk"]["records_bytes"] == record_bytes(read_config(TINY)[0], 12)
     assert report["schedule"]["timeline"][-1]["step"] == 12
 
 

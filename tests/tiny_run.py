@@ -21,6 +21,7 @@ from jaxlm.config import Config, DataConfig, SampleConfig, from_config_dict
 from jaxlm.core.train_step import TrainState, make_eval_step, make_train_step
 from jaxlm.device import backend
 from jaxlm.main import main
+from jaxlm.prepare import prepare
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.memory import state_shapes
@@ -84,6 +85,7 @@ def trained_run() -> tuple[Path, str]:
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     _write_inputs(place)
     with contextlib.chdir(place):
+        prepare("text.txt", Path("tokens"), 300, 0.1)
         return place, train("run", share="plain")
 
 

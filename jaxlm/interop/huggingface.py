@@ -358,7 +358,9 @@ def check_init(config: Config) -> None:
     if not _own_tokenizer(_read_json(folder / "tokenizer.json"), model.vocab_size):
         raise UsageError(f"init_from {folder} has another tokenizer: training supports only GPT-2's")
     names = [
-        field.name for field in dataclasses.fields(model) if field.metadata.get("fixed") and field.name != "context"
+        field.name
+        for field in dataclasses.fields(model)
+        if field.metadata.get("fixed") and field.name not in ("context", "output_init")
     ]
     different = {name: getattr(model, name) for name in names if getattr(model, name) != getattr(config.model, name)}
     if different:

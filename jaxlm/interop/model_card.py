@@ -36,7 +36,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 context {model.context}, vocabulary {model.vocab_size:,} (GPT-2's) |
 | initialised from | {start} |
 | text | {text} |
-| trained | {step:,} of {config.max_steps:,} steps, {tokens:,} tokens |
+| trained | {step:,} of {steps:,} steps, {tokens:,} tokens |
 | training loss | {loss} |
 | validation loss | {val_loss} |
 
@@ -66,6 +66,7 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
         start=config.init_from or f"random weights, seed {config.seed}",
         text=_text(meta),
         step=step,
+        steps=max(step, config.max_steps),  # a run may end early, by a smaller max_steps
         tokens=step * config.tokens_per_step,
         loss=_last(rows, {"loss": "nats per token"}),
         val_loss=_last(rows, {"val_loss": "nats per token", "val_bits_per_byte": "bits per byte"}),

@@ -20,7 +20,7 @@ from jaxlm.planner.estimate import Timings
 from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.planner.memory import ShowProgress, better_setting, memory_of, memory_without_compiling, process_bytes
 from jaxlm.run.memory import Memory
-from jaxlm.run.resume import RECORD_BYTES
+from jaxlm.run.records import record_bytes
 from jaxlm.storage import user_cache
 from jaxlm.units import date_text, duration, gb, seconds_text
 
@@ -157,7 +157,7 @@ def _disk(
 ) -> dict[str, Any]:
     """What the run writes. At most there is one checkpoint more than at the end, until the oldest is deleted."""
     checkpoint = benchmark.checkpoint_bytes if benchmark else memory.checkpoint_copy
-    model, records = benchmark.model_bytes if benchmark else memory.weights, RECORD_BYTES * config.max_steps
+    model, records = benchmark.model_bytes if benchmark else memory.weights, record_bytes(config, config.max_steps)
     count = len(estimate.saves(config))
     kept, most = (checkpoint * min(count, config.max_checkpoints + extra) for extra in (0, 1))
     most += model + records

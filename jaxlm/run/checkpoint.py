@@ -8,6 +8,7 @@ accumulated gradients are zero and need not be saved. Training does not wait for
 and the copy is written.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -26,9 +27,10 @@ import orbax.checkpoint as ocp
 from jaxlm.core.checksum import checksums
 from jaxlm.core.train_step import TrainState
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError
+from jaxlm.run.workdir import CHECKPOINTS, HAS_CHECKPOINTS
 from jaxlm.storage import atomic
 
-DIRECTORY = "checkpoints"
+DIRECTORY = CHECKPOINTS
 FILES = "files.json"
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
@@ -145,6 +147,8 @@ class Checkpoints:
             if not (self.directory / str(step) / FILES).is_file():
                 raise RuntimeError("orbax renamed it before its files were hashed")
             atomic.sync(self.directory)
+            with contextlib.suppress(OSError):
+                (self.directory.parent / HAS_CHECKPOINTS).touch()
         except Exception as error:  # a full disk shows as OSError, ValueError or an XLA error
             self._delete_unfinished()
             # the old manager may count this step as saved and refuse later ones: google/orbax#605, maxtext#5260

@@ -1,11 +1,17 @@
 """What a run writes down: metrics.jsonl, samples.jsonl and TensorBoard's events."""
 
 import contextlib
+import json
 from pathlib import Path
 
-from jaxlm.run.events import Event, SamplesEvent, StepEvent
+from jaxlm.config import INT32_MAX, Config
+from jaxlm.run.events import EvaluationEvent, Event, SamplesEvent, StepEvent
+from jaxlm.run.workdir import RECORDS
+from jaxlm.storage import tensorboard
 from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, to_line
-from jaxlm.storage.tensorboard import EventFile
+
+TOKEN_BYTES = 16  # of a sample's token in a file, with escapes: three times the mean of stories, twice of random tokens
+_LONGEST = -2.2250738585072014e-308  # as JSON
 
 
 class Records:
@@ -17,7 +23,7 @@ class Records:
 
     def __init__(self, workdir: Path, step: int):
         """Opens the files and drops the rows after `step`, from which this session resumes. Raises OSError."""
-        files = [workdir / "metrics.jsonl", workdir / "samples.jsonl"]
+        files = [workdir / name for name in RECORDS]
         self.damaged = [path for path in files if keep_up_to(path, step)]  # files that had damaged lines
         self._metrics, self._samples = map(AppendOnlyFile, files)
 
@@ -44,14 +50,14 @@ class TensorBoard:
 
     def __init__(self, workdir: Path, step: int):
         """Opens a file of events after `step`. Raises OSError."""
-        self._events = EventFile(workdir / "tensorboard", step + 1)
+        self._events = tensorboard.EventFile(workdir / "tensorboard", step + 1)
 
     def __call__(self, event: Event) -> None:
         match event:
             case StepEvent():
-                self._events.scalars(event.step, {name: value for name, value in event.row().items() if name != "step"})
+                self._events.append(_scalars(event))
             case SamplesEvent(step, samples):
-                self._events.text(step, "samples", "\n\n".join(text for _, text in samples))
+                self._events.append(tensorboard.text(step, "samples", "\n\n".join(text for _, text in samples)))
 
     def sync(self) -> None:
         with contextlib.suppress(OSError):  # the events stay in memory, and the next sync tries again
@@ -59,3 +65,20 @@ class TensorBoard:
 
     def close(self) -> None:
         self._events.close()
+
+
+def _scalars(event: StepEvent) -> bytes:
+    return tensorboard.scalars(event.step, {name: value for name, value in event.row().items() if name != "step"})
+
+
+def record_bytes(config: Config, steps: int) -> int:
+    """At most the bytes that `steps` steps add to the records and to TensorBoard's events, with TOKEN_BYTES a token."""
+    evaluation = EvaluationEvent(INT32_MAX, _LONGEST, _LONGEST)
+    numbers = dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "seconds"), _LONGEST)
+    event = StepEvent(INT32_MAX, tokens=2**63, step_seconds=0, seconds_left=0, evaluation=evaluation, **numbers)
+    row = len(to_line(event.row())) + len(_scalars(event))
+    prompt = max(len(json.dumps(prompt)) for prompt in config.sample.prompts)
+    text = prompt + TOKEN_BYTES * config.sample.tokens
+    sample = len(to_line({"step": INT32_MAX, "prompt": "", "text": ""})) + prompt + 2 * text
+    samples = config.sample.texts * sample + len(tensorboard.text(INT32_MAX, "samples", ""))
+    return steps * row + (steps // config.generation_interval + 1) * samples

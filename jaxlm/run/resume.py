@@ -7,26 +7,27 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm.config import Config, differences, to_dict
+from jaxlm.config import Config, differences, from_config_dict, to_dict
+from jaxlm.core.optimizer import make_schedule
 from jaxlm.core.train_step import TrainState, init_state
 from jaxlm.data.token_files import TOKENIZER_NAME, TokenFiles
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init, read_params
-from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
+from jaxlm.run.checkpoint import Checkpoints, checkpoint_bytes
 from jaxlm.run.memory import state_shapes
-
-RECORD_BYTES = 1000  # per step, of metrics.jsonl, samples.jsonl and TensorBoard's events
+from jaxlm.run.records import record_bytes
+from jaxlm.run.workdir import HAS_CHECKPOINTS, fixed_differences, saved_steps
 
 
 def check_room(workdir: Path, config: Config) -> None:
     """Raises UsageError if the disk lacks the room for what a run has yet to write."""
     shapes = state_shapes(config)
-    saved_steps = [int(path.name) for path in (workdir / DIRECTORY).glob("*") if path.name.isdigit()]
-    steps = max(config.max_steps - max(saved_steps, default=0), 0)
+    saved = saved_steps(workdir)
+    steps = max(config.max_steps - max(saved, default=0), 0)
     saves = -(-steps // config.save_interval)
-    new = min(saves, config.max_checkpoints + 1 - len(saved_steps))  # one extra until the oldest is deleted
+    new = min(saves, config.max_checkpoints + 1 - len(saved))  # one extra until the oldest is deleted
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
-    needed = max(new, 0) * checkpoint_bytes(shapes) + model + RECORD_BYTES * steps
+    needed = max(new, 0) * checkpoint_bytes(shapes) + model + record_bytes(config, steps)
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -51,32 +52,53 @@ def restore_or_init(
     """Restores the newest whole checkpoint on `device`, or initialises the state.
 
     Initial parameters are those of the folder `config.init_from`, or are drawn on the CPU, so that one seed gives the
-    same model on every device. Returns the state, the seconds trained before, and lines that say what was skipped.
+    same model on every device. Returns the state, the seconds trained before, and lines that say what was skipped and
+    which settings have changed.
 
     Raises UsageError if the newest whole checkpoint does not fit the settings or the tokens, if none is whole, or if
     the folder does not fit the settings.
     """
 
-    def load(step: int) -> tuple[TrainState, float]:
+    def load(step: int) -> tuple[TrainState, dict[str, Any]]:
         meta = checkpoints.meta(step)
         _check_same_run(f"{checkpoints.directory / str(step)}", meta, config, tokens)
-        return checkpoints.state(step, state_shapes(config), SingleDeviceSharding(device)), meta["seconds"]
+        return checkpoints.state(step, state_shapes(config), SingleDeviceSharding(device)), meta
 
+    mark = checkpoints.directory.parent / HAS_CHECKPOINTS
     steps = checkpoints.steps()
     if not steps:
+        mark.unlink(missing_ok=True)
         with jax.default_device(jax.devices("cpu")[0]):
             state = init_state(config)
         if config.init_from:
             check_init(config)
             state = state._replace(params=read_params(Path(config.init_from), config.model))
         return jax.device_put(state, device), 0.0, checkpoints.clean_up(0)
-    (state, seconds), skipped = checkpoints.newest(load, steps)
+    (state, meta), skipped = checkpoints.newest(load, steps)
+    mark.touch()
     notes = [f"Skipped {reason}" for reason in skipped] + checkpoints.clean_up(int(state.step))
-    return state, seconds, notes
+    return state, meta["seconds"], notes + describe_changes(meta["config"], config, int(state.step))
+
+
+def describe_changes(saved: Any, config: Config, step: int) -> list[str]:
+    """A line for each setting that differs from the `saved` ones of `step`, and for the learning rate if it does."""
+    lines = [
+        f"{change.name} is {change.value!r:.100}, was {change.saved!r:.100} up to step {step}"
+        for change in differences(saved, config)
+    ]
+    for name in ("learning_rate", "muon_learning_rate")[: 1 + (config.optimizer.name == "muon")]:
+        before, now = (
+            getattr(run.optimizer, name) * float(make_schedule(run.optimizer, run.max_steps)(step))
+            for run in (from_config_dict(saved), config)
+        )
+        if before != now:
+            verb = "rises" if now > before else "falls"
+            lines.append(f"so the {name.replace('_', ' ')} {verb} from {before:.1e} to {now:.1e}")
+    return lines
 
 
 def _check_same_run(checkpoint: str, meta: dict[str, Any], config: Config, tokens: TokenFiles) -> None:
-    mismatches = differences(meta["config"], config)
+    mismatches = fixed_differences(meta["config"], config)
     for name, value in describe_run(config, tokens, 0)["tokens"].items():
         if meta["tokens"].get(name) != value:
             mismatches.append(f"{name} of the data is {value}, the checkpoint has {meta['tokens'].get(name)}")

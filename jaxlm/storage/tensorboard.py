@@ -25,24 +25,27 @@ class EventFile(AppendOnlyFile):
         directory.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         super().__init__(directory / name)
-        self._add(Event(file_version="brain.Event:2"))
-        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self.append(_record(Event(file_version="brain.Event:2")))
+        self.append(_record(Event(step=first_step, session_log=SessionLog(status=SessionLog.START))))
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds the scalars of a step."""
-        event = Event(step=step)
-        for name, value in values.items():
-            event.summary.MergeFrom(summary.scalar(name, value))
-        self._add(event)
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Adds a text in Markdown."""
-        self._add(Event(step=step, summary=summary.text(tag, text)))
+def scalars(step: int, values: Mapping[str, float]) -> bytes:
+    """The record of a step's scalars."""
+    event = Event(step=step)
+    for name, value in values.items():
+        event.summary.MergeFrom(summary.scalar(name, value))
+    return _record(event)
 
-    def _add(self, event: Event) -> None:
-        """Adds a TFRecord: length, its checksum, data, their checksum."""
-        event.wall_time = time.time()
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        length_crc, data_crc = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
-        self.append(length + length_crc + data + data_crc)
+
+def text(step: int, tag: str, markdown: str) -> bytes:
+    """The record of a text."""
+    return _record(Event(step=step, summary=summary.text(tag, markdown)))
+
+
+def _record(event: Event) -> bytes:
+    """A TFRecord: length, its checksum, data, their checksum."""
+    event.wall_time = time.time()
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    length_crc, data_crc = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+    return length + length_crc + data + data_crc

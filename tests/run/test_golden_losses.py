@@ -17,6 +17,7 @@ from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.data.token_files import train_batch_stream
 from jaxlm.device import backend
 from jaxlm.main import open_data
+from jaxlm.prepare import prepare
 
 GOLDEN = Path(__file__).parents[1] / "golden_losses"
 STEPS = 50
@@ -28,6 +29,7 @@ def first_losses(directory):
     settings = quickstart.get_config()
     settings.data.dir = str(directory)
     config = from_config_dict(settings)
+    prepare(config.data.corpus, directory, config.model.vocab_size, config.data.val_fraction)
     tokens = open_data(config)
     config = backend.resolve_run(config, jax.devices("cpu")[0])
     batches = train_batch_stream(tokens.train, config.model.context, config.batch_size, config.seed, 0)

@@ -6,7 +6,7 @@ import time
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jaxlm.storage.tensorboard import EventFile
+from jaxlm.storage.tensorboard import EventFile, scalars, text
 from tests.tiny_run import disk_room
 
 
@@ -46,17 +46,17 @@ def test_crc32c_is_that_of_the_standard():
 
 def test_a_session_has_its_first_step_scalars_and_texts(tmp_path):
     file = EventFile(tmp_path / "tensorboard", 7)
-    file.scalars(7, {"loss": 1.5, "lr": 0.25})
-    file.text(8, "samples", "Once é")
+    file.append(scalars(7, {"loss": 1.5, "lr": 0.25}))
+    file.append(text(8, "samples", "Once é"))
     file.close()
-    version, start, scalars, text = events(tmp_path / "tensorboard")
+    version, start, losses, samples = events(tmp_path / "tensorboard")
     assert version.file_version == "brain.Event:2"
-    assert abs(scalars.wall_time - time.time()) < 3600
+    assert abs(losses.wall_time - time.time()) < 3600
     assert (start.step, start.session_log.status) == (7, SessionLog.START)
-    assert scalars.step == 7
-    assert {value.tag: value.simple_value for value in scalars.summary.value} == {"loss": 1.5, "lr": 0.25}
-    (value,) = text.summary.value
-    assert (text.step, value.tag, value.tensor.string_val[0].decode()) == (8, "samples/text_summary", "Once é")
+    assert losses.step == 7
+    assert {value.tag: value.simple_value for value in losses.summary.value} == {"loss": 1.5, "lr": 0.25}
+    (value,) = samples.summary.value
+    assert (samples.step, value.tag, value.tensor.string_val[0].decode()) == (8, "samples/text_summary", "Once é")
     assert value.metadata.plugin_data.plugin_name == "text"
 
 
@@ -65,7 +65,7 @@ def test_a_full_disk_leaves_no_incomplete_record(tmp_path, room):
     file = EventFile(tmp_path, 1)
     with disk_room(room):
         for step in range(1, 6):
-            file.scalars(step, {"loss": step})
+            file.append(scalars(step, {"loss": step}))
             assert len(events(tmp_path)) < 2 + 5
     file.sync()
     assert [event.step for event in events(tmp_path)[2:]] == [1, 2, 3, 4, 5]

@@ -1,0 +1,43 @@
+"""Which directory of token files a run reads: the one that `data.dir` names, or the one that it began with."""
+
+import dataclasses
+import difflib
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import Config, same_paths
+from jaxlm.data.token_files import TRAIN, data_directory, read_meta
+from jaxlm.errors import UsageError
+
+
+def check_named_directory(config: Config, corpus_is_named: bool) -> None:
+    """Raises UsageError if `data.dir` has no token files, or those of another text than a `data.corpus` that is named.
+
+    Without meta.json the text is unknown, and any is accepted.
+    """
+    data, directory = config.data, Path(config.data.dir)
+    if not os.path.isfile(directory / TRAIN):
+        parent = directory.parent
+        siblings = [path.parent.name for path in parent.glob(f"*/{TRAIN}")] if os.path.isdir(parent) else []
+        nearest = difflib.get_close_matches(directory.name, siblings, 1)
+        hint = f"did you mean {parent / nearest[0]}? This command prepares" if nearest else "prepare"
+        words = ["--corpus", data.corpus or "TEXT", "--out", data.dir, "--vocab_size", str(config.model.vocab_size)]
+        command = shlex.join(["python", "-m", "jaxlm.prepare", *words, "--val_fraction", str(data.val_fraction)])
+        raise UsageError(f"data.dir {directory} has no token files: {hint} them: {command}")
+    if corpus_is_named and (meta := read_meta(directory)) and not same_paths(meta.source, data.corpus):
+        raise UsageError(
+            f"data.dir {directory} has the tokens of {meta.source}, not of {data.corpus}: set only one of data.corpus"
+            " and data.dir, or two that belong together"
+        )
+
+
+def own_directory(saved: Mapping[str, Any], config: Config) -> Path | None:
+    """Where a run with the `saved` settings has its tokens; None if `config` names another corpus."""
+    data = saved.get("data") or dataclasses.asdict(config.data)
+    if not same_paths(data.get("corpus"), config.data.corpus):
+        return None
+    as_saved = dataclasses.replace(config.data, corpus=data["corpus"], dir=str(data.get("dir", "")))
+    return data_directory(dataclasses.replace(config, data=as_saved))

@@ -1,0 +1,87 @@
+"""Which directory of token files a run reads."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxlm import prepare
+from jaxlm.config import from_config_dict, to_dict
+from jaxlm.data.directories import check_named_directory, own_directory
+from jaxlm.data.token_files import open_tokens
+from jaxlm.errors import UsageError
+from tests import tiny_run
+from tests.tiny_run import is_one_line
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config_of(corpus, directory):
+    data = {"corpus": corpus, "dir": str(directory), "val_fraction": 0.1}
+    return from_config_dict({"model": {"vocab_size": 300, "context": 16}, "data": data})
+
+
+def refusal(corpus, directory, corpus_is_named=False):
+    with pytest.raises(UsageError) as caught:
+        check_named_directory(config_of(corpus, directory), corpus_is_named)
+    assert is_one_line(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("corpus", "directory"), [("text.txt", "new"), ("it's my text.txt", "a folder/its tokens")])
+def test_the_command_in_the_refusal_prepares_the_directory(corpus, directory):
+    tiny_run.write_text(Path(corpus))
+    command = shlex.split(re.search(r"python -m jaxlm\.prepare .*", refusal(corpus, directory)).group())
+    prepare.main(command[3:])
+    check_named_directory(config_of(corpus, directory), corpus_is_named=True)
+    meta = open_tokens(Path(directory), 300, 16).meta
+    assert (meta.source, meta.validation_fraction) == (corpus, 0.1)
+
+
+def test_a_misspelt_directory_is_refused_with_the_nearest_that_has_tokens():
+    for name in ("mine", "other", "miem"):
+        Path("data", name).mkdir(parents=True)
+    for name in ("mine", "other"):
+        Path("data", name, "train.bin").touch()
+    for path in ("data/mien", "./data/mien/", str(Path("data/mien").absolute())):
+        assert "did you mean " in (message := refusal("novels", path))
+        assert str(Path(path).parent / "mine") in message
+    Path("data/mine/train.bin").unlink()
+    assert "did you mean" not in refusal("novels", "data/mien")
+
+
+@pytest.mark.parametrize("directory", ["file/below", "file", "x" * 300, "a\0b/c", "\ud800/a", "nowhere/at/all"])
+def test_any_directory_without_tokens_is_refused(directory):
+    Path("file").touch()
+    assert "has no token files" in refusal("novels", directory)
+
+
+def test_tokens_of_another_text_are_refused_only_if_the_corpus_is_named():
+    for name in ("a.txt", "b.txt"):
+        tiny_run.write_text(Path(name))
+    prepare.prepare("a.txt", Path("tokens"), 300, 0.1)
+    for same in ("a.txt", "./a.txt", str(Path("a.txt").absolute())):
+        check_named_directory(config_of(same, "tokens"), corpus_is_named=True)
+    message = refusal("b.txt", "tokens", corpus_is_named=True)
+    assert ("a.txt" in message, "b.txt" in message) == (True, True)
+    check_named_directory(config_of("b.txt", "tokens"), corpus_is_named=False)
+    Path("tokens/meta.json").unlink()  # as nanoGPT leaves them
+    check_named_directory(config_of("b.txt", "tokens"), corpus_is_named=True)
+
+
+def test_a_run_has_its_tokens_where_it_began():
+    saved = to_dict(config_of("a.txt", "tokens"))
+    assert own_directory(saved, config_of("a.txt", "")) == Path("tokens")
+    assert own_directory(saved, config_of("./a.txt", "")) == Path("tokens")
+    assert own_directory(saved, config_of("b.txt", "")) is None
+    saved = to_dict(config_of("a.txt", ""))
+    default = Path("data/a-txt-300")
+    assert own_directory(saved, config_of(str(Path("a.txt").absolute()), "")) == default
+    assert own_directory({}, config_of("a.txt", "")) == default  # config.json is lost
+    for damaged in ({"corpus": 3}, {"corpus": None}, {"dir": "tokens"}):
+        assert own_directory({"data": damaged}, config_of("a.txt", "")) is None
+    own_directory({"data": {"corpus": "a.txt", "dir": 7}}, config_of("a.txt", ""))
