@@ -18,6 +18,7 @@ from jaxlm.core.train_step import init_state
 from jaxlm.device import backend, numerics
 from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
+from jaxlm.planner import memory
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import min_memory
@@ -265,6 +266,7 @@ def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
 def test_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
     least = min_memory(tiny_run.config_of(DONE)).total
     message = "python -m jaxlm.plan"
+    monkeypatch.setattr(memory, "process_bytes", lambda *arguments: 0)
     monkeypatch.setattr(backend, "available_memory", lambda device: least - 1)
     assert message in refused(TINY)
     monkeypatch.setattr(backend, "available_memory", lambda device: least + 1)  # too little once the step is compiled
