@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import platform as machine
+import re
 import sys
 from pathlib import Path
 
@@ -62,6 +63,7 @@ _MPS_ENVIRONMENT = {  # what jax-mps and MLX read when they load
     "JAX_MPS_CACHE_LIMIT_BYTES": str(256 * 10**6),  # of freed buffers; the default may fill the shared memory
     "MLX_ENABLE_TF32": "0",  # the numerics check allows 0.001 in float32; TF32 rounds to that
 }
+_CUDNN_CAPABILITY = (8, 0)  # of the GPUs that have cuDNN's attention, from Ampere on; jax does not check it
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _SPARE_CHUNKS = (2**26, *[2**20] * 64)  # bytes: one for a small model's samples, and one for each small buffer
 _SLACK = 2**21  # bytes; larger than the small chunks, so that malloc does not take them from the rest of the large one
@@ -196,19 +198,30 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         )
     on_cuda, implementation = device.platform == "gpu", model.implementation
     precision = ("bf16" if on_cuda else "float32") if model.precision == "auto" else model.precision
-    is_hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
+    capability = _compute_capability(device)
+    cuda_fits = on_cuda and (capability >= _CUDNN_CAPABILITY or precision != "bf16")
+    is_hopper = capability == (9, 0) and jax.__version_info__ >= (0, 11)
     hopper_fits = is_hopper and precision == "bf16" and hopper.fits(model.width, model.mlp_width)
     if implementation == "auto":
-        best = {"gpu": "hopper" if hopper_fits else "cuda", "cpu": "cpu"}.get(device.platform, "xla")
+        best = "hopper" if hopper_fits else "cuda" if cuda_fits else "cpu" if device.platform == "cpu" else "xla"
         implementation = "apple" if on_apple(device) else best
-    if implementation == "cuda" and not on_cuda:
-        raise UsageError("model.implementation cuda needs an NVIDIA GPU: set it to auto")
+    if implementation == "cuda" and not cuda_fits:
+        raise UsageError(
+            "model.implementation cuda needs an NVIDIA GPU, and in bf16 precision one of the Ampere generation or later:"
+            " set it to auto"
+        )
     if implementation == "hopper" and not hopper_fits:
         raise UsageError(
             "model.implementation hopper needs a Hopper GPU (H100, H200), jax 0.11, bf16 precision and a width and an"
             f" mlp_width that are multiples of {hopper.BLOCK_K}: set it to auto"
         )
     return dataclasses.replace(model, precision=precision, implementation=implementation)
+
+
+def _compute_capability(device: jax.Device) -> tuple[int, int]:
+    """The version of an NVIDIA GPU's architecture; (0, 0) for any other device."""
+    version = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
+    return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
 def resolve_run(config: Config, device: jax.Device) -> Config:

@@ -214,6 +214,29 @@ def test_a_process_can_use_the_memory_or_its_limit(monkeypatch, limit):
     assert available_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 7})) == 7
 
 
+@pytest.mark.parametrize(
+    ("capability", "precision", "implementation"),
+    [
+        ("8.0", "auto", "cuda"),
+        ("12.0", "bf16", "cuda"),
+        ("7.5", "auto", "xla"),  # Turing, which has no such attention in cuDNN
+        ("7.5", "float32", "cuda"),
+        ("gfx90a", "auto", "xla"),  # of AMD
+    ],
+)
+def test_a_gpu_gets_the_kernels_that_it_can_run(capability, precision, implementation):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
+    model = ModelConfig(precision=precision)
+    assert backend.resolve(model, gpu).implementation == implementation
+    explicit = replace(model, implementation="cuda")
+    if implementation == "cuda":
+        assert backend.resolve(explicit, gpu).implementation == "cuda"
+        return
+    with pytest.raises(UsageError, match="Ampere .* set it to auto") as caught:
+        backend.resolve(explicit, gpu)
+    assert is_one_line(caught.value)
+
+
 def test_a_change_of_any_source_file_changes_the_identity(monkeypatch, tmp_path):
     package = Path(backend.__file__).parents[1]
     shutil.copytree(package, tmp_path / "jaxlm", ignore=shutil.ignore_patterns("__pycache__", "*.tiktoken"))
