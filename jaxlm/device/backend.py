@@ -269,6 +269,17 @@ def identity(device: jax.Device) -> list[str]:
     return [device.device_kind, *versions, hashlib.sha256(source).hexdigest()]
 
 
+def card(device: jax.Device) -> str:
+    """One card among those of its kind: the UUID of an NVIDIA GPU, else the device's index."""
+    if device.platform == "gpu":
+        with contextlib.suppress(OSError, AttributeError):  # no driver of NVIDIA's, or an old one
+            driver, handle, uuid = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+            failed = driver.cuDeviceGet(ctypes.byref(handle), device.local_hardware_id)
+            if not failed and not driver.cuDeviceGetUuid_v2(ctypes.byref(uuid), handle):
+                return bytes(uuid).hex()
+    return str(device.id)
+
+
 def describe(device: jax.Device) -> str:
     """A device's name for messages."""
     return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind

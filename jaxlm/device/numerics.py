@@ -20,6 +20,9 @@ half of its rows (one sequence if it has one row).
 
 The micro-batch is the second of its step. The gradient of the first is set to three times the CPU's, so that the
 accumulated mean shows how the device averages. A single wrong row shows through its share of the mean.
+
+Gradients and logits are compared twice. Each row and each column may differ by what rounding does to the worst of them.
+The scale of the whole array, in which rounding averages out, may differ by much less.
 """
 
 import dataclasses
@@ -39,7 +42,7 @@ from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.parameters import Params, tree_of
 from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
-from jaxlm.device.backend import describe, identity, resolve
+from jaxlm.device.backend import card, describe, identity, resolve
 from jaxlm.errors import RunError
 from jaxlm.storage import user_cache
 
@@ -49,6 +52,7 @@ from jaxlm.storage import user_cache
 # a greedy token: how far its logit is below the largest, in standard deviations.
 ALLOWED = {"bfloat16": 0.4, "tf32": 0.1, "float32": 0.001}
 SMALL_MODEL = ModelConfig(vocab_size=257, context=24, layers=2, heads=2, width=32, mlp_width=48, precision="float32")
+_SCALE_SHARE = 0.05  # of ALLOWED, for the scale of a whole array: its rounding errors average out
 _LOSS_SHARE = 0.01  # of ALLOWED, for a loss: the rounding errors of thousands of tokens average out
 _SAMPLES = 16
 _MAX_NEW_TOKENS = 64  # of each sample: the CPU's logits of all of them are in memory at once
@@ -125,9 +129,9 @@ def failure(parts: Sequence[Part]) -> str:
 
 def _cache_key(c: Config, device: jax.Device) -> list[Any]:
     """Everything that the result depends on."""
-    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "MLX_ENABLE_TF32", "JAX_DEFAULT_MATMUL_PRECISION")]
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "MLX_ENABLE_TF32")]
     shapes = [dataclasses.asdict(c.model), c.chunk_size, c.microbatch_chunks > 1, c.sample.texts, c.sample.tokens]
-    return [*identity(device), *flags, c.deterministic, c.optimizer.name, *shapes]
+    return [*identity(device), card(device), *flags, c.deterministic, c.optimizer.name, *shapes]
 
 
 def table(parts: Sequence[Part]) -> str:
@@ -231,6 +235,25 @@ def difference(actual: np.ndarray, expected: np.ndarray, before: np.ndarray | fl
         if_zero = np.where(error_norm == 0, 0, np.inf)
         largest.append(np.max(np.divide(error_norm, change_norm, out=if_zero, where=change_norm > 0)))
     return float(np.max(largest))
+
+
+def scale_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Returns by which share an array is too large or too small as a whole.
+
+    That is the larger error of its norm, relative to the norm of `expected`, and of its projection on `expected`. An
+    array that is right but for rounding, row by row and at random, has almost none.
+    """
+    a, e = (np.ravel(array).astype(np.float64) for array in (actual, expected))
+    square = np.dot(e, e)
+    if square == 0:
+        return 0.0 if np.array_equal(a, e) else np.inf
+    return float(np.max(np.abs([np.sqrt(np.dot(a, a) / square) - 1, np.dot(a, e) / square - 1])))
+
+
+def _compare(name: str, actual: np.ndarray, expected: np.ndarray, limit: float) -> Iterator[Part]:
+    """Compares the rows and columns of an array, and its scale."""
+    yield Part(name, difference(actual, expected), limit)
+    yield Part(f"{name}: scale", scale_error(actual, expected), _SCALE_SHARE * limit)
 
 
 def _cpu() -> jax.Device:
@@ -339,8 +362,8 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
     expected_BNV = np.take_along_axis(logits_BTV, positions[:, :, None], axis=1)
 
     limit = allowed(device, model.matmul_dtype)
-    yield Part("sampling: logits after the prompts", difference(first_BV, expected_BNV[:, 0]), limit)
-    yield Part(f"sampling: logits after {N} more tokens", difference(last_BV, expected_BNV[:, N]), limit)
+    yield from _compare("sampling: logits after the prompts", first_BV, expected_BNV[:, 0], limit)
+    yield from _compare(f"sampling: logits after {N} more tokens", last_BV, expected_BNV[:, N], limit)
     token_logits_BN1 = np.take_along_axis(expected_BNV[:, :N], np.clip(tokens_BN, 0, V - 1)[..., None], axis=-1)
     gap_BN = (expected_BNV[:, :N].max(axis=-1) - token_logits_BN1[..., 0]) / expected_BNV[:, :N].std(axis=-1)
     yield Part("sampling: greedy tokens", float(gap_BN.max()), limit)
@@ -361,7 +384,7 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
         yield Part(name, abs(float(value) / float(expected_loss) - 1), _LOSS_SHARE * limit)
     for name, mean, expected in _by_parameter(acc_grads, expected_grads):
-        yield Part(f"gradient of {name}", difference(2 * mean - _FIRST_GRADIENT * expected, expected), limit)
+        yield from _compare(f"gradient of {name}", 2 * mean - _FIRST_GRADIENT * expected, expected, limit)
 
     before_last = state.opt_state._replace(acc_grads=acc_grads)
     params, opt_state = _last_update(config, acc_grads, before_last, state.params)

@@ -252,6 +252,33 @@ def test_a_change_of_any_source_file_changes_the_identity(monkeypatch, tmp_path)
     assert identity(CPU) == original
 
 
+class Driver:
+    """NVIDIA's driver, with two cards."""
+
+    def __init__(self, status: int = 0):
+        self.status = status
+
+    def cuDeviceGet(self, handle, ordinal):  # noqa: N802
+        handle._obj.value = 100 + ordinal
+        return self.status
+
+    def cuDeviceGetUuid_v2(self, uuid, handle):  # noqa: N802
+        uuid._obj[:] = [handle.value] * 16
+        return 0
+
+
+def test_a_card_is_known_by_its_uuid_else_by_its_index(monkeypatch):
+    first, second = (SimpleNamespace(platform="gpu", id=i + 8, local_hardware_id=i) for i in range(2))
+    monkeypatch.setattr(backend.ctypes, "CDLL", lambda name: Driver())
+    assert [backend.card(first), backend.card(second)] == ["64" * 16, "65" * 16]
+    assert backend.card(CPU) == str(CPU.id)
+    for driver in (Driver(status=3), object()):
+        monkeypatch.setattr(backend.ctypes, "CDLL", lambda name, driver=driver: driver)
+        assert backend.card(second) == "9"
+    monkeypatch.setattr(backend.ctypes, "CDLL", mock.Mock(side_effect=OSError))
+    assert backend.card(second) == "9"
+
+
 @pytest.mark.parametrize("inherited", [None, "1"])
 def test_jax_mps_gets_its_environment_unless_it_is_set(monkeypatch, inherited):
     for name in ("JAX_MPS_CACHE_LIMIT_BYTES", "MLX_ENABLE_TF32"):
