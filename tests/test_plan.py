@@ -208,7 +208,7 @@ def test_a_run_starts_where_the_plan_says_that_it_fits(capsys, monkeypatch, benc
         monkeypatch.setattr(memory.measure, "key", lambda *_: "key")
         monkeypatch.setattr(backend, "available_memory", lambda device, available=available: available)
         assert planned(capsys)["memory"]["fits"] is fits
-        with contextlib.nullcontext() if fits else pytest.raises(UsageError, match="this run needs 0.60 GB of memory"):
+        with contextlib.nullcontext() if fits else pytest.raises(UsageError, match="this run needs"):
             main.main([*TINY, "--workdir", "started"])
 
 

@@ -207,8 +207,8 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         implementation = "apple" if on_apple(device) else best
     if implementation == "cuda" and not cuda_fits:
         raise UsageError(
-            "model.implementation cuda needs an NVIDIA GPU, and in bf16 precision one of the Ampere generation or later:"
-            " set it to auto"
+            "model.implementation cuda needs an NVIDIA GPU, and for bf16 precision one of the Ampere generation or"
+            " later: set it to auto"
         )
     if implementation == "hopper" and not hopper_fits:
         raise UsageError(

@@ -51,8 +51,10 @@ from jaxlm.storage import user_cache
 # GPU uses for float32, rounds four times as finely. In float32 only the order of sums and the exponentials differ. For
 # a greedy token: how far its logit is below the largest, in standard deviations.
 ALLOWED = {"bfloat16": 0.4, "tf32": 0.1, "float32": 0.001}
+# The largest error allowed in the scale of a whole array, where rounding averages out. In bfloat16 on a CPU it is at
+# most 0.0033 for a gradient of the 60M preset, and 0.0013 for one of a matrix.
+ALLOWED_SCALE = {"bfloat16": 0.02, "tf32": 0.005, "float32": 0.0002}
 SMALL_MODEL = ModelConfig(vocab_size=257, context=24, layers=2, heads=2, width=32, mlp_width=48, precision="float32")
-_SCALE_SHARE = 0.05  # of ALLOWED, for the scale of a whole array: its rounding errors average out
 _LOSS_SHARE = 0.01  # of ALLOWED, for a loss: the rounding errors of thousands of tokens average out
 _SAMPLES = 16
 _MAX_NEW_TOKENS = 64  # of each sample: the CPU's logits of all of them are in memory at once
@@ -208,9 +210,17 @@ def compute(function: Callable[..., Any], device: jax.Device, *arguments: Any) -
     return jax.device_get(function(*jax.device_put(arguments, device)))
 
 
-def allowed(device: jax.Device, dtype: str) -> float:
-    """Returns the entry of ALLOWED for matmuls that read `dtype` on a device."""
-    return ALLOWED["tf32" if dtype == "float32" and device.platform == "gpu" else dtype]
+class Limits(NamedTuple):
+    """What an array may differ by, relative to what is expected."""
+
+    row: float  # the worst row or column
+    scale: float  # the whole array
+
+
+def allowed(device: jax.Device, dtype: str) -> Limits:
+    """Returns the limits for matmuls that read `dtype` on a device."""
+    name = "tf32" if dtype == "float32" and device.platform == "gpu" else dtype
+    return Limits(ALLOWED[name], ALLOWED_SCALE[name])
 
 
 def difference(actual: np.ndarray, expected: np.ndarray, before: np.ndarray | float = 0.0) -> float:
@@ -250,10 +260,10 @@ def scale_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.max(np.abs([np.sqrt(np.dot(a, a) / square) - 1, np.dot(a, e) / square - 1])))
 
 
-def _compare(name: str, actual: np.ndarray, expected: np.ndarray, limit: float) -> Iterator[Part]:
+def _compare(name: str, actual: np.ndarray, expected: np.ndarray, limits: Limits) -> Iterator[Part]:
     """Compares the rows and columns of an array, and its scale."""
-    yield Part(name, difference(actual, expected), limit)
-    yield Part(f"{name}: scale", scale_error(actual, expected), _SCALE_SHARE * limit)
+    yield Part(name, difference(actual, expected), limits.row)
+    yield Part(f"{name}: scale", scale_error(actual, expected), limits.scale)
 
 
 def _cpu() -> jax.Device:
@@ -361,12 +371,12 @@ def _sampling(config: Config, device: jax.Device, state: TrainState) -> Iterator
     logits_BTV = compute(forward, _cpu(), state.params, ids_BT)
     expected_BNV = np.take_along_axis(logits_BTV, positions[:, :, None], axis=1)
 
-    limit = allowed(device, model.matmul_dtype)
-    yield from _compare("sampling: logits after the prompts", first_BV, expected_BNV[:, 0], limit)
-    yield from _compare(f"sampling: logits after {N} more tokens", last_BV, expected_BNV[:, N], limit)
+    limits = allowed(device, model.matmul_dtype)
+    yield from _compare("sampling: logits after the prompts", first_BV, expected_BNV[:, 0], limits)
+    yield from _compare(f"sampling: logits after {N} more tokens", last_BV, expected_BNV[:, N], limits)
     token_logits_BN1 = np.take_along_axis(expected_BNV[:, :N], np.clip(tokens_BN, 0, V - 1)[..., None], axis=-1)
     gap_BN = (expected_BNV[:, :N].max(axis=-1) - token_logits_BN1[..., 0]) / expected_BNV[:, :N].std(axis=-1)
-    yield Part("sampling: greedy tokens", float(gap_BN.max()), limit)
+    yield Part("sampling: greedy tokens", float(gap_BN.max()), limits.row)
 
 
 def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
@@ -380,16 +390,16 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     second = state._replace(opt_state=state.opt_state._replace(mini_step=np.int32(1), acc_grads=acc_grads))
     loss, acc_grads, after, eval_loss = compute(partial(_two_micro_batches, config), device, second, ids_2T[rows_B])
 
-    limit = allowed(device, config.model.matmul_dtype)
+    limits = allowed(device, config.model.matmul_dtype)
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
-        yield Part(name, abs(float(value) / float(expected_loss) - 1), _LOSS_SHARE * limit)
+        yield Part(name, abs(float(value) / float(expected_loss) - 1), _LOSS_SHARE * limits.row)
     for name, mean, expected in _by_parameter(acc_grads, expected_grads):
-        yield from _compare(f"gradient of {name}", 2 * mean - _FIRST_GRADIENT * expected, expected, limit)
+        yield from _compare(f"gradient of {name}", 2 * mean - _FIRST_GRADIENT * expected, expected, limits)
 
     before_last = state.opt_state._replace(acc_grads=acc_grads)
     params, opt_state = _last_update(config, acc_grads, before_last, state.params)
     has_matmuls = config.optimizer.name == "muon"
-    limit = allowed(device, "float32") if has_matmuls else ALLOWED["float32"]
+    limit = allowed(device, "float32").row if has_matmuls else ALLOWED["float32"]
     updates: dict[str, list[float]] = {}
     for name, actual, expected, before in _by_parameter(after.params, params, state.params):
         updates[name] = [difference(actual, expected, before)]

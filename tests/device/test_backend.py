@@ -232,7 +232,7 @@ def test_a_gpu_gets_the_kernels_that_it_can_run(capability, precision, implement
     if implementation == "cuda":
         assert backend.resolve(explicit, gpu).implementation == "cuda"
         return
-    with pytest.raises(UsageError, match="Ampere .* set it to auto") as caught:
+    with pytest.raises(UsageError, match=r"Ampere .* set it to auto") as caught:
         backend.resolve(explicit, gpu)
     assert is_one_line(caught.value)
 
@@ -258,11 +258,11 @@ class Driver:
     def __init__(self, status: int = 0):
         self.status = status
 
-    def cuDeviceGet(self, handle, ordinal):  # noqa: N802
+    def cuDeviceGet(self, handle, ordinal):
         handle._obj.value = 100 + ordinal
         return self.status
 
-    def cuDeviceGetUuid_v2(self, uuid, handle):  # noqa: N802
+    def cuDeviceGetUuid_v2(self, uuid, handle):
         uuid._obj[:] = [handle.value] * 16
         return 0
 

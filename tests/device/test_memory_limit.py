@@ -19,8 +19,8 @@ def tree(root: Path, groups: str | None, **limits: str) -> Path:
         (root / "proc/self").mkdir(parents=True)
         (root / "proc/self/cgroup").write_text(groups)
     for name, text in limits.items():
-        version_1 = name.startswith("memory__")
-        file = root / "sys/fs/cgroup" / name.replace("__", "/") / ("memory.limit_in_bytes" if version_1 else "memory.max")
+        file_name = "memory.limit_in_bytes" if name.startswith("memory__") else "memory.max"
+        file = root / "sys/fs/cgroup" / name.replace("__", "/") / file_name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     return root
