@@ -34,19 +34,17 @@ def group_limit(root: Path) -> float:
         group = root / mount / _group_path(root, controller)
         for directory in (group, *group.parents):
             limits += _read_limit(directory / name)
-            if directory == root / mount:
-                break
     return min(limits)
 
 
 def _group_path(root: Path, controller: str) -> str:
-    """The path of the process's group below the mount; empty for the root, or if it is outside the mount."""
+    """The path of the process's group below the mount; empty for the root."""
     try:
         lines = (root / "proc/self/cgroup").read_text(errors="replace")
     except OSError:
         return ""
     for controllers, path in re.findall(r"^\d+:([^:]*):/(.*)$", lines, re.MULTILINE):
-        if controller in controllers.split(",") and ".." not in path.split("/"):
+        if controller in controllers.split(","):
             return path
     return ""
 

@@ -85,7 +85,7 @@ def test_the_programs_that_were_read_last_are_kept(new_start, monkeypatch, tmp_p
     monkeypatch.setattr(backend, "_CACHE_BYTES", 250)
     directory = tmp_path / "jaxlm"
     directory.mkdir()
-    ages = {"old-cache": (9, 9), "read-cache": (1, 9), "new-cache": (2, 2), "measured.json": (99, 99)}
+    ages = {"old-cache": (9, 9), "read-cache": (1, 10), "new-cache": (2, 2), "measured.json": (99, 99)}
     for name, (read, written) in ages.items():
         (directory / name).write_bytes(bytes(100))
         os.utime(directory / name, (1e9 - read, 1e9 - written))

@@ -252,7 +252,7 @@ def weight_gradients(factor):
 
 def attention(change_query):
     def change(record):
-        return replace(record, attention=lambda q, *others: record.attention(change_query(q), *others))
+        return replace(record, attention=lambda q, *others, **named: record.attention(change_query(q), *others, **named))
 
     return partial(replaced, ops.IMPLEMENTATIONS, "cpu", change)
 
