@@ -12,7 +12,7 @@ import pytest
 from jaxlm.device import backend
 from tests import tiny_run
 
-# of jax, each by a value other than the default; two computations that they would change or stop
+# each setting of jax with a value that changes or stops what is computed
 ODD = {
     "JAX_ENABLE_X64": "1",
     "JAX_THREEFRY_PARTITIONABLE": "0",

@@ -252,7 +252,7 @@ def weight_gradients(factor):
 
 def attention(change_query):
     def change(record):
-        return replace(record, attention=lambda q, *others, **named: record.attention(change_query(q), *others, **named))
+        return replace(record, attention=lambda q, *kv, **others: record.attention(change_query(q), *kv, **others))
 
     return partial(replaced, ops.IMPLEMENTATIONS, "cpu", change)
 
