@@ -76,7 +76,7 @@ def _names_corpus(argv: list[str], config: Config) -> bool:
 
 def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> None:
     from jaxlm.device import backend, numerics  # only now, so that --help and most errors need neither jax nor a device
-    from jaxlm.planner.memory import check_memory
+    from jaxlm.planner.memory import cached_benchmark, check_memory, known_memory, process_bytes
     from jaxlm.planner.report import summary
     from jaxlm.run.resume import check_room
     from jaxlm.run.trainer import Trainer
@@ -85,14 +85,16 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
     device = backend.start(config.platform, config.deterministic)
     resolved = backend.resolve_run(config, device)
     check_room(workdir, resolved)
+    process = process_bytes(resolved, device, cached_benchmark(resolved, device))
     if not force:
-        check_memory(resolved, device)
+        check_memory(known_memory(resolved, device, process), device)
 
     def before_first_step(compiled: Any, step: int) -> str:
+        memory = known_memory(resolved, device, process, compiled)
         if not force:
-            check_memory(resolved, device, compiled)
+            check_memory(memory, device)
         atomic.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
-        return summary(resolved, device, workdir, compiled, step)
+        return summary(resolved, device, workdir, memory, step)
 
     with run_errors(workdir):
         if device.platform != "cpu":

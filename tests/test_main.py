@@ -22,6 +22,7 @@ from jaxlm.data import corpus
 from jaxlm.device import backend, numerics
 from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
+from jaxlm.planner import memory
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import checkpoint_bytes
 from jaxlm.run.memory import min_memory
@@ -306,8 +307,9 @@ def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
 
 
 def test_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
-    least = min_memory(tiny_run.config_of(DONE)).total
+    least = min_memory(tiny_run.config_of(DONE)).total + 10**9
     message = "python -m jaxlm.plan"
+    monkeypatch.setattr(memory, "process_bytes", lambda *arguments: 10**9)
     monkeypatch.setattr(backend, "available_memory", lambda device: least - 1)
     assert message in refused(TINY)
     monkeypatch.setattr(backend, "available_memory", lambda device: least + 1)  # too little once the step is compiled

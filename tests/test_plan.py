@@ -1,5 +1,6 @@
 """The planning command, on a tiny run."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import m2_60m
-from jaxlm import plan
+from jaxlm import main, plan
 from jaxlm.cli import read_config
 from jaxlm.config import from_config_dict
 from jaxlm.device import backend, numerics
@@ -198,6 +199,19 @@ def test_the_process_counts_in_what_fits(capsys, monkeypatch, benchmark_calls):
         assert report["memory"]["total_bytes"] == BENCHMARK.peak_bytes
         assert report["memory"]["fits"] is fits
         assert report["setting"]["fits"] is fits
+
+
+def test_a_run_starts_where_the_plan_says_that_it_fits(capsys, monkeypatch, benchmark_calls):
+    """To the byte, with what the plan measured of the process and of a save."""
+    monkeypatch.setattr(tiny_run.trainer.Trainer, "train", lambda self: self._ready(None, 0))
+    monkeypatch.setattr(memory, "_cached", lambda config, device: MEMORY)
+    planned(capsys)
+    for available, fits in ((BENCHMARK.peak_bytes, True), (BENCHMARK.peak_bytes - 1, False)):
+        monkeypatch.setattr(memory.measure, "key", lambda *_: "key")
+        monkeypatch.setattr(backend, "available_memory", lambda device, available=available: available)
+        assert planned(capsys)["memory"]["fits"] is fits
+        with contextlib.nullcontext() if fits else pytest.raises(UsageError, match="this run needs"):
+            main.main([*TINY, "--workdir", "started"])
 
 
 def test_a_run_that_does_not_fit_is_not_measured_and_gets_advice(capsys, monkeypatch, benchmark_calls):

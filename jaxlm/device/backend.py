@@ -1,10 +1,12 @@
 """Starts jax on a device, and decides what depends on the device."""
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
 import os
 import platform as machine
+import re
 import sys
 from pathlib import Path
 
@@ -14,11 +16,35 @@ import jaxlib
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core.ops import hopper
 from jaxlm.device import plugins
+from jaxlm.device.memory_limit import memory_limit
 from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
-# the default differs between versions of jax; one seed must give one model
-jax.config.update("jax_threefry_partitionable", True)
+# Settings of jax that change numbers or samples, or raise where training goes on. One seed gives one model whatever the
+# environment has; `start` names what it ignores. The default of the first differs between versions of jax.
+_SETTINGS = {
+    "jax_threefry_partitionable": True,
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_enable_custom_prng": False,
+    "jax_legacy_prng_key": "allow",
+    "jax_random_seed_offset": 0,
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_explicit_x64_dtypes": "warn",
+    "jax_default_matmul_precision": None,  # `model.precision` decides
+    "jax_allow_f16_reductions": True,
+    "jax_disable_jit": False,
+    "jax_debug_nans": False,  # training skips micro-batches that are not finite
+    "jax_debug_infs": False,
+}
+_ignored = []  # variables of the environment
+for _name, _value in _SETTINGS.items():
+    if hasattr(jax.config, _name):  # versions of jax differ
+        if getattr(jax.config, _name) != _value and _name.upper() in os.environ:
+            _ignored.append(_name.upper())
+        jax.config.update(_name, _value)
 
 # jax 0.4.34 corrupts memory when it reads CPU programs from this cache
 if jax.__version_info__ < (0, 5):
@@ -30,13 +56,14 @@ CONTRACTION_LIMIT = 32_767  # matmuls on M1 and M2 that contract so many numbers
 
 _ALSO_APPLE = ("metal", "mtl", "iree_metal")  # the platforms of other plugins
 _MIN_COMPILE_SECONDS = 0.1  # of a program that is worth caching
-_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container
+_CACHE_BYTES = 10**9  # of compiled programs; the preset's take some 10 MB for each version of jax
 _XLA_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _XLA_CUBLAS = "--xla_gpu_enable_triton_gemm=false"  # Triton's matmuls lose the time that they save elsewhere
 _MPS_ENVIRONMENT = {  # what jax-mps and MLX read when they load
     "JAX_MPS_CACHE_LIMIT_BYTES": str(256 * 10**6),  # of freed buffers; the default may fill the shared memory
     "MLX_ENABLE_TF32": "0",  # the numerics check allows 0.001 in float32; TF32 rounds to that
 }
+_CUDNN_CAPABILITY = (8, 0)  # of the GPUs that have cuDNN's attention, from Ampere on; jax does not check it
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _SPARE_CHUNKS = (2**26, *[2**20] * 64)  # bytes: one for a small model's samples, and one for each small buffer
 _SLACK = 2**21  # bytes; larger than the small chunks, so that malloc does not take them from the rest of the large one
@@ -55,6 +82,8 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     Raises:
         UsageError: the named platform is not here, cannot be used, or does not start.
     """
+    for name in _ignored:
+        print(f"{name} is ignored: jaxlm's own settings say what is computed", file=sys.stderr)
     _cache_compilations()
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # for keep_freed_memory
     flags = [_XLA_CUBLAS] * (platform in ("auto", "cuda")) + [_XLA_DETERMINISTIC] * deterministic
@@ -69,35 +98,51 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
         names, plugin = by_environment, ""
     else:
         names, plugin = plugins.choose(platform)
-    if "cpu" not in names.split(","):
-        names += ",cpu"  # to draw the parameters
-    jax.config.update("jax_platforms", names)
+    may_be_cpu = "cpu" in names.split(",")
+    jax.config.update("jax_platforms", names if may_be_cpu else f"{names},cpu")  # the CPU draws the parameters
     try:
         device = jax.devices()[0]
+        if device in jax.devices("cpu") and not may_be_cpu:  # jax passes over cuda where it sees no GPU
+            raise RuntimeError("it finds no device")
     except RuntimeError as error:
         reason = str(error).split(". ")[0].splitlines()[0]
         if platform != "auto" or not plugin:
+            asked = f"JAX_PLATFORMS={by_environment}" if by_environment else f"platform {platform}"
             raise UsageError(
-                f"platform {by_environment or platform} does not start ({reason}): try --config.platform=cpu"
+                f"{asked} does not start ({reason}): check the driver and jax's plugin, or try --config.platform=cpu"
             ) from error
         print(f"Computing without {plugin}, which no longer starts ({reason})", file=sys.stderr)
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
-    if platform not in ("auto", "cpu") and device in jax.devices("cpu"):
-        raise UsageError(f"platform {platform} finds no device here: try --config.platform=auto")
     return device
 
 
 def _cache_compilations() -> None:
     """Caches compiled programs in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR names another.
 
-    Without a directory that can be written, nothing is cached. jax compiles again what it cannot read.
+    Without a directory that can be written, nothing is cached. jax compiles again what it cannot read. In the user's
+    directory the programs that were not read for longest are deleted above `_CACHE_BYTES`. (jax's own limit needs a
+    package that jax does not install.)
     """
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     if directory := user_cache.directory():
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+        _bound_cache(directory)
+
+
+def _bound_cache(directory: Path) -> None:
+    room = _CACHE_BYTES
+    programs = []
+    for path in directory.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another process may delete it
+            programs.append((path.stat(), path))
+    for status, path in sorted(programs, key=lambda entry: -max(entry[0].st_atime, entry[0].st_mtime)):
+        room -= status.st_size
+        if room < 0:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def keep_freed_memory(device: jax.Device, temporaries: int) -> None:
@@ -153,19 +198,30 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
         )
     on_cuda, implementation = device.platform == "gpu", model.implementation
     precision = ("bf16" if on_cuda else "float32") if model.precision == "auto" else model.precision
-    is_hopper = on_cuda and device.compute_capability == "9.0" and jax.__version_info__ >= (0, 11)
+    capability = _compute_capability(device)
+    cuda_fits = on_cuda and (capability >= _CUDNN_CAPABILITY or precision != "bf16")
+    is_hopper = capability == (9, 0) and jax.__version_info__ >= (0, 11)
     hopper_fits = is_hopper and precision == "bf16" and hopper.fits(model.width, model.mlp_width)
     if implementation == "auto":
-        best = {"gpu": "hopper" if hopper_fits else "cuda", "cpu": "cpu"}.get(device.platform, "xla")
+        best = "hopper" if hopper_fits else "cuda" if cuda_fits else "cpu" if device.platform == "cpu" else "xla"
         implementation = "apple" if on_apple(device) else best
-    if implementation == "cuda" and not on_cuda:
-        raise UsageError("model.implementation cuda needs an NVIDIA GPU: set it to auto")
+    if implementation == "cuda" and not cuda_fits:
+        raise UsageError(
+            "model.implementation cuda needs an NVIDIA GPU, and for bf16 precision one of the Ampere generation or"
+            " later: set it to auto"
+        )
     if implementation == "hopper" and not hopper_fits:
         raise UsageError(
             "model.implementation hopper needs a Hopper GPU (H100, H200), jax 0.11, bf16 precision and a width and an"
             f" mlp_width that are multiples of {hopper.BLOCK_K}: set it to auto"
         )
     return dataclasses.replace(model, precision=precision, implementation=implementation)
+
+
+def _compute_capability(device: jax.Device) -> tuple[int, int]:
+    """The version of an NVIDIA GPU's architecture; (0, 0) for any other device."""
+    version = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
+    return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
 def resolve_run(config: Config, device: jax.Device) -> Config:
@@ -196,15 +252,13 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
 def available_memory(device: jax.Device) -> int:
     """Bytes that a process can use on a device.
 
-    On an NVIDIA GPU, the limit of jax's allocator. On a CPU, the machine's memory or the container's limit. On an Apple
+    On an NVIDIA GPU, the limit of jax's allocator. On a CPU, the machine's memory or the process's limit. On an Apple
     GPU two thirds of that, as Metal's recommendedMaxWorkingSetSize: 10.67 of 16 GB (exo-explore/exo#1672), 11.84 of 16
     (AlexsJones/llmfit#754), three quarters on larger machines (gpustack/gpustack#1375).
     """
     if device.platform == "gpu":
         return device.memory_stats()["bytes_limit"]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _MEMORY_LIMIT.is_file() and (limit := _MEMORY_LIMIT.read_text().strip()).isdigit():
-        memory = min(memory, int(limit))
+    memory = int(min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()))
     return memory * 2 // 3 if on_apple(device) else memory
 
 
@@ -213,6 +267,17 @@ def identity(device: jax.Device) -> list[str]:
     source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))
     versions = [machine.platform(), device.client.platform_version, jax.__version__, jaxlib.__version__]
     return [device.device_kind, *versions, hashlib.sha256(source).hexdigest()]
+
+
+def card(device: jax.Device) -> str:
+    """One card among those of its kind: the UUID of an NVIDIA GPU, else the device's index."""
+    if device.platform == "gpu":
+        with contextlib.suppress(OSError, AttributeError):  # no driver of NVIDIA's, or an old one
+            driver, handle, uuid = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+            failed = driver.cuDeviceGet(ctypes.byref(handle), device.local_hardware_id)
+            if not failed and not driver.cuDeviceGetUuid_v2(ctypes.byref(uuid), handle):
+                return bytes(uuid).hex()
+    return str(device.id)
 
 
 def describe(device: jax.Device) -> str:

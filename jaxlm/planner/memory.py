@@ -34,10 +34,16 @@ def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
     return memory or min_memory(config)
 
 
-def memory_without_compiling(config: Config, device: jax.Device, compiled: Any) -> Memory:
-    """The memory of a resolved config: by its compiled step if given, else from the cache, else the least it can be."""
+def known_memory(config: Config, device: jax.Device, process: int, compiled: Any = None) -> Memory:
+    """The memory of a resolved config, without compiling or measuring.
+
+    That of the arrays is by the compiled step if it is given, else from the cache, else the least that it can be.
+
+    Args:
+        process: as `process_bytes` returns it before the run makes arrays.
+    """
     memory = step_memory(config, compiled) if compiled is not None else None
-    return memory or _cached(config, device) or min_memory(config)
+    return dataclasses.replace(memory or _cached(config, device) or min_memory(config), process=process)
 
 
 def _cached(config: Config, device: jax.Device) -> Memory | None:
@@ -45,7 +51,18 @@ def _cached(config: Config, device: jax.Device) -> Memory | None:
     return Memory(**cached) if cached else None
 
 
-def process_bytes(config: Config, device: jax.Device, benchmark: BenchmarkResult | None, show: ShowProgress) -> int:
+def cached_benchmark(config: Config, device: jax.Device) -> BenchmarkResult | None:
+    """What an earlier plan measured here for a resolved config."""
+    cached = user_cache.get("measured", measure.key(config, device))
+    return BenchmarkResult(**cached) if cached else None
+
+
+def process_bytes(
+    config: Config,
+    device: jax.Device,
+    benchmark: BenchmarkResult | None,
+    show: ShowProgress = lambda activity, share: None,
+) -> int:
     """What a run takes beside its arrays: the runtime, compiled code, buffers of a save.
 
     With a benchmark, its peak minus the memory of its arrays. Without one, a lower bound: this process's peak, or 0 on
@@ -85,13 +102,9 @@ def better_setting(
     return {"fits": False}
 
 
-def check_memory(config: Config, device: jax.Device, compiled: Any = None) -> None:
-    """Checks that the arrays of a resolved config fit the device.
-
-    Raises:
-        UsageError: they do not fit.
-    """
-    memory, available = memory_without_compiling(config, device, compiled), backend.available_memory(device)
+def check_memory(memory: Memory, device: jax.Device) -> None:
+    """Raises UsageError if a run does not fit the device."""
+    available = backend.available_memory(device)
     if memory.total > available:
         raise UsageError(
             f"this run needs {gb(memory.total)} of memory and {gb(available)} is available: python -m jaxlm.plan"

@@ -18,7 +18,7 @@ from jaxlm.errors import RunError
 from jaxlm.planner import estimate, measure
 from jaxlm.planner.estimate import Timings
 from jaxlm.planner.measure import BenchmarkResult
-from jaxlm.planner.memory import ShowProgress, better_setting, memory_of, memory_without_compiling, process_bytes
+from jaxlm.planner.memory import ShowProgress, better_setting, cached_benchmark, memory_of, process_bytes
 from jaxlm.run.memory import Memory
 from jaxlm.run.records import record_bytes
 from jaxlm.storage import user_cache
@@ -45,12 +45,14 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
     train, val = (_token_count(data_directory(config) / name) for name in (TRAIN, VAL))
     available = backend.available_memory(device)
     memory = memory_of(config, device, show)
-    benchmark, problem, wrong_numbers = None if measured else _cached_benchmark(config, device), "", ""
+    benchmark, problem, wrong_numbers = None if measured else cached_benchmark(config, device), "", ""
     if benchmark is None and measured is not False:
         problem = "it does not fit"
         if memory.total <= available:
             benchmark, problem, wrong_numbers = _run_benchmark(config, device, workdir, show)
     process = process_bytes(config, device, benchmark, show)
+    setting = better_setting(config, device, available - process, memory, show)
+    memory = dataclasses.replace(memory, process=process)
     speed, schedule = None, _schedule(config)
     if benchmark:
         val_sequences = math.ceil((val - 1) / config.model.context) if val else 0
@@ -60,8 +62,8 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
     return {
         "machine": {"device": backend.describe(device), "jax": jax.__version__, "precision": config.model.precision},
         "model": _model(config, train),
-        "memory": _memory(memory, process, available) | {"process_is_measured": benchmark is not None},
-        "setting": better_setting(config, device, available - process, memory, show),
+        "memory": _memory(memory, available) | {"process_is_measured": benchmark is not None},
+        "setting": setting,
         "speed": speed,
         "not_measured_because": problem or None,
         "numerics_check_failure": wrong_numbers or None,
@@ -70,10 +72,9 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
     }
 
 
-def summary(config: Config, device: jax.Device, workdir: Path, compiled: Any, step: int) -> str:
+def summary(config: Config, device: jax.Device, workdir: Path, memory: Memory, step: int) -> str:
     """The plan in three lines, for the start of a run that has done `step` steps. Measures and compiles nothing."""
-    memory = memory_without_compiling(config, device, compiled)
-    benchmark = _cached_benchmark(config, device)
+    benchmark = cached_benchmark(config, device)
     disk = _disk(config, workdir, benchmark, memory, tokens=0)
     time = "Time: not measured here; python -m jaxlm.plan with the same flags does"
     if benchmark:
@@ -88,11 +89,6 @@ def summary(config: Config, device: jax.Device, workdir: Path, compiled: Any, st
         f"Disk: at most {gb(disk['most_bytes'])}, of {gb(disk['free_bytes'])} free\n"
         f"{time}"
     )
-
-
-def _cached_benchmark(config: Config, device: jax.Device) -> BenchmarkResult | None:
-    cached = user_cache.get("measured", measure.key(config, device))
-    return BenchmarkResult(**cached) if cached else None
 
 
 def _run_benchmark(
@@ -129,13 +125,11 @@ def _model(config: Config, data_tokens: int | None) -> dict[str, Any]:
     }
 
 
-def _memory(memory: Memory, process: int, available: int) -> dict[str, Any]:
-    total = memory.total + process
+def _memory(memory: Memory, available: int) -> dict[str, Any]:
     return {f"{name}_bytes": size for name, size in dataclasses.asdict(memory).items()} | {
-        "process_bytes": process,
-        "total_bytes": total,
+        "total_bytes": memory.total,
         "available_bytes": available,
-        "fits": total <= available,
+        "fits": memory.total <= available,
     }
 
 

@@ -17,7 +17,7 @@ from jaxlm.run.checkpoint import checkpoint_bytes
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes on the device, by part. A checkpoint's copy exists beside the memory of a step."""
+    """Peak bytes of a run on its device, by part. A checkpoint's copy exists beside the memory of a step."""
 
     weights: int
     moments: int
@@ -25,6 +25,7 @@ class Memory:
     gradients: int
     temporaries: int  # activations, the batch and whatever else a step allocates
     checkpoint_copy: int
+    process: int = 0  # the runtime, compiled code, buffers of a save; 0: the arrays alone
 
     @property
     def step(self) -> int:
@@ -33,6 +34,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes that the run needs."""
         return sum(dataclasses.astuple(self))
 
 

@@ -1,5 +1,6 @@
 """How jax starts: the compilation cache, the environment, the memory, and what is resolved for each device."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -77,6 +78,27 @@ def test_damaged_programs_are_compiled_again(new_start, tmp_path, damage):
     for path in files(tmp_path):
         path.write_bytes(damage(path.read_bytes()))
     assert cache_hits() == 0
+
+
+def test_the_programs_that_were_read_last_are_kept(new_start, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(backend, "_CACHE_BYTES", 250)
+    directory = tmp_path / "jaxlm"
+    directory.mkdir()
+    ages = {"old-cache": (9, 9), "read-cache": (1, 10), "new-cache": (2, 2), "measured.json": (99, 99)}
+    for name, (read, written) in ages.items():
+        (directory / name).write_bytes(bytes(100))
+        os.utime(directory / name, (1e9 - read, 1e9 - written))
+    backend.start("cpu")
+    assert {path.name for path in directory.iterdir()} == {"read-cache", "new-cache", "measured.json"}
+
+
+def test_a_cache_that_the_user_names_is_not_bounded(new_start, monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "_CACHE_BYTES", 0)
+    (tmp_path / "old-cache").write_bytes(bytes(100))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    backend.start("cpu")
+    assert (tmp_path / "old-cache").exists()
 
 
 def test_a_directory_that_cannot_be_written_is_no_error(new_start, tmp_path):
@@ -182,20 +204,37 @@ def test_an_nvidia_gpu_computes_a_micro_batch_at_once(remat):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux tells its memory there")
-@pytest.mark.parametrize(
-    ("limit", "expected"),
-    [(None, 1), ("max\n", 1), ("3000000000000000\n", 1), ("123000000\n", 123_000_000)],
-)
-def test_a_process_can_use_the_memory_or_the_containers_limit(monkeypatch, tmp_path, limit, expected):
-    monkeypatch.setattr(backend, "_MEMORY_LIMIT", tmp_path / "memory.max")
-    if limit:
-        (tmp_path / "memory.max").write_text(limit)
-    if expected == 1:  # all of the machine's
-        expected = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+@pytest.mark.parametrize("limit", [math.inf, 3e15, 123_000_000])
+def test_a_process_can_use_the_memory_or_its_limit(monkeypatch, limit):
+    monkeypatch.setattr(backend, "memory_limit", lambda: limit)
+    expected = min(int(Path("/proc/meminfo").read_text().split()[1]) * 1024, limit)
     assert available_memory(CPU) == pytest.approx(expected, rel=0.01)
     for platform in APPLE:
         assert available_memory(SimpleNamespace(platform=platform)) == pytest.approx(expected * 2 / 3, rel=0.01)
     assert available_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 7})) == 7
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "implementation"),
+    [
+        ("8.0", "auto", "cuda"),
+        ("12.0", "bf16", "cuda"),
+        ("7.5", "auto", "xla"),  # Turing, which has no such attention in cuDNN
+        ("7.5", "float32", "cuda"),
+        ("gfx90a", "auto", "xla"),  # of AMD
+    ],
+)
+def test_a_gpu_gets_the_kernels_that_it_can_run(capability, precision, implementation):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
+    model = ModelConfig(precision=precision)
+    assert backend.resolve(model, gpu).implementation == implementation
+    explicit = replace(model, implementation="cuda")
+    if implementation == "cuda":
+        assert backend.resolve(explicit, gpu).implementation == "cuda"
+        return
+    with pytest.raises(UsageError, match=r"Ampere .* set it to auto") as caught:
+        backend.resolve(explicit, gpu)
+    assert is_one_line(caught.value)
 
 
 def test_a_change_of_any_source_file_changes_the_identity(monkeypatch, tmp_path):
@@ -211,6 +250,33 @@ def test_a_change_of_any_source_file_changes_the_identity(monkeypatch, tmp_path)
         assert identity(CPU) != original
         file.write_bytes(source)
     assert identity(CPU) == original
+
+
+class Driver:
+    """NVIDIA's driver, with two cards."""
+
+    def __init__(self, status: int = 0):
+        self.status = status
+
+    def cuDeviceGet(self, handle, ordinal):
+        handle._obj.value = 100 + ordinal
+        return self.status
+
+    def cuDeviceGetUuid_v2(self, uuid, handle):
+        uuid._obj[:] = [handle.value] * 16
+        return 0
+
+
+def test_a_card_is_known_by_its_uuid_else_by_its_index(monkeypatch):
+    first, second = (SimpleNamespace(platform="gpu", id=i + 8, local_hardware_id=i) for i in range(2))
+    monkeypatch.setattr(backend.ctypes, "CDLL", lambda name: Driver())
+    assert [backend.card(first), backend.card(second)] == ["64" * 16, "65" * 16]
+    assert backend.card(CPU) == str(CPU.id)
+    for driver in (Driver(status=3), object()):
+        monkeypatch.setattr(backend.ctypes, "CDLL", lambda name, driver=driver: driver)
+        assert backend.card(second) == "9"
+    monkeypatch.setattr(backend.ctypes, "CDLL", mock.Mock(side_effect=OSError))
+    assert backend.card(second) == "9"
 
 
 @pytest.mark.parametrize("inherited", [None, "1"])

@@ -7,6 +7,7 @@ check computes on the CPU itself runs as usual.
 import contextlib
 import functools
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -18,9 +19,19 @@ from jax.extend.random import threefry2x32_p
 from jax.interpreters import mlir
 
 from jaxlm.config import Config, ModelConfig, OptimizerConfig, SampleConfig
+from jaxlm.core import ops, train_step
 from jaxlm.core.parameters import by_path
 from jaxlm.device import numerics
-from jaxlm.device.numerics import Part, allowed, check, check_small_model, difference, refuse_wrong, require
+from jaxlm.device.numerics import (
+    Part,
+    allowed,
+    check,
+    check_small_model,
+    difference,
+    refuse_wrong,
+    require,
+    scale_error,
+)
 from jaxlm.errors import RunError
 
 SIZES = {"vocab_size": 700, "context": 20, "layers": 2, "heads": 2, "width": 16, "mlp_width": 24}
@@ -35,7 +46,7 @@ CONFIG = Config(
 )
 UNROLLED = replace(CONFIG, model=replace(CONFIG.model, implementation="apple", remat=False))
 CPU = jax.devices("cpu")[0]
-STAND_IN = SimpleNamespace(platform="mps", device_kind="a stand-in", client=SimpleNamespace(platform_version="1"))
+STAND_IN = SimpleNamespace(id=0, platform="mps", device_kind="a stand-in", client=SimpleNamespace(platform_version="1"))
 TOKENS = CONFIG.chunk_size * CONFIG.model.context  # that a weight's gradient sums over
 
 
@@ -104,14 +115,27 @@ def trained():
     return functools.cache(numerics._trained)
 
 
-def failing_parts(monkeypatch, trained, config, kind, primitive, damage):
+@contextlib.contextmanager
+def replaced(owner, name, change):
+    """In programs that are compiled here, a function or a record of operations is change(it)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(owner, dict):
+            patch.setitem(owner, name, change(owner[name]))
+        else:
+            patch.setattr(owner, name, change(getattr(owner, name)))
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+def failing_parts(monkeypatch, trained, config, kind, fault):
     """The names of the parts that fail on the stand-in, of one group: random, sampling or training."""
     original = numerics.compute
 
     def compute(function, device, *arguments):
         if device is not STAND_IN:
             return original(function, device, *arguments)
-        with broken(primitive, damage):
+        with fault():
             return original(function, CPU, *arguments)
 
     monkeypatch.setattr(numerics, "_trained", trained)
@@ -214,9 +238,53 @@ def second_share(result, operands, parameters):
 )
 def test_a_planted_fault_is_found_and_named(monkeypatch, trained, config, kind, primitive, damage, named, only):
     """All parts in `named` fail, and only parts whose names start with `only`."""
-    failing = failing_parts(monkeypatch, trained, config, kind, primitive, damage)
+    failing = failing_parts(monkeypatch, trained, config, kind, partial(broken, primitive, damage))
     assert failing >= named
     assert [name for name in failing if not name.startswith(only)] == []
+
+
+def weight_gradients(factor):
+    def change(record):
+        return replace(record, weight_gradient=lambda *ab: factor * record.weight_gradient(*ab))
+
+    return partial(replaced, ops.IMPLEMENTATIONS, "cpu", change)
+
+
+def attention(change_query):
+    def change(record):
+        return replace(record, attention=lambda q, *kv, **others: record.attention(change_query(q), *kv, **others))
+
+    return partial(replaced, ops.IMPLEMENTATIONS, "cpu", change)
+
+
+def optimizer(**changes):
+    def change(make_optimizer):
+        return lambda config: make_optimizer(replace(config, optimizer=replace(config.optimizer, **changes)))
+
+    return partial(replaced, train_step, "make_optimizer", change)
+
+
+BLOCKS = {f"gradient of blocks/{name}: scale" for name in ("query", "key", "value", "output", "gate", "up", "down")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        (weight_gradients(0.8), BLOCKS),
+        (weight_gradients(0.95), BLOCKS),
+        (attention(lambda q: 1.1 * q), {"gradient of blocks/query: scale"}),
+        (attention(lambda q: q[:, :, ::-1]), {"gradient of blocks/query", "gradient of blocks/query: scale"}),
+        (optimizer(weight_decay=0.0), {"update of blocks/query"}),
+        (optimizer(b2=0.999), {"update of blocks/query"}),
+    ],
+    ids=["gradients x 0.8", "gradients x 0.95", "logits x 1.1", "heads swapped", "no weight decay", "second moment"],
+)
+def test_a_fault_of_scale_is_found_beside_rounding(monkeypatch, trained, precision, fault, named):
+    config = with_model(precision=precision)
+    assert failing_parts(monkeypatch, trained, config, "training", contextlib.nullcontext) == set()
+    assert failing_parts(monkeypatch, trained, config, "training", fault) >= named
 
 
 @pytest.mark.parametrize(
@@ -224,7 +292,7 @@ def test_a_planted_fault_is_found_and_named(monkeypatch, trained, config, kind, 
     [("cpu", "float32", 1e-4), ("cpu", "bfloat16", 0.22), ("gpu", "float32", 0.22 / 4), ("gpu", "bfloat16", 0.22)],
 )
 def test_the_limit_allows_rounding_and_finds_a_halved_row(platform, dtype, rounding):
-    limit = allowed(SimpleNamespace(platform=platform), dtype)
+    limit = allowed(SimpleNamespace(platform=platform), dtype).row
     expected = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)
     halved = expected.copy()
     halved[7] *= 0.5
@@ -243,6 +311,33 @@ def test_one_wrong_row_or_column_shows_in_full():
     assert np.isnan(difference(np.full(3, np.nan), np.ones(3)))
     assert difference(np.ones(3), np.zeros(3)) == np.inf
     assert difference(np.float32([4.0]), np.float32([2.0]), np.float32([1.0])) == pytest.approx(2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "rounding", "fault"),
+    [("gpu", "bfloat16", 0.2, 0.05), ("gpu", "float32", 0.05, 0.01), ("mps", "float32", 5e-4, 4e-4)],
+)
+def test_the_scale_of_an_array_is_known_where_its_rows_are_not(platform, dtype, rounding, fault):
+    """Rounding that a row may have hides in it what the whole array shows."""
+    rng, limits = np.random.default_rng(0), allowed(SimpleNamespace(platform=platform), dtype)
+    right = rng.normal(size=(512, 300)).astype(np.float32)
+    rounded = right * (1 + rounding * rng.uniform(-1, 1, right.shape)).astype(np.float32)
+    for factor, ok in ((1, True), (1 - fault, False), (1 + fault, False)):
+        rows, scale = numerics._compare("gradient", np.float32(factor) * rounded, right, limits)
+        assert (rows.ok, scale.ok) == (True, ok)
+
+
+def test_the_scale_is_that_of_the_norm_or_of_the_projection():
+    right = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)
+    assert scale_error(right, right) == 0
+    assert scale_error(0.8 * right, right) == pytest.approx(0.2, rel=1e-6)
+    assert scale_error(-right, right) == pytest.approx(2)  # its norm is right
+    assert scale_error(right[::-1], right) == pytest.approx(1, abs=0.1)
+    across = np.concatenate([right, 0.75 * right])
+    assert scale_error(across, np.concatenate([right, 0 * right])) == pytest.approx(0.25)  # the projection is right
+    assert scale_error(0 * right, 0 * right) == 0
+    assert scale_error(right, 0 * right) == np.inf
+    assert not Part("gradient", scale_error(np.nan * right, right), 1.0).ok
 
 
 def test_the_small_model_compares_logits_loss_and_every_gradient(monkeypatch):
@@ -283,12 +378,13 @@ def test_a_device_is_checked_until_it_passes_for_each_shape_and_version(monkeypa
     for config in (CONFIG, UNROLLED, replace(CONFIG, max_steps=70)):
         require(config, STAND_IN)
     require(CONFIG, newer)
-    assert checked == [CONFIG, CONFIG, CONFIG, UNROLLED, CONFIG]
+    require(CONFIG, SimpleNamespace(**vars(STAND_IN) | {"id": 1}))  # another card of this kind
+    assert checked == [CONFIG, CONFIG, CONFIG, UNROLLED, CONFIG, CONFIG]
     numerics.store_result(CONFIG, STAND_IN, WRONG)  # as a later check may find
     require(CONFIG, STAND_IN)
     monkeypatch.setenv("MLX_ENABLE_TF32", "1")
     require(CONFIG, STAND_IN)
-    assert checked[5:] == [CONFIG, CONFIG]
+    assert checked[6:] == [CONFIG, CONFIG]
 
 
 def test_a_device_that_raises_fails_with_its_other_parts_listed(monkeypatch):

@@ -303,6 +303,27 @@ def test_a_plugin_that_no_longer_starts_is_named(monkeypatch, capsys, jax_platfo
         backend.start("mps")
 
 
+@pytest.mark.parametrize("named", ["cuda", "cuda,cpu"])
+def test_the_environment_gets_its_platform_or_an_error(jax_platforms, named):
+    """jax passes over cuda, which has no GPU here."""
+    jax.config.update("jax_platforms", named)
+    if named == "cuda,cpu":
+        assert backend.start("auto") == jax.devices("cpu")[0]
+        return
+    with pytest.raises(UsageError, match=r"^JAX_PLATFORMS=cuda does not start \(it finds no device\)") as caught:
+        backend.start("auto")
+    assert is_one_line(caught.value)
+    assert backend.start("cpu") == jax.devices("cpu")[0]
+
+
+def test_a_plugin_that_finds_no_device_any_more_is_named(monkeypatch, capsys, jax_platforms):
+    monkeypatch.setattr(plugins, "choose", lambda platform: ("cuda", "jax-cuda 1"))
+    assert backend.start("auto") == jax.devices("cpu")[0]
+    assert capsys.readouterr().err == "Computing without jax-cuda 1, which no longer starts (it finds no device)\n"
+    with pytest.raises(UsageError, match=r"^platform cuda does not start \(it finds no device\)"):
+        backend.start("cuda")
+
+
 @pytest.mark.slow
 def test_a_plugin_that_passed_computes_until_it_no_longer_starts(install, tmp_path):
     broken, starts = tmp_path / "broken", tmp_path / "starts"

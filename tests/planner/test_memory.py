@@ -19,7 +19,7 @@ TOTAL = 850
 
 
 @pytest.mark.parametrize("source", ["compiled", "cache", "least"])
-def test_a_run_fits_to_the_byte(monkeypatch, source):
+def test_a_run_fits_to_the_byte_with_its_process(monkeypatch, source):
     """By the compiled step if there is one, else by the cache, else by what no setting avoids."""
     by_source = {
         "compiled": (SIZES, Memory(0, 0, 0, 0, 0, 0)),
@@ -31,11 +31,13 @@ def test_a_run_fits_to_the_byte(monkeypatch, source):
     monkeypatch.setattr(memory.measure, "key", lambda *arguments: "key")
     monkeypatch.setattr(user_cache, "get", lambda *key: cached and dataclasses.asdict(cached))
     monkeypatch.setattr(memory, "min_memory", lambda config: SIZES)
-    monkeypatch.setattr(backend, "available_memory", lambda device: TOTAL)
-    memory.check_memory(Config(), None, "compiled")
-    monkeypatch.setattr(backend, "available_memory", lambda device: TOTAL - 1)
+    needed = memory.known_memory(Config(), None, 70, "compiled")
+    assert (needed.total, needed.step) == (TOTAL + 70, TOTAL + 70 - SIZES.checkpoint_copy)
+    monkeypatch.setattr(backend, "available_memory", lambda device: TOTAL + 70)
+    memory.check_memory(needed, None)
+    monkeypatch.setattr(backend, "available_memory", lambda device: TOTAL + 69)
     with pytest.raises(UsageError, match=r"python -m jaxlm\.plan"):
-        memory.check_memory(Config(), None, "compiled")
+        memory.check_memory(needed, None)
 
 
 def test_faster_settings_are_named_on_a_gpu_with_room(monkeypatch):

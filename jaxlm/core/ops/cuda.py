@@ -12,10 +12,23 @@ from jaxlm.core.ops import xla
 def causal_attention(
     q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, matmul_dtype: Any, saved: Any = None
 ) -> tuple[jax.Array, Any]:
-    """`xla.causal_attention`, by cuDNN's fused kernel where it fits: in bfloat16, K a multiple of 8."""
-    if q_BTHK.dtype != jnp.bfloat16 or q_BTHK.shape[-1] % 8:
-        return xla.causal_attention(q_BTHK, k_BTHK, v_BTHK, matmul_dtype, saved)
-    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"), None
+    """`xla.causal_attention`, by cuDNN's fused kernel where it fits: in bfloat16, by jax's own checks."""
+    if q_BTHK.dtype == jnp.bfloat16 and _cudnn_fits(q_BTHK, k_BTHK, v_BTHK):
+        return _fused_attention(q_BTHK, k_BTHK, v_BTHK), None
+    return xla.causal_attention(q_BTHK, k_BTHK, v_BTHK, matmul_dtype, saved)
+
+
+def _fused_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_fits(*qkv: jax.Array) -> bool:
+    """Whether jax's checks, which it makes as it traces, accept the head width on this GPU and its version of cuDNN."""
+    try:
+        jax.eval_shape(_fused_attention, *qkv)
+    except RuntimeError:  # NotImplementedError too
+        return False
+    return True
 
 
 CUDA = replace(

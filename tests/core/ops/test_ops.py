@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import jaxlm.config
 import jaxlm.core
@@ -101,15 +102,34 @@ def test_causal_attention_with_saved_residuals_computes_only_its_gradient():
     np.testing.assert_array_equal(saved[0], out)
 
 
-@pytest.mark.parametrize(("dtype", "head_width", "fused"), [("bfloat16", 8, 1), ("bfloat16", 6, 0), ("float32", 8, 0)])
-def test_cudnn_computes_attention_where_it_fits(monkeypatch, dtype, head_width, fused):
-    cudnn, plain = [], []
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **options: cudnn.append((*a, options)))
-    monkeypatch.setattr(xla, "causal_attention", lambda *a: plain.append(a))
-    arrays = tuple(jnp.zeros((1, 4, 1, head_width), dtype) for _ in "qkv")
-    ops.get("cuda").attention(*arrays, dtype, "residuals")
-    assert cudnn == fused * [(*arrays, {"is_causal": True, "implementation": "cudnn"})]
-    assert plain == (1 - fused) * [(*arrays, dtype, "residuals")]
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_width", "fused"),
+    [
+        ("8.0", "bfloat16", 8, True),
+        ("8.0", "bfloat16", 6, False),
+        ("8.0", "float32", 8, False),
+        ("8.0", "bfloat16", 128, True),
+        ("8.6", "bfloat16", 256, False),
+        ("9.0", "bfloat16", 256, jax.__version_info__ >= (0, 5)),
+        ("9.0", "bfloat16", 512, False),
+        ("", "bfloat16", 8, False),  # no cuDNN
+    ],
+)
+def test_cudnn_computes_attention_where_jax_lets_it(monkeypatch, capability, dtype, head_width, fused):
+    def has_capability(least):
+        return float(capability) >= float(least)
+
+    if capability:
+        monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", has_capability)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda version: version == capability, raising=False)
+    attend = partial(ops.get("cuda").attention, matmul_dtype=dtype)
+    arrays = [jax.ShapeDtypeStruct((1, 130, 1, head_width), dtype) for _ in "qkv"]
+    jax.clear_caches()  # of what jax checked as it traced
+    forward = str(jax.make_jaxpr(attend)(*arrays))
+    gradient = str(jax.make_jaxpr(jax.grad(lambda *qkv: attend(*qkv)[0].astype("float32").sum()))(*arrays))
+    assert ["dot_product_attention_fwd" in program for program in (forward, gradient)] == [fused] * 2
+    assert ("exp" in forward) is not fused
 
 
 @different("weight_gradient")
