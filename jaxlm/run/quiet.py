@@ -40,7 +40,8 @@ def log_libraries(workdir: Path) -> Iterator[None]:
     finally:
         for logger in _LOGGERS:
             logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 def _unraisable_hook(unraisable: Any) -> None:
