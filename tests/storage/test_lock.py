@@ -144,14 +144,17 @@ def test_without_locks_the_pid_of_this_process_is_one_of_an_earlier_boot(tmp_pat
         pass
 
 
-@pytest.mark.parametrize(("pid", "host"), [(4_000_000_000_000, "another"), (1, socket.gethostname())])
-def test_without_locks_a_process_that_may_run_holds(tmp_path, unlockable, monkeypatch, pid, host):
+@pytest.mark.parametrize(
+    ("pid", "host", "answer"),
+    [(999_999, "another", ProcessLookupError), (999_999, socket.gethostname(), PermissionError)],
+)
+def test_without_locks_a_process_that_may_run_holds(tmp_path, unlockable, monkeypatch, pid, host, answer):
     """One on another host, and one of another user."""
 
-    def denied(pid, number):
-        raise PermissionError
+    def kill(pid, number):
+        raise answer
 
-    monkeypatch.setattr(os, "kill", denied)
+    monkeypatch.setattr(os, "kill", kill)
     (tmp_path / "lock").write_text(json.dumps({"pid": pid, "host": host}))
     with pytest.raises(UsageError, match=f"process {pid} on {host}"), only_writer(tmp_path):
         pass
