@@ -27,7 +27,7 @@ def disk_error(error: BaseException) -> OSError | None:
     if isinstance(error, OSError) and error.errno:
         return error
     reasons = {os.strerror(number): number for number in _DISK_ADVICE}
-    reason = next((reason for reason in reasons if reason in str(error)), None)
+    reason = max((reason for reason in reasons if reason in str(error)), key=len, default=None)
     return OSError(reasons[reason], reason) if reason else None
 
 
