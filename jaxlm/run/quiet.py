@@ -4,7 +4,6 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,26 @@ def quiet_libraries() -> None:
     sys.unraisablehook = _unraisable_hook
 
 
+class _LogFile(logging.Handler):
+    """Appends records to a file without a buffer, which an error of the disk would leave behind."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+        self.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(Exception):  # a run does not fail for a warning
+            if self._path.exists() and self._path.stat().st_size > _BYTES:
+                self._path.replace(f"{self._path}.1")
+            with self._path.open("ab", buffering=0) as file:
+                file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+
+
 @contextlib.contextmanager
 def log_libraries(workdir: Path) -> Iterator[None]:
     """Appends the warnings of the libraries to LIBRARY_LOG in `workdir`. A disk that fails costs the warning only."""
-    handler = RotatingFileHandler(workdir / LIBRARY_LOG, maxBytes=_BYTES, backupCount=1, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
-    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    handler = _LogFile(workdir.absolute() / LIBRARY_LOG)
     for logger in _LOGGERS:
         logger.addHandler(handler)
     try:
@@ -40,8 +53,6 @@ def log_libraries(workdir: Path) -> Iterator[None]:
     finally:
         for logger in _LOGGERS:
             logger.removeHandler(handler)
-        with contextlib.suppress(OSError):
-            handler.close()
 
 
 def _unraisable_hook(unraisable: Any) -> None:
