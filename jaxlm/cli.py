@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxlm.config import OLD_NAMES, Config, check_name, from_config_dict
-from jaxlm.errors import RunError, Stopped, UsageError
+from jaxlm.errors import RunError, Stopped, UsageError, disk_advice
 
 _PACKAGE = Path(__file__).parent
 PRESETS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
@@ -72,7 +72,7 @@ def run_errors(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write to {workdir} ({error.strerror}): make room or choose another place") from error
+        raise RunError(f"cannot write to {workdir} ({error.strerror or error}): {disk_advice(error)}") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise RunError("out of memory: set model.remat and microbatch_chunks, or a smaller batch_size") from error

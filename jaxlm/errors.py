@@ -1,6 +1,7 @@
 """Errors that end a command early with one line and no traceback, and advice that fits the cause."""
 
 import errno
+import os
 
 _DISK_ADVICE = {
     errno.ENOSPC: "make room",
@@ -16,13 +17,25 @@ _DISK_ADVICE = {
     errno.EEXIST: "move away what has its name",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "close other programs",
     errno.EIO: "the disk may be failing: copy what matters, and choose another",
 }
 
 
-def disk_advice(error: OSError) -> str:
+def disk_error(error: BaseException) -> OSError | None:
+    """The error of the disk in an exception; some libraries give it as text only."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    reasons = {os.strerror(number): number for number in _DISK_ADVICE}
+    reason = max((reason for reason in reasons if reason in str(error)), key=len, default=None)
+    return OSError(reasons[reason], reason) if reason else None
+
+
+def disk_advice(error: BaseException) -> str:
     """What a person can do about an error of the disk, as the end of a sentence."""
-    return _DISK_ADVICE.get(error.errno or 0, "check the disk, or choose another place")
+    known = disk_error(error)
+    return _DISK_ADVICE.get((known and known.errno) or 0, "check the disk, or choose another place")
 
 
 class _OneLine(Exception):

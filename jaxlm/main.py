@@ -17,7 +17,7 @@ from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init
 from jaxlm.prepare import prepare
-from jaxlm.run.quiet import quiet_libraries
+from jaxlm.run.quiet import log_libraries, quiet_libraries
 from jaxlm.run.workdir import check_workdir, saved_steps
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
@@ -100,7 +100,7 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
         if device.platform != "cpu":
             numerics.require(resolved, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
-        with only_writer(workdir):
+        with only_writer(workdir), log_libraries(workdir):
             Trainer(resolved, workdir, tokens, device, before_first_step).train()
 
 

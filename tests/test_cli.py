@@ -111,6 +111,9 @@ def test_an_unexpected_error_keeps_its_traceback():
     ("error", "message"),
     [
         (OSError(28, "No space left on device"), "^cannot write to runs/x .No space left on device.: make room"),
+        (OSError(5, "Input/output error"), "^cannot write to runs/x .Input/output error.: the disk may be failing"),
+        (OSError(22, "Invalid argument"), "^cannot write to runs/x .Invalid argument.: check the disk"),
+        (OSError("lost"), "^cannot write to runs/x .lost.: check the disk"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"),
             "^out of memory: set .*, or a smaller batch_size$",

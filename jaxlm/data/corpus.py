@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxlm.data.readers import READABLE, TextChunk, read_chunks, read_text
-from jaxlm.errors import RunError, UsageError
+from jaxlm.errors import RunError, UsageError, disk_advice
 
 WITH_OWN_VALIDATION = frozenset({"tinystories"})
 
@@ -120,7 +120,8 @@ def _download_tinystories(filename: str) -> Path:
         return Path(hf_hub_download(_TINYSTORIES, filename, repo_type="dataset"))
     except Exception as error:  # the library's network errors have no common base class
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise RunError(f"cannot store tinystories ({error.strerror}): set HF_HOME to a disk with room") from error
+            reason = f"cannot store tinystories in HF_HOME ({error.strerror})"
+            raise RunError(f"{reason}: {disk_advice(error)}") from error
         raise UsageError(
             f"tinystories cannot be downloaded ({type(error).__name__}): connect to the internet, use the corpus "
             f"novels or text of your own, or copy {filename} in a Hugging Face cache, or train.bin and val.bin"

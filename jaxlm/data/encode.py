@@ -19,7 +19,7 @@ from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
 from jaxlm.data.split import measure, split
 from jaxlm.data.token_files import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
 from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
-from jaxlm.errors import RunError, UsageError
+from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 
@@ -107,9 +107,7 @@ def _new_files(directory: Path) -> Iterator[dict[str, BinaryIO]]:
             paths = {name: stack.enter_context(atomic.new_file(directory / name)) for name in (TRAIN, VAL, META)}
             yield {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
     except OSError as error:
-        raise RunError(
-            f"cannot write to {directory} ({error.strerror}): make room or choose another directory"
-        ) from error
+        raise RunError(f"cannot write to {directory} ({error.strerror}): {disk_advice(error)}") from error
 
 
 def _encode_all(

@@ -3,20 +3,22 @@
 Each checkpoint has the items `params` (the model's parameters), `optimizer` (its state and the counters) and `meta`
 (JSON: the settings, fingerprints of the tokens, seconds trained, checksums of all arrays), and `files.json` with the
 hash of every file. Damaged files are found by their hash before anything reads them, and arrays that differ from the
-training state by their checksum, whatever the cause. A checkpoint is taken between two optimizer steps only: there the
-accumulated gradients are zero and need not be saved. Training does not wait for the disk: the device copies the state,
-and the copy is written.
+training state by their checksum, whatever the cause. A save is complete only after what it wrote has been opened again
+and its arrays listed. A checkpoint is taken between two optimizer steps only: there the accumulated gradients are zero
+and need not be saved. Training does not wait for the disk: the device copies the state, and the copy is written.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
-import os
+import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +28,8 @@ import orbax.checkpoint as ocp
 
 from jaxlm.core.checksum import checksums
 from jaxlm.core.train_step import TrainState
-from jaxlm.errors import CorruptCheckpointError, RunError, UsageError
+from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice, disk_error
+from jaxlm.run.quiet import LIBRARY_LOG
 from jaxlm.run.workdir import CHECKPOINTS, HAS_CHECKPOINTS
 from jaxlm.storage import atomic
 
@@ -36,6 +39,7 @@ META_KEYS = {"config", "tokens", "seconds", "checksums"}
 SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
 ZERO_BETWEEN_STEPS = r"skipped_in_a_row|loss_sum|opt_state\.(mini_step|acc_grads|skip_state\['should_skip'\])"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
+_PLAIN_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,=@+~ -]+", re.ASCII)
 
 T = TypeVar("T")
 Arrays = Any  # a tree of arrays, or of their shapes
@@ -46,14 +50,18 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, max_to_keep: int | None = None):
         self.directory = (workdir / DIRECTORY).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._max_to_keep = max_to_keep
-        self._manager = self._new_manager()
         self._thread = ThreadPoolExecutor(1)
         self._save: Future[None] | None = None  # the last save, until it is waited for
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, oldest first."""
-        return sorted(self._manager.all_steps())
+        """The steps that have a checkpoint, oldest first. Raises RunError if they cannot be listed."""
+        try:
+            names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+        except OSError as error:
+            raise RunError(f"cannot read {self.directory} ({error.strerror}): {disk_advice(error)}") from error
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Waits for the previous save and starts this one. The state's buffers may be donated at once.
@@ -85,7 +93,8 @@ class Checkpoints:
     def params(self, step: int, like: Arrays, sharding: jax.sharding.Sharding) -> Arrays:
         """The parameters alone, placed by `sharding`; `like` gives the tree and its shapes.
 
-        Raises CorruptCheckpointError if they are not what was saved, RunError if they cannot be read now.
+        Raises CorruptCheckpointError if they are not what was saved or cannot be restored, RunError if the cause is
+        this process or machine, such as its memory or a permission.
         """
         return self._arrays(step, sharding, params=like)["params"]
 
@@ -125,43 +134,53 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             (self.directory / str(step)).rename(target)
             lines.append(f"Moved {DIRECTORY}/{step} to {DIRECTORY}/{target.name}: delete it if you do not need it")
-        self._manager.reload()
         return lines
 
-    def _new_manager(self) -> ocp.CheckpointManager:
-        background = ocp.options.AsyncOptions(post_finalization_callback=self._write_file_hashes)
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, async_options=background)
-        return ocp.CheckpointManager(self.directory, options=options)
+    def _new_manager(self, directory: Path, finish: Callable[[], None]) -> ocp.CheckpointManager:
+        """Orbax calls `finish` after it has written a checkpoint, before it renames it and deletes older ones."""
+        background = ocp.options.AsyncOptions(post_finalization_callback=finish)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, create=False, async_options=background)
+        return ocp.CheckpointManager(directory, options=options)
 
     def _write(self, step: int, items: dict[str, Arrays], sums: dict[str, jax.Array], meta: dict[str, Any]) -> None:
         self._delete_unfinished()  # threads of a failed save may have written after it failed
-        free, needed = shutil.disk_usage(self.directory).free, _size(items)
-        if free < needed:
-            raise RunError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
         try:
-            arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+            free, needed = shutil.disk_usage(self.directory).free, _size(items)
+            if free < needed:
+                raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
             meta["checksums"] = {name: item_sums.tolist() for name, item_sums in sums.items()}
-            if not self._manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))):
-                raise RuntimeError("orbax has a later one")
-            self._manager.wait_until_finished()
-            if not (self.directory / str(step) / FILES).is_file():
-                raise RuntimeError("orbax renamed it before its files were hashed")
+            self._write_items(step, items, meta)
             atomic.sync(self.directory)
             with contextlib.suppress(OSError):
                 (self.directory.parent / HAS_CHECKPOINTS).touch()
         except Exception as error:  # a full disk shows as OSError, ValueError or an XLA error
             self._delete_unfinished()
-            # the old manager may count this step as saved and refuse later ones: google/orbax#605, maxtext#5260
-            self._manager = self._new_manager()
-            raise RunError(f"{self.directory} cannot be written ({_reason(error)})") from error
+            logging.getLogger(__name__).warning("step %d is not saved", step, exc_info=True)
+            cause = disk_error(error)
+            advice = disk_advice(cause) if cause else f"{LIBRARY_LOG} in the work directory says more"
+            raise RunError(f"{self.directory} cannot be written ({_reason(error)}): {advice}") from error
+
+    def _write_items(self, step: int, items: dict[str, Arrays], meta: dict[str, Any]) -> None:
+        arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        with _plain_path(self.directory) as directory:
+            manager = self._new_manager(directory, partial(self._finish, directory, items))
+            with contextlib.closing(manager):
+                if not manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))):
+                    raise RuntimeError("orbax has a later one")
+                manager.wait_until_finished()
+        if not (self.directory / str(step) / FILES).is_file():
+            shutil.rmtree(self.directory / str(step), ignore_errors=True)
+            raise RuntimeError("orbax renamed it before its files were hashed")
 
     def _delete_unfinished(self) -> None:
         for path in self.directory.glob(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _write_file_hashes(self) -> None:
-        """Orbax calls this after it has written a checkpoint and before it renames the directory."""
-        for path in self.directory.glob(_UNFINISHED):
+    def _finish(self, directory: Path, items: dict[str, Arrays]) -> None:
+        """Opens the arrays that were written, and stores the hash of each file."""
+        for path in directory.glob(_UNFINISHED):
+            for name, item in items.items():
+                _check_written(path / name, item)
             files = [file for file in path.glob("*/**/*") if file.is_file()]
             hashes = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
             (path / FILES).write_text(json.dumps(hashes, indent=1))
@@ -179,11 +198,43 @@ class Checkpoints:
         return items
 
     def _restore(self, step: int, **items: Any) -> Any:
-        _check_files(self.directory / str(step), set(items))
+        checkpoint = self.directory / str(step)
+        _check_files(checkpoint, set(items))
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            with _plain_path(checkpoint) as path, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                return checkpointer.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds; the files match their hashes
-            raise RunError(f"cannot restore {self.directory / str(step)} ({_reason(error)}): try again") from error
+            message = f"cannot restore {checkpoint} ({_reason(error)})"
+            if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
+                raise RunError(f"{message}: close other programs, or choose another device") from error
+            if (cause := disk_error(error)) and cause.errno not in (errno.EIO, errno.ENOENT):
+                raise RunError(f"{message}: {disk_advice(cause)}") from error
+            raise CorruptCheckpointError(f"it cannot be restored ({_reason(error)})") from error
+
+
+@contextlib.contextmanager
+def _plain_path(directory: Path) -> Iterator[Path]:
+    """A path to `directory` that orbax and tensorstore take as it is, if need be through a link in a temporary folder.
+
+    They glob it without escaping it, they read some parts of it as a URL, and it must be UTF-8.
+    """
+    if _PLAIN_PATH.fullmatch(str(directory)):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxlm-") as folder:
+        link = Path(folder, "link")
+        link.symlink_to(directory, target_is_directory=True)
+        yield link
+
+
+def _check_written(path: Path, item: Arrays) -> None:
+    """Raises ValueError if the item at `path` cannot be opened, or if a name, shape or dtype of its arrays differs."""
+    written = ocp.tree.to_flat_dict(ocp.StandardCheckpointHandler().metadata(path).tree)
+    expected = ocp.tree.to_flat_dict(item)
+    for name in written.keys() | expected.keys():
+        kinds = [(tuple(tree[name].shape), tree[name].dtype) if name in tree else None for tree in (written, expected)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{path.name}.{'.'.join(name)} is {kinds[0]} on the disk and {kinds[1]} in memory")
 
 
 @jax.jit
@@ -210,23 +261,27 @@ def _check_files(checkpoint: Path, items: set[str]) -> None:
     except (ValueError, TypeError, IndexError, RecursionError) as error:
         raise CorruptCheckpointError(f"{FILES} is not as it was saved") from error
     except OSError as error:
-        raise RunError(f"cannot read {checkpoint / FILES} ({error.strerror}): see to that and try again") from error
+        raise _unreadable(checkpoint / FILES, error) from error
     for name in names:
-        if not (checkpoint / name).is_file():
-            raise CorruptCheckpointError(f"{name} is missing")
-        if _sha256(checkpoint / name) != hashes[name]:
-            raise CorruptCheckpointError(f"{name} is not as it was saved")
+        try:
+            if not (checkpoint / name).is_file():
+                raise CorruptCheckpointError(f"{name} is missing")
+            if _sha256(checkpoint / name) != hashes[name]:
+                raise CorruptCheckpointError(f"{name} is not as it was saved")
+        except OSError as error:
+            raise _unreadable(checkpoint / name, error) from error
 
 
-def _sha256(path: Path) -> str | None:
-    """None if the disk cannot read the file. Raises RunError if this process cannot."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        if error.errno == errno.EIO:
-            return None
-        raise RunError(f"cannot read {path} ({error.strerror}): see to that and try again") from error
+def _unreadable(path: Path, error: OSError) -> CorruptCheckpointError | RunError:
+    """Damage if the disk cannot read the file, else an error of this process or machine."""
+    if error.errno == errno.EIO:
+        return CorruptCheckpointError(f"{path.name} cannot be read ({error.strerror})")
+    return RunError(f"cannot read {path} ({error.strerror}): {disk_advice(error)}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _paths(tree: Arrays) -> list[str]:
@@ -236,8 +291,9 @@ def _paths(tree: Arrays) -> list[str]:
 
 def _reason(error: BaseException) -> str:
     """One line, without the paths and specifications that tensorstore adds."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return os.strerror(errno.ENOSPC) if os.strerror(errno.ENOSPC) in text else text.splitlines()[0].split(" [")[0]
+    if (cause := disk_error(error)) and cause.strerror:
+        return cause.strerror
+    return (str(error) or type(error).__name__).splitlines()[0].split(" [")[0]
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Arrays]:

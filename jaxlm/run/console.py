@@ -82,7 +82,7 @@ class Console:
             case SavedEvent(step):
                 self._print(f"  → Saved checkpoint: {DIRECTORY}/{step}")
             case NotSavedEvent(step, reason):
-                self._print(f"  → Step {step} is not saved, {reason}: make room; the next save tries again")
+                self._print(f"  → Step {step} is not saved, {reason}; the next save tries again")
 
     def show_cursor(self) -> None:
         """Gives a terminal its cursor back, for a process that ends at once; safe from any thread."""

@@ -18,7 +18,7 @@ from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
 from jaxlm.data.token_files import TokenFiles, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.device import backend
-from jaxlm.errors import RunError, Stopped
+from jaxlm.errors import RunError, Stopped, disk_advice
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
 from jaxlm.run.background import BackgroundListener
@@ -269,8 +269,8 @@ class Trainer:
         try:
             self._records.sync()
         except OSError as error:
-            reason = error.strerror or error
-            self._report_failed_save(step, f"{self.workdir} cannot store the rows up to it ({reason})")
+            reason = f"{self.workdir} cannot store the rows up to it ({error.strerror}): {disk_advice(error)}"
+            self._report_failed_save(step, reason)
             return
         self._call_listeners("sync")
         self._checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self._clock.seconds()))
@@ -284,14 +284,14 @@ class Trainer:
         step, self._saving_step = self._saving_step, None
         try:
             self._checkpoints.wait()
-        except (OSError, RunError) as error:
+        except RunError as error:
             self._report_failed_save(step, str(error))
         else:
             self._saved_step = step
             self._emit(SavedEvent(step))
 
     def _report_failed_save(self, step: int, reason: str) -> None:
-        self._save_failure = f"step {step} is not saved, {reason}: make room"
+        self._save_failure = f"step {step} is not saved, {reason}"
         self._emit(NotSavedEvent(step, reason))
 
     @contextlib.contextmanager

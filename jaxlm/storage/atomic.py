@@ -1,6 +1,7 @@
 """Atomic replacement of files: the data reach the disk before the name points to them."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -8,22 +9,34 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
+
 
 def sync(path: Path) -> None:
-    """Flushes the file or directory at `path` to the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes the file or directory at `path` to the disk; nothing if the file system cannot flush a directory.
+
+    Raises OSError.
+    """
     try:
-        sync_descriptor(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            sync_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
 
 
 def sync_descriptor(descriptor: int) -> None:
     """As `sync`, for an open file."""
     if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves the data in the drive's cache
-        with contextlib.suppress(OSError):  # network file systems support fsync only
+        try:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:  # network file systems support fsync only
+                raise
     os.fsync(descriptor)
 
 

@@ -1,6 +1,5 @@
 """Append-only files: each entry is written whole, and waits in memory while the disk is full."""
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -39,9 +38,9 @@ class AppendOnlyFile:
         if not self._pending:
             return None
         try:
-            written = os.write(self._descriptor, self._pending)
-            if written < len(self._pending):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = 0
+            while written < len(self._pending):  # the system says why it wrote a part only when it is asked again
+                written += os.write(self._descriptor, self._pending[written:])
         except OSError as error:
             os.ftruncate(self._descriptor, self._size)
             return error

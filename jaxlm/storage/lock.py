@@ -1,6 +1,7 @@
 """A lock on a directory, so that only one process writes to it."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,12 +12,16 @@ from typing import TextIO
 
 from jaxlm.errors import UsageError
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
 
 @contextlib.contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
     """Locks `directory`/lock, writes the pid and host of this process into it, and deletes it at the end.
 
     This is a lock of the kernel (flock), which is released however the process ends. A leftover file locks nobody out.
+    Where the file system has no locks, the pid and host in the file are the lock. Then two processes that start within
+    a moment are not kept apart, and a file left by a process on another host must be deleted by hand.
 
     Raises:
         UsageError: another process holds the lock.
@@ -35,22 +40,54 @@ def only_writer(directory: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> TextIO:
     while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BlockingIOError as error:
-            file.close()
-            raise UsageError(f"{path.parent} is in use by {_holder(path)}: wait for it or stop it") from error
-        except FileNotFoundError:  # the holder deleted the file after it was opened here
-            pass
-        file.close()
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(path.open("a+", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    continue
+            except FileNotFoundError:  # the holder deleted the file after it was opened here
+                continue
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"{path.parent} is in use by {_name(_holder(path))}: wait for it or stop it"
+                ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                _check_ended(path)
+            stack.pop_all()
+            return file
 
 
-def _holder(path: Path) -> str:
+def _check_ended(path: Path) -> None:
+    """Raises UsageError if the process that the file names may still run."""
+    holder = _holder(path)
+    if holder and (holder[1] != socket.gethostname() or _runs(holder[0])):
+        raise UsageError(
+            f"{path.parent} is in use by {_name(holder)}: wait for it or stop it; if it has ended, delete {path}"
+        )
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process of this host has the pid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return pid != os.getpid()
+
+
+def _holder(path: Path) -> tuple[int, str] | None:
+    """The pid and the host in the file; None if they are not written yet."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, TypeError, KeyError):  # locked, but its pid is not written yet
-        return "another process"
+        return int(holder["pid"]), str(holder["host"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _name(holder: tuple[int, str] | None) -> str:
+    return f"process {holder[0]} on {holder[1]}" if holder else "another process"

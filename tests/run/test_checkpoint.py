@@ -2,21 +2,27 @@
 
 import collections
 import dataclasses
+import errno
+import hashlib
 import json
+import logging
 import os
 import re
 import resource
 import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core.checksum import checksums
 from jaxlm.core.train_step import init_state, make_train_step
-from jaxlm.errors import CorruptCheckpointError, RunError, UsageError
+from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice
 from jaxlm.run import checkpoint
 from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
 from jaxlm.run.memory import state_shapes
@@ -420,15 +426,216 @@ def test_all_files_are_synced_before_the_directory_is_renamed(tmp_path, trained,
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, layers=1))
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(CorruptCheckpointError) as caught:
         checkpoints.state(3, like(other), CPU)
     assert is_one_line(caught.value)
 
 
 def test_a_checkpoint_without_file_hashes_is_no_saved_checkpoint(trained, tmp_path, monkeypatch):
     """As with a version of orbax that calls its callback after it renames the directory, or not at all."""
-    monkeypatch.setattr(Checkpoints, "_write_file_hashes", lambda checkpoints: None)
+    monkeypatch.setattr(Checkpoints, "_finish", lambda *arguments: None)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(3, committed(trained), META)
-    with pytest.raises(RunError, match="before its files were hashed"):
+    assert "before its files were hashed" in failed_save(checkpoints, trained, 3)
+    assert list(checkpoints.directory.iterdir()) == []
+
+
+def failed_save(checkpoints, trained, step=7):
+    """The reason in one line."""
+    checkpoints.save(step, committed(trained), META)
+    with pytest.raises(RunError) as caught:
         checkpoints.wait()
+    assert is_one_line(caught.value)
+    return str(caught.value)
+
+
+ODD = ["[proj]", "b\\c", "s*", "q?", "{a,b}", "%41#x", " blanks ", "new\nline", "~", "é日", "gs:", "file:", "\udcff"]
+
+
+@pytest.mark.parametrize("name", [*ODD, "**", "5.orbax-checkpoint-tmp-1"])
+def test_any_path_holds_checkpoints(saved, tmp_path, trained, monkeypatch, name):
+    """A checkpoint written there is restored, and one that was copied there."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    shutil.copytree(saved.directory / "3", tmp_path / name / DIRECTORY / "3")
+    checkpoints = Checkpoints(tmp_path / name, 3)
+    checkpoints.save(7, committed(trained), META)
+    checkpoints.wait()
+    for step in (3, 7):
+        assert_same_bits(Checkpoints(tmp_path / name).state(step, like(), CPU), trained)
+    assert sorted(path.name for path in (tmp_path / name / DIRECTORY).iterdir()) == ["3", "7"]
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_relative_link_to_an_odd_path_holds_checkpoints(tmp_path, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("[far]/run").mkdir(parents=True)
+    Path("near").symlink_to("[far]/run")
+    for workdir in (Path("near"), Path("[far]", "..", "near")):
+        checkpoints = Checkpoints(workdir)
+        checkpoints.save(len(checkpoints.steps()), committed(trained), META)
+        checkpoints.wait()
+    assert Checkpoints(tmp_path / "[far]/run").steps() == [0, 1]
+    assert_same_bits(Checkpoints(tmp_path / "[far]/run").state(1, like(), CPU), trained)
+
+
+@pytest.mark.parametrize("name", ["/gs/run", "/s3/run", "/az/run", "/hf/run"])
+def test_a_folder_named_as_a_cloud_is_hidden_from_orbax(name):
+    with checkpoint._plain_path(Path(name)) as path:
+        assert path.is_symlink()
+        assert os.readlink(path) == name
+
+
+def test_a_plain_path_needs_no_link(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "mkdtemp", None)
+    with checkpoint._plain_path(Path("/gsx/A run/of_2,.=@+~-")) as path:
+        assert path == Path("/gsx/A run/of_2,.=@+~-")
+
+
+def test_a_save_whose_parts_orbax_does_not_merge_is_no_checkpoint(saved, tmp_path, trained, monkeypatch):
+    """It globs the path unescaped: without the link, the checkpoint lacks every array, and its files have hashes."""
+    shutil.copytree(saved.directory, tmp_path / "[proj]" / DIRECTORY)
+    monkeypatch.setattr(checkpoint, "_PLAIN_PATH", re.compile(".*"))
+    checkpoints = Checkpoints(tmp_path / "[proj]", 3)
+    reason = failed_save(checkpoints, trained)
+    assert reason.endswith("library.log in the work directory says more")
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["1", "3", "5"]
+    assert_same_bits(checkpoints.state(1, like(), CPU), trained)
+
+
+@pytest.mark.parametrize("change", ["missing", "added", "shape", "dtype"])
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_a_save_that_lacks_or_alters_an_array_is_no_checkpoint(three, trained, monkeypatch, change, item):
+    standard_save = ocp.args.StandardSave
+
+    def altered(tree):
+        if ("moments" in tree) == (item == "optimizer"):
+            name = "norm" if item == "params" else "step"
+            other = {"shape": tree[name][None], "dtype": tree[name].astype(jnp.float16)}.get(change)
+            rest = {key: leaf for key, leaf in tree.items() if key != name or change == "added"}
+            tree = rest | ({} if change == "missing" else {"more" if change == "added" else name: other})
+            if change == "added":
+                tree["more"] = jnp.zeros(3)
+        return standard_save(tree)
+
+    monkeypatch.setattr(ocp.args, "StandardSave", altered)
+    name = "more" if change == "added" else "norm" if item == "params" else "step"
+    assert f"{item}.{name} is " in failed_save(three, trained)
+    assert sorted(path.name for path in three.directory.iterdir()) == ["1", "3", "5"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_advice_of_a_failed_save_fits_its_error(three, trained, monkeypatch, number, as_text):
+    def fail(*arguments):
+        text = f'UNKNOWN: Failed writing: "/a b": {os.strerror(number)} [os_error_code=\'{number}\'] [more="]'
+        raise ValueError(text) if as_text else OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((checkpoint, "_check_written") if as_text else (os, "fsync")), fail)
+    reason = failed_save(three, trained)
+    assert f"({os.strerror(number)}): {disk_advice(OSError(number, ''))}" in reason
+    assert ("make room" in reason) == (number in (errno.ENOSPC, errno.EDQUOT))
+    monkeypatch.undo()
+    assert three.steps() == [1, 3, 5]
+    three.save(7, committed(trained), META)
+    three.wait()
+
+
+def test_a_work_directory_that_is_gone_is_not_created_by_a_save(three, tmp_path, trained):
+    (tmp_path / DIRECTORY).rename(tmp_path / "moved")
+    assert "check that the folder is still there" in failed_save(three, trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+def test_the_cause_of_a_failed_save_is_logged(three, trained, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "_check_written", lambda *arguments: {}["of orbax"])
+    with caplog.at_level(logging.WARNING, logger="jaxlm"):
+        failed_save(three, trained)
+    assert "KeyError: 'of orbax'" in caplog.text
+
+
+def seal(tmp_path, step):
+    """Gives a checkpoint the hashes of its files as they are, as a save by orbax would that went wrong."""
+    folder = tmp_path / DIRECTORY / str(step)
+    files = [path for path in folder.glob("*/**/*") if path.is_file()]
+    hashes = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (folder / "files.json").write_text(json.dumps(hashes))
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer", "meta"])
+def test_a_sealed_checkpoint_that_cannot_be_restored_costs_only_itself(three, tmp_path, trained, item):
+    for path in files_of(tmp_path, 5):
+        if path.name in ("manifest.ocdbt", "metadata") and path.parent.name == item:
+            path.unlink() if item == "params" else path.write_bytes(b"")
+    seal(tmp_path, 5)
+    (step, state), (reason,) = three.newest(load_with(three), three.steps())
+    assert step == 3
+    assert_same_bits(state, trained)
+    assert reason.startswith("checkpoints/5: it cannot be restored (")
+
+
+def fail_restore(monkeypatch, error):
+    def restore(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restore)
+
+
+HERE = [
+    (MemoryError(), "close other programs"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), "close other programs"),
+    (OSError(errno.EACCES, os.strerror(errno.EACCES)), "permissions"),
+    (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit"),
+    (ValueError(f"X: Error reading \"/a\": {os.strerror(errno.EACCES)} [os_error_code='13']"), "permissions"),
+    (ValueError(f'X: Error reading "/a": {os.strerror(errno.ENOMEM)}'), "close other programs"),
+]
+
+
+@pytest.mark.parametrize(("error", "advice"), HERE)
+def test_a_restore_that_fails_for_this_process_is_not_called_damage(three, monkeypatch, error, advice):
+    fail_restore(monkeypatch, error)
+    with pytest.raises(RunError, match=advice) as caught:
+        three.newest(load_with(three), three.steps())
+    assert is_one_line(caught.value)
+    assert "try again" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a\nb"), KeyError("x"), OSError(errno.EIO, "I/O"), FileNotFoundError(2, "x")]
+)
+def test_if_no_checkpoint_can_be_restored_each_is_named(three, monkeypatch, error):
+    fail_restore(monkeypatch, error)
+    with pytest.raises(UsageError) as caught:
+        three.newest(load_with(three), three.steps())
+    assert is_one_line(caught.value)
+    assert all(f"checkpoints/{step}: it cannot be restored" in str(caught.value) for step in (1, 3, 5))
+
+
+@pytest.mark.parametrize("of_list", [False, True])
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, CorruptCheckpointError), (errno.EACCES, RunError)])
+def test_a_file_that_the_disk_cannot_read_is_damaged(checkpoints, monkeypatch, of_list, number, kind):
+    def fail(path, *arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((Path, "read_text") if of_list else (checkpoint, "_sha256")), fail)
+    with pytest.raises(kind, match=os.strerror(number)) as caught:
+        checkpoints.state(3, like(), CPU)
+    assert is_one_line(caught.value)
+
+
+def test_a_file_that_cannot_be_read_again_fails_the_save(three, trained, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    assert os.strerror(errno.EIO) in failed_save(three, trained)
+    assert three.steps() == [1, 3, 5]
+
+
+def test_only_folders_of_whole_numbers_are_checkpoints(three, tmp_path):
+    for name in ("007", "²", "7.damaged", "x"):
+        (tmp_path / DIRECTORY / name).mkdir()
+    (tmp_path / DIRECTORY / "9").write_text("a file")
+    assert three.steps() == [1, 3, 5]
+    shutil.rmtree(tmp_path / DIRECTORY)
+    with pytest.raises(RunError, match="check that the folder is still there"):
+        three.steps()

@@ -1,5 +1,6 @@
 """What other libraries print: unchanged by an import, quiet in a command."""
 
+import contextlib
 import logging
 import os
 import runpy
@@ -12,7 +13,8 @@ import pytest
 
 import jaxlm.cli
 import jaxlm.run.quiet
-from jaxlm.run.quiet import quiet_libraries
+from jaxlm.run.quiet import LIBRARY_LOG, log_libraries, quiet_libraries
+from tests.tiny_run import disk_room
 
 
 def test_importing_the_trainer_changes_no_other_library():
@@ -38,18 +40,61 @@ def test_a_command_is_quiet_before_it_runs(command, monkeypatch):
     assert calls == ["quiet", "run"]
 
 
-def test_quiet_libraries_hides_errors_that_are_raised_as_well(monkeypatch):
+@pytest.fixture
+def quiet(monkeypatch):
+    """The libraries are quiet until the test ends."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    try:
-        quiet_libraries()
-        assert not any(logger.isEnabledFor(logging.ERROR) for logger in loggers)
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "jaxlm")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    quiet_libraries()
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
+
+
+def test_quiet_libraries_hides_errors_that_are_raised_as_well(quiet, monkeypatch, capfd):
+    for name in ("absl", "asyncio", "jaxlm.run.checkpoint"):
+        logging.getLogger(name).error("also raised")
+    assert capfd.readouterr() == ("", "")
     passed_on = []
     monkeypatch.setattr(sys, "__unraisablehook__", lambda unraisable: passed_on.append(str(unraisable.exc_value)))
     for text in ("Event loop is closed", "another error"):
         sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
     assert passed_on == ["another error"]
+
+
+def test_warnings_of_libraries_are_kept_in_the_work_directory(quiet, tmp_path, capfd):
+    with log_libraries(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+        for number, name in enumerate(("absl", "asyncio", "jaxlm.run.checkpoint")):
+            logging.getLogger(name).warning("warning %d", number)
+            logging.getLogger(name).info("not a warning")
+    logging.getLogger("absl").warning("after the run")
+    lines = (tmp_path / LIBRARY_LOG).read_text().splitlines()
+    assert [line.split("WARNING: ")[1] for line in lines] == [f"warning {number}" for number in range(3)]
+    with log_libraries(tmp_path):
+        logging.getLogger("absl").warning("of the next session")
+    assert len((tmp_path / LIBRARY_LOG).read_text().splitlines()) == 4
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_log_of_libraries_is_bounded(quiet, tmp_path):
+    with log_libraries(tmp_path):
+        for number in range(3000):
+            logging.getLogger("absl").warning("%d %s", number, "x" * 1000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LIBRARY_LOG, f"{LIBRARY_LOG}.1"]
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 500_000
+    assert "2999 x" in (tmp_path / LIBRARY_LOG).read_text()
+
+
+@pytest.mark.parametrize("fault", ["full", "gone", "a folder"])
+def test_a_log_that_cannot_be_written_costs_only_the_warning(quiet, tmp_path, capfd, fault):
+    (tmp_path / "run").mkdir()
+    with disk_room(0) if fault == "full" else contextlib.nullcontext(), log_libraries(tmp_path / "run"):
+        if fault == "gone":
+            (tmp_path / "run").rmdir()
+        if fault == "a folder":
+            (tmp_path / "run" / LIBRARY_LOG).mkdir()
+        logging.getLogger("absl").warning("lost")
+    assert capfd.readouterr() == ("", "")

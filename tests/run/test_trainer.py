@@ -461,7 +461,7 @@ def full_from_to(patch, workdir, first, last):
 def test_a_full_disk_costs_only_the_saves_meanwhile(monkeypatch, console):
     full_from_to(monkeypatch, "filled", 5, 10)
     shown = train("filled")
-    warned = re.findall(r"(?m)^  → Step (\d+) is not saved, (.*): make room; the next save tries again$", shown)
+    warned = re.findall(r"(?m)^  → Step (\d+) is not saved, (.*: choose .*); the next save tries again$", shown)
     assert [int(step) for step, _ in warned] == [6, 9]
     assert re.findall(r"Saved checkpoint: checkpoints/(\d+)", shown) == ["3", "12"]
     assert without_clock(rows("filled/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
@@ -493,7 +493,7 @@ def test_a_run_that_cannot_save_its_last_step_says_so_and_resumes(console):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert is_one_line(caught.value)
-    for part in ("step 12 is not saved", "make room", "resumes from step 3"):
+    for part in ("step 12 is not saved", "larger files; the same command", "resumes from step 3"):
         assert part in str(caught.value)
     assert "Resuming from step 3" in train("too-full")
     assert without_clock(rows("too-full/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))

@@ -1,6 +1,10 @@
 """Atomic replacement, checked by the order of the system calls."""
 
+import contextlib
+import errno
+import fcntl
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +100,75 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         atomic.write_file(file, b"new" * 100)
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def fail_fsync(monkeypatch, number, kind):
+    """Every fsync of a directory (`kind` is stat.S_ISDIR) or file (stat.S_ISREG) raises an error of that number."""
+    fsync = os.fsync
+
+    def failing(descriptor):
+        if kind(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+
+
+UNSUPPORTED = ["EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF"]
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_directory_that_cannot_be_synced_is_written_all_the_same(tmp_path, monkeypatch, name):
+    """As on CIFS, VirtualBox's folders and some FUSE file systems."""
+    fail_fsync(monkeypatch, getattr(errno, name), stat.S_ISDIR)
+    atomic.write_file(tmp_path / "a.json", b"new")
+    atomic.sync_tree(tmp_path)
+    assert (tmp_path / "a.json").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_directory_that_cannot_be_opened_is_written_all_the_same(tmp_path, monkeypatch, name):
+    system_open = os.open
+
+    def failing(path, *arguments, **options):
+        if os.path.isdir(path):
+            raise OSError(getattr(errno, name), name)
+        return system_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    atomic.write_file(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", [*UNSUPPORTED, "EIO", "ENOSPC", "EDQUOT"])
+def test_a_file_that_cannot_be_synced_is_not_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "a.json").write_bytes(b"old")
+    fail_fsync(monkeypatch, getattr(errno, name), stat.S_ISREG)
+    with pytest.raises(OSError) as caught:
+        atomic.write_file(tmp_path / "a.json", b"new")
+    assert caught.value.errno == getattr(errno, name)
+    assert (tmp_path / "a.json").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC", "EACCES"])
+def test_a_directory_that_fails_is_an_error(tmp_path, monkeypatch, name):
+    fail_fsync(monkeypatch, getattr(errno, name), stat.S_ISDIR)
+    with pytest.raises(OSError) as caught:
+        atomic.write_file(tmp_path / "a.json", b"new")
+    assert caught.value.errno == getattr(errno, name)
+
+
+@pytest.mark.parametrize(("name", "then_fsync"), [("ENOTSUP", True), ("ENOTTY", True), ("EIO", False)])
+def test_a_full_sync_that_the_file_system_lacks_is_a_plain_one(tmp_path, monkeypatch, name, then_fsync):
+    """On macOS. The drive reports an error once: a plain fsync after it would succeed."""
+
+    def failing(descriptor, command):
+        raise OSError(getattr(errno, name), name)
+
+    synced = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", failing)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with contextlib.nullcontext() if then_fsync else pytest.raises(OSError, match="EIO"):
+        atomic.sync_descriptor(3)
+    assert synced == [3] * then_fsync

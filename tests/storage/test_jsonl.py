@@ -1,5 +1,6 @@
 """Append-only files on full disks and after crashes in the middle of a line."""
 
+import errno
 import json
 import os
 
@@ -42,6 +43,37 @@ def test_entries_wait_whole_and_in_order_while_the_disk_is_full(tmp_path, room):
     file.append(entries[5])
     file.close()
     assert path.read_bytes() == b"".join(entries)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_the_error_of_a_sync_is_that_of_the_system(tmp_path, monkeypatch, number):
+    """Of the disk that took a part of the entry, and said why it took no more when it was asked again."""
+    write = os.write
+
+    def partial_write(descriptor, data):
+        if len(data) < 6:
+            raise OSError(number, os.strerror(number))
+        return write(descriptor, data[:3])
+
+    file = AppendOnlyFile(tmp_path / "a")
+    monkeypatch.setattr(os, "write", partial_write)
+    file.append(b"entry\n")
+    with pytest.raises(OSError) as caught:
+        file.sync()
+    assert caught.value.errno == number
+    assert (tmp_path / "a").read_bytes() == b""
+    monkeypatch.undo()
+    file.close()
+    assert (tmp_path / "a").read_bytes() == b"entry\n"
+
+
+def test_an_entry_that_is_written_in_parts_is_whole(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:4]))
+    file = AppendOnlyFile(tmp_path / "a")
+    file.append(b"an entry\n")
+    file.append(b"and another\n")
+    assert (tmp_path / "a").read_bytes() == b"an entry\nand another\n"
 
 
 def test_sync_flushes_every_entry(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The lock on a directory, among real processes."""
 
+import errno
 import fcntl
 import json
 import os
@@ -93,4 +94,77 @@ def test_a_child_process_does_not_inherit_the_lock(tmp_path):
 def test_a_lock_without_a_readable_pid_still_holds(holder, tmp_path, left):
     (tmp_path / "lock").write_text(left)
     with pytest.raises(UsageError, match="another process"), only_writer(tmp_path):
+        pass
+
+
+WITHOUT_LOCKS = """
+import fcntl, os
+def flock(file, operation):
+    raise OSError({number}, os.strerror({number}))
+fcntl.flock = flock
+"""
+
+
+@pytest.fixture(params=["ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL"])
+def unlockable(request, tmp_path, monkeypatch):
+    """A directory on a file system without locks, for this process and for the code that is returned."""
+    code = WITHOUT_LOCKS.format(number=getattr(errno, request.param))
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # restored after the test
+    exec(code)
+    return code
+
+
+def test_without_locks_the_pid_in_the_file_is_the_lock(tmp_path, unlockable):
+    command = [sys.executable, "-c", unlockable + HOLD, str(tmp_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UsageError) as caught, only_writer(tmp_path):
+        pass
+    assert is_one_line(caught.value)
+    assert f"process {holder.pid} on {socket.gethostname()}" in str(caught.value)
+    assert f"if it has ended, delete {tmp_path / 'lock'}" in str(caught.value)
+    holder.kill()
+    holder.communicate()
+    with only_writer(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", ["", "not json", "[]", '{"pid": 1}', '{"pid": 1%s, "host": "HOST"}' % ("0" * 30)])
+def test_without_locks_a_file_that_names_no_process_locks_nobody_out(tmp_path, unlockable, left):
+    (tmp_path / "lock").write_text(left.replace("HOST", socket.gethostname()))
+    with only_writer(tmp_path):
+        pass
+
+
+def test_without_locks_the_pid_of_this_process_is_one_of_an_earlier_boot(tmp_path, unlockable):
+    """In a container each start may have the same pid."""
+    (tmp_path / "lock").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    with only_writer(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("pid", "host", "answer"),
+    [(999_999, "another", ProcessLookupError), (999_999, socket.gethostname(), PermissionError)],
+)
+def test_without_locks_a_process_that_may_run_holds(tmp_path, unlockable, monkeypatch, pid, host, answer):
+    """One on another host, and one of another user."""
+
+    def kill(pid, number):
+        raise answer
+
+    monkeypatch.setattr(os, "kill", kill)
+    (tmp_path / "lock").write_text(json.dumps({"pid": pid, "host": host}))
+    with pytest.raises(UsageError, match=f"process {pid} on {host}"), only_writer(tmp_path):
+        pass
+    assert json.loads((tmp_path / "lock").read_text()) == {"pid": pid, "host": host}
+
+
+def test_a_disk_that_fails_is_not_taken_for_one_without_locks(tmp_path, monkeypatch):
+    def failing(file, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", failing)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), only_writer(tmp_path):
         pass
