@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxlm.cli import define_flags, read_flags, run, run_errors
 from jaxlm.config import Config, differences, to_dict
+from jaxlm.data.encode import TRAINING_FLAGS
 from jaxlm.data.token_files import TRAIN, TokenFiles, data_directory, open_tokens
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
@@ -29,7 +30,7 @@ def open_data(config: Config) -> TokenFiles:
     """
     data, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
     if data.corpus and not (data.dir and os.path.isfile(directory / TRAIN)):
-        prepare(data.corpus, directory, vocab_size, data.val_fraction)
+        prepare(data.corpus, directory, vocab_size, data.val_fraction, TRAINING_FLAGS)
     return open_tokens(directory, vocab_size, config.model.context)
 
 
