@@ -104,7 +104,10 @@ def _expand(source: str) -> tuple[Path, ...]:
     if not os.path.exists(source):
         names = [name.strip().replace(r"\,", ",") for name in re.split(r"(?<!\\),", source)]
     paths = [path for name in names for path in ([name] if os.path.exists(name) else _matches(name) or [name])]
-    return tuple({_identity(path): Path(path) for path in paths}.values())
+    files: dict[tuple[int, int] | str, Path] = {}
+    for path in paths:
+        files.setdefault(_identity(path), Path(path))
+    return tuple(files.values())
 
 
 def _matches(pattern: str) -> list[str]:
