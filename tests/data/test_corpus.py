@@ -148,7 +148,7 @@ def test_changed_files_are_detected(tmp_path, monkeypatch):
         ("x" * 5000, "there is no corpus or file"),
         ("", "no corpus or file|is a directory"),
         (".", "is a directory: name its files"),
-        ("boks.txt", "did you mean 'books.txt'"),
+        ("boks.jsonl", "did you mean 'books.jsonl'"),
         ("a\0b", "no corpus or file"),
         ("a\0b/*", "no corpus or file"),
         ("it's [1]", re.escape("for example " + shlex.quote("it's [[]1]/*.txt"))),
@@ -156,7 +156,7 @@ def test_changed_files_are_detected(tmp_path, monkeypatch):
 )
 def test_unknown_names_are_refused(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
-    Path("books.txt").touch()
+    Path("books.jsonl").touch()
     Path("it's [1]").mkdir()
     with pytest.raises(UsageError, match=message):
         open_corpus(source)
