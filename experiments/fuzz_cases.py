@@ -174,7 +174,7 @@ def meta(rng: Random) -> Call:
 
 def _take_tokens(opener: Callable[..., TokenFiles], *arguments: Any) -> None:
     files = opener(*arguments)
-    assert max(files.train.max(), files.val.max()) < SIZES["vocab_size"] and 0 < files.bits_per_byte(1.0) < math.inf
+    assert max(files.train.max(), files.val.max()) < SIZES["vocab_size"] and files.text_bytes(files.val[1:]) > 0
 
 
 def corpora(rng: Random) -> Call:
@@ -219,7 +219,7 @@ def _take_corpus(source: str, directory: str, vocab_size: int, fraction: float) 
     files = open_tokens(Path(directory), vocab_size, 1)
     assert files.meta == meta
     if new:
-        assert files.val_bytes == meta.val.bytes > 0 < meta.train.bytes
+        assert files.text_bytes(files.val) == meta.val.bytes > 0 < meta.train.bytes
         assert files.train[0] == files.val[0] == vocab_size - 1
 
 

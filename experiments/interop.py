@@ -31,7 +31,7 @@ from jaxlm.config import Config, ModelConfig
 from jaxlm.core.generate import generate
 from jaxlm.core.model import Decoder, init_params, loss_and_gradient, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
-from jaxlm.data.token_files import TokenFiles, val_batches
+from jaxlm.data.token_files import TokenFiles, bits_per_byte, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import named_tensors, write_model
@@ -127,7 +127,7 @@ def bits_per_byte_of_transformers(folder: Path, tokens: TokenFiles, context: int
             targets_N = torch.tensor(targets, dtype=torch.long).flatten()
             loss_sum += float(torch.nn.functional.cross_entropy(logits_NV, targets_N, ignore_index=-1, reduction="sum"))
             count += int((targets >= 0).sum())
-    return float(tokens.bits_per_byte(loss_sum / count))
+    return bits_per_byte(loss_sum / count, int(count), tokens.text_bytes(tokens.val[1:]))
 
 
 def of_mlx(subject: Subject, ids: np.ndarray, short: np.ndarray) -> Iterator[tuple[str, float]]:

@@ -94,7 +94,7 @@ def expand_home(text: str) -> str:
 
 def expand_homes(paths: str) -> str:
     """`expand_home` for each of several paths, separated by commas."""
-    return re.sub(r"((?:^|,)\s*)(~[^,]*)", lambda match: match[1] + expand_home(match[2]), paths)
+    return re.sub(r"((?:^|(?<!\\),)\s*)(~[^,/]*)", lambda match: match[1] + expand_home(match[2]), paths)
 
 
 def path(text: str) -> Path:

@@ -12,6 +12,7 @@ from jaxlm.cli import define_flags, read_flags, run, run_errors
 from jaxlm.config import Config, DataConfig, to_dict
 from jaxlm.data.corpus import source_changed
 from jaxlm.data.directories import check_named_directory, own_directory
+from jaxlm.data.encode import TRAINING_FLAGS
 from jaxlm.data.token_files import TokenFiles, data_directory, open_tokens, read_meta
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
@@ -42,7 +43,7 @@ def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = F
         if _has_changed(data.corpus, meta.source_sha256):
             print(f"{data.corpus} has changed: the run resumes with the tokens that it began with, in {own}")
     else:
-        prepare(data.corpus, directory, vocab_size, data.val_fraction)
+        prepare(data.corpus, directory, vocab_size, data.val_fraction, TRAINING_FLAGS)
     return open_tokens(directory, vocab_size, config.model.context)
 
 

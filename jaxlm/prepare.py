@@ -6,19 +6,22 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxlm.cli import ArgumentParser, expand_homes, path, run
-from jaxlm.data.corpus import open_corpus
-from jaxlm.data.encode import find_prepared, write_token_files
+from jaxlm.data.corpus import joined, open_corpus
+from jaxlm.data.encode import PREPARE_FLAGS, Flags, find_prepared, write_token_files
 from jaxlm.data.token_files import FileMeta, Meta
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
 from jaxlm.terminal import console
 
 
-def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta:
+def prepare(
+    source: str, directory: Path, vocab_size: int, validation_fraction: float, flags: Flags = PREPARE_FLAGS
+) -> Meta:
     """Prepares the token files of a corpus and shows progress; does nothing if `directory` already holds them.
 
-    Raises UsageError if the corpus or the contents of `directory` do not fit, RunError if the disk fails.
+    Raises UsageError, which names `flags`, if the corpus or the contents of `directory` do not fit, RunError if the
+    disk fails.
     """
-    if meta := find_prepared(source, directory, vocab_size, validation_fraction):
+    if meta := find_prepared(source, directory, vocab_size, validation_fraction, flags):
         return meta
     terminal = console()
     terminal.out(f"Preparing {source} in {directory}", highlight=False)
@@ -33,7 +36,7 @@ def prepare(source: str, directory: Path, vocab_size: int, validation_fraction: 
         def show(done: int, total: int) -> None:
             bar.update(task, description="Encoding" if total else "Reading", completed=done, total=total or None)
 
-        meta = write_token_files(corpus, directory, vocab_size, validation_fraction, show)
+        meta = write_token_files(corpus, directory, vocab_size, validation_fraction, show, flags)
     seconds, size = time.monotonic() - started, (meta.train.bytes + meta.val.bytes) / 1e6
     terminal.out(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)", highlight=False)
     return meta
@@ -61,7 +64,7 @@ def main(argv: list[str]) -> None:
         help="fraction held out for validation (%(default)s)",
     )
     args = parser.parse_args(argv)
-    meta = prepare(",".join(args.corpus), args.out, args.vocab_size, args.val_fraction)
+    meta = prepare(joined(args.corpus), args.out, args.vocab_size, args.val_fraction)
     print(f"{args.out}: {_describe(meta.train)} for training, {_describe(meta.val)} for validation")
 
 

@@ -7,7 +7,9 @@ import hashlib
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +38,7 @@ class Corpus:
 
 
 def open_corpus(source: str) -> Corpus:
-    """Opens the corpus `source`: a name, or paths and patterns separated by commas. Downloads it if needed.
+    """Opens the corpus `source`: a name, or paths and patterns as `_expand` reads them. Downloads it if needed.
 
     Raises UsageError if there is no such name or file, or the corpus is not available.
     """
@@ -45,12 +47,21 @@ def open_corpus(source: str) -> Corpus:
     paths = _expand(source)
     for path in paths:
         if os.path.isdir(path):
-            raise UsageError(f"{path} is a directory: name its files, for example {path / '*.txt'}")
+            pattern = os.path.join(glob.escape(str(path)), "*.txt")
+            raise UsageError(f"{path} is a directory: name its files, for example {shlex.quote(pattern)}")
         if not os.path.isfile(path):
-            nearest = difflib.get_close_matches(str(path), _NAMED, n=1)
+            beside = _matches(os.path.join(glob.escape(str(path.parent)), "*"))
+            nearest = difflib.get_close_matches(str(path), [*_NAMED, *map(os.path.normpath, beside)], n=1)
             hint = f"did you mean '{nearest[0]}'? Choose" if nearest else "choose"
             raise UsageError(f"there is no corpus or file '{path}': {hint} {', '.join(_NAMED)}, or {READABLE} files")
     return Corpus(source, paths, partial(read_chunks, paths))
+
+
+def same_corpus(source: str, other: str) -> bool:
+    """Whether two sources are the same name, or name the same paths in the same order, however these are written."""
+    if source in _NAMED or other in _NAMED:
+        return source == other
+    return [*map(os.path.realpath, _expand(source))] == [*map(os.path.realpath, _expand(other))]
 
 
 def source_changed(source: str, sha256: str) -> bool:
@@ -74,10 +85,41 @@ def files_sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def joined(names: Sequence[str]) -> str:
+    """The source of these paths and patterns. Beside others, the commas of a path that exists get a backslash."""
+    if len(names) == 1:
+        return names[0]
+    separator = ", " if os.path.exists(",".join(names)) else ","
+    return separator.join(name.replace(",", r"\,") if os.path.exists(name) else name for name in names)
+
+
 def _expand(source: str) -> tuple[Path, ...]:
-    """The paths in `source`; a pattern is replaced by the files it matches, in alphabetical order."""
-    patterns = [pattern.strip() for pattern in source.split(",")]
-    return tuple(Path(path) for pattern in patterns for path in sorted(glob.glob(pattern, recursive=True)) or [pattern])
+    r"""The files in `source`: a path that exists, or paths and patterns separated by commas (`\,` is one in a name).
+
+    What exists is a path. A pattern is replaced by what it matches, in alphabetical order. A file that is named twice,
+    by another spelling or a link too, counts where it is named first.
+    """
+    names = [source]
+    if not os.path.exists(source):
+        names = [name.strip().replace(r"\,", ",") for name in re.split(r"(?<!\\),", source)]
+    paths = [path for name in names for path in ([name] if os.path.exists(name) else _matches(name) or [name])]
+    files: dict[tuple[int, int] | str, Path] = {}
+    for path in paths:
+        files.setdefault(_identity(path), Path(path))
+    return tuple(files.values())
+
+
+def _matches(pattern: str) -> list[str]:
+    return [] if "\0" in pattern else sorted(glob.glob(pattern, recursive=True))
+
+
+def _identity(path: str | Path) -> tuple[int, int] | str:
+    """Equal for two paths of one file, as for `os.path.samefile`; a missing file is its path."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return str(path)
+    return status.st_dev, status.st_ino
 
 
 def _novels() -> Corpus:

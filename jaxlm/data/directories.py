@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, same_paths
+from jaxlm.config import Config
+from jaxlm.data.corpus import same_corpus
 from jaxlm.data.token_files import TRAIN, data_directory, read_meta
 from jaxlm.errors import UsageError
 
@@ -27,7 +28,7 @@ def check_named_directory(config: Config, corpus_is_named: bool) -> None:
         words = ["--corpus", data.corpus or "TEXT", "--out", data.dir, "--vocab_size", str(config.model.vocab_size)]
         command = shlex.join(["python", "-m", "jaxlm.prepare", *words, "--val_fraction", str(data.val_fraction)])
         raise UsageError(f"data.dir {directory} has no token files: {hint} them: {command}")
-    if corpus_is_named and (meta := read_meta(directory)) and not same_paths(meta.source, data.corpus):
+    if corpus_is_named and (meta := read_meta(directory)) and not same_corpus(meta.source, data.corpus):
         raise UsageError(
             f"data.dir {directory} has the tokens of {meta.source}, not of {data.corpus}: set only one of data.corpus"
             " and data.dir, or two that belong together"
@@ -37,7 +38,7 @@ def check_named_directory(config: Config, corpus_is_named: bool) -> None:
 def own_directory(saved: Mapping[str, Any], config: Config) -> Path | None:
     """Where a run with the `saved` settings has its tokens; None if `config` names another corpus."""
     data = saved.get("data") or dataclasses.asdict(config.data)
-    if not same_paths(data.get("corpus"), config.data.corpus):
+    if not same_corpus(str(data.get("corpus")), config.data.corpus):
         return None
     as_saved = dataclasses.replace(config.data, corpus=data["corpus"], dir=str(data.get("dir", "")))
     return data_directory(dataclasses.replace(config, data=as_saved))

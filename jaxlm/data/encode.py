@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.corpus import WITH_OWN_VALIDATION, Corpus, files_sha256, source_changed
+from jaxlm.data.corpus import Corpus, files_sha256, same_corpus, source_changed
 from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
 from jaxlm.data.split import measure, split
 from jaxlm.data.token_files import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
@@ -28,39 +28,55 @@ _MAX_WORKERS = 12  # one thread reads; more workers than this wait for it
 _Encoded = tuple[bytes, Counter[str]]  # the ids, and the numbers of FileMeta
 
 
-def find_prepared(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> Meta | None:
+class Flags(NamedTuple):
+    """The flags of a command that prepares text, for its messages."""
+
+    corpus: str = "--corpus"
+    directory: str = "--out"
+    vocab_size: str = "--vocab_size"
+    fraction: str = "--val_fraction"
+
+
+PREPARE_FLAGS = Flags()
+TRAINING_FLAGS = Flags(
+    "--config.data.corpus", "--config.data.dir", "--config.model.vocab_size", "--config.data.val_fraction"
+)
+
+
+def find_prepared(
+    source: str, directory: Path, vocab_size: int, validation_fraction: float, flags: Flags = PREPARE_FLAGS
+) -> Meta | None:
     """The meta.json of `directory` if it holds exactly these token files; None if they are missing or incomplete.
 
-    Raises UsageError if a setting is out of bounds, or `directory` holds token files of another source, of other
-    settings or of another program.
+    Raises UsageError, which names the flags, if a setting is out of bounds, or `directory` holds token files of another
+    source, of other settings or of another program.
     """
     load_tokenizer(vocab_size)
+    elsewhere = f"choose another {flags.directory}"
     if not 0 < validation_fraction < 1:
-        raise UsageError(f"validation is {validation_fraction}: choose a fraction between 0 and 1, such as 0.01")
+        raise UsageError(f"{flags.fraction} is {validation_fraction}: choose one between 0 and 1, such as 0.01")
     if os.path.exists(directory) and not os.path.isdir(directory):
-        raise UsageError(f"{directory} is a file: choose another directory")
+        raise UsageError(f"{directory} is a file: {elsewhere}")
     meta = read_meta(directory)
     for path in (directory / name for name in (TRAIN, VAL, META)):
         if os.path.isdir(path):
-            raise UsageError(f"{path} is a directory: delete it or choose another place")
+            raise UsageError(f"{path} is a directory: {elsewhere}")
         if meta is None and os.path.exists(path):
-            raise UsageError(f"{path} exists without {META}: choose another directory or delete it")
+            raise UsageError(f"{path} exists without {META}: {elsewhere}")
     if meta is None:
         return None
-    for name, prepared, requested in (
-        ("source", meta.source, source),
-        ("tokenizer", meta.tokenizer, TOKENIZER_NAME),
-        ("vocab_size", meta.vocab_size, vocab_size),
-        ("validation", meta.validation_fraction, None if source in WITH_OWN_VALIDATION else validation_fraction),
+    for flag, prepared, requested, fits in (
+        (flags.corpus, meta.source, source, same_corpus(meta.source, source)),
+        ("tokenizer", meta.tokenizer, TOKENIZER_NAME, meta.tokenizer == TOKENIZER_NAME),
+        (flags.vocab_size, meta.vocab_size, vocab_size, meta.vocab_size == vocab_size),
+        (flags.fraction, meta.validation_fraction, validation_fraction, meta.is_of(source, validation_fraction)),
     ):
-        if prepared != requested:
-            raise UsageError(
-                f"{directory} was prepared with {name} {prepared}, not {requested}: delete it or choose another place"
-            )
+        if not fits:
+            raise UsageError(f"{directory} was prepared with {flag} {prepared}, not {requested}: {elsewhere}")
     if not meta.fits_files(directory):
         return None
     if source_changed(source, meta.source_sha256):
-        raise UsageError(f"{source} has changed since {directory} was prepared: delete it or choose another place")
+        raise UsageError(f"{source} has changed since {directory} was prepared: {elsewhere} for the new text")
     return meta
 
 
@@ -70,6 +86,7 @@ def write_token_files(
     vocab_size: int,
     validation_fraction: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    flags: Flags = PREPARE_FLAGS,
 ) -> Meta:
     """Encodes a corpus into `directory`, which must have passed `find_prepared`.
 
@@ -79,7 +96,7 @@ def write_token_files(
     """
     tokenizer = load_tokenizer(vocab_size)
     size = measure(corpus, lambda counted: on_progress(counted, 0))
-    chunks = split(corpus, size, validation_fraction)
+    chunks = split(corpus, size, validation_fraction, flags.fraction)
     source_sha256 = files_sha256(corpus.files)
     hashes = {TRAIN: hashlib.sha256(), VAL: hashlib.sha256()}
     counts: dict[str, Counter[str]] = {TRAIN: Counter(), VAL: Counter()}

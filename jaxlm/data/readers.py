@@ -1,5 +1,6 @@
 """Readers of text files: a stream of documents in bounded memory."""
 
+import codecs
 import gzip
 import importlib
 import io
@@ -7,18 +8,27 @@ import itertools
 import json
 import lzma
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from jaxlm.data.tokenizer import END_OF_TEXT
 from jaxlm.errors import UsageError
 
 READABLE = ".txt, .jsonl (each also as .gz, .xz or .zst) and .parquet"
 CHUNK_CHARACTERS = 1 << 18
-_LONGEST_CHUNK = 1 << 19  # tiktoken fails on a million spaces
+_LONGEST_CHUNK = 1 << 19  # characters; bounds the memory that text without spaces takes
+_ENCODINGS = {  # by the mark at the start; that of UTF-32 can start with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_HEAD_BYTES = 1 << 12
+_UNPACKERS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 _LAST_BREAK = re.compile(r".*\S(?=[ \r\n])", re.DOTALL)
 
 
@@ -38,26 +48,29 @@ def read_chunks(paths: Iterable[Path]) -> Iterator[TextChunk]:
 
     A .txt file is one document, or several separated by END_OF_TEXT and the line breaks around it. Each line of a
     .jsonl file or row of a .parquet file is a document, with its text under the key or in the column `text`. Files are
-    UTF-8. A byte order mark at the start is skipped; all else, including line ends, is preserved.
+    UTF-8. A byte order mark at the start is skipped; all else, including line ends, is preserved. A stray NUL is too,
+    but text in which more than one character in a hundred is NUL is another encoding or no text.
 
     Raises UsageError for a file that cannot be read, is of another kind, is not UTF-8 or contains no text.
     """
     for path in paths:
-        chunk = None
+        characters = nulls = 0
         try:
             for chunk in _read_file(path):
+                characters += len(chunk.text)
+                nulls += chunk.text.count("\0")
                 yield chunk
         except UsageError:
             raise
         except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{path} is not UTF-8 text: convert it first, for example with iconv -f latin1 -t utf-8"
-            ) from error
+            raise UsageError(f"{path} is not UTF-8 text: if it is Latin-1, {_conversion(path, 'latin1')}") from error
         except _reading_errors(path) as error:
             reason = getattr(error, "strerror", None) or f"damaged or incomplete, {error}"
             raise UsageError(f"cannot read {path} ({reason}): check the file") from error
-        if chunk is None:
+        if not characters:
             raise UsageError(f"{path} contains no text: choose another file")
+        if _many(nulls, characters):
+            raise UsageError(f"{path} has {nulls:,} NUL characters of {characters:,}: remove them or choose other text")
 
 
 def read_text(stream: TextIO) -> Iterator[TextChunk]:
@@ -87,12 +100,52 @@ def _last_cut(text: str) -> int:
     return len(text) - len(END_OF_TEXT) if len(text) > _LONGEST_CHUNK else 0
 
 
+def _document(text: str) -> Iterator[TextChunk]:
+    """A document in one chunk or, if it is long, cut as `read_text` cuts a file of it."""
+    start, size = 0, CHUNK_CHARACTERS
+    for end in range(size, len(text) + size, size) if len(text) > size else ():
+        if cut := _last_cut(text[start:end]):
+            yield TextChunk(text[start : start + cut], start == 0)
+            start += cut
+    if text:
+        yield TextChunk(text[start:], start == 0)
+
+
+def _many(nulls: int, size: int) -> bool:
+    return nulls > max(1, size // 100)
+
+
+def _conversion(path: Path, encoding: str) -> str:
+    """The advice to convert a file, with the command."""
+    packed, old, convert = path.suffix in _UNPACKERS, shlex.quote(str(path)), f"iconv -f {encoding} -t UTF-8"
+    command = f"{_UNPACKERS[path.suffix]} -dc < {old} | {convert}" if packed else f"{convert} < {old}"
+    new = path.with_name(f"utf8-{path.stem if packed else path.name}")
+    return f"convert it with {command} > {shlex.quote(str(new))}"
+
+
+def _refuse_encoding(path: Path, stream: BinaryIO) -> None:
+    """Raises UsageError if the file is UTF-16 or UTF-32, by its mark or by many NULs at its start."""
+    head = stream.read(_HEAD_BYTES)
+    stream.seek(0)
+    for mark, encoding in _ENCODINGS.items():
+        if head.startswith(mark):
+            raise UsageError(f"{path} is {encoding}, not UTF-8 text: {_conversion(path, encoding)}")
+    if _many(head.count(0), len(head)):
+        order, end = ("LE", head) if head[1::2].count(0) >= head[::2].count(0) else ("BE", head[::-1])
+        encoding = f"UTF-{16 if any(byte > 16 for byte in end[2::4]) else 32}{order}"  # characters end at 0x10FFFF
+        raise UsageError(
+            f"{path} has NUL bytes as {encoding} and files that are not text have: if it is text,"
+            f" {_conversion(path, encoding)}"
+        )
+
+
 def _read_file(path: Path) -> Iterator[TextChunk]:
     kind = path.with_suffix("").suffix if path.suffix in (".gz", ".xz", ".zst") else path.suffix
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif kind in (".txt", ".jsonl"):
         with _open_text(path) as stream:
+            _refuse_encoding(path, stream.buffer)
             yield from read_text(stream) if kind == ".txt" else _read_jsonl(path, stream)
     else:
         raise UsageError(f"{path} is not a file type that can be read: use {READABLE}")
@@ -132,9 +185,7 @@ def _read_jsonl(path: Path, stream: TextIO) -> Iterator[TextChunk]:
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UsageError(f"{path}, line {number} has no text under `text`: add it or remove the line")
-        if text:
-            text = text.encode(errors="replace").decode()  # "?" for lone surrogates, which only JSON allows
-            yield TextChunk(text, starts_document=True)
+        yield from _document(text.encode(errors="replace").decode())  # "?" for lone surrogates, which JSON allows
 
 
 def _read_parquet(path: Path) -> Iterator[TextChunk]:
@@ -153,7 +204,6 @@ def _read_parquet(path: Path) -> Iterator[TextChunk]:
             for number, text in enumerate(texts, start=1):
                 if not isinstance(text, str):
                     raise UsageError(f"{path}, row {number} has no text in its column `text`: remove the row")
-                if text:
-                    yield TextChunk(text, starts_document=True)
+                yield from _document(text)
     except pyarrow.ArrowException as error:
         raise UsageError(f"{path} is not a valid parquet file: check it") from error

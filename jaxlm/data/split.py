@@ -35,23 +35,27 @@ def measure(corpus: Corpus, on_bytes: Callable[[int], None]) -> Size:
     return Size(documents, characters, size)
 
 
-def split(corpus: Corpus, size: Size, fraction: float) -> Iterator[tuple[str, TextChunk]]:
+def split(
+    corpus: Corpus, size: Size, fraction: float, fraction_flag: str = "--val_fraction"
+) -> Iterator[tuple[str, TextChunk]]:
     """Labels each chunk of a corpus with its file, TRAIN or VAL. Each file begins with a new document.
 
     A corpus with its own validation documents keeps this split. With 200 documents or more, `fraction` of them go to
     VAL, evenly spaced. With fewer, the text after the first int(characters * (1 - fraction)) characters goes to VAL.
 
-    Raises UsageError if one of the two would be empty.
+    Raises UsageError, which names `fraction_flag`, if one of the two would be empty.
     """
     if corpus.validation:
         return chain(zip(repeat(TRAIN), corpus.train()), zip(repeat(VAL), corpus.validation()))
     if size.documents >= _MANY_DOCUMENTS:
         if int(size.documents * fraction) == 0:
-            raise UsageError(f"validation {fraction} of {size.documents} documents is 0: choose a larger fraction")
+            raise UsageError(f"{fraction} of {size.documents} documents is 0: choose a larger {fraction_flag}")
         return _split_documents(corpus.train(), fraction)
     train_characters = int(size.characters * (1 - fraction))
     if not 0 < train_characters < size.characters:
-        raise UsageError(f"{size.characters} characters of text are too few to split: use more text")
+        raise UsageError(
+            f"{size.characters} characters of text are too few to split by {fraction_flag} {fraction}: use more text"
+        )
     return _split_characters(corpus.train(), train_characters)
 
 

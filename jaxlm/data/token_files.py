@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxlm.config import Config
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.corpus import WITH_OWN_VALIDATION, same_corpus
+from jaxlm.data.foreign import PREPARE, refuse_foreign
+from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
 from jaxlm.errors import UsageError
 
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
@@ -50,6 +53,11 @@ class Meta:
     train: FileMeta
     val: FileMeta
 
+    def is_of(self, source: str, validation_fraction: float) -> bool:
+        """Whether the files were made of this corpus with this split."""
+        fraction = None if source in WITH_OWN_VALIDATION else validation_fraction
+        return same_corpus(self.source, source) and self.validation_fraction == fraction
+
     def fits_files(self, directory: Path) -> bool:
         """Whether both token files exist and have the recorded size."""
         files = {directory / TRAIN: self.train, directory / VAL: self.val}
@@ -84,34 +92,43 @@ def _typed(cls: type[_Record], fields: dict[str, Any]) -> _Record:
 class TokenFiles:
     """The token ids of a corpus, memory-mapped and read-only.
 
-    `val_bytes` is the number of UTF-8 bytes of all validation tokens but the first, which is not predicted. `sha256`
-    holds the hashes of train.bin and val.bin. `meta` is None for files without meta.json.
+    `token_bytes` [V] is the number of UTF-8 bytes of each token, 0 for end-of-text. `sha256` holds the hashes of
+    train.bin and val.bin. `meta` is None for files without meta.json.
     """
 
     directory: Path
     train: Ids
     val: Ids
-    val_bytes: int
+    token_bytes: npt.NDArray[np.uint8]
     sha256: tuple[str, str]
     meta: Meta | None
 
-    def bits_per_byte(self, val_loss: float) -> float:
-        """Converts the mean validation loss, in nats per predicted token, to bits per byte."""
-        return val_loss / np.log(2) * (len(self.val) - 1) / self.val_bytes
+    def text_bytes(self, targets: Ids | Batch) -> int:
+        """The UTF-8 bytes of `targets`, of any shape. IGNORED_TARGET has none: it indexes the end-of-text id."""
+        return int(self.token_bytes[targets].sum(dtype=np.int64))
+
+
+def bits_per_byte(loss: float, targets: int, text_bytes: int) -> float:
+    """Converts the mean loss of `targets` tokens, in nats, to bits per byte of their text; no text counts as a byte."""
+    return float(loss / np.log(2) * targets / max(text_bytes, 1))
 
 
 def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
     """Opens and checks train.bin and val.bin. Without meta.json, they are taken as GPT-2 tokens of `vocab_size`.
 
     Raises UsageError if a file is missing, does not fit `vocab_size` or its meta.json, holds fewer than `context` + 1
-    tokens, or holds no text to validate on.
+    tokens, holds no text to validate on, or is known to be something else (see `refuse_foreign`).
     """
-    train, val = _open_ids(directory / TRAIN), _open_ids(directory / VAL)
+    for path in (directory / TRAIN, directory / VAL):
+        if not os.path.isfile(path):
+            out = shlex.quote(str(directory))
+            raise UsageError(f"{path} is missing: create it with python -m jaxlm.prepare --corpus TEXT --out {out}")
     meta = read_meta(directory)
+    train, val = (_open_ids(directory / name, vocab_size, meta) for name in (TRAIN, VAL))
     if meta and (meta.tokenizer, meta.vocab_size) != (TOKENIZER_NAME, vocab_size):
         raise UsageError(
             f"{directory} was prepared with tokenizer {meta.tokenizer} of {meta.vocab_size} tokens, not "
-            f"{TOKENIZER_NAME} of {vocab_size}: set model.vocab_size to match or prepare the text again"
+            f"{TOKENIZER_NAME} of {vocab_size}: set --config.model.vocab_size to match or prepare the text again"
         )
     sha256 = hashlib.sha256(train.data).hexdigest(), hashlib.sha256(val.data).hexdigest()
     if meta and (meta.train.sha256, meta.val.sha256) != sha256:
@@ -119,44 +136,41 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
     for path, ids in ((directory / TRAIN, train), (directory / VAL, val)):
         if len(ids) < context + 1:
             raise UsageError(
-                f"{path} holds {len(ids)} tokens, fewer than a sequence of {context + 1}: use more text or less context"
+                f"{path} holds {len(ids)} tokens, fewer than a sequence of {context + 1}: use more text, a smaller "
+                f"--config.model.context{' or a larger --config.data.val_fraction' * (path.name == VAL)}"
             )
         if (largest := int(ids.max())) >= vocab_size:
+            in_gpt2 = largest < GPT2_VOCAB_SIZE
             raise UsageError(
-                f"{path} has token id {largest}, outside the vocabulary of {vocab_size}: raise model.vocab_size or "
-                "prepare the text again"
+                f"{path} has token id {largest}, outside the vocabulary of {vocab_size}: "
+                + (f"set --config.model.vocab_size={GPT2_VOCAB_SIZE}" if in_gpt2 else PREPARE)
             )
-    val_bytes = _text_bytes(val[1:], vocab_size)
-    if not val_bytes:
+    vocabulary = load_tokenizer(vocab_size).vocabulary
+    token_bytes = np.array([*map(len, vocabulary[:-1]), 0], np.uint8)
+    files = TokenFiles(directory, train, val, token_bytes, sha256, meta)
+    if not files.text_bytes(val[1:]):
         raise UsageError(f"{directory / VAL} holds no text after its first token: use more text")
-    return TokenFiles(directory, train, val, val_bytes, sha256, meta)
+    return files
 
 
-def _open_ids(path: Path) -> Ids:
-    if not os.path.isfile(path):
-        raise UsageError(f"{path} is missing: create it with python -m jaxlm.prepare --corpus TEXT --out {path.parent}")
-    size = path.stat().st_size
-    if size == 0 or size % TOKEN_DTYPE.itemsize:
-        raise UsageError(f"{path} is {size} bytes, not a file of 2-byte tokens: delete it and prepare again")
+def _open_ids(path: Path, vocab_size: int, meta: Meta | None) -> Ids:
     try:
+        if meta is None:
+            refuse_foreign(path, vocab_size)
+        size = path.stat().st_size
+        if size == 0 or size % TOKEN_DTYPE.itemsize:
+            raise UsageError(f"{path} is {size} bytes, not a file of 2-byte tokens: {PREPARE}")
         return np.memmap(path, TOKEN_DTYPE, mode="r")
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
-
-
-def _text_bytes(ids: Ids, vocab_size: int) -> int:
-    tokenizer = load_tokenizer(vocab_size)
-    counts = np.bincount(ids, minlength=vocab_size)
-    counts[tokenizer.end_of_text] = 0
-    return int(counts @ np.array([len(token) for token in tokenizer.vocabulary]))
 
 
 def train_batch_stream(ids: Ids, context: int, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
     """An endless stream of batches [batch_size, context + 1] from number `start_batch` on, prefetched by a thread.
 
     Batch n is a pure function of the arguments and n. The ids are cut into windows of `context` + 1, which overlap by
-    one, so that each token is a target once per epoch. Each epoch visits all windows in a new random order. A batch
-    may span two epochs. `seed` is 0 to 2**32 - 1.
+    one. Each epoch visits all windows in a new random order, so that each token is a target once, but for the first
+    and the last (len(ids) - 1) % context, which never are. A batch may span two epochs. `seed` is 0 to 2**32 - 1.
     """
     import grain  # imported here because it takes more than a second
 
@@ -169,10 +183,11 @@ def train_batch_stream(ids: Ids, context: int, batch_size: int, seed: int, start
 
 
 def val_batches(ids: Ids, context: int, batch_size: int, limit: int = 0) -> Iterator[tuple[Batch, Batch]]:
-    """Inputs and targets, [batch_size, context] each. Every token but the first is a target exactly once.
+    """Inputs and targets, [batch_size, context] each. With `limit` 0, every token but the first is a target once.
 
-    A positive `limit` selects at most that many sequences of `context` tokens, evenly spaced. The last sequence and
-    the last batch are padded with input 0 and target IGNORED_TARGET.
+    A positive `limit` selects at most that many sequences of `context` tokens, evenly spaced: the first and, if any
+    is left out, never the last. The last sequence of the text and the last batch are padded with input 0 and target
+    IGNORED_TARGET.
     """
     available = -(-(len(ids) - 1) // context)
     count = min(limit or available, available)
@@ -188,6 +203,18 @@ def val_batches(ids: Ids, context: int, batch_size: int, limit: int = 0) -> Iter
 
 
 def data_directory(config: Config) -> Path:
-    """The directory of the config's token files: `data.dir`, or one named after the corpus and vocabulary."""
-    name = re.sub(r"\W+", "-", config.data.corpus).strip("-")[:60]
-    return Path(config.data.dir or Path("data", f"{name}-{config.model.vocab_size}"))
+    """The directory of the config's token files: `data.dir`, or one under data/ named after corpus and vocabulary.
+
+    The name gets a hash of corpus and split if the corpus's is shortened, or if the directory without it holds another
+    corpus or split. Raises UsageError if the meta.json of that directory is damaged.
+    """
+    data = config.data
+    if data.dir:
+        return Path(data.dir)
+    name = re.sub(r"\W+", "-", data.corpus).strip("-")
+    directory = Path("data", f"{name[:60]}-{config.model.vocab_size}")
+    meta = read_meta(directory)
+    if len(name) > 60 or (meta and not meta.is_of(data.corpus, data.val_fraction)):
+        digest = hashlib.sha256(os.fsencode(f"{data.corpus} {data.val_fraction}")).hexdigest()
+        return directory.with_name(f"{directory.name}-{digest[:8]}")
+    return directory

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Protocol
@@ -23,6 +24,8 @@ _VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed983
 # Equivalent to tiktoken's pattern for GPT-2, but faster: everything without a lookahead is one group, which the regex
 # engine compiles to an automaton.
 _WORD_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"""
+_LONG_RUN = 1 << 18  # blanks in a row; tiktoken's regex engine fails on a million before other text
+_BLANK = r"[^\S\x1c-\x1f]"  # the engine's \s, in Python's syntax
 _INVISIBLE = [byte for byte in range(256) if byte == 0x20 or not chr(byte).isprintable()]
 _BYTE_CHARACTERS = {byte: 0x100 + i for i, byte in enumerate(_INVISIBLE)}  # the other bytes are spelled in Latin-1
 
@@ -60,9 +63,13 @@ class Tokenizer:
     def encode(self, text: str, marked: bool = False) -> npt.NDArray[np.uint16]:
         """Ids of `text`, [N]. END_OF_TEXT inside it is ordinary text, or the id `end_of_text` if `marked`.
 
-        A lone surrogate, which UTF-8 does not allow, is encoded as "?".
+        A lone surrogate, which UTF-8 does not allow, is encoded as "?". A text with a long run of blanks is encoded in
+        parts, cut where the pattern splits it anyway, so that its ids are those of the whole.
         """
         special = {END_OF_TEXT} if marked else set()
+        if cuts := _cuts(text, marked):
+            parts = itertools.pairwise([0, *cuts, len(text)])
+            return np.concatenate([self.encode(text[start:end], marked) for start, end in parts])
         try:
             ids = self.encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
         except UnicodeEncodeError:
@@ -87,6 +94,18 @@ class Tokenizer:
         names = self.names()
         ids = {token: index for index, token in enumerate(self.vocabulary[:-1])}
         return [" ".join([names[i] for i in _parents(token, ids)]) for token in ids if len(token) > 1]
+
+
+def _cuts(text: str, marked: bool) -> list[int]:
+    """Where to cut `text`: before the last blank of each long run, which the pattern joins to what follows the run.
+
+    Blanks at the end, or before a marked END_OF_TEXT, are one match, and the regex engine does not backtrack there.
+    """
+    block = _LONG_RUN // 2  # a long run contains a whole block, which is faster to look for
+    if not any(text[start : start + block].isspace() for start in range(0, len(text), block)):
+        return []
+    runs = re.finditer(rf"(?<!{_BLANK}){_BLANK}{{{_LONG_RUN},}}(?={_BLANK}(?!{_BLANK}).)", text, re.DOTALL)
+    return [run.end() for run in runs if not (marked and text.startswith(END_OF_TEXT, run.end() + 1))]
 
 
 def _parents(token: bytes, ids: dict[bytes, int]) -> tuple[int, int]:

@@ -296,7 +296,7 @@ def _random_tokens(config: Config, workdir: Path) -> TokenFiles:
     rng, vocab, context = np.random.default_rng(0), config.model.vocab_size, config.model.context
     train = rng.integers(vocab, size=max(TOKENS, 2 * context), dtype=np.uint16)
     val = rng.integers(vocab, size=config.data.eval_sequences * context + 1, dtype=np.uint16)
-    return TokenFiles(workdir, train, val, 1, ("", ""), None)
+    return TokenFiles(workdir, train, val, np.ones(vocab, np.uint8), ("", ""), None)
 
 
 def _step_seconds(stopwatch: _Stopwatch, plan: _ShortRun, last: int) -> tuple[list[float], float]:

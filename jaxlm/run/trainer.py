@@ -15,7 +15,7 @@ from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import parameter_count, prepare_decode_params
 from jaxlm.core.sampling import sampling_params
 from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
-from jaxlm.data.token_files import TokenFiles, train_batch_stream, val_batches
+from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.device import backend
 from jaxlm.errors import RunError, Stopped, disk_advice
@@ -236,12 +236,13 @@ class Trainer:
     def _evaluate(self, step: int, limit: int) -> EvaluationEvent:
         """The validation loss over `limit` sequences; 0: over all."""
         c = self.config
-        loss_sums, count = [], 0
+        loss_sums, count, text_bytes = [], 0, 0
         for inputs, targets in val_batches(self.tokens.val, c.model.context, c.chunk_size, limit):
             loss_sums.append(self._eval_step(self.state.params, inputs, targets))
             count += int((targets >= 0).sum())
+            text_bytes += self.tokens.text_bytes(targets)
         loss = float(np.sum(jax.device_get(loss_sums), dtype=np.float64)) / count
-        return EvaluationEvent(step, loss, float(self.tokens.bits_per_byte(loss)))
+        return EvaluationEvent(step, loss, bits_per_byte(loss, count, text_bytes))
 
     def _generate_samples(self, step: int) -> tuple[tuple[str, str], ...]:
         """(prompt, prompt and completion) pairs; each step draws its prompts from the configured ones."""

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import corpus
-from jaxlm.data.corpus import files_sha256, open_corpus, source_changed
+from jaxlm.data.corpus import files_sha256, joined, open_corpus, same_corpus, source_changed
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError
 from jaxlm.prepare import prepare
@@ -62,6 +63,64 @@ def test_patterns_search_folders_and_names_are_case_sensitive(tmp_path, monkeypa
     assert open_corpus("Deep/**/*.txt").files == (Path("Deep/Er/A.txt"),)
 
 
+def test_a_path_that_exists_is_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("book1.txt", "book[1].txt", "*.txt"):
+        Path(name).write_text(name)
+    for source in ("book[1].txt", "*.txt", "book1.txt"):
+        assert text_of(open_corpus(source).train()) == source
+    Path("book[1].txt").unlink()
+    assert text_of(open_corpus("book[1].txt").train()) == "book1.txt"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("b.txt,*.txt", "b a c"),
+        ("*.txt,*.txt,a.txt", "a b c"),
+        ("c.txt,./b.txt,b.txt,sub/../c.txt,a.txt", "c b a"),
+        ("a-link.txt.lnk/a.txt,hard-a.TXT,b.txt", "a b"),
+    ],
+)
+def test_a_file_named_twice_is_read_once_in_its_first_place(tmp_path, monkeypatch, source, names):
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(f"{name}.txt").write_text(f"{name} ")
+    Path("sub").mkdir()
+    Path("a-link.txt.lnk").symlink_to(tmp_path)
+    Path("hard-a.TXT").hardlink_to("a.txt")
+    assert text_of(open_corpus(source).train()).split() == names.split()
+    everything = f"{source},{tmp_path / 'a.txt'}"
+    assert text_of(open_corpus(everything).train()).split() == names.split()
+
+
+def test_names_with_commas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "c.txt", "a", "b.txt", " d.txt"):
+        Path(name).write_text(name)
+    assert open_corpus("a,b.txt").files == (Path("a,b.txt"),)
+    assert open_corpus(r"a\,b.txt,c.txt").files == (Path("a,b.txt"), Path("c.txt"))
+    assert open_corpus(r"c.txt, a\,*.txt").files == (Path("c.txt"), Path("a,b.txt"))
+    for names in (["a,b.txt", "c.txt"], ["a,b.txt"], ["c.txt", "a,b.txt", "b.txt"]):
+        assert open_corpus(joined(names)).files == tuple(map(Path, names))
+    Path("a").rename("a.txt")
+    Path("a.txt,b.txt").touch()
+    assert open_corpus(joined(["a.txt", "b.txt"])).files == (Path("a.txt"), Path("b.txt"))
+    assert open_corpus(joined(["b.txt,a.txt", "c.txt"])).files == (Path("b.txt"), Path("a.txt"), Path("c.txt"))
+
+
+def test_the_same_files_are_the_same_corpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text(name)
+    assert same_corpus("a.txt,b.txt", f"./a.txt,{tmp_path}/b.txt") and same_corpus("*.txt", "a.txt,b.txt")
+    assert not same_corpus("a.txt,b.txt", "b.txt,a.txt")
+    assert not same_corpus("a.txt", "a.txt,b.txt")
+    assert same_corpus("gone.txt", "gone.txt") and not same_corpus("gone.txt", "./gone.txt")
+    Path("novels").write_text("a file with the name of a corpus")
+    assert same_corpus("novels", "novels") and not same_corpus("novels", "./novels")
+
+
 def test_changed_files_are_detected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path("a.txt")
@@ -89,10 +148,16 @@ def test_changed_files_are_detected(tmp_path, monkeypatch):
         ("x" * 5000, "there is no corpus or file"),
         ("", "no corpus or file|is a directory"),
         (".", "is a directory: name its files"),
+        ("boks.jsonl", "did you mean 'books.jsonl'"),
+        ("a\0b", "no corpus or file"),
+        ("a\0b/*", "no corpus or file"),
+        ("it's [1]", re.escape("for example " + shlex.quote("it's [[]1]/*.txt"))),
     ],
 )
 def test_unknown_names_are_refused(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
+    Path("books.jsonl").touch()
+    Path("it's [1]").mkdir()
     with pytest.raises(UsageError, match=message):
         open_corpus(source)
 

@@ -4,17 +4,20 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jaxlm.data import encode
 from jaxlm.data.corpus import open_corpus
-from jaxlm.data.encode import find_prepared, write_token_files
+from jaxlm.data.encode import PREPARE_FLAGS, TRAINING_FLAGS, find_prepared, write_token_files
 from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
 from jaxlm.data.token_files import open_tokens
 from jaxlm.data.tokenizer import load_tokenizer
@@ -73,7 +76,7 @@ def test_the_last_twentieth_of_the_novels_is_for_validation(tmp_path, fiction):
 
     files = open_tokens(tmp_path, 4096, 128)
     assert files.meta == meta
-    assert files.val_bytes == recorded["val"]["bytes"]
+    assert files.text_bytes(files.val[1:]) == recorded["val"]["bytes"]
     totals = {total for _, total in progress}
     assert totals == {0, len(text.encode())}
     encoded = [done for done, total in progress if total]
@@ -112,6 +115,20 @@ def test_a_million_spaces_are_encoded(tmp_path):
     assert load_tokenizer().decode(ids).replace("<|endoftext|>", "") == text
 
 
+@pytest.mark.parametrize("run", [" ", "a"])
+def test_a_long_run_has_the_same_ids_in_every_kind_of_file(tmp_path, run):
+    documents = ["one" + run * 1_050_000 + "two three " * 100, "and four"]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(documents), newline="")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "a.parquet")
+    for kind in ("txt", "jsonl", "parquet"):
+        write_token_files(open_corpus(str(tmp_path / f"a.{kind}")), tmp_path / kind, 50257, 0.001)
+    files = [(tmp_path / kind / "train.bin").read_bytes() for kind in ("txt", "jsonl", "parquet")]
+    assert files[0] == files[1] == files[2]
+    ids = [i for name in FILES[1:] for i in ids_in(tmp_path / "jsonl" / name)]
+    assert load_tokenizer().decode(ids).replace("<|endoftext|>", "") == "".join(documents)
+
+
 def test_memory_is_bounded():
     unencoded = largest = 0
 
@@ -145,12 +162,16 @@ def test_files_of_other_settings_or_text_are_refused(tmp_path):
     write_token_files(open_corpus(str(path)), out, 500, 0.1)
     before = {name: (out / name).stat().st_mtime_ns for name in FILES}
     for source, vocab_size, fraction, message in (
-        ("novels", 500, 0.1, "source"),
+        ("novels", 500, 0.1, "--corpus .*, not novels: choose another --out"),
         (str(path), 501, 0.1, "vocab_size 500, not 501"),
-        (str(path), 500, 0.2, "validation 0.1, not 0.2"),
+        (str(path), 500, 0.2, "--val_fraction 0.1, not 0.2: choose another --out"),
     ):
         with pytest.raises(UsageError, match=message):
             find_prepared(source, out, vocab_size, fraction)
+    with pytest.raises(
+        UsageError, match=r"--config\.model\.vocab_size 500, not 501: choose another --config\.data\.dir"
+    ):
+        find_prepared(str(path), out, 501, 0.1, TRAINING_FLAGS)
     path.write_text("Some text of one's own? " * 50)
     with pytest.raises(UsageError, match="has changed since"):
         find_prepared(str(path), out, 500, 0.1)
@@ -298,6 +319,13 @@ def test_an_unwritable_directory_is_refused():
 def test_a_fraction_out_of_bounds_is_refused(tmp_path, fraction):
     with pytest.raises(UsageError, match="between 0 and 1"):
         find_prepared("novels", tmp_path / "out", 4096, fraction)
+
+
+def test_the_flag_of_the_caller_is_named_when_the_text_is_too_short(tmp_path):
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(["text"] * 200))
+    for flags in (PREPARE_FLAGS, TRAINING_FLAGS):
+        with pytest.raises(UsageError, match=f"choose a larger {re.escape(flags.fraction)}$"):
+            write_token_files(open_corpus(str(tmp_path / "a.txt")), tmp_path / "o", 300, 0.001, flags=flags)
 
 
 def test_bad_text_at_the_end_leaves_nothing(tmp_path):

@@ -6,8 +6,10 @@ import json
 import lzma
 import os
 import re
+import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 from unittest import mock
 
 import pyarrow
@@ -125,7 +127,7 @@ GOOD_LINE = b'{"text": "good"}\n'
         ("a.txt", b"\xef\xbb\xbf", "contains no text"),
         ("a.txt", f"\n{MARK}\n".encode(), "contains no text"),
         ("a.txt", "café".encode("latin1"), "not UTF-8"),
-        ("a.txt", "text".encode("utf-16"), "not UTF-8"),
+        ("a.txt.gz", gzip.compress("café".encode("latin1")), "not UTF-8"),
         ("a.jsonl", b"", "contains no text"),
         ("a.jsonl", GOOD_LINE + b"\n" + b'{"body": "x"}\n', "line 3 has no text"),
         ("a.jsonl", GOOD_LINE + b'{"text": null}\n', "line 2 has no text"),
@@ -150,6 +152,76 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
         list(read_chunks([tmp_path / name]))
     assert str(tmp_path / name) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+ENCODINGS = {
+    "utf-16": "UTF-16",
+    "utf-32": "UTF-32",
+    "utf-16-le": "UTF-16LE",
+    "utf-16-be": "UTF-16BE",
+    "utf-32-le": "UTF-32LE",
+    "utf-32-be": "UTF-32BE",
+}
+PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("words", ["It was the best of times. ", "Быть или не быть, вот в чём вопрос. "])
+def test_other_encodings_are_named_and_the_command_converts_them(tmp_path, monkeypatch, words, encoding, kind, packer):
+    monkeypatch.chdir(tmp_path)
+    text = words * 200
+    path = Path(f"it's a $file{kind}{packer}")
+    content = text if kind == ".txt" else json.dumps({"text": text}, ensure_ascii=False)
+    path.write_bytes(PACKERS[packer](content.encode(encoding)))
+    with pytest.raises(UsageError, match=rf"{ENCODINGS[encoding]}\b") as refused:
+        list(read_chunks([path]))
+    command = str(refused.value).split("convert it with ")[1]
+    subprocess.run(command, shell=True, check=True)
+    (new,) = set(Path().iterdir()) - {path}
+    assert as_documents(read_chunks([new])) == [text]
+
+
+def test_big_endian_marks_are_known(tmp_path):
+    for mark, encoding in ((b"\xfe\xff", "UTF-16"), (b"\0\0\xfe\xff", "UTF-32")):
+        (tmp_path / "a.txt").write_bytes(mark + "text".encode(f"{encoding}-be"))
+        with pytest.raises(UsageError, match=f"is {encoding}, not UTF-8"):
+            list(read_chunks([tmp_path / "a.txt"]))
+
+
+def test_a_file_that_is_not_utf8_is_converted_by_the_command(tmp_path):
+    path = tmp_path / "it's.txt"
+    path.write_bytes("café".encode("latin1"))
+    with pytest.raises(UsageError, match="if it is Latin-1") as refused:
+        list(read_chunks([path]))
+    subprocess.run(str(refused.value).split("convert it with ")[1], shell=True, check=True)
+    assert as_documents(read_chunks([tmp_path / "utf8-it's.txt"])) == ["café"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("text", "nulls"), [("a\0", 0), ("a\0b\0", 2), ("word " * 5000 + "\0" * 249, 0), ("word " * 5000 + "\0" * 300, 300)]
+)
+def test_many_nuls_are_refused_and_stray_ones_are_text(tmp_path, kind, text, nulls):
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
+    else:
+        path.write_text(text if kind == "txt" else json.dumps({"text": text}))
+    if nulls:
+        with pytest.raises(UsageError, match=f"{nulls} NUL characters of|NUL bytes"):
+            list(read_chunks([path]))
+    else:
+        assert as_documents(read_chunks([path])) == [text]
+
+
+@given(st.lists(st.sampled_from([*WORDS, "aaaaaaaa", "        "]), max_size=60).map("".join), st.integers(1, 20))
+def test_documents_are_cut_as_text_files_are(text, size):
+    with mock.patch.multiple(readers, CHUNK_CHARACTERS=size, _LONGEST_CHUNK=30):
+        chunks = list(readers._document(text))
+        expected = list(read_text(io.StringIO(text, newline="\n")))
+    assert chunks == (expected if len(text) > size else [(text, True)] * bool(text))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.config import Config, DataConfig, ModelConfig
-from jaxlm.data.token_files import data_directory, open_tokens, train_batch_stream, val_batches
+from jaxlm.data.token_files import bits_per_byte, data_directory, open_tokens, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import UsageError
 
@@ -83,6 +83,12 @@ def test_limited_validation_is_evenly_spaced(windows, limit, batch_size):
     assert gaps.max() - gaps.min() <= 1
 
 
+def test_the_last_training_tokens_that_fill_no_window_are_never_targets():
+    stream = train_batch_stream(np.arange(107, dtype=np.uint16), 10, 10, seed=0)
+    targets = {int(i) for row in take_rows(stream, 5) for i in row[1:]}
+    assert targets == set(range(1, 101))
+
+
 def write(directory, train, val, meta=None):
     directory.mkdir(exist_ok=True)
     np.asarray(train, "<u2").tofile(directory / "train.bin")
@@ -115,7 +121,7 @@ def test_token_files_of_nanogpt_work(tmp_path):
     assert files.meta is None
     assert (files.train.tolist(), files.val.tolist()) == (ids * 10, ids)
     first = len(tokens.decode(ids[:1]).encode())
-    assert files.val_bytes == sum(len(document.encode()) for document in documents) - first
+    assert files.text_bytes(files.val[1:]) == sum(len(document.encode()) for document in documents) - first
     with pytest.raises(ValueError, match="read-only"):
         files.val[0] = 1
 
@@ -123,7 +129,9 @@ def test_token_files_of_nanogpt_work(tmp_path):
 def test_bits_per_byte_of_uniform_guessing(tmp_path):
     write(tmp_path, [299, *b"ab" * 20], [299, *b"ab" * 20])  # 40 tokens of one byte after the first
     files = open_tokens(tmp_path, 300, 8)
-    assert files.bits_per_byte(float(np.log(256))) == pytest.approx(8)
+    assert bits_per_byte(float(np.log(256)), 40, files.text_bytes(files.val[1:])) == pytest.approx(8)
+    assert files.text_bytes(np.array([[97, -1], [299, 98]])) == 2
+    assert 0 < bits_per_byte(1.0, 4, 0) < np.inf  # four end-of-text tokens
 
 
 GOOD = list(range(250))
@@ -181,7 +189,7 @@ def test_missing_odd_sized_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"train.bin is missing"):
         open_tokens(tmp_path / ("x" * 300), 300, 10)
     write(tmp_path, GOOD, GOOD)
-    (tmp_path / "train.bin").write_bytes(b"x" * 501)
+    (tmp_path / "train.bin").write_bytes(b"\1" * 501)
     with pytest.raises(UsageError, match="501 bytes"):
         open_tokens(tmp_path, 300, 10)
     write(tmp_path, GOOD, GOOD)
@@ -199,10 +207,37 @@ def test_missing_odd_sized_and_damaged_files_are_refused(tmp_path):
     [
         ("novels", "", "data/novels-300"),
         ("my text/a*.txt,é.txt", "", "data/my-text-a-txt-é-txt-300"),
-        ("x" * 100, "", f"data/{'x' * 60}-300"),
+        ("x" * 60, "", f"data/{'x' * 60}-300"),
         ("novels", "tokens", "tokens"),
     ],
 )
 def test_the_directory_is_named_after_corpus_and_vocabulary(corpus, directory, expected):
     config = Config(model=ModelConfig(vocab_size=300), data=DataConfig(corpus=corpus, dir=directory))
     assert data_directory(config) == Path(expected)
+
+
+def test_long_names_of_the_same_beginning_have_directories_of_their_own():
+    names = [
+        *("x" * n for n in (60, 61, 62)),
+        "books/" + "very long " * 20 + "a.txt",
+        "books/" + "very long " * 20 + "b.txt",
+    ]
+    configs = [Config(data=DataConfig(corpus=name)) for name in names]
+    assert len({data_directory(config) for config in configs}) == len(names)
+    assert all(len(data_directory(config).name.encode()) < 255 for config in configs)
+
+
+def test_another_split_or_corpus_of_that_name_has_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def directory(corpus, fraction):
+        return data_directory(Config(data=DataConfig(corpus=corpus, val_fraction=fraction)))
+
+    first = directory("a b.txt", 0.1)
+    first.parent.mkdir()
+    write(first, GOOD, GOOD, {"source": "a b.txt", "validation_fraction": 0.1})
+    assert directory("a b.txt", 0.1) == first
+    others = {first, directory("a b.txt", 0.2), directory("a-b.txt", 0.1), directory("a-b.txt", 0.2)}
+    assert len(others) == 4
+    write(directory("tinystories", 0.1), GOOD, GOOD, {"source": "tinystories", "validation_fraction": None})
+    assert directory("tinystories", 0.1) == directory("tinystories", 0.2)

@@ -5,11 +5,12 @@ import itertools
 import os
 import socket
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -90,6 +91,46 @@ def test_every_character_is_split_as_by_tiktokens_pattern(openai):
 def test_a_million_spaces_at_the_end(openai):
     text = "end" + " " * 1_100_000
     assert np.array_equal(load_tokenizer().encode(text), openai.encode_to_numpy(text))
+
+
+MARK = "<|endoftext|>"
+BLANKS = [" ", "\n", "\t", "\r", "\x85", "\xa0", "\u2003", "\u3000"]
+
+
+@given(
+    st.lists(st.sampled_from([*BLANKS, *BLANKS, *SPACES, "word", "7", "'s", "…", MARK]), max_size=60).map("".join),
+    st.integers(2, 9),
+    st.booleans(),
+)
+@example("a\n\n\n\n\x1cb", 2, False)
+def test_cutting_long_runs_of_blanks_changes_no_id(text, longest, marked):
+    tokens = load_tokenizer(1000)
+    special = {MARK} if marked else set()
+    whole = tokens.encoding.encode(text, allowed_special=special, disallowed_special=())
+    with mock.patch.object(tokenizer, "_LONG_RUN", longest):
+        assert tokens.encode(text, marked).tolist() == whole
+
+
+def test_long_runs_are_cut():
+    with mock.patch.object(tokenizer, "_LONG_RUN", 4):
+        assert tokenizer._cuts("a" + " " * 8 + "b" + "\n" * 9 + "c", marked=False) == [8, 18]
+        assert tokenizer._cuts("a" + " " * 8 + MARK + "\n" * 9, marked=True) == []
+        assert tokenizer._cuts("ab" + " " * 5 + "c", marked=False) == [6]
+        assert tokenizer._cuts(" " * 3 + "b " * 20, marked=False) == []
+
+
+@pytest.mark.parametrize("run", [*" \n\t7a!é", "\u3000", " \n", "\x1c"])
+def test_a_million_of_anything_before_text_is_encoded(run):
+    tokens, text = load_tokenizer(), "one" + run * 1_100_000 + "two"
+    ids = tokens.encode(text)
+    assert tokens.decode(ids) == text
+    if run == " ":
+        assert ids.tolist() == [505, *[220] * 1_099_999, 734]  # "one", blanks, " two"
+
+
+def test_a_prompt_of_a_million_blanks_is_refused_for_its_length():
+    with pytest.raises(UsageError, match=r"is 1000001 tokens long"):
+        encode_prompts(load_tokenizer(), ["a" + " " * 1_000_000 + "b"], 1024)
 
 
 def test_a_copy_has_an_encoding_of_its_own_and_the_same_ids():

@@ -248,15 +248,20 @@ def test_the_last_validation_uses_all_validation_data(console):
     assert f"{last['val_loss']:.4f} ({last['val_bits_per_byte']:.4f} bits per byte)" in console
 
 
-def test_bits_per_byte_count_the_decoded_bytes(console):
+def test_bits_per_byte_count_the_decoded_bytes_of_the_evaluated_sequences(console):
     from jaxlm.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(300)
-    ids = np.fromfile("tokens/val.bin", "<u2")[1:]
-    size = len(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text]))
+    tokenizer, config = load_tokenizer(300), tiny_run.resolved(config_of("run"))
+    targets = np.fromfile("tokens/val.bin", "<u2")[1:]
+    sequences = [targets[i : i + config.model.context] for i in range(0, len(targets), config.model.context)]
+    ratios = []
     for row in rows("run/metrics.jsonl"):
         if "val_loss" in row:
-            assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] * len(ids) / np.log(2) / size, rel=1e-6)
+            count = len(sequences) if row["step"] == LAST else config.data.eval_sequences
+            ids = np.concatenate([sequences[i * len(sequences) // count] for i in range(count)])
+            ratios.append(len(ids) / len(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text])))
+            assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] * ratios[-1] / np.log(2), rel=1e-6)
+    assert ratios[0] != pytest.approx(ratios[-1], rel=1e-3)
 
 
 def wait_for(path):
