@@ -127,7 +127,7 @@ GOOD_LINE = b'{"text": "good"}\n'
         ("a.txt", b"\xef\xbb\xbf", "contains no text"),
         ("a.txt", f"\n{MARK}\n".encode(), "contains no text"),
         ("a.txt", "café".encode("latin1"), "not UTF-8"),
-        ("a.txt.gz", gzip.compress("café".encode("latin1")), "not UTF-8"),
+        ("a.txt.gz", gzip.compress("café".encode("latin1"), mtime=0), "not UTF-8"),
         ("a.jsonl", b"", "contains no text"),
         ("a.jsonl", GOOD_LINE + b"\n" + b'{"body": "x"}\n', "line 3 has no text"),
         ("a.jsonl", GOOD_LINE + b'{"text": null}\n', "line 2 has no text"),
