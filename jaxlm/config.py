@@ -183,8 +183,7 @@ class OptimizerConfig:
 class DataConfig:
     """The corpus, its token files and the validation split."""
 
-    # a named corpus, or paths and patterns separated by commas (`\,` in a name)
-    corpus: str = setting("novels", paths=True)
+    corpus: str = setting("novels", paths=True)  # a named corpus, or paths and patterns, with commas (`\,` in a name)
     dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: data/CORPUS-VOCABULARY
     val_fraction: float = setting(0.01, above=0, below=1, fixed=True)  # of the text, held out for validation
     eval_sequences: int = setting(64, low=0)  # of `context` tokens, per evaluation, evenly spaced; 0: the whole text
