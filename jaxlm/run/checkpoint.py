@@ -1,5 +1,7 @@
 """Checkpoints of a run: `checkpoints/STEP/`, written by orbax in a thread; the last few are kept.
 
+The newest checkpoint may be a rolling one, saved between two intervals by time or by a stop. The next save replaces it.
+
 Each checkpoint has the items `params` (the model's parameters), `optimizer` (its state and the counters) and `meta`
 (JSON: the settings, fingerprints of the tokens, seconds trained, checksums of all arrays), and `files.json` with the
 hash of every file. Damaged files are found by their hash before anything reads them, and arrays that differ from the
@@ -8,6 +10,7 @@ accumulated gradients are zero and need not be saved. Training does not wait for
 and the copy is written.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -42,9 +45,16 @@ Arrays = Any  # a tree of arrays, or of their shapes
 class Checkpoints:
     """The checkpoints of one work directory."""
 
-    def __init__(self, workdir: Path, max_to_keep: int | None = None):
+    def __init__(self, workdir: Path, max_to_keep: int | None = None, keep_every: int = 0):
+        """Opens the checkpoints of `workdir`.
+
+        Args:
+            workdir: an existing directory.
+            max_to_keep: after a save so many stay, beside a rolling one and those of `keep_every`; None: all.
+            keep_every: checkpoints of its multiples stay; 0: none.
+        """
         self.directory = (workdir / DIRECTORY).absolute()
-        self._max_to_keep = max_to_keep
+        self._max_to_keep, self._keep_every = max_to_keep, keep_every
         self._manager = self._new_manager()
         self._thread = ThreadPoolExecutor(1)
         self._save: Future[None] | None = None  # the last save, until it is waited for
@@ -117,7 +127,7 @@ class Checkpoints:
         lines = []
         for path in sorted(self.directory.glob(_UNFINISHED)):
             shutil.rmtree(path)
-            lines.append(f"Skipped {DIRECTORY}/{path.name}: its save was never finished, so it is deleted")
+            lines.append(f"Deleted {DIRECTORY}/{path.name}, which is not a whole checkpoint")
         for step in [step for step in self.steps() if step > newest]:
             target = self.directory / f"{step}.damaged"
             shutil.rmtree(target, ignore_errors=True)
@@ -128,7 +138,7 @@ class Checkpoints:
 
     def _new_manager(self) -> ocp.CheckpointManager:
         background = ocp.options.AsyncOptions(post_finalization_callback=self._write_file_hashes)
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, async_options=background)
+        options = ocp.CheckpointManagerOptions(async_options=background)
         return ocp.CheckpointManager(self.directory, options=options)
 
     def _write(self, step: int, items: dict[str, Arrays], sums: dict[str, jax.Array], meta: dict[str, Any]) -> None:
@@ -150,6 +160,30 @@ class Checkpoints:
             # the old manager may count this step as saved and refuse later ones: google/orbax#605, maxtext#5260
             self._manager = self._new_manager()
             raise RunError(f"{self.directory} cannot be written ({_reason(error)})") from error
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Deletes the checkpoints that the newest one replaces. One that cannot be deleted is left to the next save."""
+        if self._max_to_keep is None:
+            return
+        steps = self.steps()
+        by_steps = [step for step in steps if not self._is_rolling(step)]
+        kept = {steps[-1], *by_steps[-self._max_to_keep :]}
+        for step in set(steps) - kept:
+            if not self._keep_every or step % self._keep_every:
+                unfinished = self.directory / f"{step}{_UNFINISHED.strip('*')}-old"
+                with contextlib.suppress(OSError):  # first renamed: what is half deleted is no checkpoint
+                    (self.directory / str(step)).rename(unfinished)
+                    shutil.rmtree(unfinished)
+        self._manager.reload()
+
+    def _is_rolling(self, step: int) -> bool:
+        """Whether the next save replaces it: by its own settings it is neither of an interval nor the run's last."""
+        try:
+            config = self.meta(step)["config"]
+            return bool(step % config["save_interval"]) and step != config["max_steps"]
+        except (CorruptCheckpointError, RunError, LookupError, TypeError):
+            return False
 
     def _delete_unfinished(self) -> None:
         for path in self.directory.glob(_UNFINISHED):

@@ -19,6 +19,7 @@ from jaxlm.run.events import (
     SavedEvent,
     SkippedEvent,
     StepEvent,
+    WarningEvent,
 )
 from jaxlm.units import duration
 
@@ -82,7 +83,9 @@ class Console:
             case SavedEvent(step):
                 self._print(f"  → Saved checkpoint: {DIRECTORY}/{step}")
             case NotSavedEvent(step, reason):
-                self._print(f"  → Step {step} is not saved, {reason}: make room; the next save tries again")
+                self._print(f"  → Step {step} is not saved, {reason}; the next save tries again")
+            case WarningEvent(_, text):
+                self._print(f"  → {text}")
 
     def show_cursor(self) -> None:
         """Gives a terminal its cursor back, for a process that ends at once; safe from any thread."""

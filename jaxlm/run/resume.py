@@ -23,8 +23,10 @@ def check_room(workdir: Path, config: Config) -> None:
     shapes = state_shapes(config)
     saved_steps = [int(path.name) for path in (workdir / DIRECTORY).glob("*") if path.name.isdigit()]
     steps = max(config.max_steps - max(saved_steps, default=0), 0)
-    saves = -(-steps // config.save_interval)
-    new = min(saves, config.max_checkpoints + 1 - len(saved_steps))  # one extra until the oldest is deleted
+    saves = -(-steps // config.save_interval) + 1  # with a rolling one
+    milestones = config.max_steps // config.keep_every if config.keep_every else 0
+    most = config.max_checkpoints + milestones + 2  # with a rolling one, and the next until the oldest is deleted
+    new = min(saves, most - len(saved_steps))
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
     needed = max(new, 0) * checkpoint_bytes(shapes) + model + RECORD_BYTES * steps
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
