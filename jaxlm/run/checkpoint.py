@@ -56,6 +56,7 @@ class Checkpoints:
         self.directory = (workdir / DIRECTORY).absolute()
         self._max_to_keep, self._keep_every = max_to_keep, keep_every
         self._manager = self._new_manager()
+        self._place = os.stat(self.directory)
         self._thread = ThreadPoolExecutor(1)
         self._save: Future[None] | None = None  # the last save, until it is waited for
 
@@ -71,7 +72,7 @@ class Checkpoints:
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
         self.wait()
         sums = {name: checksums(item) for name, item in items.items()}
-        self._save = self._thread.submit(self._write, step, _copy(items), sums, dict(meta))
+        self._save = self._thread.submit(self._write_in_place, step, _copy(items), sums, dict(meta))
 
     def saving(self) -> bool:
         """Whether a save is in progress."""
@@ -160,7 +161,26 @@ class Checkpoints:
             # the old manager may count this step as saved and refuse later ones: google/orbax#605, maxtext#5260
             self._manager = self._new_manager()
             raise RunError(f"{self.directory} cannot be written ({_reason(error)})") from error
+
+    def _write_in_place(self, step: int, *items: Any) -> None:
+        """As `_write`, and then deletes what this checkpoint replaces. Raises RunError if the directory has moved."""
+        try:
+            self._write(step, *items)
+        finally:
+            if not self._in_place():
+                self._delete_misplaced(step)
+                raise RunError(f"{self.directory} was renamed, deleted or unmounted meanwhile")
         self._delete_old()
+
+    def _in_place(self) -> bool:
+        return self.directory.is_dir() and os.path.samestat(os.stat(self.directory), self._place)
+
+    def _delete_misplaced(self, step: int) -> None:
+        """Deletes what orbax has made where the work directory was, if that is all there is."""
+        self._delete_unfinished()
+        with contextlib.suppress(OSError):
+            if os.listdir(self.directory.parent) == [DIRECTORY] and set(os.listdir(self.directory)) <= {str(step)}:
+                shutil.rmtree(self.directory.parent)
 
     def _delete_old(self) -> None:
         """Deletes the checkpoints that the newest one replaces. One that cannot be deleted is left to the next save."""

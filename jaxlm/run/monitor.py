@@ -4,8 +4,6 @@ import math
 from array import array
 from collections import deque
 
-import numpy as np
-
 BAND_STEPS = 200  # whose losses make the band
 BAND_WIDTH = 8.0  # standard deviations of the noise
 LEAST_NOISE = 0.005  # of the median, where the losses are almost equal
@@ -22,37 +20,33 @@ class LossMonitor:
         self._recent: deque[float] = deque(maxlen=BAND_STEPS)
         self._noise = 0.0  # a standard deviation
         self._outside_at = -BAND_STEPS  # the last step outside the band
-        self._sums = array("d", [0.0])  # of the losses of all steps of this session
+        self._sums = array("d", [0.0])  # of the losses of this session, without those outside the band
         self._plateau = math.inf  # the loss must fall below this before the next plateau
 
     def __call__(self, step: int, loss: float) -> dict[str, str]:
         """Takes the loss of `step`; returns what to say about it, by its kind: `spike` or `plateau`."""
-        said = {"spike": self._spike(step, loss), "plateau": self._not_falling(step, loss)}
-        return {kind: text for kind, text in said.items() if text}
-
-    def _spike(self, step: int, loss: float) -> str:
-        """Compares with the median of the steps before and, as standard deviation, 1.4826 times their MAD."""
-        recent = np.array(self._recent)
+        ordered, spike = sorted(self._recent), ""
         if math.isfinite(loss):
             self._recent.append(loss)
-        if len(recent) < BAND_STEPS:
-            return ""
-        middle = float(np.median(recent))
-        self._noise = max(1.4826 * float(np.median(np.abs(recent - middle))), LEAST_NOISE * abs(middle))
-        if loss <= middle + BAND_WIDTH * self._noise:
-            return ""
+        if len(ordered) == BAND_STEPS:
+            low, middle, high = (ordered[BAND_STEPS * quarter // 4] for quarter in (1, 2, 3))
+            self._noise = max((high - low) / 1.349, LEAST_NOISE * abs(middle))  # 1.349: a normal distribution's
+            if not loss <= middle + BAND_WIDTH * self._noise:  # nan too
+                spike, loss = self._spike(step, loss, middle), middle
+        said = {"spike": spike, "plateau": self._not_falling(step, loss) if math.isfinite(loss) else ""}
+        return {kind: text for kind, text in said.items() if text}
+
+    def _spike(self, step: int, loss: float, usual: float) -> str:
         previous, self._outside_at = self._outside_at, step
         if step - previous <= BAND_STEPS:
             return ""
         return (
-            f"The loss of step {step} is {loss:.4f}, far above the usual {middle:.4f}: if it does not come back, stop"
+            f"The loss of step {step} is {loss:.4f}, far above the usual {usual:.4f}: if it does not come back, stop"
             " and resume with a lower optimizer.learning_rate"
         )
 
     def _not_falling(self, step: int, loss: float) -> str:
         """Compares the mean loss of the last steps with that of as many before."""
-        if not math.isfinite(loss):
-            return ""
         self._sums.append(self._sums[-1] + loss)
         steps = max(PLATEAU_STEPS, int(PLATEAU_SHARE * step))
         if len(self._sums) <= 2 * steps:

@@ -50,7 +50,7 @@ class Saver:
         """Starts a save, after the rows of all steps up to this one are on the disk. Raises RunError as `look`."""
         self.report(wait=True)
         self._last_save = self._clock.seconds()
-        self.look(step)
+        self.look()
         try:
             self._sync_records()
         except OSError as error:
@@ -62,13 +62,14 @@ class Saver:
         self._emit(SavingEvent(step))
 
     def report(self, wait: bool = False) -> None:
-        """Reports that the save in progress is complete or failed, once that is known."""
+        """Reports that the save in progress is complete or failed, once that is known. Raises RunError as `look`."""
         if self._saving_step is None or (self._checkpoints.saving() and not wait):
             return
         step, self._saving_step = self._saving_step, None
         try:
             self._checkpoints.wait()
         except (OSError, RunError) as error:
+            self.look()
             self._fail(step, str(error))
         else:
             self.saved_step = step
@@ -80,29 +81,27 @@ class Saver:
         if self.saved_step != step:
             self.save(step, state)
             self.report(wait=True)
-        self.look(step)
+        self.look()
         if self.saved_step != step:
             raise RunError(f"{self._failure}; the same command resumes from step {self.saved_step}")
 
-    def look_now_and_then(self, step: int) -> None:
+    def look_now_and_then(self) -> None:
         """As `look`, every few seconds."""
         if self._clock.seconds() - self._last_look >= LOOK_SECONDS:
-            self.look(step)
+            self.look()
 
-    def look(self, step: int) -> None:
-        """Raises RunError, after `step`, if the work directory is no longer in its place."""
+    def look(self) -> None:
+        """Raises RunError if the work directory is no longer in its place."""
         self._last_look = self._clock.seconds()
         try:
             there = os.path.samestat(os.stat(self._workdir), self._place)
         except OSError as error:  # a disk that does not answer is for the saves to report
             there = error.errno not in (errno.ENOENT, errno.ENOTDIR)
         if not there:
-            last = (
-                f"its last checkpoint is of step {self.saved_step}" if self.saved_step else "it has no checkpoint yet"
-            )
+            last = f"step {self.saved_step} is saved for sure" if self.saved_step else "no step is saved for sure"
             raise RunError(
-                f"{self._workdir} was renamed, deleted or unmounted, so the run stops after step {step} ({last}):"
-                " put it back or name its new place with --workdir, and the same command resumes"
+                f"{self._workdir} was renamed, deleted or unmounted, so the run stops ({last}): put it back or name its"
+                " new place with --workdir, and the same command resumes"
             )
 
     def _fail(self, step: int, reason: str) -> None:

@@ -235,7 +235,7 @@ class Trainer:
         for kind, text in self._loss_monitor(event.step, event.loss).items():
             self._emit(WarningEvent(kind, text))
         self._saver.report()
-        self._saver.look_now_and_then(event.step)
+        self._saver.look_now_and_then()
 
     def _look_at_step(self) -> None:
         if text := self._step_monitor.tick(self._clock.step_began, self._clock.usual_step):
