@@ -186,7 +186,7 @@ def _schedule(config: Config) -> dict[str, Any]:
         "steps": config.max_steps,
         "first_step_of": {name: min(step, config.max_steps) for name, step in every.items()},
         "every_steps": every,
-        "rolling_every_minutes": config.save_minutes,
+        "rolling_after_seconds": 60 * config.save_minutes,
         "deleted_after_steps": [list(pair) for pair in islice(estimate.deletions(config), 3)],
         "kept_at_the_end_steps": estimate.kept(config, config.max_steps),
     }

@@ -121,8 +121,8 @@ def _schedule_lines(schedule: dict[str, Any], now: datetime) -> Iterator[Table |
     ]
     yield _table("Schedule", rows, ("first", "step", "after", "then every"))
     lines = [f"Checkpoint {old:,} is deleted when {new:,} is complete." for old, new in schedule["deleted_after_steps"]]
-    if minutes := schedule["rolling_every_minutes"]:
-        lines += [f"A rolling checkpoint, {minutes:g} minutes after a save, is replaced by the next save."]
+    if seconds := schedule["rolling_after_seconds"]:
+        lines += [f"The next save replaces a rolling checkpoint, made {seconds / 60:g} minutes after a save."]
     lines += ["Checkpoints at the end: " + ", ".join(f"{step:,}" for step in schedule["kept_at_the_end_steps"]) + "."]
     yield "\n".join(lines)
     if not after:

@@ -181,6 +181,96 @@ def test_only_the_last_few_are_kept(tmp_path, trained):
     assert sorted(path.name for path in (tmp_path / DIRECTORY).iterdir()) == ["30", "5"]
 
 
+def saved_with(config):
+    return META | {"config": {"save_interval": 10, "max_steps": 33} | config}
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"),
+    [
+        (2, 0, [[4], [7], [10], [10, 15], [10, 20], [20, 30], [30, 33]]),  # 15 does not displace 10
+        (1, 0, [[4], [7], [10], [10, 15], [20], [30], [33]]),
+        (1, 20, [[4], [7], [10], [10, 15], [20], [20, 30], [20, 33]]),
+        (None, 0, [[4], [4, 7], [4, 7, 10], [4, 7, 10, 15]]),
+    ],
+)
+def test_a_rolling_checkpoint_is_replaced_by_the_next_and_displaces_none(tmp_path, trained, keep, keep_every, left):
+    """Also in a session with another save_interval: 7, 10 and 30 are what their own settings say."""
+    state = committed(trained)
+    for step, steps in zip((4, 7, 10, 15, 20, 30, 33), left, strict=False):
+        checkpoints = Checkpoints(tmp_path, keep, keep_every)
+        checkpoints.save(step, state, saved_with({}))
+        checkpoints.wait()
+        assert checkpoints.steps() == steps
+        assert sorted(int(path.name) for path in (tmp_path / DIRECTORY).iterdir()) == steps
+
+
+def test_a_checkpoint_of_an_earlier_interval_is_no_rolling_one(tmp_path, trained):
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step, interval in ((3, 3), (6, 3), (10, 10)):
+        checkpoints.save(step, committed(trained), saved_with({"save_interval": interval}))
+    checkpoints.wait()
+    assert checkpoints.steps() == [6, 10]
+
+
+def test_a_new_checkpoint_is_whole_before_an_old_one_is_deleted(tmp_path, trained, monkeypatch):
+    """What is half deleted no longer has the name of a checkpoint, and goes with the next save."""
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, committed(trained), META)
+    checkpoints.wait()
+    rmtree, whole = shutil.rmtree, []
+
+    def die(path, *arguments, **others):
+        if "-old" in str(path):
+            whole.append(Checkpoints(tmp_path).meta(2))
+            raise OSError("killed")
+        rmtree(path, *arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        checkpoints.save(2, committed(trained), META)
+        checkpoints.wait()
+    assert len(whole) == 1
+    assert Checkpoints(tmp_path).steps() == [2]
+    assert len(list((tmp_path / DIRECTORY).iterdir())) == 2
+    checkpoints.save(3, committed(trained), META)
+    checkpoints.wait()
+    assert [path.name for path in (tmp_path / DIRECTORY).iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("moment", ["before", "within", "after"])
+def test_a_save_into_a_directory_that_has_moved_fails_and_leaves_nothing_there(tmp_path, trained, monkeypatch, moment):
+    (tmp_path / "run").mkdir()
+    checkpoints = Checkpoints(tmp_path / "run", 1)
+    checkpoints.save(1, committed(trained), META)
+    checkpoints.wait()
+
+    def move():
+        (tmp_path / "run").rename(tmp_path / "moved")
+
+    write, save = checkpoints._write, checkpoints._manager.save
+
+    def write_and_move(*arguments):
+        if moment == "before":
+            move()
+        write(*arguments)
+        if moment == "after":
+            move()
+
+    def move_and_save(*arguments, **others):
+        move()
+        return save(*arguments, **others)
+
+    monkeypatch.setattr(checkpoints, "_write", write_and_move)
+    if moment == "within":
+        monkeypatch.setattr(checkpoints._manager, "save", move_and_save)
+    checkpoints.save(2, committed(trained), META)
+    with pytest.raises(RunError, match="renamed, deleted or unmounted"):
+        checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    assert 1 in Checkpoints(tmp_path / "moved").steps()
+
+
 def test_a_checkpoint_takes_the_bytes_of_parameters_and_moments(tmp_path):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=20_000, width=64))
     state = random_state(config)
