@@ -40,6 +40,7 @@ from jaxlm.run.events import (
     SkippedEvent,
     StepEvent,
     StoppingEvent,
+    WarningEvent,
 )
 from jaxlm.run.memory import batch_shape, state_shapes
 from jaxlm.run.records import Records
@@ -1000,3 +1001,46 @@ def test_no_row_of_a_real_run_has_ten_times_the_tokens_per_second_of_the_others(
     seconds = [event.seconds for event in of_type(before_last, PauseEvent)]
     seconds += [event.step_seconds for event in of_type(before_last, StepEvent)]
     assert sum(seconds) == pytest.approx(of_type(before_last, StepEvent)[-1].seconds, rel=0.02)
+
+
+def test_a_step_that_hangs_is_told_while_it_hangs(console, monkeypatch):
+    """The monitor's seconds pass 500 times as fast."""
+    events, compile_run = collect_events(monkeypatch), trainer.Trainer._compile
+
+    def told():
+        return [event for event in of_type(events, WarningEvent) if event.kind == "step"]
+
+    def compile_and_hang(self):
+        batches, train_step = compile_run(self)
+        number = itertools.count(1)
+
+        def step(state, batch):
+            if next(number) == 15:
+                told_before, deadline = len(told()), time.monotonic() + 20
+                while len(told()) == told_before:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+            return train_step(state, batch)
+
+        return batches, step
+
+    monkeypatch.setattr(trainer.Trainer, "_compile", compile_and_hang)
+    monkeypatch.setattr(trainer, "TICK_SECONDS", 0.01)
+    shown = train("hanging")
+    assert f"  → {told()[0].text}" in shown.splitlines()
+    assert without_clock(rows("hanging/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+
+
+def test_what_the_monitor_says_of_a_loss_is_an_event_and_a_line(console, monkeypatch):
+    seen = {}
+
+    def monitor():
+        return lambda step, loss: seen.update({step: loss}) or ({"spike": "It jumps"} if step == 4 else {})
+
+    events = collect_events(monkeypatch)
+    monkeypatch.setattr(trainer, "LossMonitor", monitor)
+    assert "  → It jumps" in train("jumping").splitlines()
+    assert seen == {row["step"]: row["loss"] for row in rows("jumping/metrics.jsonl")}
+    (warning,) = of_type(events, WarningEvent)
+    assert warning == WarningEvent("spike", "It jumps")
+    assert events[events.index(warning) - 1].step == 4
