@@ -1044,3 +1044,20 @@ def test_what_the_monitor_says_of_a_loss_is_an_event_and_a_line(console, monkeyp
     (warning,) = of_type(events, WarningEvent)
     assert warning == WarningEvent("spike", "It jumps")
     assert events[events.index(warning) - 1].step == 4
+
+
+def test_a_save_that_fails_as_its_folder_has_gone_is_told_as_that(tmp_path):
+    """Not as a save that the next one tries again."""
+
+    def wait():
+        (tmp_path / "run").rename(tmp_path / "moved")
+        raise RunError("cannot be written")
+
+    (tmp_path / "run").mkdir()
+    checkpoints, events = types.SimpleNamespace(save=lambda *_: None, wait=wait, saving=lambda: True), []
+    tokens = types.SimpleNamespace(sha256=("", ""))
+    saver = Saver(Config(), tmp_path / "run", tokens, checkpoints, Clock(), 0, lambda: None, events.append)
+    saver.save(300, None)
+    with pytest.raises(RunError, match=r"run was renamed, .*no step is saved for sure"):
+        saver.report(wait=True)
+    assert events == [SavingEvent(300)]
