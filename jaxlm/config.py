@@ -221,8 +221,10 @@ class Config:
     max_steps: int = setting(50_000, low=1)  # optimizer steps of the whole run
     eval_interval: int = setting(100, low=1)  # steps between evaluations, each with a line on the console
     save_interval: int = setting(300, low=1)  # steps between checkpoints
+    save_minutes: float = setting(30.0, low=0)  # after a save until one more, which the next save replaces; 0: never
     generation_interval: int = setting(50, low=1)  # steps between blocks of samples
-    max_checkpoints: int = setting(5, low=1)  # checkpoints that are kept; older ones are deleted
+    max_checkpoints: int = setting(5, low=1)  # checkpoints by steps that are kept; older ones are deleted
+    keep_every: int = setting(0, low=0)  # steps between checkpoints that are kept beyond those; 0: none
     max_nonfinite_microbatches: int = setting(10, low=1)  # non-finite micro-batches in a row that stop the run
     seed: int = setting(0, low=0, high=INT32_MAX, fixed=True)  # of the initial weights, the data order and the samples
     init_from: str = setting("", fixed=True, paths=True)  # Hugging Face folder with the initial weights; empty: random
@@ -239,6 +241,10 @@ class Config:
             raise UsageError(
                 f"batch_size {self.batch_size} is not divisible by microbatch_chunks {self.microbatch_chunks}:"
                 " choose a divisor"
+            )
+        if self.keep_every % self.save_interval:
+            raise UsageError(
+                f"keep_every {self.keep_every} is no multiple of save_interval {self.save_interval}: choose one, or 0"
             )
         if not 257 <= self.model.vocab_size <= 50_257:
             raise UsageError(

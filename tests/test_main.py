@@ -283,8 +283,9 @@ def test_run_that_does_not_fit_on_the_disk_is_refused(monkeypatch):
     usage = shutil.disk_usage(".")
     state = jax.eval_shape(lambda: init_state(tiny_run.config_of(DONE)))
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
-    for steps, keep, saves in ((7, 5, 3), (12, 5, 4), (12, 2, 3)):
-        flags = [f"--config.max_steps={steps}", f"--config.max_checkpoints={keep}"]
+    # one of the checkpoints is a rolling one; with a max_checkpoints, one more until the oldest is deleted
+    for steps, keep, every, saves in ((7, 5, 0, 4), (12, 5, 0, 5), (12, 2, 0, 4), (12, 1, 0, 3), (12, 1, 6, 5)):
+        flags = [f"--config.max_steps={steps}", f"--config.max_checkpoints={keep}", f"--config.keep_every={every}"]
         config = read_config(["--config", "tiny.py", *flags])[0]
         needed = saves * checkpoint_bytes(state) + weights + record_bytes(config, steps)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, needed=needed: usage._replace(free=needed - 1))

@@ -67,7 +67,7 @@ def step_at(config: Config, timings: Timings, seconds: float) -> int:
 
 
 def saves(config: Config) -> range | list[int]:
-    """The steps after which a checkpoint is saved."""
+    """The steps after which a checkpoint is saved, beside the rolling one."""
     regular = range(config.save_interval, config.max_steps + 1, config.save_interval)
     return regular if config.max_steps % config.save_interval == 0 else [*regular, config.max_steps]
 
@@ -75,14 +75,17 @@ def saves(config: Config) -> range | list[int]:
 def deletions(config: Config) -> Iterator[tuple[int, int]]:
     """Pairs of checkpoints, named by their steps: the first is deleted when the second is complete."""
     steps = saves(config)
-    return zip(steps, steps[config.max_checkpoints :], strict=False)
+    pairs = zip(steps, steps[config.max_checkpoints :], strict=False)
+    return ((old, new) for old, new in pairs if not config.keep_every or old % config.keep_every)
 
 
 def kept(config: Config, step: int) -> list[int]:
-    """The checkpoints that exist after `step`."""
+    """The checkpoints that exist after `step`, without a rolling one."""
     steps = saves(config)
     count = bisect.bisect_right(steps, step)
-    return list(steps[max(count - config.max_checkpoints, 0) : count])
+    first = max(count - config.max_checkpoints, 0)
+    milestones = range(config.keep_every, steps[first], config.keep_every) if config.keep_every else []
+    return [*milestones, *steps[first:count]]
 
 
 TIME_UNITS = (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0), ("second", 1.0))

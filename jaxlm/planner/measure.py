@@ -132,7 +132,8 @@ def key(config: Config, device: jax.Device) -> list[Any]:
     """All that the cost of a step or a pause depends on: the device, the machine and the settings."""
     settings = to_dict(dataclasses.replace(config, max_checkpoints=1, seed=0, init_from="", platform="auto"))
     settings["data"] = config.data.eval_sequences
-    for name in ("eval_interval", "save_interval", "generation_interval", "max_nonfinite_microbatches"):
+    intervals = ("eval_interval", "save_interval", "save_minutes", "keep_every", "generation_interval")
+    for name in (*intervals, "max_nonfinite_microbatches"):
         del settings[name]
     return [*backend.identity(device), os.cpu_count(), backend.available_memory(device), settings]
 
@@ -302,14 +303,12 @@ def _random_tokens(config: Config, workdir: Path) -> TokenFiles:
 def _step_seconds(stopwatch: _Stopwatch, plan: _ShortRun, last: int) -> tuple[list[float], float]:
     """Sorted seconds of the steps beside no pause and no save, and the seconds by which saves slowed steps."""
     warm = stopwatch.steps[1:]
-    # a micro-batch is reported with the next one, but at an interval at once: that step looks short, the next one long
     c = plan.config
     every = (c.eval_interval, c.generation_interval, c.save_interval)
     beside_pauses = {step for n in every for due in range(n, last, n) for step in (due, due + 1)}
     quiet = [seconds for step, seconds, saving in warm if not saving and step not in beside_pauses] or [warm[-1][1]]
     busy = [seconds for step, seconds, saving in warm if saving and step < last]
-    usual = median(quiet) * (len(busy) + (plan.cycles - 1) / c.grad_accum_steps)
-    return sorted(quiet), max(sum(busy) - usual, 0.0)
+    return sorted(quiet), max(sum(busy) - median(quiet) * len(busy), 0.0)
 
 
 def _size(directory: Path) -> int:

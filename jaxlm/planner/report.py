@@ -149,12 +149,12 @@ def _speed(config: Config, benchmark: BenchmarkResult, timings: Timings) -> dict
 def _disk(
     config: Config, workdir: Path, benchmark: BenchmarkResult | None, memory: Memory, tokens: int
 ) -> dict[str, Any]:
-    """What the run writes. At most there is one checkpoint more than at the end, until the oldest is deleted."""
+    """What the run writes. At most there are two checkpoints more than at the end: a rolling one, and the next."""
     checkpoint = benchmark.checkpoint_bytes if benchmark else memory.checkpoint_copy
     model, records = benchmark.model_bytes if benchmark else memory.weights, record_bytes(config, config.max_steps)
-    count = len(estimate.saves(config))
-    kept, most = (checkpoint * min(count, config.max_checkpoints + extra) for extra in (0, 1))
-    most += model + records
+    count = len(estimate.kept(config, config.max_steps))
+    replaced = len(estimate.saves(config)) > config.max_checkpoints
+    kept, most = checkpoint * count, checkpoint * (count + replaced + 1) + model + records
     free = shutil.disk_usage(_existing(workdir)).free
     written = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     return {
@@ -180,6 +180,7 @@ def _schedule(config: Config) -> dict[str, Any]:
         "steps": config.max_steps,
         "first_step_of": {name: min(step, config.max_steps) for name, step in every.items()},
         "every_steps": every,
+        "rolling_after_seconds": 60 * config.save_minutes,
         "deleted_after_steps": [list(pair) for pair in islice(estimate.deletions(config), 3)],
         "kept_at_the_end_steps": estimate.kept(config, config.max_steps),
     }

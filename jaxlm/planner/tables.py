@@ -70,7 +70,7 @@ def _disk_table(disk: dict[str, Any]) -> Table:
         ("final model", gb(disk["final_model_bytes"])),
         ("metrics, samples, TensorBoard, at most", gb(disk["records_bytes"])),
         ("work directory at the end", gb(disk["left_bytes"])),
-        ("peak, with one more checkpoint", gb(disk["most_bytes"])),
+        ("peak, with a rolling and the next one", gb(disk["most_bytes"])),
         ("free", gb(disk["free_bytes"])),
         ("fits", "yes" if disk["fits"] else "NO"),
     ]
@@ -121,6 +121,8 @@ def _schedule_lines(schedule: dict[str, Any], now: datetime) -> Iterator[Table |
     ]
     yield _table("Schedule", rows, ("first", "step", "after", "then every"))
     lines = [f"Checkpoint {old:,} is deleted when {new:,} is complete." for old, new in schedule["deleted_after_steps"]]
+    if seconds := schedule["rolling_after_seconds"]:
+        lines += [f"The next save replaces a rolling checkpoint, made {seconds / 60:g} minutes after a save."]
     lines += ["Checkpoints at the end: " + ", ".join(f"{step:,}" for step in schedule["kept_at_the_end_steps"]) + "."]
     yield "\n".join(lines)
     if not after:

@@ -1,7 +1,9 @@
-"""A listener in a thread of its own, so that a slow one delays no step."""
+"""What runs beside the training in a thread of its own: listeners, so that a slow one delays no step, and a timer."""
 
+import contextlib
 import queue
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxlm.run.events import Event, Listener
@@ -47,3 +49,21 @@ class BackgroundListener:
                 close()
         except Exception as error:
             self._error = error
+
+
+@contextlib.contextmanager
+def calls_every(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """A context in which a thread calls `call` every so many seconds."""
+    end = threading.Event()
+
+    def run() -> None:
+        while not end.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()

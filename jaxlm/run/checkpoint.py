@@ -1,5 +1,7 @@
 """Checkpoints of a run: `checkpoints/STEP/`, written by orbax in a thread; the last few are kept.
 
+The newest checkpoint may be a rolling one, saved between two intervals by time or by a stop. The next save replaces it.
+
 Each checkpoint has the items `params` (the model's parameters), `optimizer` (its state and the counters) and `meta`
 (JSON: the settings, fingerprints of the tokens, seconds trained, checksums of all arrays), and `files.json` with the
 hash of every file. Damaged files are found by their hash before anything reads them, and arrays that differ from the
@@ -13,6 +15,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -33,7 +36,6 @@ from jaxlm.run.quiet import LIBRARY_LOG
 from jaxlm.run.workdir import CHECKPOINTS, HAS_CHECKPOINTS
 from jaxlm.storage import atomic
 
-DIRECTORY = CHECKPOINTS
 FILES = "files.json"
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
@@ -48,10 +50,18 @@ Arrays = Any  # a tree of arrays, or of their shapes
 class Checkpoints:
     """The checkpoints of one work directory."""
 
-    def __init__(self, workdir: Path, max_to_keep: int | None = None):
-        self.directory = (workdir / DIRECTORY).absolute()
+    def __init__(self, workdir: Path, max_to_keep: int | None = None, keep_every: int = 0):
+        """Opens the checkpoints of `workdir`.
+
+        Args:
+            workdir: an existing directory.
+            max_to_keep: after a save so many stay, beside a rolling one and those of `keep_every`; None: all.
+            keep_every: checkpoints of its multiples stay; 0: none.
+        """
+        self.directory = (workdir / CHECKPOINTS).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._max_to_keep = max_to_keep
+        self._max_to_keep, self._keep_every = max_to_keep, keep_every
+        self._place = os.stat(self.directory)
         self._thread = ThreadPoolExecutor(1)
         self._save: Future[None] | None = None  # the last save, until it is waited for
 
@@ -71,7 +81,7 @@ class Checkpoints:
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
         self.wait()
         sums = {name: checksums(item) for name, item in items.items()}
-        self._save = self._thread.submit(self._write, step, _copy(items), sums, dict(meta))
+        self._save = self._thread.submit(self._write_in_place, step, _copy(items), sums, dict(meta))
 
     def saving(self) -> bool:
         """Whether a save is in progress."""
@@ -118,7 +128,7 @@ class Checkpoints:
             try:
                 return load(step), skipped
             except CorruptCheckpointError as error:
-                skipped.append(f"{DIRECTORY}/{step}: {error}")
+                skipped.append(f"{CHECKPOINTS}/{step}: {error}")
         raise UsageError(
             f"no checkpoint in {self.directory.parent} can be used ({'; '.join(skipped)}): choose another --workdir"
         )
@@ -128,18 +138,18 @@ class Checkpoints:
         lines = []
         for path in sorted(self.directory.glob(_UNFINISHED)):
             shutil.rmtree(path)
-            lines.append(f"Skipped {DIRECTORY}/{path.name}: its save was never finished, so it is deleted")
+            lines.append(f"Deleted {CHECKPOINTS}/{path.name}, which is not a whole checkpoint")
         for step in [step for step in self.steps() if step > newest]:
             target = self.directory / f"{step}.damaged"
             shutil.rmtree(target, ignore_errors=True)
             (self.directory / str(step)).rename(target)
-            lines.append(f"Moved {DIRECTORY}/{step} to {DIRECTORY}/{target.name}: delete it if you do not need it")
+            lines.append(f"Moved {CHECKPOINTS}/{step} to {CHECKPOINTS}/{target.name}: delete it if you do not need it")
         return lines
 
     def _new_manager(self, directory: Path, finish: Callable[[], None]) -> ocp.CheckpointManager:
-        """Orbax calls `finish` after it has written a checkpoint, before it renames it and deletes older ones."""
+        """Orbax calls `finish` after it has written a checkpoint and before it renames it."""
         background = ocp.options.AsyncOptions(post_finalization_callback=finish)
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._max_to_keep, create=False, async_options=background)
+        options = ocp.CheckpointManagerOptions(create=False, async_options=background)
         return ocp.CheckpointManager(directory, options=options)
 
     def _write(self, step: int, items: dict[str, Arrays], sums: dict[str, jax.Array], meta: dict[str, Any]) -> None:
@@ -171,6 +181,48 @@ class Checkpoints:
         if not (self.directory / str(step) / FILES).is_file():
             shutil.rmtree(self.directory / str(step), ignore_errors=True)
             raise RuntimeError("orbax renamed it before its files were hashed")
+
+    def _write_in_place(self, step: int, *items: Any) -> None:
+        """As `_write`, and then deletes what this checkpoint replaces. Raises RunError if the directory has moved."""
+        try:
+            self._write(step, *items)
+        finally:
+            if not self._in_place():
+                self._delete_misplaced(step)
+                raise RunError(f"{self.directory} was renamed, deleted or unmounted meanwhile")
+        self._delete_old()
+
+    def _in_place(self) -> bool:
+        return self.directory.is_dir() and os.path.samestat(os.stat(self.directory), self._place)
+
+    def _delete_misplaced(self, step: int) -> None:
+        """Deletes what orbax has made where the work directory was, if that is all there is."""
+        self._delete_unfinished()
+        with contextlib.suppress(OSError):
+            if os.listdir(self.directory.parent) == [CHECKPOINTS] and set(os.listdir(self.directory)) <= {str(step)}:
+                shutil.rmtree(self.directory.parent)
+
+    def _delete_old(self) -> None:
+        """Deletes the checkpoints that the newest one replaces. One that cannot be deleted is left to the next save."""
+        if self._max_to_keep is None:
+            return
+        steps = self.steps()
+        by_steps = [step for step in steps if not self._is_rolling(step)]
+        kept = {steps[-1], *by_steps[-self._max_to_keep :]}
+        for step in set(steps) - kept:
+            if not self._keep_every or step % self._keep_every:
+                unfinished = self.directory / f"{step}{_UNFINISHED.strip('*')}-old"
+                with contextlib.suppress(OSError):  # first renamed: what is half deleted is no checkpoint
+                    (self.directory / str(step)).rename(unfinished)
+                    shutil.rmtree(unfinished)
+
+    def _is_rolling(self, step: int) -> bool:
+        """Whether the next save replaces it: by its own settings it is neither of an interval nor the run's last."""
+        try:
+            config = self.meta(step)["config"]
+            return bool(step % config["save_interval"]) and step != config["max_steps"]
+        except (CorruptCheckpointError, RunError, LookupError, TypeError):
+            return False
 
     def _delete_unfinished(self) -> None:
         for path in self.directory.glob(_UNFINISHED):

@@ -8,7 +8,6 @@ from statistics import mean, median
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxlm.config import Config
-from jaxlm.run.checkpoint import DIRECTORY
 from jaxlm.run.events import (
     EvaluationEvent,
     Event,
@@ -18,7 +17,9 @@ from jaxlm.run.events import (
     SavedEvent,
     SkippedEvent,
     StepEvent,
+    WarningEvent,
 )
+from jaxlm.run.workdir import CHECKPOINTS
 from jaxlm.terminal import console, printable
 from jaxlm.units import duration
 
@@ -80,9 +81,11 @@ class Console:
             case SkippedEvent(_, skipped):
                 self._print(f"  → Skipped a micro-batch with gradients that are not finite ({skipped} so far)")
             case SavedEvent(step):
-                self._print(f"  → Saved checkpoint: {DIRECTORY}/{step}")
+                self._print(f"  → Saved checkpoint: {CHECKPOINTS}/{step}")
             case NotSavedEvent(step, reason):
                 self._print(f"  → Step {step} is not saved, {reason}; the next save tries again")
+            case WarningEvent(_, text):
+                self._print(f"  → {text}")
 
     def show_cursor(self) -> None:
         """Gives a terminal its cursor back, for a process that ends at once; safe from any thread."""

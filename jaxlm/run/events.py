@@ -2,7 +2,8 @@
 
 A listener is a callable that takes an event; `close`, if it has that, is called at the end. It runs in a thread of its
 own, so it delays no step. If it raises, it is named on the console and receives no further events. Events hold host
-values only. Between intervals the trainer sends them after it has dispatched the next micro-batch.
+values only. Between intervals the trainer sends them after it has dispatched the next micro-batch; the seconds of a
+step are the device's all the same.
 
 The trainer's own listeners are the console, TensorBoard and the records, which it calls itself. The records
 (`jaxlm.run.records.Records`) are never left out, because resuming needs them: while their rows cannot be written, no
@@ -67,6 +68,12 @@ class SkippedEvent(Event):  # a micro-batch with gradients that are not finite
 
 
 @dataclass(frozen=True)
+class WarningEvent(Event):  # a sign that the run goes wrong
+    kind: str  # `spike` or `plateau` of the loss, or `step`: one that does not end
+    text: str
+
+
+@dataclass(frozen=True)
 class SavingEvent(Event):
     step: int  # whose save begins; it runs in the background
 
@@ -79,7 +86,7 @@ class SavedEvent(Event):
 @dataclass(frozen=True)
 class NotSavedEvent(Event):
     step: int  # whose save failed; the next save tries again
-    reason: str
+    reason: str  # with what to do
 
 
 @dataclass(frozen=True)
@@ -90,5 +97,5 @@ class PauseEvent(Event):
 
 @dataclass(frozen=True)
 class StoppingEvent(Event):
-    step: int  # after which a signal stops the run; a save follows
+    step: int  # after which a signal stops the run; a save follows, unless that step is saved already
     signal: int

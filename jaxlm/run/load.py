@@ -15,7 +15,8 @@ from jaxlm.data.tokenizer import TokenizerProtocol
 from jaxlm.device import backend
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer
-from jaxlm.run.checkpoint import DIRECTORY, Checkpoints
+from jaxlm.run.checkpoint import Checkpoints
+from jaxlm.run.workdir import CHECKPOINTS
 
 
 class Checkpoint(NamedTuple):
@@ -41,7 +42,7 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
 
     `platform` and `precision` are those of the computation. Raises UsageError if there is no such checkpoint.
     """
-    if not (workdir / DIRECTORY).is_dir():
+    if not (workdir / CHECKPOINTS).is_dir():
         raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
     device = backend.start(platform)
     checkpoints = Checkpoints(workdir)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the first one stops a run after its step, a second SIGINT ends the process at once."""
+"""SIGINT, SIGTERM and SIGHUP: the first one stops a run after it has saved; SIGINT twice ends the process at once."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = "Stopping once the last step is saved; Ctrl-C {} to leave at once, without saving\n"
 
 
 class StopSignals:
@@ -39,13 +40,16 @@ class StopSignals:
 
     def _answer(self, read_end: int) -> None:
         """Answers at once, from its own thread: the main thread may be in a compilation for minutes."""
-        stopping = False
+        received: list[int] = []
         while byte := os.read(read_end, 1):
-            if stopping and byte[0] == signal.SIGINT:
+            if byte[0] not in STOP_SIGNALS:
+                continue
+            received.append(byte[0])
+            interrupts = received.count(signal.SIGINT)
+            if interrupts == 2:
                 self._before_exit()
                 os._exit(128 + signal.SIGINT)
-            if byte[0] in STOP_SIGNALS and not stopping:
-                stopping = True
+            if len(received) == 1 or byte[0] == signal.SIGINT:
                 with contextlib.suppress(OSError):  # the terminal may be gone
-                    os.write(2, b"Stopping after this step; Ctrl-C again to leave at once, without saving\n")
+                    os.write(2, STOPPING.format("again" if interrupts else "twice").encode())
         os.close(read_end)

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,14 +15,14 @@ from jaxlm.config import Config
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import parameter_count, prepare_decode_params
 from jaxlm.core.sampling import sampling_params
-from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
+from jaxlm.core.train_step import Metrics, TrainState, make_eval_step, make_train_step
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.device import backend
-from jaxlm.errors import RunError, Stopped, disk_advice
+from jaxlm.errors import RunError, Stopped
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
-from jaxlm.run.background import BackgroundListener
+from jaxlm.run.background import BackgroundListener, calls_every
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.clock import Clock
 from jaxlm.run.console import Console, intervals
@@ -30,19 +31,26 @@ from jaxlm.run.events import (
     Event,
     Listener,
     MessageEvent,
-    NotSavedEvent,
     PauseEvent,
     SamplesEvent,
-    SavedEvent,
-    SavingEvent,
     SkippedEvent,
     StepEvent,
     StoppingEvent,
+    WarningEvent,
 )
 from jaxlm.run.memory import batch_shape, step_memory
+from jaxlm.run.monitor import TICK_SECONDS, LossMonitor, StepMonitor
 from jaxlm.run.records import Records, TensorBoard
 from jaxlm.run.resume import describe_run, restore_or_init
+from jaxlm.run.saver import Saver
 from jaxlm.run.signals import StopSignals
+
+
+class InFlight(NamedTuple):
+    """A micro-batch that the device may still compute."""
+
+    metrics: Metrics
+    ended_at: Future[float]  # by the run's clock
 
 
 class Trainer:
@@ -50,7 +58,9 @@ class Trainer:
 
     The host counts the micro-batches that it has dispatched. It takes each to be good until the device reports
     otherwise, one micro-batch later, so the device never waits for the host. At an interval the host waits for the
-    last report, so evaluation, samples and checkpoint see exactly the state after that step.
+    last report, so evaluation, samples and checkpoint see exactly the state after that step. When a signal stops the
+    run within an optimizer step, what that step has accumulated is dropped: the parameters and the moments are still
+    those of the step before.
     """
 
     def __init__(
@@ -78,14 +88,14 @@ class Trainer:
         self._ready = ready
         self._tokenizer = load_tokenizer(config.model.vocab_size)
         self._prompts = encode_prompts(self._tokenizer, config.sample.prompts, config.model.context)
-        self._checkpoints = Checkpoints(workdir, config.max_checkpoints)
-        self.state, seconds, self._notes = restore_or_init(self._checkpoints, config, tokens, device)
+        checkpoints = Checkpoints(workdir, config.max_checkpoints, config.keep_every)
+        self.state, seconds, self._notes = restore_or_init(checkpoints, config, tokens, device)
         self._accepted = int(self.state.step) * config.grad_accum_steps  # micro-batches, by the host's count
         self._skipped = int(self.state.batches) - self._accepted
-        self._saved_step = self.step  # of the last whole checkpoint; 0: none
-        self._saving_step: int | None = None  # of the save in progress
-        self._save_failure = ""
+        self._step_batches = int(self.state.batches)  # read up to the end of the last optimizer step
         self._clock = Clock(seconds)
+        self._timer = ThreadPoolExecutor(1)  # waits for the device, to know when each micro-batch ends
+        self._loss_monitor, self._step_monitor = LossMonitor(), StepMonitor()
         self._records = Records(workdir, self.step)
         self._console = Console(config, self.step)
         self._listeners: list[Any] = [self._console, *map(BackgroundListener, listeners)]
@@ -93,6 +103,9 @@ class Trainer:
             self._listeners.append(TensorBoard(workdir, self.step))
         except OSError as error:
             self._notes.append(f"TensorBoard's events are not written ({error.strerror or error})")
+        self._saver = Saver(
+            config, workdir, tokens, checkpoints, self._clock, self.step, self._sync_records, self._emit
+        )
         self._signals = StopSignals(self._console.show_cursor)
         self._notes += [
             f"{path} had damaged lines; {path.name}.damaged holds the original" for path in self._records.damaged
@@ -107,7 +120,7 @@ class Trainer:
         """Trains to `max_steps` and writes the final model.
 
         Raises Stopped on SIGINT, SIGTERM or SIGHUP, after saving; RunError if too many micro-batches in a row had
-        gradients that are not finite, or if the last step cannot be saved.
+        gradients that are not finite, if the last step cannot be saved, or if the work directory is gone.
         """
         with self._signals, contextlib.closing(self):
             self._emit(MessageEvent("\n".join([*self._notes, self._header()])))
@@ -122,22 +135,35 @@ class Trainer:
         """Trains to step `last`, with all that is due on the way, and waits for the save in progress."""
         try:
             batches, train_step = self._compile()
-            in_flight: Metrics | None = None
-            while self.step < last:
-                self.state, metrics = train_step(self.state, jax.device_put(next(batches), self.device))
-                self._accepted += 1
-                if event := self._process_metrics(in_flight):
-                    self._report_step(event)
-                in_flight = metrics
-                if self._accepted % self.config.grad_accum_steps == 0 and (self.step == last or self._any_due()):
-                    event, in_flight = self._process_metrics(in_flight), None
-                    if event:
-                        self._run_due_events(event)
+            with calls_every(TICK_SECONDS, self._look_at_step):
+                self._run_steps(last, batches, train_step)
         finally:
-            self._report_save(wait=True)
+            self._saver.report(wait=True)
+
+    def _run_steps(self, last: int, batches: Iterator[np.ndarray], train_step: Any) -> None:
+        in_flight: InFlight | None = None
+        while self.step < last:
+            self.state, metrics = train_step(self.state, jax.device_put(next(batches), self.device))
+            self._accepted += 1
+            if event := self._process_metrics(in_flight):
+                self._report_step(event)
+            in_flight = InFlight(metrics, self._timer.submit(self._wait_for, metrics))
+            step_ends = self._accepted % self.config.grad_accum_steps == 0
+            if self._signals.number or (step_ends and (self.step == last or self._any_due())):
+                event, in_flight = self._process_metrics(in_flight), None
+                if event:
+                    self._run_due_events(event)
+                elif self._signals.number:
+                    state = self.state._replace(batches=jax.device_put(np.int32(self._step_batches), self.device))
+                    self._stop(state, self._signals.number)
+
+    def _wait_for(self, metrics: Metrics) -> float:
+        jax.block_until_ready(metrics)
+        return self._clock.seconds()
 
     def close(self) -> None:
         """Closes the records and the listeners."""
+        self._timer.shutdown(wait=False)
         self._call_listeners("close")
         self._records.close()
 
@@ -150,6 +176,8 @@ class Trainer:
             f" {run_tokens / data_tokens:.3g} epochs of {data_tokens:,} tokens",
             f"Data in {self.tokens.directory}, work in {self.workdir}",
         ]
+        if sys.platform == "darwin":
+            lines.append("A Mac that sleeps does not train: keep it awake with `caffeinate -i` before the command")
         return "\n".join(lines + [f"Resuming from step {self.step:,}"] * (self.step > 0))
 
     def _compile(self) -> tuple[Iterator[np.ndarray], Any]:
@@ -165,10 +193,11 @@ class Trainer:
         self._eval_step = make_eval_step(c)
         return batches, train_step
 
-    def _process_metrics(self, metrics: Metrics | None) -> StepEvent | None:
+    def _process_metrics(self, in_flight: InFlight | None) -> StepEvent | None:
         """Waits for a micro-step; returns the event of the optimizer step that it completed, if any."""
-        if metrics is None:
+        if in_flight is None:
             return None
+        metrics, ended_at = in_flight
         m = jax.device_get(metrics)
         if m.skipped > self._skipped:
             self._skipped = int(m.skipped)
@@ -181,7 +210,9 @@ class Trainer:
             )
         if not m.updated:
             return None
-        step, step_seconds = int(m.step), self._clock.step_ended()
+        step, seconds = int(m.step), ended_at.result()
+        step_seconds = self._clock.step_ended(seconds)
+        self._step_batches = step * self.config.grad_accum_steps + self._skipped
         return StepEvent(
             step=step,
             loss=float(m.loss),
@@ -189,7 +220,7 @@ class Trainer:
             grad_norm=float(m.grad_norm),
             tokens=step * self.config.tokens_per_step,
             tokens_per_second=self.config.tokens_per_step / step_seconds,
-            seconds=round(self._clock.seconds(), 3),
+            seconds=round(seconds, 3),
             step_seconds=step_seconds,
             seconds_left=self._seconds_left(step),
         )
@@ -201,15 +232,21 @@ class Trainer:
 
     def _report_step(self, event: StepEvent) -> None:
         self._emit(event)
-        self._report_save()
+        for kind, text in self._loss_monitor(event.step, event.loss).items():
+            self._emit(WarningEvent(kind, text))
+        self._saver.report()
+        self._saver.look_now_and_then()
+
+    def _look_at_step(self) -> None:
+        if text := self._step_monitor.tick(self._clock.step_began, self._clock.usual_step):
+            self._emit(WarningEvent("step", text))
 
     def _any_due(self) -> bool:
-        at_interval = any(self.step % every == 0 for every in intervals(self.config).values())
-        return at_interval or self.step == self.config.max_steps or bool(self._signals.number)
+        return any(self.step % every == 0 for every in intervals(self.config).values()) or self._saver.due(self.step)
 
     def _run_due_events(self, event: StepEvent) -> None:
         """Evaluates, samples, saves and stops: whatever is due after the step of `event`, which is the state's."""
-        c, step, stop_signal = self.config, self.step, self._signals.number
+        c, step = self.config, self.step
         last = step == c.max_steps
         if step % c.eval_interval == 0 or last:
             with self._pause("evaluation"):
@@ -221,17 +258,22 @@ class Trainer:
         if step % c.generation_interval == 0 or last:
             with self._pause("samples"):
                 self._emit(SamplesEvent(step, self._generate_samples(step)))
-        if stop_signal and not last:
-            self._emit(StoppingEvent(step, stop_signal))
-        if step % c.save_interval == 0 or last or stop_signal:
+        if self._signals.number and not last:
+            self._stop(self.state, self._signals.number)
+        if last or self._saver.due(step):
+            save = self._saver.finish if last else self._saver.save
             with self._pause("checkpoint"):
-                self._save(step)
-        if last or stop_signal:
-            self._report_save(wait=True)
-            if self._saved_step != step:
-                raise RunError(f"{self._save_failure}; the same command resumes from step {self._saved_step}")
-        if stop_signal and not last:
-            raise Stopped(f"stopped after step {step}: the same command resumes from there", stop_signal)
+                save(step, self.state)
+
+    def _stop(self, state: TrainState, signal: int) -> None:
+        """Raises Stopped once `state`, that after the last optimizer step, is saved."""
+        step = self.step
+        self._emit(StoppingEvent(step, signal))
+        if step == 0:
+            raise Stopped("stopped before the first step was done: nothing is saved", signal)
+        with self._pause("checkpoint"):
+            self._saver.finish(step, state)
+        raise Stopped(f"stopped after step {step}: the same command resumes from there", signal)
 
     def _evaluate(self, step: int, limit: int) -> EvaluationEvent:
         """The validation loss over `limit` sequences; 0: over all."""
@@ -264,36 +306,10 @@ class Trainer:
         except FloatingPointError as error:
             return f" ({error})"
 
-    def _save(self, step: int) -> None:
-        """Starts a save, after the rows of all steps up to this one are on the disk."""
-        self._report_save(wait=True)
-        try:
-            self._records.sync()
-        except OSError as error:
-            reason = f"{self.workdir} cannot store the rows up to it ({error.strerror}): {disk_advice(error)}"
-            self._report_failed_save(step, reason)
-            return
+    def _sync_records(self) -> None:
+        """Returns once the rows of all steps are on the disk. Raises OSError."""
+        self._records.sync()
         self._call_listeners("sync")
-        self._checkpoints.save(step, self.state, describe_run(self.config, self.tokens, self._clock.seconds()))
-        self._saving_step = step
-        self._emit(SavingEvent(step))
-
-    def _report_save(self, wait: bool = False) -> None:
-        """Reports that the save in progress is complete or failed, once that is known."""
-        if self._saving_step is None or (self._checkpoints.saving() and not wait):
-            return
-        step, self._saving_step = self._saving_step, None
-        try:
-            self._checkpoints.wait()
-        except RunError as error:
-            self._report_failed_save(step, str(error))
-        else:
-            self._saved_step = step
-            self._emit(SavedEvent(step))
-
-    def _report_failed_save(self, step: int, reason: str) -> None:
-        self._save_failure = f"step {step} is not saved, {reason}"
-        self._emit(NotSavedEvent(step, reason))
 
     @contextlib.contextmanager
     def _pause(self, kind: str) -> Iterator[None]:

@@ -85,6 +85,23 @@ def test_the_schedule_agrees_with_a_simulation(schedule):
         assert estimate.step_at(config, SECONDS, seconds) == max(done, default=0)
 
 
+@pytest.mark.parametrize("keep_every", [3, 9, 27])
+def test_milestones_are_kept_beyond_max_checkpoints(keep_every):
+    config = dataclasses.replace(scheduled(7, 5, 3, 40, 2), keep_every=keep_every)
+    history, deleted = simulate(dataclasses.replace(config, keep_every=0), SECONDS)
+    gone = [(old, new) for old, new in deleted if old % keep_every]
+    assert list(estimate.deletions(config)) == gone
+    saved = {step for _, checkpoints in history for step in checkpoints}
+    for step in range(config.max_steps + 1):
+        left = {old for old in saved if old <= step} - {old for old, new in gone if new <= step}
+        assert estimate.kept(config, step) == sorted(left)
+
+
+def test_the_presets_schedule_has_its_five():
+    assert estimate.kept(PRESET, 50_000) == [48_900, 49_200, 49_500, 49_800, 50_000]
+    assert (PRESET.save_minutes, PRESET.keep_every) == (30, 0)
+
+
 def test_a_save_waits_for_the_one_before():
     config = scheduled(1000, 1000, 2, 1000, 5)
     slow = dataclasses.replace(SECONDS, saving=10.0)

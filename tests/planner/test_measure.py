@@ -76,7 +76,7 @@ def test_the_stopwatch_separates_steps_beside_pauses_and_saves(config, monkeypat
     assert stopwatch.saves == [3.0, 7.0]
     steps, slowed = measure._step_seconds(stopwatch, measure._ShortRun(config, 2, False), last)
     assert steps == [1.0, 1.0, 1.0]  # 2, 3 and 4
-    assert slowed == 2 * 3.0 - 2.5 * 1.0  # two steps during a save, and half a step that the save's pause hides
+    assert slowed == 2 * 3.0 - 2 * 1.0  # two steps during a save
 
 
 @pytest.mark.slow

@@ -24,8 +24,9 @@ from jaxlm.core.checksum import checksums
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice
 from jaxlm.run import checkpoint
-from jaxlm.run.checkpoint import DIRECTORY, Checkpoints, checkpoint_bytes
+from jaxlm.run.checkpoint import Checkpoints, checkpoint_bytes
 from jaxlm.run.memory import state_shapes
+from jaxlm.run.workdir import CHECKPOINTS
 from jaxlm.storage import atomic
 from tests.tiny_run import assert_same_bits, disk_room, is_one_line
 
@@ -84,13 +85,13 @@ def saved(tmp_path_factory, trained):
 @pytest.fixture
 def checkpoints(saved, tmp_path):
     """Checkpoint 3 alone."""
-    shutil.copytree(saved.directory / "3", tmp_path / DIRECTORY / "3")
+    shutil.copytree(saved.directory / "3", tmp_path / CHECKPOINTS / "3")
     return Checkpoints(tmp_path)
 
 
 @pytest.fixture
 def three(saved, tmp_path):
-    shutil.copytree(saved.directory, tmp_path / DIRECTORY)
+    shutil.copytree(saved.directory, tmp_path / CHECKPOINTS)
     return Checkpoints(tmp_path, 3)
 
 
@@ -184,7 +185,97 @@ def test_only_the_last_few_are_kept(tmp_path, trained):
         checkpoints.save(step, state, META)
     checkpoints.wait()
     assert checkpoints.steps() == [5, 30]
-    assert sorted(path.name for path in (tmp_path / DIRECTORY).iterdir()) == ["30", "5"]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == ["30", "5"]
+
+
+def saved_with(config):
+    return META | {"config": {"save_interval": 10, "max_steps": 33} | config}
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"),
+    [
+        (2, 0, [[4], [7], [10], [10, 15], [10, 20], [20, 30], [30, 33]]),  # 15 does not displace 10
+        (1, 0, [[4], [7], [10], [10, 15], [20], [30], [33]]),
+        (1, 20, [[4], [7], [10], [10, 15], [20], [20, 30], [20, 33]]),
+        (None, 0, [[4], [4, 7], [4, 7, 10], [4, 7, 10, 15]]),
+    ],
+)
+def test_a_rolling_checkpoint_is_replaced_by_the_next_and_displaces_none(tmp_path, trained, keep, keep_every, left):
+    """Also in a session with another save_interval: 7, 10 and 30 are what their own settings say."""
+    state = committed(trained)
+    for step, steps in zip((4, 7, 10, 15, 20, 30, 33), left, strict=False):
+        checkpoints = Checkpoints(tmp_path, keep, keep_every)
+        checkpoints.save(step, state, saved_with({}))
+        checkpoints.wait()
+        assert checkpoints.steps() == steps
+        assert sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()) == steps
+
+
+def test_a_checkpoint_of_an_earlier_interval_is_no_rolling_one(tmp_path, trained):
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step, interval in ((3, 3), (6, 3), (10, 10)):
+        checkpoints.save(step, committed(trained), saved_with({"save_interval": interval}))
+    checkpoints.wait()
+    assert checkpoints.steps() == [6, 10]
+
+
+def test_a_new_checkpoint_is_whole_before_an_old_one_is_deleted(tmp_path, trained, monkeypatch):
+    """What is half deleted no longer has the name of a checkpoint, and goes with the next save."""
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, committed(trained), META)
+    checkpoints.wait()
+    rmtree, whole = shutil.rmtree, []
+
+    def die(path, *arguments, **others):
+        if "-old" in str(path):
+            whole.append(Checkpoints(tmp_path).meta(2))
+            raise OSError("killed")
+        rmtree(path, *arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        checkpoints.save(2, committed(trained), META)
+        checkpoints.wait()
+    assert len(whole) == 1
+    assert Checkpoints(tmp_path).steps() == [2]
+    assert len(list((tmp_path / CHECKPOINTS).iterdir())) == 2
+    checkpoints.save(3, committed(trained), META)
+    checkpoints.wait()
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("moment", ["before", "within", "after"])
+def test_a_save_into_a_directory_that_has_moved_fails_and_leaves_nothing_there(tmp_path, trained, monkeypatch, moment):
+    (tmp_path / "run").mkdir()
+    checkpoints = Checkpoints(tmp_path / "run", 1)
+    checkpoints.save(1, committed(trained), META)
+    checkpoints.wait()
+
+    def move():
+        (tmp_path / "run").rename(tmp_path / "moved")
+
+    write, save = checkpoints._write, checkpoints._manager.save
+
+    def write_and_move(*arguments):
+        if moment == "before":
+            move()
+        write(*arguments)
+        if moment == "after":
+            move()
+
+    def move_and_save(*arguments, **others):
+        move()
+        return save(*arguments, **others)
+
+    monkeypatch.setattr(checkpoints, "_write", write_and_move)
+    if moment == "within":
+        monkeypatch.setattr(checkpoints._manager, "save", move_and_save)
+    checkpoints.save(2, committed(trained), META)
+    with pytest.raises(RunError, match="renamed, deleted or unmounted"):
+        checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    assert 1 in Checkpoints(tmp_path / "moved").steps()
 
 
 def test_a_checkpoint_takes_the_bytes_of_parameters_and_moments(tmp_path):
@@ -193,13 +284,13 @@ def test_a_checkpoint_takes_the_bytes_of_parameters_and_moments(tmp_path):
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(1, committed(state), META)
     checkpoints.wait()
-    size = sum(path.stat().st_size for path in (tmp_path / DIRECTORY).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in (tmp_path / CHECKPOINTS).rglob("*") if path.is_file())
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert 0.85 < size / (3 * 4 * numbers) < 1.05
 
 
 def files_of(tmp_path, step=3):
-    return sorted(path for path in (tmp_path / DIRECTORY / str(step)).rglob("*") if path.is_file())
+    return sorted(path for path in (tmp_path / CHECKPOINTS / str(step)).rglob("*") if path.is_file())
 
 
 def whole_or_damaged(tmp_path, trained):
@@ -271,7 +362,7 @@ def test_the_checksum_of_each_leaf_is_compared(checkpoints, trained, monkeypatch
 
 @pytest.mark.parametrize("name", ["meta/metadata", "optimizer/_METADATA"])
 def test_the_reason_names_the_file(checkpoints, tmp_path, name):
-    path = tmp_path / DIRECTORY / "3" / name
+    path = tmp_path / CHECKPOINTS / "3" / name
     data = path.read_bytes()
     path.write_bytes(data[:-1] + b" ")
     with pytest.raises(CorruptCheckpointError, match=f"^{name} is not as it was saved$"):
@@ -297,7 +388,7 @@ def test_a_file_that_this_process_cannot_open_is_not_called_damaged(checkpoints)
 
 
 def test_a_list_of_files_cannot_name_files_elsewhere(checkpoints, tmp_path):
-    path = tmp_path / DIRECTORY / "3" / "files.json"
+    path = tmp_path / CHECKPOINTS / "3" / "files.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"params/../../../secret": ""}))
     (tmp_path / "secret").write_text("")
     assert checkpoints.meta(3)["seconds"] == META["seconds"]
@@ -307,14 +398,14 @@ def test_a_list_of_files_cannot_name_files_elsewhere(checkpoints, tmp_path):
 def test_a_malformed_list_of_files_is_refused_in_one_line(checkpoints, tmp_path):
     objects = (b'{"params/x": 1}', b'{"meta": ""}', b'{"": ""}')
     for text in (*objects, b"", b"[]", b"3", b"\xff", b"null", b"[[]]", b"[" * 99_999):
-        (tmp_path / DIRECTORY / "3" / "files.json").write_bytes(text)
+        (tmp_path / CHECKPOINTS / "3" / "files.json").write_bytes(text)
         with pytest.raises(CorruptCheckpointError) as caught:
             checkpoints.state(3, like(), CPU)
         assert is_one_line(caught.value)
 
 
 def test_parameters_alone_need_only_their_own_files(checkpoints, tmp_path, trained):
-    shutil.rmtree(tmp_path / DIRECTORY / "3" / "optimizer")
+    shutil.rmtree(tmp_path / CHECKPOINTS / "3" / "optimizer")
     assert_same_bits(checkpoints.params(3, like().params, CPU), trained.params)
 
 
@@ -355,12 +446,12 @@ def test_a_checkpoint_that_is_moved_aside_frees_its_name_and_evicts_no_good_one(
     three.wait()
     assert three.steps() == [1, 3, 5]
     assert_same_bits(three.state(5, like(), CPU), trained)
-    assert sorted(path.name for path in (tmp_path / DIRECTORY).glob("*.damaged")) == ["3.damaged", "5.damaged"]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).glob("*.damaged")) == ["3.damaged", "5.damaged"]
     assert Checkpoints(tmp_path).steps() == [1, 3, 5]
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_deleted(three, tmp_path):
-    folder = tmp_path / DIRECTORY
+    folder = tmp_path / CHECKPOINTS
     (folder / "5").rename(folder / "5.orbax-checkpoint-tmp")
     reopened = Checkpoints(tmp_path)
     assert reopened.steps() == [1, 3]
@@ -381,7 +472,7 @@ def test_a_full_disk_harms_no_other_checkpoint_and_the_next_save_works(three, tm
     for step in (7, 9):
         three.save(step, committed(trained), META)
         three.wait()
-    assert sorted(path.name for path in (tmp_path / DIRECTORY).iterdir()) == ["5", "7", "9"]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == ["5", "7", "9"]
     assert three.steps() == [5, 7, 9]
     assert_same_bits(three.state(7, like(), CPU), trained)
 
@@ -393,7 +484,7 @@ def test_a_save_without_room_does_not_begin(three, tmp_path, trained, monkeypatc
     three.save(7, committed(trained), META)
     with pytest.raises(RunError, match="MB are free"):
         three.wait()
-    assert sorted(path.name for path in (tmp_path / DIRECTORY).iterdir()) == ["1", "3", "5"]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == ["1", "3", "5"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     three.save(7, committed(trained), META)
     three.wait()
@@ -420,7 +511,7 @@ def test_all_files_are_synced_before_the_directory_is_renamed(tmp_path, trained,
     checkpoints.save(3, committed(trained), META)
     checkpoints.wait()
     for path in files_of(tmp_path):
-        path.write_bytes(synced.get(path.relative_to(tmp_path / DIRECTORY / "3"), b""))
+        path.write_bytes(synced.get(path.relative_to(tmp_path / CHECKPOINTS / "3"), b""))
     assert whole_or_damaged(tmp_path, trained)
 
 
@@ -456,13 +547,13 @@ def test_any_path_holds_checkpoints(saved, tmp_path, trained, monkeypatch, name)
     """A checkpoint written there is restored, and one that was copied there."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    shutil.copytree(saved.directory / "3", tmp_path / name / DIRECTORY / "3")
+    shutil.copytree(saved.directory / "3", tmp_path / name / CHECKPOINTS / "3")
     checkpoints = Checkpoints(tmp_path / name, 3)
     checkpoints.save(7, committed(trained), META)
     checkpoints.wait()
     for step in (3, 7):
         assert_same_bits(Checkpoints(tmp_path / name).state(step, like(), CPU), trained)
-    assert sorted(path.name for path in (tmp_path / name / DIRECTORY).iterdir()) == ["3", "7"]
+    assert sorted(path.name for path in (tmp_path / name / CHECKPOINTS).iterdir()) == ["3", "7"]
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -493,7 +584,7 @@ def test_a_plain_path_needs_no_link(tmp_path, monkeypatch):
 
 def test_a_save_whose_parts_orbax_does_not_merge_is_no_checkpoint(saved, tmp_path, trained, monkeypatch):
     """It globs the path unescaped: without the link, the checkpoint lacks every array, and its files have hashes."""
-    shutil.copytree(saved.directory, tmp_path / "[proj]" / DIRECTORY)
+    shutil.copytree(saved.directory, tmp_path / "[proj]" / CHECKPOINTS)
     monkeypatch.setattr(checkpoint, "_PLAIN_PATH", re.compile(".*"))
     checkpoints = Checkpoints(tmp_path / "[proj]", 3)
     reason = failed_save(checkpoints, trained)
@@ -541,7 +632,7 @@ def test_the_advice_of_a_failed_save_fits_its_error(three, trained, monkeypatch,
 
 
 def test_a_work_directory_that_is_gone_is_not_created_by_a_save(three, tmp_path, trained):
-    (tmp_path / DIRECTORY).rename(tmp_path / "moved")
+    (tmp_path / CHECKPOINTS).rename(tmp_path / "moved")
     assert "check that the folder is still there" in failed_save(three, trained)
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
@@ -555,7 +646,7 @@ def test_the_cause_of_a_failed_save_is_logged(three, trained, monkeypatch, caplo
 
 def seal(tmp_path, step):
     """Gives a checkpoint the hashes of its files as they are, as a save by orbax would that went wrong."""
-    folder = tmp_path / DIRECTORY / str(step)
+    folder = tmp_path / CHECKPOINTS / str(step)
     files = [path for path in folder.glob("*/**/*") if path.is_file()]
     hashes = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "files.json").write_text(json.dumps(hashes))
@@ -633,9 +724,9 @@ def test_a_file_that_cannot_be_read_again_fails_the_save(three, trained, monkeyp
 
 def test_only_folders_of_whole_numbers_are_checkpoints(three, tmp_path):
     for name in ("007", "²", "7.damaged", "x"):
-        (tmp_path / DIRECTORY / name).mkdir()
-    (tmp_path / DIRECTORY / "9").write_text("a file")
+        (tmp_path / CHECKPOINTS / name).mkdir()
+    (tmp_path / CHECKPOINTS / "9").write_text("a file")
     assert three.steps() == [1, 3, 5]
-    shutil.rmtree(tmp_path / DIRECTORY)
+    shutil.rmtree(tmp_path / CHECKPOINTS)
     with pytest.raises(RunError, match="check that the folder is still there"):
         three.steps()

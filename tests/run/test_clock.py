@@ -25,13 +25,13 @@ def test_a_pause_is_not_part_of_a_step():
     with clock.pause("compilation"):
         time.passes(100)
     time.passes(1)
-    assert clock.step_ended() == 3
+    assert clock.step_ended(clock.seconds()) == 3
     with clock.pause("evaluation"):
         time.passes(50)
     time.passes(4)
-    assert clock.step_ended() == 4
+    assert clock.step_ended(clock.seconds()) == 4
     time.passes(5)
-    assert clock.step_ended() == 5
+    assert clock.step_ended(clock.seconds()) == 5
 
 
 def test_a_pause_that_raises_is_not_part_of_a_step():
@@ -41,7 +41,7 @@ def test_a_pause_that_raises_is_not_part_of_a_step():
         time.passes(70)
         raise OSError
     time.passes(1)
-    assert clock.step_ended() == 1
+    assert clock.step_ended(clock.seconds()) == 1
 
 
 def test_time_left_is_that_of_the_remaining_steps_and_pauses():
@@ -49,7 +49,7 @@ def test_time_left_is_that_of_the_remaining_steps_and_pauses():
     clock = Clock(now=time)
     for _ in range(3):
         time.passes(2)
-        clock.step_ended()
+        clock.step_ended(clock.seconds())
     with clock.pause("evaluation"):
         time.passes(30)
     with clock.pause("evaluation"):
@@ -66,7 +66,7 @@ def test_time_left_follows_the_last_steps_but_ignores_one_slow_step():
     clock = Clock(now=time)
     for seconds in [9] * 200 + [1] * 60 + [500]:
         time.passes(seconds)
-        clock.step_ended()
+        clock.step_ended(clock.seconds())
     assert clock.seconds_left(10, {}) == 10
 
 
@@ -77,9 +77,9 @@ def test_a_suspended_process_does_not_change_the_time_left():
     for gap in (0, 30_000, 0):
         for _ in range(3):
             time.passes(2)
-            clock.step_ended()
+            clock.step_ended(clock.seconds())
         time.passes(2 + gap)
-        clock.step_ended()
+        clock.step_ended(clock.seconds())
         with clock.pause("evaluation"):
             time.passes(10 + gap)
         assert clock.seconds_left(100, {"evaluation": 5}) == 250
@@ -89,7 +89,7 @@ def test_seconds_include_all_sessions_and_pauses():
     time = Time()
     clock = Clock(seconds_before=5000, now=time)
     time.passes(3)
-    clock.step_ended()
+    clock.step_ended(clock.seconds())
     with clock.pause("samples"):
         time.passes(10)
     time.passes(1)

@@ -4,20 +4,47 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGTERM
+
+import pytest
+
+AGAIN = "Stopping once the last step is saved; Ctrl-C again to leave at once, without saving\n"
+TWICE = AGAIN.replace("again", "twice")
 
 
-def test_a_second_ctrl_c_leaves_at_once_though_python_is_deep_in_other_code():
-    """For example in a compilation, where the handlers of the main thread have to wait."""
-    code = """
-import hashlib, os, threading
+def receive(signals, busy="hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"):
+    """A process that receives the signals 0.4 s after each other, while Python is deep in other code."""
+    code = f"""
+import hashlib, os, threading, time
 from jaxlm.run.signals import StopSignals
-with StopSignals(lambda: os.write(1, b"left")):
-    for seconds in (0.2, 0.6):
-        threading.Timer(seconds, os.kill, (os.getpid(), 2)).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+with StopSignals(lambda: os.write(1, b"left")) as signals:
+    for index, number in enumerate({[int(number) for number in signals]}):
+        threading.Timer(0.2 + 0.4 * index, os.kill, (os.getpid(), number)).start()
+    {busy}
+    print(signals.number)
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, env=environment)
-    assert done.returncode == 130
-    assert done.stdout == "left"
-    assert done.stderr == "Stopping after this step; Ctrl-C again to leave at once, without saving\n"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("signals", "lines"),
+    [
+        ((SIGINT, SIGINT), AGAIN),
+        ((SIGTERM, SIGINT, SIGINT), TWICE + AGAIN),
+        ((SIGINT, SIGTERM, SIGINT), AGAIN),
+    ],
+)
+def test_ctrl_c_twice_leaves_at_once_though_python_is_deep_in_other_code(signals, lines):
+    """For example in a compilation, where the handlers of the main thread have to wait."""
+    done = receive(signals)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "left", lines)
+
+
+@pytest.mark.parametrize(
+    ("signals", "lines"),
+    [((SIGTERM, SIGINT), TWICE + AGAIN), ((SIGTERM, SIGTERM), TWICE), ((SIGINT, SIGTERM), AGAIN), ((SIGHUP,), TWICE)],
+)
+def test_other_signals_never_leave_without_saving(signals, lines):
+    done = receive(signals, "time.sleep(2)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{int(signals[0])}\n", lines)

@@ -1,8 +1,10 @@
 """The training run from the command to the files, on a text of a few kilobytes."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
+import itertools
 import os
 import re
 import resource
@@ -10,20 +12,23 @@ import shutil
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from jaxlm.config import Config
 from jaxlm.core.model import Decoder, loss_and_gradient
 from jaxlm.core.train_step import init_state
 from jaxlm.data.token_files import train_batch_stream
-from jaxlm.errors import RunError, Stopped, UsageError
+from jaxlm.errors import RunError, Stopped, UsageError, disk_advice
 from jaxlm.interop.huggingface import write_model
 from jaxlm.main import open_data
 from jaxlm.run import trainer
 from jaxlm.run.checkpoint import Checkpoints
+from jaxlm.run.clock import Clock
 from jaxlm.run.console import Console
 from jaxlm.run.events import (
     EvaluationEvent,
@@ -35,9 +40,11 @@ from jaxlm.run.events import (
     SkippedEvent,
     StepEvent,
     StoppingEvent,
+    WarningEvent,
 )
 from jaxlm.run.memory import batch_shape, state_shapes
 from jaxlm.run.records import Records
+from jaxlm.run.saver import Saver
 from jaxlm.run.signals import STOP_SIGNALS
 from tests import tiny_run
 from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state
@@ -47,6 +54,7 @@ HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # befo
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"]
 VAL_KEYS = ["val_loss", "val_bits_per_byte"]
 POISON = 298  # a token that no text has; the tests make its loss nan
+ADVICE = disk_advice(OSError(errno.EFBIG, "File too large"))
 train = functools.partial(tiny_run.train, share="plain")
 
 
@@ -92,6 +100,10 @@ def of_type(events, *types):
 
 def send(number):
     return lambda: os.kill(os.getpid(), number)
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in Path(workdir, "checkpoints").iterdir())
 
 
 def without_clock(metrics):
@@ -466,8 +478,9 @@ def full_from_to(patch, workdir, first, last):
 def test_a_full_disk_costs_only_the_saves_meanwhile(monkeypatch, console):
     full_from_to(monkeypatch, "filled", 5, 10)
     shown = train("filled")
-    warned = re.findall(r"(?m)^  → Step (\d+) is not saved, (.*: choose .*); the next save tries again$", shown)
+    warned = re.findall(r"(?m)^  → Step (\d+) is not saved, (.*); the next save tries again$", shown)
     assert [int(step) for step, _ in warned] == [6, 9]
+    assert all(reason.endswith(f"(File too large): {ADVICE}") for _, reason in warned)
     assert re.findall(r"Saved checkpoint: checkpoints/(\d+)", shown) == ["3", "12"]
     assert without_clock(rows("filled/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
     assert Path("filled/samples.jsonl").read_bytes() == Path("run/samples.jsonl").read_bytes()
@@ -498,7 +511,7 @@ def test_a_run_that_cannot_save_its_last_step_says_so_and_resumes(console):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert is_one_line(caught.value)
-    for part in ("step 12 is not saved", "larger files; the same command", "resumes from step 3"):
+    for part in ("step 12 is not saved", ADVICE, "resumes from step 3"):
         assert part in str(caught.value)
     assert "Resuming from step 3" in train("too-full")
     assert without_clock(rows("too-full/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
@@ -571,7 +584,7 @@ def test_non_finite_micro_batches_are_skipped_and_intervals_stay_exact(monkeypat
     assert [row["step"] for row in metrics if "val_loss" in row] == [4, 8, 12]
     assert np.isfinite([row["loss"] for row in metrics]).all()
     assert [row["step"] for row in rows("skipping/samples.jsonl")] == [6] * 3 + [12] * 3
-    assert sorted(int(path.name) for path in Path("skipping/checkpoints").iterdir()) == [3, 6, 9, 11, 12]
+    assert saved_steps("skipping") == [3, 6, 9, 12]  # the stop's was a rolling one
     lines = re.findall(r"(?m)^.*not finite.*$", shown)
     assert len(lines) == len(POISONED)
     assert f"{len(POISONED)} so far" in lines[-1]
@@ -775,3 +788,298 @@ def test_records_that_fail_end_the_run(monkeypatch, console):
     with pytest.raises(RunError, match="Input/output error"):
         train("unrecorded")
     assert len(rows("unrecorded/metrics.jsonl")) == 5
+
+
+class StepAndSignal:
+    """A compiled step that sends this process a signal within micro-batch `number`, and the state before it."""
+
+    def __init__(self, compiled, number):
+        self.compiled, self.number, self.calls = compiled, number, 0
+
+    def __call__(self, state, batch):
+        self.calls += 1
+        if self.calls == self.number:
+            send(signal.SIGTERM)()
+        return self.compiled(state, batch)
+
+
+def stop_in_micro_batch(number, workdir, *flags):
+    """Trains until a signal comes in micro-batch `number`; returns the Stopped and the micro-batches dispatched."""
+    compile_run, steps = trainer.Trainer._compile, []
+
+    def compile_and_signal(self):
+        batches, train_step = compile_run(self)
+        steps.append(StepAndSignal(train_step, number))
+        return batches, steps[0]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(trainer.Trainer, "_compile", compile_and_signal)
+        train(workdir, *flags)
+    return stopped.value, steps[0].calls
+
+
+def test_a_stop_within_a_step_saves_the_step_before_and_resumes_exactly(monkeypatch):
+    """Micro-batch 10 is skipped, so step 4 takes 10 to 13; a signal in its third drops what it has accumulated."""
+    poison(monkeypatch)
+    write_poisoned_tokens("poisoned-thirds", {2, 10}, windows=120)
+    flags = ("--config.data.dir=poisoned-thirds", "--config.grad_accum_steps=3", "--config.max_checkpoints=20")
+    poisoned = functools.partial(tiny_run.train, share="poisoned")
+    monkeypatch.setattr(f"{__name__}.train", poisoned)
+    poisoned("whole", *flags, "--config.save_interval=1")
+    # of 36 good micro-batches and two skipped ones, with the last of the steps before
+    for workdir, number, step in (("third", 13, 3), ("second", 21, 6), ("skipped", 11, 3), ("end", 24, 7)):
+        stopped, dispatched = stop_in_micro_batch(number, workdir, *flags)
+        assert dispatched == number
+        assert stopped.exit_status == 143
+        assert f"after step {step}:" in str(stopped)
+        assert [row["step"] for row in rows(f"{workdir}/metrics.jsonl")] == list(range(1, step + 1))
+        assert_same_bits(saved_state(workdir, step), saved_state("whole", step))
+        assert Checkpoints(Path(workdir)).steps()[-1] == step
+        poisoned(workdir, *flags)
+        assert without_clock(rows(f"{workdir}/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+        assert_same_bits(saved_state(workdir, LAST), saved_state("whole", LAST))
+
+
+def test_a_stop_before_the_first_step_saves_nothing_and_says_so():
+    stopped, dispatched = stop_in_micro_batch(1, "hasty")
+    assert (dispatched, str(stopped)) == (1, "stopped before the first step was done: nothing is saved")
+    assert saved_steps("hasty") == rows("hasty/metrics.jsonl") == []
+
+
+def test_a_stop_after_a_saved_step_writes_no_checkpoint(console, monkeypatch):
+    copy_of_step_9("resumed")
+    events = collect_events(monkeypatch)
+    stopped, _ = stop_in_micro_batch(1, "resumed")
+    assert "after step 9:" in str(stopped)
+    assert of_type(events, SavingEvent, StoppingEvent) == [StoppingEvent(9, signal.SIGTERM)]
+    assert saved_steps("resumed") == [3, 6, 9]
+
+
+def test_a_rolling_checkpoint_comes_by_time_and_the_next_save_replaces_it(console, monkeypatch):
+    """Each step takes six minutes by the run's clock."""
+    existing, report = {}, Saver.report
+
+    def report_and_list(self, wait=False):
+        report(self, wait=True)
+        if self.saved_step:
+            existing[self.saved_step] = saved_steps("rolling")
+
+    now, stream = [0.0], train_batch_stream
+
+    def three_minutes_each(*arguments):
+        for batch in stream(*arguments):
+            now[0] += 180
+            yield batch
+
+    monkeypatch.setattr(trainer, "Clock", lambda seconds: Clock(seconds, lambda: now[0]))
+    monkeypatch.setattr(trainer, "train_batch_stream", three_minutes_each)
+    monkeypatch.setattr(Saver, "report", report_and_list)
+    flags = ("--config.save_interval=6", "--config.save_minutes=12", "--config.max_checkpoints=1")
+    train("rolling", *flags)
+    assert existing == {2: [2], 4: [4], 6: [6], 8: [6, 8], 10: [6, 10], 12: [12]}
+    assert_same_bits(saved_state("rolling", LAST), saved_state("run", LAST))
+
+
+def test_no_rolling_checkpoint_comes_before_its_time_or_where_save_minutes_is_0():
+    for minutes, seconds, due in ((30, 1799, False), (30, 1800, True), (0, 1e9, False), (0.5, 31, True)):
+        now = [0.0]
+        config = dataclasses.replace(Config(), save_minutes=float(minutes))
+        saver = Saver(config, Path(), None, None, Clock(0, lambda now=now: now[0]), 0, None, None)
+        now[0] = seconds
+        assert saver.due(299) is due
+        assert saver.due(300)
+
+
+@pytest.mark.parametrize("what", ["renamed", "deleted", "replaced"])
+def test_a_run_whose_folder_is_gone_stops_and_makes_no_new_one(console, monkeypatch, what):
+    workdir, moved = Path(f"folder-{what}"), Path(f"folder-{what}-moved")
+
+    def take_away():
+        workdir.rename(moved)
+        if what == "deleted":
+            shutil.rmtree(moved)
+        if what == "replaced":
+            workdir.mkdir()
+
+    record = Records.__call__
+
+    def record_and_take_away(self, event):
+        record(self, event)
+        if event == SavedEvent(6):
+            take_away()
+
+    monkeypatch.setattr(Records, "__call__", record_and_take_away)
+    with pytest.raises(RunError, match=rf"^{workdir} was .*step 6 is saved for sure.*--workdir") as caught:
+        train(str(workdir))
+    assert is_one_line(caught.value)
+    assert "not saved" not in caught.value.console
+    assert not workdir.exists() or list(workdir.iterdir()) == []
+    if what == "renamed":
+        train(str(moved))
+        assert without_clock(rows(moved / "metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+        assert_same_bits(saved_state(moved, LAST), saved_state("run", LAST))
+
+
+def test_a_gone_folder_is_seen_between_saves(console, monkeypatch):
+    monkeypatch.setattr("jaxlm.run.saver.LOOK_SECONDS", 0.0)
+    at_step(monkeypatch, 4, lambda: Path("between").rename("between-moved"))
+    with pytest.raises(RunError, match="the run stops"):
+        train("between", "--config.save_interval=12")
+    assert not Path("between").exists()
+    assert len(rows("between-moved/metrics.jsonl")) < 6
+
+
+@pytest.mark.parametrize(("platform", "lines"), [("darwin", 1), ("linux", 0)])
+def test_on_a_mac_the_header_says_how_to_keep_it_awake(console, monkeypatch, platform, lines):
+    monkeypatch.setattr(trainer.sys, "platform", platform)
+    assert train("run").count("`caffeinate -i`") == lines
+
+
+class FakeDevice:
+    """A step in which micro-batch n takes n seconds of a clock that stands still otherwise.
+
+    Dispatch takes the whole time (`waits`), as on some CPUs, or none: then a metric is ready when it is computed.
+    """
+
+    def __init__(self, run, clock, waits):
+        self.run, self.clock, self.waits, self.dispatched, self.end = run, clock, waits, 0, 0.0
+
+    def __call__(self, state, batch):
+        self.run._timer.submit(lambda: None).result()  # a thread has run since the previous dispatch returned
+        self.dispatched += 1
+        n = self.dispatched
+        self.end = max(self.end, self.clock.now) + n
+        if self.waits:
+            self.clock.now = self.end
+        values = (n % 2 == 0, n // 2, 1.0, 1.0, 1.0, 0, 0)
+        return state, trainer.Metrics(*(FakeMetric(value, self.end, self.clock) for value in values))
+
+
+class FakeMetric:
+    def __init__(self, value, end, clock):
+        self.value, self.end, self.clock = value, end, clock
+
+    def block_until_ready(self):
+        self.clock.now = max(self.clock.now, self.end)
+
+    def __array__(self, dtype=None, copy=None):
+        self.block_until_ready()
+        return np.asarray(self.value)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_each_row_has_the_seconds_of_its_own_step(console, monkeypatch, capsys, waits):
+    """An evaluation takes 100 s, samples 1,000, a save 10,000."""
+    clock = types.SimpleNamespace(now=0.0)
+
+    def takes(seconds, result=None):
+        def wait(*arguments, **others):
+            clock.now += seconds
+            return result
+
+        return wait
+
+    monkeypatch.setattr(trainer, "Clock", lambda seconds: Clock(seconds, lambda: clock.now))
+
+    def evaluate(self, step, limit):
+        clock.now += 100
+        return EvaluationEvent(step, 1.0, 1.0)
+
+    monkeypatch.setattr(trainer.Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(trainer.Trainer, "_generate_samples", takes(1000, ()))
+    monkeypatch.setattr(Saver, "save", takes(10_000))
+    monkeypatch.setattr(Saver, "finish", takes(10_000))
+    monkeypatch.setattr(
+        trainer.Trainer, "_compile", lambda self: (itertools.repeat(np.zeros(1)), FakeDevice(self, clock, waits))
+    )
+    config, workdir = tiny_run.resolved(config_of("run")), Path(f"timed-{waits}")
+    workdir.mkdir()
+    events = collect_events(monkeypatch)
+    run = trainer.Trainer(config, workdir, open_data(config), jax.devices()[0])
+    with contextlib.closing(run):
+        run.run_steps(LAST)
+    own = {step: 4 * step - 1 for step in range(1, LAST + 1)}  # of micro-batches 2 step - 1 and 2 step
+    assert {row["step"]: 64 / row["tokens_per_second"] for row in rows(workdir / "metrics.jsonl")} == own
+    passed = 0.0
+    for event in of_type(events, StepEvent, PauseEvent):
+        passed += event.step_seconds if isinstance(event, StepEvent) else event.seconds
+        evaluation = 100 * (isinstance(event, StepEvent) and event.step % 4 == 0)  # it comes before its event
+        assert getattr(event, "seconds", 0) == passed - evaluation or isinstance(event, PauseEvent)
+    lines = console_lines(capsys.readouterr().out)
+    assert {step: int(line[4]) for step, line in lines.items()} == {
+        step: round(64 / np.median([own[i] for i in range(first, step + 1)]))
+        for first, step in ((1, 1), (2, 2), (3, 4), (5, 8), (9, 12))
+    }
+
+
+def test_no_row_of_a_real_run_has_ten_times_the_tokens_per_second_of_the_others(console, monkeypatch):
+    """An interval ends after every second step."""
+    events = collect_events(monkeypatch)
+    flags = ("batch_size=64", "max_steps=24", "eval_interval=2", "save_interval=24", "generation_interval=24")
+    train("paced", *(f"--config.{flag}" for flag in flags))
+    rates = [row["tokens_per_second"] for row in rows("paced/metrics.jsonl")]
+    assert max(rates) < 10 * np.median(rates)
+    before_last = events[: events.index(of_type(events, StepEvent)[-2])]
+    seconds = [event.seconds for event in of_type(before_last, PauseEvent)]
+    seconds += [event.step_seconds for event in of_type(before_last, StepEvent)]
+    assert sum(seconds) == pytest.approx(of_type(before_last, StepEvent)[-1].seconds, rel=0.02)
+
+
+def test_a_step_that_hangs_is_told_while_it_hangs(console, monkeypatch):
+    """The monitor's seconds pass 500 times as fast."""
+    events, compile_run = collect_events(monkeypatch), trainer.Trainer._compile
+
+    def told():
+        return [event for event in of_type(events, WarningEvent) if event.kind == "step"]
+
+    def compile_and_hang(self):
+        batches, train_step = compile_run(self)
+        number = itertools.count(1)
+
+        def step(state, batch):
+            if next(number) == 15:
+                told_before, deadline = len(told()), time.monotonic() + 20
+                while len(told()) == told_before:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+            return train_step(state, batch)
+
+        return batches, step
+
+    monkeypatch.setattr(trainer.Trainer, "_compile", compile_and_hang)
+    monkeypatch.setattr(trainer, "TICK_SECONDS", 0.01)
+    shown = train("hanging")
+    assert f"  → {told()[0].text}" in shown.splitlines()
+    assert without_clock(rows("hanging/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+
+
+def test_what_the_monitor_says_of_a_loss_is_an_event_and_a_line(console, monkeypatch):
+    seen = {}
+
+    def monitor():
+        return lambda step, loss: seen.update({step: loss}) or ({"spike": "It jumps"} if step == 4 else {})
+
+    events = collect_events(monkeypatch)
+    monkeypatch.setattr(trainer, "LossMonitor", monitor)
+    assert "  → It jumps" in train("jumping").splitlines()
+    assert seen == {row["step"]: row["loss"] for row in rows("jumping/metrics.jsonl")}
+    (warning,) = of_type(events, WarningEvent)
+    assert warning == WarningEvent("spike", "It jumps")
+    assert events[events.index(warning) - 1].step == 4
+
+
+def test_a_save_that_fails_as_its_folder_has_gone_is_told_as_that(tmp_path):
+    """Not as a save that the next one tries again."""
+
+    def wait():
+        (tmp_path / "run").rename(tmp_path / "moved")
+        raise RunError("cannot be written")
+
+    (tmp_path / "run").mkdir()
+    checkpoints, events = types.SimpleNamespace(save=lambda *_: None, wait=wait, saving=lambda: True), []
+    tokens = types.SimpleNamespace(sha256=("", ""))
+    saver = Saver(Config(), tmp_path / "run", tokens, checkpoints, Clock(), 0, lambda: None, events.append)
+    saver.save(300, None)
+    with pytest.raises(RunError, match=r"run was renamed, .*no step is saved for sure"):
+        saver.report(wait=True)
+    assert events == [SavingEvent(300)]

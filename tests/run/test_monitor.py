@@ -1,0 +1,119 @@
+"""The signs that a run goes wrong, on synthetic curves."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm.run.monitor import BAND_STEPS, LATE_SECONDS, TICK_SECONDS, LossMonitor, StepMonitor
+
+GOLDEN = Path(__file__).parents[1] / "golden_losses"
+STEPS = np.arange(1, 50_001)
+FALLING = 1.5 + 9.0 * (STEPS + 10) ** -0.3  # as a loss falls without noise
+
+
+def said_of(losses, first=1):
+    """(step, kind) of each sign."""
+    monitor = LossMonitor()
+    return [(step, kind) for step, loss in enumerate(losses, first) for kind in monitor(step, float(loss))]
+
+
+def noise(seed, size=50_000):
+    return np.random.default_rng(seed).normal(0, 0.05, size)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_loss_that_falls_with_noise_is_normal(seed):
+    assert said_of(FALLING + noise(seed)) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_alone_has_no_spike_and_is_one_plateau(seed):
+    assert [kind for _, kind in said_of(3 + noise(seed, 20_000))] == ["plateau"]
+
+
+def test_a_warm_up_and_the_golden_losses_are_normal():
+    curves = [json.loads(file.read_text()) for file in GOLDEN.glob("*.json")]
+    assert len(curves) == 3
+    curves += [np.concatenate([np.linspace(11, 15, BAND_STEPS), FALLING[:800]])]  # it rises in the warm-up
+    assert [said_of(curve) for curve in curves] == [[]] * 4
+
+
+@pytest.mark.parametrize("first", [1, 40_000])
+def test_a_spike_is_told_once(first):
+    losses = (FALLING + noise(0))[first - 1 : first + 4999]
+    losses[1000:1100] += np.where(np.arange(100) % 3, 2.0, 0.0)  # in and out of its band
+    losses[3000] += 2.0
+    assert said_of(losses, first) == [(first + 1001, "spike"), (first + 3000, "spike")]
+
+
+def test_a_loss_that_stays_high_is_one_spike():
+    losses = FALLING[:6000] + noise(1, 6000)
+    losses[5000:] += 3.0
+    assert [(step, kind) for step, kind in said_of(losses) if kind == "spike"] == [(5001, "spike")]
+
+
+def test_a_plateau_is_told_once_and_again_after_the_loss_has_fallen():
+    flat = lambda level, size: np.full(size, level)  # noqa: E731
+    losses = np.concatenate([np.linspace(6, 4, 2000), flat(4, 4000), np.linspace(4, 3, 2000), flat(3, 4000)])
+    signs = said_of(losses + noise(2, len(losses)))
+    assert [kind for _, kind in signs] == ["plateau"] * 2
+    assert 2500 < signs[0][0] < 6000
+    assert 8500 < signs[1][0] <= 12_000
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_a_spike_and_leave_the_band_as_it_is(value):
+    losses = FALLING[:1500] + noise(3, 1500)
+    losses[[50, 700, 1300]] = value
+    assert said_of(losses) == [(701, "spike"), (1301, "spike")]
+    assert said_of([value] * 3000) == []
+
+
+def test_equal_losses_have_a_band():
+    losses = np.full(400, 2.0)
+    losses[300], losses[350] = 2.01, 2.5
+    assert said_of(losses) == [(351, "spike")]
+
+
+def test_the_lines_name_the_numbers_and_what_to_do():
+    monitor = LossMonitor()
+    for step in range(1, 301):
+        monitor(step, 2.0)
+    spike = monitor(301, 9.0)["spike"]
+    for part in ("step 301", "9.0000", "2.0000", "learning_rate"):
+        assert part in spike
+    for step in range(302, 2000):
+        said = monitor(step, 2.0)
+        if said:
+            break
+    for part in ("500 steps", "2.0000", "learning_rate"):
+        assert part in said["plateau"]
+
+
+def ticks(monitor, count, began, usual):
+    """The numbers of the ticks that said something."""
+    return [tick for tick in range(1, count + 1) if monitor.tick(began, usual)]
+
+
+@pytest.mark.parametrize(("usual", "seconds"), [(0.01, LATE_SECONDS), (3.0, 60.0), (22.0, 440.0)])
+def test_a_step_that_lasts_many_times_the_usual_is_told_once(usual, seconds):
+    monitor = StepMonitor()
+    assert ticks(monitor, 1000, 5.0, usual) == [seconds / TICK_SECONDS + 1]  # the first tick finds a new step
+    assert ticks(monitor, 1000, 900.0, usual) == [seconds / TICK_SECONDS + 1]
+
+
+def test_neither_pauses_nor_steps_that_end_nor_the_first_steps_are_late():
+    monitor = StepMonitor()
+    assert ticks(monitor, 1000, None, 1.0) == []
+    assert ticks(monitor, 1000, 5.0, math.inf) == []
+    assert not any(monitor.tick(float(step), 0.1) for step in range(1000))
+
+
+def test_the_line_of_a_late_step_says_what_to_do():
+    monitor = StepMonitor()
+    (text,) = filter(None, (monitor.tick(5.0, 2.0) for _ in range(100)))
+    for part in ("60 s", "2 s", "Ctrl-C twice", "last checkpoint"):
+        assert part in text
