@@ -10,13 +10,11 @@ from pathlib import Path
 from random import Random
 from unittest import mock
 
-import jax
 import numpy as np
 
-from experiments.fuzz_cases import SIZES, TEXT, VALIDATION, Call, damaged, some_text
+from experiments.fuzz_cases import SIZES, TEXT, VALIDATION, Call, damaged, some_text, zeros
 from jaxlm import export, prepare, sample
 from jaxlm.config import Config, ModelConfig, from_config_dict
-from jaxlm.core.model import init_params
 from jaxlm.data.token_files import TRAIN, VAL, open_tokens
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
 from jaxlm.main import open_data
@@ -54,8 +52,8 @@ def names(rng: Random) -> Call:
     for number in range(rng.randint(1, 3)):
         name = "".join(rng.choices(NAME_PARTS, k=rng.randint(1, 4))) + ".txt"
         if name not in files:
-            files[name] = 300 * 3**number  # so that the total tells how often each was read
-            Path(name).write_text(("the king saw " * files[name])[: files[name] - 1] + ".")
+            files[name] = 900 * 3**number  # so that the total tells how often each was read
+            Path(name).write_text(("the king saw it.\n" * files[name])[: files[name] - 1] + ".")
     chosen = rng.sample(list(files), rng.randint(1, len(files)))
     words = [rng.choice((name, f"./{name}", os.path.abspath(name))) for name in chosen]
     words += [rng.choice(("*.txt", "book*", chosen[0], "~/a.txt", "missing.txt"))] * (rng.random() < 0.3)
@@ -68,7 +66,9 @@ def _take_names(files: dict[str, int], chosen: list[str], words: list[str], as_s
         data = {"corpus": ",".join(words), "val_fraction": VALIDATION}
         meta = open_data(from_config_dict({"model": SIZES, "data": data})).meta
     else:
-        prepare.main([f"--vocab_size={SIZES['vocab_size']}", "--out=out", "--corpus", *words])
+        prepare.main(
+            [f"--vocab_size={SIZES['vocab_size']}", f"--val_fraction={VALIDATION}", "--out=out", "--corpus", *words]
+        )
         meta = open_tokens(Path("out"), *SIZES.values()).meta
     total = meta.train.bytes + meta.val.bytes
     times_read = {name: total // size % 3 for name, size in files.items()}
@@ -198,7 +198,7 @@ def sampling(rng: Random) -> Call:
 def _restored() -> Checkpoint:
     config = Config(model=ModelConfig(**SIZES, layers=1, heads=2, width=8, mlp_width=8))
     fingerprint = {"tokenizer": "gpt2", "train_sha256": "", "val_sha256": ""}
-    return Checkpoint(7, config, fingerprint, config.model, init_params(config.model, jax.random.key(0)))
+    return Checkpoint(7, config, fingerprint, config.model, zeros(config.model))
 
 
 def exports(rng: Random) -> Call:
