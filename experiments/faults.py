@@ -41,7 +41,7 @@ KILLS = {
     "SIGKILL in a step": partial(killed, "micro-step ", longest=0.006),
     "SIGKILL between two micro-batches": partial(killed, r"micro-step \d*[02468]$"),
     "SIGKILL while saving": partial(killed, r"mkdir run/checkpoints/\d+\.[^/]+$", longest=0.1),
-    "SIGKILL while an old one is deleted": partial(killed, r"(remove|rmdir) run/checkpoints/\d+(/|$)"),
+    "SIGKILL while an old checkpoint is deleted": partial(killed, r"(remove|rmdir) run/checkpoints/\d+(/|$)"),
     "SIGKILL with saves by time": surroundings.killed_with_saves_by_time,
     "SIGKILL while the final model is written": partial(killed, r"\w+ run/\.?final_model"),
     "SIGKILL in the middle of a line": partial(killed, r"write run/\w+\.jsonl$", act="tear"),
@@ -64,7 +64,7 @@ OTHERS = {
     "SIGINT twice": partial(trials.left, "interrupt twice", 128 + signal.SIGINT),
     "an exception in a step": partial(trials.left, "fail", 1),
     "SIGSTOP, SIGCONT": trials.put_to_sleep,
-    "a second run beside it": trials.second_run,
+    "a second run in the same work directory": trials.second_run,
     "the work directory renamed": surroundings.workdir_renamed,
     "the checkpoints moved away": surroundings.checkpoints_moved,
     "the text changed or gone": surroundings.corpus_changed,
@@ -73,7 +73,7 @@ OTHERS = {
     "a disk without sync of directories": surroundings.no_directory_sync,
     "a disk without locks": surroundings.no_locks,
     "a small container": surroundings.small_container,
-    **{f"newest: {name}": partial(trials.damaged, damage) for name, damage in fault_damage.DAMAGES.items()},
+    **{f"newest checkpoint: {name}": partial(trials.damaged, damage) for name, damage in fault_damage.DAMAGES.items()},
     "all checkpoints damaged": trials.all_damaged,
 }
 
@@ -102,7 +102,7 @@ def try_fault(place: Place, name: str, trial: Callable[[Place, Path], list[int]]
             break
     else:
         print(f"{name}: FAILED, it struck {tried} times only", file=sys.stderr)
-    steps = f"{np.mean(repeated):.1f}, at most {max(repeated)}" if repeated else "-"
+    steps = f"{np.mean(repeated):.1f}, {max(repeated)}" if repeated else "-"
     return f"| {name} | {tried} | {len(repeated)} | {steps} | {bytes_lost} |", len(repeated) == tried >= wanted
 
 
@@ -134,7 +134,11 @@ def main() -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ends = list(pool.map(row, chosen))
-    print("| fault | tried | survived | steps repeated | bytes lost |\n|---|---|---|---|---|", *dict(ends), sep="\n")
+    print(
+        "| fault | trials | survived | steps repeated: mean, largest | bytes lost |\n|---|---|---|---|---|",
+        *dict(ends),
+        sep="\n",
+    )
     if not all(well for _, well in ends):
         sys.exit(1)
     shutil.rmtree(place.root)

@@ -3,8 +3,8 @@
     python -m experiments.fuzz --cases 10000 --seed 0
 
 Each case calls the function that reads the input, under `jaxlm.cli.status` as in every command. A case fails if it
-ends in anything but success or one line of a UsageError or RunError, takes too long, leaves a file that is none of
-PRODUCTS, changes files although it is refused, or is accepted but inconsistent (see the `_take_` functions). The
+ends in anything but success or a UsageError or RunError, each in one line, takes too long, leaves a file that is none
+of PRODUCTS, changes files although it is refused, or is accepted but inconsistent (see the `_take_` functions). The
 command that repeats a failure is printed.
 """
 
@@ -60,7 +60,7 @@ def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
             return "failed", f"{type(error).__name__} {_place(error)}", f"{call}\n{traceback.format_exc()}"
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        after, message = _listing(), console.getvalue().partition("error: ")[2]
+        after, lines = _listing(), console.getvalue().splitlines()
     left = {path for path in after.keys() - before.keys() if after[path] is not True}
     if strange := [path for path in left if not PRODUCTS.fullmatch(Path(path).name)]:
         return "failed", f"a file is left: {_shape(min(strange))}", details
@@ -68,13 +68,18 @@ def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
         return "accepted", "", details
     if after != before:
         return "failed", f"refused but files changed {_place(refusal)}", details
-    if len(message.splitlines()) != 1 or not message.strip() or len(message) > MAX_CHARACTERS:
+    messages = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if lines[-len(messages) :] != [f"error: {message}" for message in messages] or not all(map(_is_normal, messages)):
         return "failed", f"a message that is not one line of normal length {_place(refusal)}", details
-    return "refused", _shape(message), details
+    return "refused", _shape(messages[-1]), details
 
 
 class TimeLimit(BaseException):
     """A case takes too long."""
+
+
+def _is_normal(message: str) -> bool:
+    return 0 < len(message.strip()) <= MAX_CHARACTERS
 
 
 def _stop(*_: object) -> None:
