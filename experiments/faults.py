@@ -6,6 +6,7 @@ metrics.jsonl except its times, samples.jsonl, the tokens and the exported model
 the table goes to stdout. The exit status is 0 if the run survived every fault, else 1; failed runs are left in place.
 
 `steps repeated` were recorded before a fault and trained again after it. `bytes lost` differ from the undisturbed run.
+A row fails also if its own promise is broken, such as that a person's files stay; the function of the row says which.
 Lost power truncates every file that Python wrote to its last synced size; tensorstore, which writes the arrays, syncs
 its files itself.
 """
@@ -134,11 +135,8 @@ def main() -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ends = list(pool.map(row, chosen))
-    print(
-        "| fault | trials | survived | steps repeated: mean, largest | bytes lost |\n|---|---|---|---|---|",
-        *dict(ends),
-        sep="\n",
-    )
+    print("| fault | trials | survived | steps repeated: mean, largest | bytes lost |", "|---|---|---|---|---|", sep="\n")
+    print(*dict(ends), sep="\n")
     if not all(well for _, well in ends):
         sys.exit(1)
     shutil.rmtree(place.root)
