@@ -135,7 +135,9 @@ def main() -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ends = list(pool.map(row, chosen))
-    print("| fault | trials | survived | steps repeated: mean, largest | bytes lost |", "|---|---|---|---|---|", sep="\n")
+    print(
+        "| fault | trials | survived | steps repeated: mean, largest | bytes lost |", "|---|---|---|---|---|", sep="\n"
+    )
     print(*dict(ends), sep="\n")
     if not all(well for _, well in ends):
         sys.exit(1)
