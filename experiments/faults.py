@@ -37,6 +37,7 @@ from experiments.fault_child import CHANGE, Failed
 from experiments.fault_place import Place, contents, lost
 from experiments.fault_trials import killed, stopped
 
+HEADER = "| fault | trials | survived | steps repeated: mean, largest | bytes lost |\n|---|---|---|---|---|"
 KILLS = {
     "SIGKILL at any moment": partial(killed, "start", longest=math.inf),
     "SIGKILL in a step": partial(killed, "micro-step ", longest=0.006),

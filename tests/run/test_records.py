@@ -36,7 +36,7 @@ def test_sync_fails_while_the_rows_of_either_file_wait(tmp_path):
         records = Records(tmp_path, 0)
         with disk_room(0):
             records(event)
-            with pytest.raises(OSError, match="."):
+            with pytest.raises(OSError):
                 records.sync()
         records.sync()
         records.close()

@@ -94,3 +94,18 @@ def test_a_lock_without_a_readable_pid_still_holds(holder, tmp_path, left):
     (tmp_path / "lock").write_text(left)
     with pytest.raises(UsageError, match="another process"), only_writer(tmp_path):
         pass
+
+
+def test_a_file_that_another_process_replaced_before_it_was_locked_is_opened_again(tmp_path, monkeypatch):
+    path, flock, calls = tmp_path / "lock", fcntl.flock, []
+
+    def flock_after_a_replacement(*arguments):
+        if not calls:
+            path.unlink()
+            path.touch()
+        calls.append(arguments)
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_a_replacement)
+    with only_writer(tmp_path), pytest.raises(UsageError, match="in use"), only_writer(tmp_path):
+        pass
