@@ -111,3 +111,11 @@ def test_a_line_has_the_mean_loss_and_the_median_speed_since_the_last_line(capsy
     console.close()
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == metrics_line(66, 3.0, 3e-4, config.tokens_per_step / 2.0, 8.5 * 3600)
+
+
+def test_the_next_pause_after_a_pause_is_the_one_of_the_next_interval(environment):
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        console = Console(Config(eval_interval=100, generation_interval=500, save_interval=500), 0)
+        console(step_event(1300))
+        console.close()
+    assert "evaluation at 1400" in plain(terminal.getvalue())
