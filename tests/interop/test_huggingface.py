@@ -377,3 +377,10 @@ def test_a_full_disk_leaves_the_folder_unchanged(folder, room):
                 write_model(target, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
     assert listing(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_generation_config_keeps_all_tokens_where_the_run_does(tmp_path):
+    config = Config(model=MODELS["tied"], sample=SampleConfig(top_k=0, top_p=1.0))
+    folder = write_model(tmp_path / "model", config, random_params(MODELS["tied"]), "")
+    fields = json.loads((folder / "generation_config.json").read_text())
+    assert (fields["top_k"], fields["top_p"]) == (0, 1.0)
