@@ -322,3 +322,11 @@ def test_many_small_documents_are_encoded_in_few_groups():
     groups = [group for _, group in encode._groups(iter(documents))]
     assert sum(map(len, groups)) == len(documents)
     assert len(groups) <= 5 + 2  # of CHUNK_CHARACTERS each, and the rest of each file
+
+
+def test_the_bytes_of_a_text_are_those_of_its_utf8(tmp_path):
+    text = "é 日本 👩‍👧 " * 200
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    meta = write_token_files(open_corpus(str(tmp_path / "a.txt")), tmp_path / "out", 300, 0.5)
+    half = len(text) // 2
+    assert (meta.train.bytes, meta.val.bytes) == (len(text[:half].encode()), len(text[half:].encode()))
