@@ -1,9 +1,9 @@
-"""A session of jaxlm.main under faults: the faults inside it, and how it is started.
+"""A session of a command under faults: the faults inside it, and how it is started.
 
-python -m experiments.fault_child FAULTS THE-ARGUMENTS-OF-MAIN is such a session. FAULTS is JSON: `workdir`; `log`, a
-file for the events, or null; and `faults`. A fault strikes `delay` seconds after the `count`-th event that matches its
-regular expression `event`; `act` names what it does. Events are lines of text in the order of time. Each is written
-just before the thing happens, except `sync`:
+python -m experiments.fault_child FAULTS MODULE ARGUMENTS is a session of the command MODULE, such as jaxlm.main. FAULTS
+is JSON: `home`, the folder in which the session runs; `log`, a file for the events, or null; and `faults`. A fault
+strikes `delay` seconds after the `count`-th event that matches its regular expression `event`; `act` names what it
+does. Events are lines of text in the order of time. Each is written just before the thing happens, except `sync`:
 
     start                           anything of jaxlm is imported
     compile                         the training step is compiled
@@ -13,7 +13,7 @@ just before the thing happens, except `sync`:
     write PATH                      os.write adds to a file
     sync PATH SIZE                  a file, of SIZE bytes, has reached the disk
 
-PATH is relative to the work directory; changes elsewhere are no events. Only changes made by Python are seen, not those
+PATH is relative to `home`; changes elsewhere are no events. Only changes made by Python are seen, not those
 of C++ libraries: an audit hook reports most, and wrapped functions report the rest.
 """
 
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ DESCRIPTORS = {
     "os.truncate": (),
 }  # where in the event
 
-TIME_LIMIT = 120  # seconds for anything that is waited for
+TIME_LIMIT = 300  # seconds for anything that is waited for
+TRAIN = ("jaxlm.main", "--config=tiny.py", "--workdir=run")
 ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parent.parent),
     "JAX_PLATFORMS": "cpu",
@@ -60,13 +61,15 @@ system_write, system_open = os.write, os.open
 class Session:
     """The events of this process and its pending faults."""
 
-    def __init__(self, workdir: str, log: str | None, faults: list[Fault]):
-        self.workdir = workdir
+    def __init__(self, home: str, log: str | None, faults: list[Fault]):
+        self.home = home
         self.log = system_open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) if log else None
         self.waiting = [(fault, itertools.count(1)) for fault in faults]
         self.writing: tuple[int, bytes] = (-1, b"")
         self.micro_steps = itertools.count(1)
         self.halted = False  # nothing happens any more: the process must leave by itself
+        self.delay = 0.0  # seconds that each change and sync takes longer
+        self.refused: dict[str, int] = {}  # the error numbers of what this disk cannot do
 
     def happens(self, event: str) -> None:
         """Triggers the faults of this event, then logs it."""
@@ -77,6 +80,8 @@ class Session:
                 self.strike(fault)
         if self.log is not None:
             system_write(self.log, f"{event}\n".encode())
+        if self.delay and re.match(f"{CHANGE}|sync ", event):
+            time.sleep(self.delay)
 
     def strike(self, fault: Fault) -> None:
         """Acts at once, or from a thread after the delay."""
@@ -88,13 +93,13 @@ class Session:
         timer.start()
 
     def place(self, path: Any, directory: int = -1) -> str | None:
-        """The path relative to the work directory; None if it is elsewhere."""
+        """The path relative to `home`; None if it is elsewhere."""
         if isinstance(path, int):
             path = path_of(path)
         elif directory >= 0:
             path = os.path.join(path_of(directory), os.fsdecode(path))
         path = os.path.abspath(os.fsdecode(path))
-        return os.path.relpath(path, self.workdir) if f"{path}/".startswith(f"{self.workdir}/") else None
+        return os.path.relpath(path, self.home) if f"{path}/".startswith(f"{self.home}/") else None
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Reports a change to the disk just before it happens."""
@@ -109,6 +114,10 @@ class Session:
             if all(places):
                 self.happens(" ".join([event.removeprefix("os."), *places]))
 
+    def refuse(self, what: str) -> None:
+        if number := self.refused.get(what):
+            raise OSError(number, os.strerror(number))
+
     def wrap(self) -> None:
         """Wraps the functions that the audit hook does not report."""
 
@@ -120,17 +129,27 @@ class Session:
 
         def syncing(sync: Callable[..., Any]) -> Callable[..., Any]:
             def wrapped(file: Any, *arguments: Any) -> Any:
-                result = sync(file, *arguments)
                 descriptor = file if isinstance(file, int) else file.fileno()
                 status = os.fstat(descriptor)
                 is_sync = not arguments or arguments[0] == getattr(fcntl, "F_FULLFSYNC", None)
+                if is_sync and stat.S_ISDIR(status.st_mode):
+                    self.refuse("directory sync")
+                result = sync(file, *arguments)
                 if is_sync and stat.S_ISREG(status.st_mode) and (place := self.place(descriptor)):
                     self.happens(f"sync {place} {status.st_size}")
                 return result
 
             return wrapped
 
+        def locking(lock: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any) -> Any:
+                self.refuse("lock")
+                return lock(*arguments)
+
+            return wrapped
+
         os.write, os.fsync, fcntl.fcntl = write, syncing(os.fsync), syncing(fcntl.fcntl)
+        fcntl.flock, fcntl.lockf = locking(fcntl.flock), locking(fcntl.lockf)
         if hasattr(os, "fdatasync"):
             os.fdatasync = syncing(os.fdatasync)
 
@@ -199,6 +218,19 @@ def free(session: Session, fault: Fault) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
+def slow(session: Session, fault: Fault) -> None:
+    session.delay = fault["seconds"]
+
+
+def limit(session: Session, fault: Fault) -> None:
+    """As in a small container: few open files, no home directory, no place for temporary files, one core."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fault["files"], fault["files"]))
+    nowhere = os.path.join(os.devnull, "nowhere")  # not even root can create it
+    os.environ.update(HOME=nowhere, XDG_CACHE_HOME="", TMPDIR=nowhere)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 ACTS: dict[str, Callable[[Session, Fault], None]] = {
     "kill": lambda session, fault: os.kill(os.getpid(), signal.SIGKILL),
     "tear": tear,
@@ -209,6 +241,10 @@ ACTS: dict[str, Callable[[Session, Fault], None]] = {
     "fail": fail,
     "fill": fill,
     "free": free,
+    "slow": slow,
+    "limit": limit,
+    "refuse": lambda session, fault: session.refused.update(fault["refused"]),
+    "move": lambda session, fault: os.rename(fault["path"], fault["target"]),
 }
 
 
@@ -225,16 +261,16 @@ def expect(condition: Any, what: str, session: Ended) -> None:
         raise Failed(f"{what}; exit status {session.returncode} after\n{output}")
 
 
-def start(workdir: Path, *faults: Fault, log: Path | None = None, cache: bool = True) -> subprocess.Popen:
-    """Starts a session; its config, text and compilation cache are beside the work directory."""
-    spec = {"workdir": str(workdir), "log": log and str(log), "faults": faults}
-    module = ["experiments.fault_child", json.dumps(spec)] if faults or log else ["jaxlm.main"]
-    flags = ["--config", "tiny.py", "--workdir", str(workdir), f"--config.data.dir={workdir / 'tokens'}"]
-    cached = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
-    cached["JAX_ENABLE_COMPILATION_CACHE"] = str(cache).lower()  # jaxlm disables it on a jax that cannot use it
+def start(
+    home: Path, *faults: Fault, words: Sequence[str] = TRAIN, log: Path | None = None, cache: bool = True
+) -> subprocess.Popen:
+    """Starts a session of the command `words` in the folder `home`."""
+    spec = {"home": str(home), "log": log and str(log), "faults": faults}
+    child = ["experiments.fault_child", json.dumps(spec)] if faults or log else []
+    cached = {"JAX_ENABLE_COMPILATION_CACHE": str(cache).lower()}  # jaxlm disables it on a jax that cannot use it
     return subprocess.Popen(
-        [sys.executable, "-m", *module, *flags],
-        cwd=workdir.parent,
+        [sys.executable, "-m", *child, *words],
+        cwd=home,
         env=os.environ | ENVIRONMENT | cached,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -275,8 +311,8 @@ def main() -> None:
     jaxlm.run.trainer.make_train_step = lambda config: Step(make_train_step(config), session)
     session.wrap()
     sys.addaudithook(session.audit)
-    sys.argv[1:] = sys.argv[2:]
-    runpy.run_module("jaxlm.main", run_name="__main__", alter_sys=True)
+    module, sys.argv[1:] = sys.argv[2], sys.argv[3:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

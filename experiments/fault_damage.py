@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def cut_power(workdir: Path, log: Path) -> None:
+def cut_power(home: Path, log: Path) -> None:
     """Truncates each file that a killed session wrote from Python to the size at its last sync.
 
     Renames are assumed to survive, as in a journaling file system.
@@ -28,8 +28,8 @@ def cut_power(workdir: Path, log: Path) -> None:
             synced = {re.sub(rf"^{re.escape(path)}(?=/|$)", rest[0], name): size for name, size in synced.items()}
     for path, size in synced.items():
         with contextlib.suppress(FileNotFoundError):
-            if os.path.getsize(workdir / path) > size:
-                os.truncate(workdir / path, size)
+            if os.path.getsize(home / path) > size:
+                os.truncate(home / path, size)
 
 
 def files(folder: Path, fits: Callable[[Path], Any] = lambda path: True) -> list[Path]:

@@ -3,9 +3,9 @@
     python -m experiments.fuzz --cases 10000 --seed 0
 
 Each case calls the function that reads the input, under `jaxlm.cli.status` as in every command. A case fails if it
-ends in anything but success or one line of a UsageError or RunError, takes too long, leaves a *.tmp file, changes
-files although it is refused, or is accepted but inconsistent (see the `_take_` functions). The command that repeats a
-failure is printed.
+ends in anything but success or a UsageError or RunError, each in one line, takes too long, leaves a file that is none
+of PRODUCTS, changes files although it is refused, or is accepted but inconsistent (see the `_take_` functions). The
+command that repeats a failure is printed.
 """
 
 import argparse
@@ -24,11 +24,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from experiments.fuzz_cases import KINDS
+from experiments import fuzz_belongings, fuzz_cases
 from jaxlm import cli
 from jaxlm.errors import RunError, UsageError
 
+KINDS = fuzz_cases.KINDS | fuzz_belongings.KINDS
 PACKAGES = ("jaxlm", "experiments")
+PRODUCTS = re.compile(  # the names of files that a command writes
+    r"(train|val)\.bin|meta\.json|metrics\.jsonl(\.damaged)?|model\.safetensors|README\.md|.+\.gguf|merges\.txt"
+    r"|(vocab|(generation_)?config|tokenizer(_config)?)\.json"
+)
 MAX_SECONDS, MAX_CHARACTERS = 10.0, 5_000  # of a case; of a message, as a path may have 4,096
 
 
@@ -55,20 +60,26 @@ def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
             return "failed", f"{type(error).__name__} {_place(error)}", f"{call}\n{traceback.format_exc()}"
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        after, message = _listing(), console.getvalue().partition("error: ")[2]
-    if any(path.endswith(".tmp") for path in after):
-        return "failed", "a *.tmp file is left", details
+        after, lines = _listing(), console.getvalue().splitlines()
+    left = {path for path in after.keys() - before.keys() if after[path] is not True}
+    if strange := [path for path in left if not PRODUCTS.fullmatch(Path(path).name)]:
+        return "failed", f"a file is left: {_shape(min(strange))}", details
     if refusal is None:
         return "accepted", "", details
     if after != before:
         return "failed", f"refused but files changed {_place(refusal)}", details
-    if len(message.splitlines()) != 1 or not message.strip() or len(message) > MAX_CHARACTERS:
+    messages = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if lines[-len(messages) :] != [f"error: {message}" for message in messages] or not all(map(_is_normal, messages)):
         return "failed", f"a message that is not one line of normal length {_place(refusal)}", details
-    return "refused", _shape(message), details
+    return "refused", _shape(messages[-1]), details
 
 
 class TimeLimit(BaseException):
     """A case takes too long."""
+
+
+def _is_normal(message: str) -> bool:
+    return 0 < len(message.strip()) <= MAX_CHARACTERS
 
 
 def _stop(*_: object) -> None:
@@ -107,11 +118,11 @@ def main(argv: list[str]) -> int:
         verdicts = pool.map(try_case, itertools.repeat(args.seed), *zip(*names, strict=True), chunksize=100)
         for (kind, number), (verdict, reason, _) in zip(names, verdicts, strict=True):
             cases[kind, verdict][reason].append(f"{kind}:{number}")
-    print("kind      |    cases | accepted |  refused |   failed | messages")
+    print("kind           |    cases | accepted |  refused |   failed | messages")
     for kind in KINDS:
         counts = [sum(map(len, cases[kind, verdict].values())) for verdict in ("accepted", "refused", "failed")]
         columns = (sum(counts), *counts, len(cases[kind, "refused"]))
-        print(f"{kind:<9} | {' | '.join(f'{count:8,}' for count in columns)}")
+        print(f"{kind:<14} | {' | '.join(f'{count:8,}' for count in columns)}")
     for reason, names in (failures := [item for kind in KINDS for item in cases[kind, "failed"].items()]):
         print(f"\n{reason}\n  python -m experiments.fuzz --seed {args.seed} --only {' --only '.join(names)}")
     return int(bool(failures))

@@ -540,3 +540,16 @@ def test_help_names_the_flags(capsys):
     shown = capsys.readouterr().out
     for flag in ("--workdir", "--config", "--[no]force"):
         assert flag in shown
+
+
+def test_room_is_needed_for_the_steps_after_the_newest_checkpoint_only(monkeypatch, tmp_path):
+    config = read_config(["--config", "tiny.py", "--config.max_steps=12", "--config.save_interval=3"])[0]
+    state = jax.eval_shape(lambda: init_state(config))
+    free = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params)) + 3 * checkpoint_bytes(state) // 2
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    (tmp_path / "checkpoints/3").mkdir(parents=True)
+    with pytest.raises(UsageError, match="make room"):
+        check_room(tmp_path, config)
+    (tmp_path / "checkpoints/12").mkdir()
+    check_room(tmp_path, config)

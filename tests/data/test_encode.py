@@ -352,3 +352,18 @@ def test_a_second_process_is_refused_and_the_first_is_not_disturbed(tmp_path):
     assert find_prepared(corpus.source, out, 300, 0.1) == meta
     assert names_in(out) == FILES
     assert hashlib.sha256((out / "train.bin").read_bytes()).hexdigest() == meta.train.sha256
+
+
+def test_many_small_documents_are_encoded_in_few_groups():
+    documents = [("train.bin", TextChunk("x" * 1000, True))] * (5 * CHUNK_CHARACTERS // 1000)
+    groups = [group for _, group in encode._groups(iter(documents))]
+    assert sum(map(len, groups)) == len(documents)
+    assert len(groups) <= 5 + 2  # of CHUNK_CHARACTERS each, and the rest of each file
+
+
+def test_the_bytes_of_a_text_are_those_of_its_utf8(tmp_path):
+    text = "é 日本 👩‍👧 " * 200
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    meta = write_token_files(open_corpus(str(tmp_path / "a.txt")), tmp_path / "out", 300, 0.5)
+    half = len(text) // 2
+    assert (meta.train.bytes, meta.val.bytes) == (len(text[:half].encode()), len(text[half:].encode()))

@@ -244,3 +244,8 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"anything")
         with pytest.raises(UsageError, match=message):
             list(read_chunks([tmp_path / name]))
+
+
+@pytest.mark.parametrize("before", range(26, 41))
+def test_a_mark_across_the_cut_of_a_text_without_spaces_is_found(before):
+    assert as_documents(chunks_of("a" * before + MARK + "b", 40, 30)) == ["a" * before, "b"]

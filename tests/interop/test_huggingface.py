@@ -620,3 +620,10 @@ def test_the_rows_must_be_those_of_config_json(folder):
 def test_the_rows_of_any_tokenizer_end_with_its_last_token(folder, vocab, added, rows):
     change(folder / "tokenizer.json", model={"vocab": vocab}, added_tokens=added)
     assert read_sizes(folder).vocab_size == rows
+
+
+def test_generation_config_keeps_all_tokens_where_the_run_does(tmp_path):
+    config = Config(model=MODELS["tied"], sample=SampleConfig(top_k=0, top_p=1.0))
+    folder = write_model(tmp_path / "model", config, random_params(MODELS["tied"]), "")
+    fields = json.loads((folder / "generation_config.json").read_text())
+    assert (fields["top_k"], fields["top_p"]) == (0, 1.0)

@@ -126,3 +126,10 @@ def test_days_of_the_preset_at_26_seconds_a_step():
     assert estimate.step_at(PRESET, steps_only, 9 * 86400) == 9 * 86400 * 100 // 2618
     unit, passed = estimate.timeline(PRESET, steps_only)
     assert (unit, len(passed)) == ("day", 16)  # 50,000 x 26.18 s are 15.15 days
+
+
+def test_a_step_is_done_at_its_second():
+    for step in (1, 49_999, 50_000):
+        seconds = estimate.seconds_at(PRESET, SECONDS, step)
+        assert estimate.step_at(PRESET, SECONDS, seconds) == step
+        assert estimate.step_at(PRESET, SECONDS, seconds - 0.01) == step - 1

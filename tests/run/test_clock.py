@@ -94,3 +94,12 @@ def test_seconds_include_all_sessions_and_pauses():
         time.passes(10)
     time.passes(1)
     assert clock.seconds() == 5014
+
+
+def test_time_left_follows_the_last_five_pauses_of_a_kind():
+    time = Time()
+    clock = Clock(now=time)
+    for seconds in [1] * 9 + [7] * 3 + [1] * 2:
+        with clock.pause("checkpoint"):
+            time.passes(seconds)
+    assert clock.seconds_left(0, {"checkpoint": 1}) == 7

@@ -110,3 +110,23 @@ def test_samples_cannot_control_the_terminal(capsys, code):
     console(SamplesEvent(5, (("A", f"A{code}b"),)))
     console.close()
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", capsys.readouterr().out) is None
+
+
+def test_a_line_has_the_mean_loss_and_the_median_speed_since_the_last_line(capsys):
+    config = Config(batch_size=1, grad_accum_steps=1, eval_interval=3)
+    console = Console(config, 60)
+    for step, (loss, seconds) in enumerate(
+        [(9.0, 9.0), (9.0, 9.0), (9.0, 9.0), (1.0, 2.0), (2.0, 1.0), (6.0, 600.0)], 61
+    ):
+        console(step_event(step, loss=loss, step_seconds=seconds))
+    console.close()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == metrics_line(66, 3.0, 3e-4, config.tokens_per_step / 2.0, 8.5 * 3600)
+
+
+def test_the_next_pause_after_a_pause_is_the_one_of_the_next_interval(environment):
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        console = Console(Config(eval_interval=100, generation_interval=500, save_interval=500), 0)
+        console(step_event(1300))
+        console.close()
+    assert "evaluation at 1400" in plain(terminal.getvalue())

@@ -1,15 +1,19 @@
 """What a run writes down."""
 
 import json
+import os
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import SessionLog
 
 from configs import m2_60m
 from jaxlm.config import from_config_dict
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.run.events import EvaluationEvent, SamplesEvent, StepEvent
 from jaxlm.run.records import TOKEN_BYTES, Records, TensorBoard, record_bytes
+from tests.storage.test_tensorboard import events
+from tests.tiny_run import disk_room
 
 
 def read(path):
@@ -78,3 +82,26 @@ def test_texts_of_the_assumed_length_and_long_numbers_fit_in_all_files(tmp_path,
     config = from_config_dict({"eval_interval": 1, "generation_interval": interval, "sample": {"prompts": ["a"]}})
     text = "x" * (TOKEN_BYTES * config.sample.tokens)
     assert written(tmp_path / "run", config, 20, lambda: -1e-300 / 3, lambda: text) <= record_bytes(config, 20)
+
+
+def test_sync_fails_while_the_rows_of_either_file_wait(tmp_path):
+    for event in (StepEvent(1, 1.5, 3e-4, 0.5, 96, 32.0, 9.0, 1.0, 7.0), SamplesEvent(1, (("Once", "Once upon"),))):
+        records = Records(tmp_path, 0)
+        with disk_room(0):
+            records(event)
+            with pytest.raises(OSError):
+                records.sync()
+        records.sync()
+        records.close()
+
+
+def test_close_closes_both_files(tmp_path):
+    before = os.listdir("/dev/fd")
+    Records(tmp_path, 0).close()
+    assert os.listdir("/dev/fd") == before
+
+
+def test_tensorboard_replaces_events_after_the_step_only(tmp_path):
+    TensorBoard(tmp_path, 7).close()
+    _, start = events(tmp_path / "tensorboard")
+    assert (start.step, start.session_log.status) == (8, SessionLog.START)  # the events of step 7 stay

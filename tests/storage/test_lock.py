@@ -168,3 +168,18 @@ def test_a_disk_that_fails_is_not_taken_for_one_without_locks(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", failing)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), only_writer(tmp_path):
         pass
+
+
+def test_a_file_that_another_process_replaced_before_it_was_locked_is_opened_again(tmp_path, monkeypatch):
+    path, flock, calls = tmp_path / "lock", fcntl.flock, []
+
+    def flock_after_a_replacement(*arguments):
+        if not calls:
+            path.unlink()
+            path.touch()
+        calls.append(arguments)
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_a_replacement)
+    with only_writer(tmp_path), pytest.raises(UsageError, match="in use"), only_writer(tmp_path):
+        pass
