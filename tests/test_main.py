@@ -296,7 +296,8 @@ def test_run_that_does_not_fit_on_the_disk_is_refused(monkeypatch):
 
 
 def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
-    device = SimpleNamespace(platform="mps")
+    client = SimpleNamespace(platform_version="1")
+    device = SimpleNamespace(platform="mps", device_kind="Apple M2", id=0, client=client)
 
     def refuse(config, device_given, say):
         assert (config.model.implementation, device_given) == ("apple", device)
@@ -391,7 +392,7 @@ def test_run_that_lost_its_checkpoints_is_refused_until_its_records_are_moved_aw
         assert name in message
         Path(workdir, name).rename(f"{workdir}/{name}.old")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="killed"):
-        patch.setattr(trainer.Trainer, "_save", killed)
+        patch.setattr(trainer.Saver, "save", killed)
         train(workdir, share="plain")
     assert len(rows(f"{workdir}/metrics.jsonl")) == 3  # it was killed before its first save, so it starts again
     assert "Done: 12 steps" in train(workdir, share="plain")

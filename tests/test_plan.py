@@ -214,7 +214,7 @@ def test_a_run_starts_where_the_plan_says_that_it_fits(capsys, monkeypatch, benc
         monkeypatch.setattr(backend, "available_memory", lambda device, available=available: available)
         assert planned(capsys)["memory"]["fits"] is fits
         with contextlib.nullcontext() if fits else pytest.raises(UsageError, match="this run needs"):
-            main.main([*TINY, "--workdir", "started"])
+            main.main([*TINY, "--config.data.dir=", "--workdir", "started"])
 
 
 def test_a_run_that_does_not_fit_is_not_measured_and_gets_advice(capsys, monkeypatch, benchmark_calls):

@@ -255,7 +255,7 @@ def test_a_save_into_a_directory_that_has_moved_fails_and_leaves_nothing_there(t
     def move():
         (tmp_path / "run").rename(tmp_path / "moved")
 
-    write, save = checkpoints._write, checkpoints._manager.save
+    write, new_manager = checkpoints._write, checkpoints._new_manager
 
     def write_and_move(*arguments):
         if moment == "before":
@@ -264,13 +264,20 @@ def test_a_save_into_a_directory_that_has_moved_fails_and_leaves_nothing_there(t
         if moment == "after":
             move()
 
-    def move_and_save(*arguments, **others):
-        move()
-        return save(*arguments, **others)
+    def manager_that_moves(*arguments):
+        manager = new_manager(*arguments)
+        save = manager.save
+
+        def move_and_save(*arguments, **others):
+            move()
+            return save(*arguments, **others)
+
+        manager.save = move_and_save
+        return manager
 
     monkeypatch.setattr(checkpoints, "_write", write_and_move)
     if moment == "within":
-        monkeypatch.setattr(checkpoints._manager, "save", move_and_save)
+        monkeypatch.setattr(checkpoints, "_new_manager", manager_that_moves)
     checkpoints.save(2, committed(trained), META)
     with pytest.raises(RunError, match="renamed, deleted or unmounted"):
         checkpoints.wait()
@@ -633,7 +640,7 @@ def test_the_advice_of_a_failed_save_fits_its_error(three, trained, monkeypatch,
 
 def test_a_work_directory_that_is_gone_is_not_created_by_a_save(three, tmp_path, trained):
     (tmp_path / CHECKPOINTS).rename(tmp_path / "moved")
-    assert "check that the folder is still there" in failed_save(three, trained)
+    assert "was renamed, deleted or unmounted" in failed_save(three, trained)
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 

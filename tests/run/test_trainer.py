@@ -1077,7 +1077,7 @@ def test_a_save_that_fails_as_its_folder_has_gone_is_told_as_that(tmp_path):
 
     (tmp_path / "run").mkdir()
     checkpoints, events = types.SimpleNamespace(save=lambda *_: None, wait=wait, saving=lambda: True), []
-    tokens = types.SimpleNamespace(sha256=("", ""))
+    tokens = types.SimpleNamespace(sha256=("", ""), meta=None, directory=Path("tokens"))
     saver = Saver(Config(), tmp_path / "run", tokens, checkpoints, Clock(), 0, lambda: None, events.append)
     saver.save(300, None)
     with pytest.raises(RunError, match=r"run was renamed, .*no step is saved for sure"):
