@@ -215,6 +215,7 @@ def test_a_run_starts_where_the_plan_says_that_it_fits(capsys, monkeypatch, benc
         assert planned(capsys)["memory"]["fits"] is fits
         with contextlib.nullcontext() if fits else pytest.raises(UsageError, match="this run needs"):
             main.main([*TINY, "--config.data.dir=", "--workdir", "started"])
+        capsys.readouterr()
 
 
 def test_a_run_that_does_not_fit_is_not_measured_and_gets_advice(capsys, monkeypatch, benchmark_calls):

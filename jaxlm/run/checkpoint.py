@@ -161,8 +161,6 @@ class Checkpoints:
             meta["checksums"] = {name: item_sums.tolist() for name, item_sums in sums.items()}
             self._write_items(step, items, meta)
             atomic.sync(self.directory)
-            with contextlib.suppress(OSError):
-                (self.directory.parent / HAS_CHECKPOINTS).touch()
         except Exception as error:  # a full disk shows as OSError, ValueError or an XLA error
             self._delete_unfinished()
             logging.getLogger(__name__).warning("step %d is not saved", step, exc_info=True)
@@ -190,6 +188,8 @@ class Checkpoints:
             if not self._in_place():
                 self._delete_misplaced(step)
                 raise RunError(f"{self.directory} was renamed, deleted or unmounted meanwhile")
+        with contextlib.suppress(OSError):
+            (self.directory.parent / HAS_CHECKPOINTS).touch()
         self._delete_old()
 
     def _in_place(self) -> bool:
