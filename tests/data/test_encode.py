@@ -115,7 +115,7 @@ def test_a_million_spaces_are_encoded(tmp_path):
     assert load_tokenizer().decode(ids).replace("<|endoftext|>", "") == text
 
 
-@pytest.mark.parametrize("run", [" ", "a"])
+@pytest.mark.parametrize("run", [" ", pytest.param("a", marks=pytest.mark.slow)])
 def test_a_long_run_has_the_same_ids_in_every_kind_of_file(tmp_path, run):
     documents = ["one" + run * 1_050_000 + "two three " * 100, "and four"]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(documents), newline="")

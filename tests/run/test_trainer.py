@@ -818,26 +818,35 @@ def stop_in_micro_batch(number, workdir, *flags):
     return stopped.value, steps[0].calls
 
 
-def test_a_stop_within_a_step_saves_the_step_before_and_resumes_exactly(monkeypatch):
+# of 36 good micro-batches and two skipped ones, with the last of the steps before
+@pytest.mark.parametrize(
+    ("workdir", "number", "step"),
+    [
+        pytest.param("third", 13, 3, marks=pytest.mark.slow),
+        pytest.param("second", 21, 6, marks=pytest.mark.slow),
+        ("skipped", 11, 3),
+        pytest.param("end", 24, 7, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stop_within_a_step_saves_the_step_before_and_resumes_exactly(monkeypatch, workdir, number, step):
     """Micro-batch 10 is skipped, so step 4 takes 10 to 13; a signal in its third drops what it has accumulated."""
     poison(monkeypatch)
     write_poisoned_tokens("poisoned-thirds", {2, 10}, windows=120)
     flags = ("--config.data.dir=poisoned-thirds", "--config.grad_accum_steps=3", "--config.max_checkpoints=20")
     poisoned = functools.partial(tiny_run.train, share="poisoned")
     monkeypatch.setattr(f"{__name__}.train", poisoned)
-    poisoned("whole", *flags, "--config.save_interval=1")
-    # of 36 good micro-batches and two skipped ones, with the last of the steps before
-    for workdir, number, step in (("third", 13, 3), ("second", 21, 6), ("skipped", 11, 3), ("end", 24, 7)):
-        stopped, dispatched = stop_in_micro_batch(number, workdir, *flags)
-        assert dispatched == number
-        assert stopped.exit_status == 143
-        assert f"after step {step}:" in str(stopped)
-        assert [row["step"] for row in rows(f"{workdir}/metrics.jsonl")] == list(range(1, step + 1))
-        assert_same_bits(saved_state(workdir, step), saved_state("whole", step))
-        assert Checkpoints(Path(workdir)).steps()[-1] == step
-        poisoned(workdir, *flags)
-        assert without_clock(rows(f"{workdir}/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
-        assert_same_bits(saved_state(workdir, LAST), saved_state("whole", LAST))
+    if not Path("whole").exists():
+        poisoned("whole", *flags, "--config.save_interval=1")
+    stopped, dispatched = stop_in_micro_batch(number, workdir, *flags)
+    assert dispatched == number
+    assert stopped.exit_status == 143
+    assert f"after step {step}:" in str(stopped)
+    assert [row["step"] for row in rows(f"{workdir}/metrics.jsonl")] == list(range(1, step + 1))
+    assert_same_bits(saved_state(workdir, step), saved_state("whole", step))
+    assert Checkpoints(Path(workdir)).steps()[-1] == step
+    poisoned(workdir, *flags)
+    assert without_clock(rows(f"{workdir}/metrics.jsonl")) == without_clock(rows("whole/metrics.jsonl"))
+    assert_same_bits(saved_state(workdir, LAST), saved_state("whole", LAST))
 
 
 def test_a_stop_before_the_first_step_saves_nothing_and_says_so():
@@ -1012,6 +1021,7 @@ def test_each_row_has_the_seconds_of_its_own_step(console, monkeypatch, capsys, 
     }
 
 
+@pytest.mark.slow
 def test_no_row_of_a_real_run_has_ten_times_the_tokens_per_second_of_the_others(console, monkeypatch):
     """An interval ends after every second step."""
     events = collect_events(monkeypatch)
