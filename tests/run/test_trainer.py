@@ -831,11 +831,11 @@ def stop_in_micro_batch(number, workdir, *flags):
 def test_a_stop_within_a_step_saves_the_step_before_and_resumes_exactly(monkeypatch, workdir, number, step):
     """Micro-batch 10 is skipped, so step 4 takes 10 to 13; a signal in its third drops what it has accumulated."""
     poison(monkeypatch)
-    write_poisoned_tokens("poisoned-thirds", {2, 10}, windows=120)
     flags = ("--config.data.dir=poisoned-thirds", "--config.grad_accum_steps=3", "--config.max_checkpoints=20")
     poisoned = functools.partial(tiny_run.train, share="poisoned")
     monkeypatch.setattr(f"{__name__}.train", poisoned)
     if not Path("whole").exists():
+        write_poisoned_tokens("poisoned-thirds", {2, 10}, windows=120)
         poisoned("whole", *flags, "--config.save_interval=1")
     stopped, dispatched = stop_in_micro_batch(number, workdir, *flags)
     assert dispatched == number
