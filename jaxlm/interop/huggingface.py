@@ -24,8 +24,7 @@ from jaxlm.core.parameters import Parameter, Params, check_tree, leaves_by_path,
 from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, TokenizerProtocol, load_tokenizer
 from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.interop.mark import KEY as MARK_KEY
-from jaxlm.interop.mark import Mark, tensors_sha256
-from jaxlm.interop.model_card import is_sealed, seal
+from jaxlm.interop.mark import Mark, is_sealed, seal, tensors_sha256
 from jaxlm.storage import atomic
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -1,7 +1,6 @@
 """The model card of an exported model."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -91,23 +90,6 @@ def _base_names(corpus: str) -> str:
 
 def _base_name(path: str) -> str:
     return path and os.path.basename(os.path.abspath(path))
-
-
-def seal(card: str) -> bytes:
-    """The file of the card, which ends with the hash of the rest: a person's edit is then recognised."""
-    body = f"{card.rstrip()}\n".encode(errors="replace")  # it may name any file
-    return body + _seal_line(body)
-
-
-def is_sealed(data: bytes) -> bool:
-    """Whether the file is a card as `seal` wrote it."""
-    body = data[: data.rfind(b"<!--")]
-    return data == body + _seal_line(body)
-
-
-def _seal_line(body: bytes) -> bytes:
-    digest = hashlib.sha256(body).hexdigest()
-    return f"<!-- written by jaxlm, which keeps an edited card; sha256 {digest} -->\n".encode()
 
 
 def _last(rows: Sequence[Mapping[str, Any]], units: Mapping[str, str]) -> str:
