@@ -406,10 +406,7 @@ def same_paths(first: Any, second: Any) -> bool:
     if first == second or not (first and second):
         return bool(first == second)
     try:
-        return _real_paths(first) == _real_paths(second)
+        real, other = ([os.path.realpath(path.strip()) for path in value.split(",")] for value in (first, second))
     except (AttributeError, ValueError):  # from a damaged file: not a string, or not one that a path can be
         return False
-
-
-def _real_paths(value: str) -> list[str]:
-    return [os.path.realpath(path.strip()) for path in value.split(",")]
+    return real == other

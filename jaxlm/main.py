@@ -11,9 +11,9 @@ from typing import Any
 from jaxlm.cli import define_flags, read_flags, run, run_errors
 from jaxlm.config import Config, DataConfig, to_dict
 from jaxlm.data.corpus import source_changed
-from jaxlm.data.directories import check_named_directory, own_directory
+from jaxlm.data.directories import check_named_directory, data_directory, own_directory
 from jaxlm.data.encode import TRAINING_FLAGS
-from jaxlm.data.token_files import TokenFiles, data_directory, open_tokens, read_meta
+from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import hashlib
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +12,26 @@ from typing import Any
 
 from jaxlm.config import Config
 from jaxlm.data.corpus import same_corpus
-from jaxlm.data.token_files import TRAIN, data_directory, read_meta
+from jaxlm.data.token_files import TRAIN, read_meta
 from jaxlm.errors import UsageError
+
+
+def data_directory(config: Config) -> Path:
+    """The directory of the config's token files: `data.dir`, or one under data/ named after corpus and vocabulary.
+
+    The name gets a hash of corpus and split if the corpus's is shortened, or if the directory without it holds another
+    corpus or split. Raises UsageError if the meta.json of that directory is damaged.
+    """
+    data = config.data
+    if data.dir:
+        return Path(data.dir)
+    name = re.sub(r"\W+", "-", data.corpus).strip("-")
+    directory = Path("data", f"{name[:60]}-{config.model.vocab_size}")
+    meta = read_meta(directory)
+    if len(name) > 60 or (meta and not meta.is_of(data.corpus, data.val_fraction)):
+        digest = hashlib.sha256(os.fsencode(f"{data.corpus} {data.val_fraction}")).hexdigest()
+        return directory.with_name(f"{directory.name}-{digest[:8]}")
+    return directory
 
 
 def check_named_directory(config: Config, corpus_is_named: bool) -> None:
