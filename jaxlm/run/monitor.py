@@ -1,8 +1,11 @@
 """Signs that a run goes wrong: a loss that jumps or no longer falls, and a step that does not end."""
 
+import contextlib
 import math
+import threading
 from array import array
 from collections import deque
+from collections.abc import Callable, Iterator
 
 BAND_STEPS = 200  # whose losses make the band
 BAND_WIDTH = 8.0  # standard deviations of the noise
@@ -89,3 +92,21 @@ class StepMonitor:
             " the disk may hang; if nothing comes, press Ctrl-C twice, and the same command resumes from the last"
             " checkpoint"
         )
+
+
+@contextlib.contextmanager
+def calls_every(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """A context in which a thread calls `call` every so many seconds."""
+    end = threading.Event()
+
+    def run() -> None:
+        while not end.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
