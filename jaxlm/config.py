@@ -300,8 +300,7 @@ def from_config_dict(settings: ml_collections.ConfigDict | Mapping[str, Any]) ->
     Args:
         settings: nested settings, such as a ConfigDict or parsed JSON. Missing ones get their defaults.
 
-    Raises:
-        UsageError: an unknown name (the message has the nearest), a wrong type, a value out of bounds.
+    Raises UsageError for an unknown name (the message has the nearest), a wrong type or a value out of bounds.
     """
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
@@ -383,22 +382,21 @@ def differences(saved: Any, config: Any, group: str = "") -> list[Difference]:
         saved: the saved settings as nested dicts.
         config: the settings of this run, or a group of them, which `group` names.
 
-    Raises:
-        UsageError: `saved` is not a mapping of settings.
+    Raises UsageError if `saved` is not a mapping of settings.
     """
     if not isinstance(saved, Mapping):
         raise UsageError(f"the saved settings are damaged: {group or 'config'} must be a group")
-    saved, prefix, found = _with_new_names(saved, group), group and f"{group}.", []
+    saved, prefix, changes = _with_new_names(saved, group), group and f"{group}.", []
     for field in dataclasses.fields(config):
         value, metadata = getattr(config, field.name), field.metadata
         if dataclasses.is_dataclass(value):
-            found += differences(saved.get(field.name, {}), value, field.name)
+            changes += differences(saved.get(field.name, {}), value, field.name)
             continue
         saved_value = saved.get(field.name, field.default)
-        same = same_paths if metadata.get("paths") else operator.eq
-        if not same(tuple(saved_value) if isinstance(saved_value, list) else saved_value, value):
-            found.append(Difference(prefix + field.name, value, saved_value, metadata.get("fixed", False)))
-    return found
+        equal = same_paths if metadata.get("paths") else operator.eq
+        if not equal(tuple(saved_value) if isinstance(saved_value, list) else saved_value, value):
+            changes.append(Difference(prefix + field.name, value, saved_value, metadata.get("fixed", False)))
+    return changes
 
 
 def same_paths(first: Any, second: Any) -> bool:

@@ -62,11 +62,7 @@ def generate(
 
 
 def up_to_end(ids: np.ndarray, end_of_text: int) -> np.ndarray:
-    """The ids before the first `end_of_text`.
-
-    Raises:
-        FloatingPointError: the logits were not finite.
-    """
+    """The ids before the first `end_of_text`. Raises FloatingPointError if the logits were not finite."""
     ends = np.flatnonzero(ids == end_of_text)
     new_tokens = ids[: ends[0]] if len(ends) else ids
     if NOT_FINITE in new_tokens:

@@ -1,4 +1,4 @@
-"""Token files of other programs: what they are, where that can be told."""
+"""Recognises token files of other programs and of other kinds."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ _CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def refuse_foreign(path: Path, vocab_size: int) -> None:
-    """Raises UsageError, which says what `path` is, if it is no file of GPT-2's ids in 16 bits. It is never unpickled.
+    """Raises UsageError, which says what `path` is, if it is no file of GPT-2's ids in 16 bits. Nothing is unpickled.
 
     No rule fits a file of GPT-2's ids:
     - `meta.pkl` is beside it: nanoGPT writes that for ids of another vocabulary.
@@ -46,9 +46,9 @@ def refuse_foreign(path: Path, vocab_size: int) -> None:
 
 def _kind(path: Path, head: bytes, vocab_size: int) -> str:
     """What a file is that starts with `head`; empty if it can be GPT-2's ids."""
-    known = [kind for magic, kind in _MAGICS.items() if head.startswith(magic)]
-    if known or len(head) < _SMALLEST:
-        return "".join(known)
+    magic_kinds = [kind for magic, kind in _MAGICS.items() if head.startswith(magic)]
+    if magic_kinds or len(head) < _SMALLEST:
+        return "".join(magic_kinds)
     ids = np.memmap(path, "<u2", mode="r", shape=path.stat().st_size // 2)
     first, second = ids[::2].max(), ids[1::2].max()
     kinds = {

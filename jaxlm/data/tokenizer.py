@@ -148,8 +148,7 @@ def _read_vocabulary() -> list[bytes]:
 def encode_prompts(tokenizer: TokenizerProtocol, prompts: Sequence[str], context: int) -> list[list[int]]:
     """The token ids of each prompt. An empty prompt becomes the end-of-text token, which precedes every document.
 
-    Raises:
-        UsageError: a prompt fills the whole context, or is not UTF-8 (shells pass any bytes).
+    Raises UsageError if a prompt fills the whole context, or is not UTF-8 (shells pass any bytes).
     """
     encoded = []
     for prompt in prompts:

@@ -20,8 +20,8 @@ from jaxlm.device.memory_limit import memory_limit
 from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
-# Settings of jax that change numbers or samples, or raise where training goes on. One seed gives one model whatever the
-# environment has; `start` names what it ignores. The default of the first differs between versions of jax.
+# Settings of jax that change numbers or samples, or raise where training continues. They are fixed, so that one seed
+# gives one model in any environment. The default of the first differs between versions of jax.
 _SETTINGS = {
     "jax_threefry_partitionable": True,
     "jax_enable_x64": False,
@@ -39,7 +39,7 @@ _SETTINGS = {
     "jax_debug_nans": False,  # training skips micro-batches that are not finite
     "jax_debug_infs": False,
 }
-_ignored = []  # variables of the environment
+_ignored = []  # variables of the environment, which `start` names
 for _name, _value in _SETTINGS.items():
     if hasattr(jax.config, _name):  # versions of jax differ
         if getattr(jax.config, _name) != _value and _name.upper() in os.environ:
@@ -79,8 +79,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     Returns:
         The device to compute on.
 
-    Raises:
-        UsageError: the named platform is not here, cannot be used, or does not start.
+    Raises UsageError if the named platform is not here, cannot be used, or does not start.
     """
     for name in _ignored:
         print(f"{name} is ignored: jaxlm's own settings say what is computed", file=sys.stderr)
@@ -182,8 +181,7 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
 
     The precision is bf16 on an NVIDIA GPU and float32 elsewhere. The implementation is a name in `core.ops`.
 
-    Raises:
-        UsageError: the implementation that is asked for does not fit, or an Apple GPU would compute wrong numbers.
+    Raises UsageError if the implementation that is asked for does not fit, or an Apple GPU would compute wrong numbers.
     """
     if on_apple(device):
         for name in ("context", "width", "mlp_width"):
@@ -231,8 +229,7 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
     several short ones: larger chunks take more memory and no less time. Without `microbatch_chunks` neither kind of GPU
     recomputes blocks, for speed.
 
-    Raises:
-        UsageError: as `resolve`.
+    Raises UsageError as `resolve`.
     """
     model, chunks = resolve(config.model, device), config.microbatch_chunks
     if chunks == 0:

@@ -254,8 +254,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 def read_sizes(folder: Path) -> ModelConfig:
     """The sizes of the Llama in `folder`, without the rows of a padded vocabulary, which no token has.
 
-    Raises:
-        UsageError: it is not a Hugging Face folder, or jaxlm does not support its model.
+    Raises UsageError if it is not a Hugging Face folder, or jaxlm does not support its model.
     """
     file = folder / "config.json"
     fields = _DEFAULTS | _read_json(file)
@@ -298,8 +297,7 @@ def _used_rows(folder: Path, rows: int) -> int:
 def read_params(folder: Path, config: ModelConfig) -> Params:
     """The parameters in the safetensors files of `folder`, converted to float32.
 
-    Raises:
-        UsageError: a file is missing or damaged, or the tensors are not those of a model of these sizes.
+    Raises UsageError if a file is missing or damaged, or the tensors are not those of a model of these sizes.
     """
     tensors, rows = _read_tensors(folder), _read_json(folder / CONFIG).get("vocab_size", 0)
     if config.tied:
@@ -370,8 +368,7 @@ def check_init(config: Config) -> None:
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
     """The tokenizer of the model in `folder`; jaxlm's own if it is the same.
 
-    Raises:
-        UsageError: there is none, or it needs `tokenizers`, which is not installed.
+    Raises UsageError if there is none, or it needs `tokenizers`, which is not installed.
     """
     file = folder / "tokenizer.json"
     content = _read_json(file)

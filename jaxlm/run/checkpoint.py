@@ -185,7 +185,7 @@ class Checkpoints:
         finally:
             if not self.in_place():
                 self._delete_misplaced(step)
-                raise RunError(f"{self.directory} was renamed, deleted or unmounted meanwhile")
+                raise RunError(f"{self.directory} was renamed, deleted or unmounted during the save")
         with contextlib.suppress(OSError):
             (self.directory.parent / HAS_CHECKPOINTS).touch()
         self._delete_old()

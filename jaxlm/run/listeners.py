@@ -13,28 +13,14 @@ CLOSE_SECONDS = 60.0  # that a listener may take, when the run ends, for the eve
 
 
 class Listeners:
-    """The console and others, which may have the methods `sync` and `close`. One that raises is named and left out."""
+    """The console and other listeners. One that raises is named and left out."""
 
     def __init__(self, console: Listener, others: Sequence[Listener]):
         self._console = console
         self._listeners: list[Any] = [console, *others]
 
-    def __call__(self, event: Event) -> None:
-        self._call("__call__", event)
-
-    def add(self, listener: Listener) -> None:
-        """Adds a listener to the events to come."""
-        self._listeners.append(listener)
-
-    def sync(self) -> None:
-        """Asks each to write what it holds to the disk."""
-        self._call("sync")
-
-    def close(self) -> None:
-        """Closes each."""
-        self._call("close")
-
-    def _call(self, method: str, *arguments: Any) -> None:
+    def call(self, method: str, *arguments: Any) -> None:
+        """Calls a method of each listener that has it."""
         for listener in tuple(self._listeners):
             try:
                 if listener in self._listeners and hasattr(listener, method):
@@ -53,7 +39,7 @@ class Listeners:
         if listener is self._console:
             with contextlib.suppress(OSError):
                 print(message, file=sys.stderr)
-        self(MessageEvent(message))
+        self.call("__call__", MessageEvent(message))
 
 
 class BackgroundListener:

@@ -36,8 +36,8 @@ class LossMonitor:
             self._noise = max((high - low) / 1.349, LEAST_NOISE * abs(middle))  # 1.349: a normal distribution's
             if not loss <= middle + BAND_WIDTH * self._noise:  # nan too
                 spike, loss = self._spike(step, loss, middle), middle
-        said = {"spike": spike, "plateau": self._not_falling(step, loss) if math.isfinite(loss) else ""}
-        return {kind: text for kind, text in said.items() if text}
+        warnings = {"spike": spike, "plateau": self._not_falling(step, loss) if math.isfinite(loss) else ""}
+        return {kind: text for kind, text in warnings.items() if text}
 
     def _spike(self, step: int, loss: float, usual: float) -> str:
         previous, self._outside_at = self._outside_at, step

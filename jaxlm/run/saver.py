@@ -26,14 +26,10 @@ class Saver:
         sync_records: Callable[[], None],
         emit: Callable[[Event], None],
     ):
-        """Starts the clock of `save_minutes`.
+        """`step` is that of the newest checkpoint; 0: there is none.
 
-        Args:
-            config, checkpoints, clock: those of the run.
-            step: that of the newest checkpoint; 0: there is none.
-            describe: gives the `meta` of a checkpoint, from the seconds trained.
-            sync_records: returns once the rows of all steps are on the disk; may raise OSError.
-            emit: receives the events.
+        `describe` gives the `meta` of a checkpoint from the seconds trained. `sync_records` returns once the rows of
+        all steps are on the disk, and may raise OSError.
         """
         self._config, self._checkpoints, self._clock = config, checkpoints, clock
         self._describe, self._sync_records, self._emit = describe, sync_records, emit
@@ -93,7 +89,7 @@ class Saver:
         """Raises RunError if the work directory or its checkpoints are no longer in their place."""
         self._last_look = self._clock.seconds()
         if not self._checkpoints.in_place():
-            last = f"step {self.saved_step} is saved for sure" if self.saved_step else "no step is saved for sure"
+            last = f"step {self.saved_step} is the last known to be saved" if self.saved_step else "no step is saved"
             raise RunError(
                 f"{self._checkpoints.workdir} was renamed, deleted or unmounted, or its checkpoints were, so the run"
                 f" stops ({last}): put it back or name its new place with --workdir, and the same command resumes"

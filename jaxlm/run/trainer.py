@@ -97,11 +97,12 @@ class Trainer:
         self._loss_monitor, self._step_monitor = LossMonitor(), StepMonitor()
         self._records = Records(workdir, self.step)
         console = Console(config, self.step)
-        self._listeners = Listeners(console, [BackgroundListener(listener) for listener in listeners])
+        others: list[Listener] = [BackgroundListener(listener) for listener in listeners]
         try:
-            self._listeners.add(TensorBoard(workdir, self.step))
+            others.append(TensorBoard(workdir, self.step))
         except OSError as error:
             self._notes.append(f"TensorBoard's events are not written ({error.strerror or error})")
+        self._listeners = Listeners(console, others)
         self._describe = partial(describe_run, config, tokens)
         self._saver = Saver(config, checkpoints, self._clock, self.step, self._describe, self._sync_records, self._emit)
         self._signals = StopSignals(console.show_cursor)
@@ -303,7 +304,7 @@ class Trainer:
     def _sync_records(self) -> None:
         """Returns once the rows of all steps are on the disk. Raises OSError."""
         self._records.sync()
-        self._listeners.sync()
+        self._listeners.call("sync")
 
     @contextlib.contextmanager
     def _pause(self, kind: str) -> Iterator[None]:
@@ -316,10 +317,10 @@ class Trainer:
     def _emit(self, event: Event) -> None:
         """Sends an event to the records, and then to the listeners."""
         self._records(event)
-        self._listeners(event)
+        self._listeners.call("__call__", event)
 
     def close(self) -> None:
         """Closes the records and the listeners."""
         self._timer.shutdown(wait=False)
-        self._listeners.close()
+        self._listeners.call("close")
         self._records.close()

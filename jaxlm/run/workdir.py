@@ -33,8 +33,8 @@ def existing_parent(path: Path) -> Path:
 def check_workdir(workdir: Path, config: Config) -> Mapping[str, Any]:
     """The settings in `workdir`/config.json; none without the file.
 
-    Raises:
-        UsageError: `workdir` belongs to a run with other fixed settings, or the run in it has lost its checkpoints.
+    Raises UsageError if `workdir` belongs to a run with other fixed settings, or to one that has lost its checkpoints.
+    Raises RunError as `saved_steps`.
     """
     _check_checkpoints(workdir)
     file = workdir / "config.json"
