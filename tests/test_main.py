@@ -428,7 +428,8 @@ def unreadable(paths):
 
 @pytest.mark.parametrize("fate", ["changed", "grown", "unreadable", "removed"])
 def test_run_resumes_with_its_own_tokens_whatever_became_of_the_corpus(fate, monkeypatch):
-    loss = copy_of_own(fate)
+    workdir = f"corpus-{fate}"
+    loss = copy_of_own(workdir)
     text, files = Path("own.txt").read_text(), listing(Path("data"))
     if fate == "removed":
         Path("own.txt").unlink()
@@ -436,10 +437,10 @@ def test_run_resumes_with_its_own_tokens_whatever_became_of_the_corpus(fate, mon
         monkeypatch.setattr(corpus, "files_sha256", unreadable)
     else:
         Path("own.txt").write_text("other text. " * 500 if fate == "changed" else f"{text} more")
-    shown = resume_own(fate)
+    shown = resume_own(workdir)
     Path("own.txt").write_text(text)
     assert "Done: 12 steps" in shown
-    assert rows(f"{fate}/metrics.jsonl")[-1]["loss"] == loss
+    assert rows(f"{workdir}/metrics.jsonl")[-1]["loss"] == loss
     assert listing(Path("data")) == files
     assert len(re.findall(r"(?m)^own.txt has changed: .* data/own-txt-300$", shown)) == (fate != "removed")
     assert "Preparing" not in shown

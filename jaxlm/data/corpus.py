@@ -59,7 +59,7 @@ def open_corpus(source: str) -> Corpus:
 
 
 def same_corpus(source: str, other: str) -> bool:
-    """Whether two sources are the same name, or name the same paths in the same order, however these are written."""
+    """Whether two sources are the same name, or name the same files in the same order."""
     if source in _NAMED or other in _NAMED:
         return source == other
     return list(_expand(source)) == list(_expand(other))
@@ -87,7 +87,7 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 
 def joined(names: Sequence[str]) -> str:
-    """The source of these paths and patterns. Beside others, the commas of a path that exists get a backslash."""
+    """The source of these paths and patterns. In a list, a path that exists gets a backslash before its commas."""
     if len(names) == 1:
         return names[0]
     separator = ", " if os.path.exists(",".join(names)) else ","

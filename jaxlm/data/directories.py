@@ -1,4 +1,4 @@
-"""Which directory of token files a run reads: the one that `data.dir` names, or the one that it began with."""
+"""Which directory of token files a run reads."""
 
 import dataclasses
 import difflib
@@ -35,9 +35,9 @@ def data_directory(config: Config) -> Path:
 
 
 def check_named_directory(config: Config, corpus_is_named: bool) -> None:
-    """Raises UsageError if `data.dir` has no token files, or those of another text than a `data.corpus` that is named.
+    """Raises UsageError if `data.dir` has no token files, or if the corpus is named and the files are of another.
 
-    Without meta.json the text is unknown, and any is accepted.
+    Files without meta.json may be of any corpus.
     """
     data, directory = config.data, Path(config.data.dir)
     if not os.path.isfile(directory / TRAIN):
@@ -56,7 +56,7 @@ def check_named_directory(config: Config, corpus_is_named: bool) -> None:
 
 
 def own_directory(saved: Mapping[str, Any], config: Config) -> Path | None:
-    """Where a run with the `saved` settings has its tokens; None if `config` names another corpus."""
+    """The directory of the tokens of a run with the `saved` settings; None if `config` names another corpus."""
     data = saved.get("data") or dataclasses.asdict(config.data)
     if not same_corpus(str(data.get("corpus")), config.data.corpus):
         return None

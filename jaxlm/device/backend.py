@@ -63,7 +63,7 @@ _MPS_ENVIRONMENT = {  # what jax-mps and MLX read when they load
     "JAX_MPS_CACHE_LIMIT_BYTES": str(256 * 10**6),  # of freed buffers; the default may fill the shared memory
     "MLX_ENABLE_TF32": "0",  # the numerics check allows 0.001 in float32; TF32 rounds to that
 }
-_CUDNN_CAPABILITY = (8, 0)  # of the GPUs that have cuDNN's attention, from Ampere on; jax does not check it
+_CUDNN_CAPABILITY = (8, 0)  # of Ampere, the first with cuDNN's attention; jax does not check it
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _SPARE_CHUNKS = (2**26, *[2**20] * 64)  # bytes: one for a small model's samples, and one for each small buffer
 _SLACK = 2**21  # bytes; larger than the small chunks, so that malloc does not take them from the rest of the large one
@@ -267,7 +267,7 @@ def identity(device: jax.Device) -> list[str]:
 
 
 def card(device: jax.Device) -> str:
-    """One card among those of its kind: the UUID of an NVIDIA GPU, else the device's index."""
+    """Identifies one card among those of its kind: the UUID of an NVIDIA GPU, else the device's index."""
     if device.platform == "gpu":
         with contextlib.suppress(OSError, AttributeError):  # no driver of NVIDIA's, or an old one
             driver, handle, uuid = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), (ctypes.c_ubyte * 16)()

@@ -246,7 +246,7 @@ def difference(actual: np.ndarray, expected: np.ndarray, before: np.ndarray | fl
 
 
 def scale_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Returns by which share an array is too large or too small as a whole.
+    """Returns the relative error of an array's scale.
 
     That is the larger error of its norm, relative to the norm of `expected`, and of its projection on `expected`. An
     array that is right but for rounding, row by row and at random, has almost none.

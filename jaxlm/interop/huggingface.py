@@ -108,7 +108,7 @@ def _update(folder: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str,
             )
     needs_swap = not complete and any(name != CARD for name in changed)
     order = [WEIGHTS] * (mark.actual != sha256) + [name for name in changed if name != CONFIG] + [CONFIG] * needs_swap
-    with ExitStack() as stack:  # it renames last what it entered first
+    with ExitStack() as stack:  # files are renamed in the reverse of this order
         staged = {name: stack.enter_context(atomic.new_file(folder / name)) for name in reversed(order)}
         for name, path in staged.items():
             if name == WEIGHTS:
@@ -122,7 +122,7 @@ def _update(folder: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str,
 
 
 def _is_due(file: Path, text: bytes, complete: bool) -> bool:
-    """Whether to write `text` to `file`: in a complete folder, what differs is a person's unless it is our card."""
+    """Whether to write `text` to `file`. If the folder is complete, what differs is a person's, but for our card."""
     if not os.path.lexists(file):
         return True
     present = file.read_bytes()
@@ -283,7 +283,7 @@ def read_sizes(folder: Path) -> ModelConfig:
 
 
 def _used_rows(folder: Path, rows: int) -> int:
-    """How many of the vocabulary's `rows` reach to the last token in tokenizer.json; all if there is no such file."""
+    """The rows of the vocabulary up to the last token in tokenizer.json; all `rows` if there is no such file."""
     file = folder / "tokenizer.json"
     content = _read_json(file) if os.path.isfile(file) else {}
     model, added = content.get("model"), content.get("added_tokens")

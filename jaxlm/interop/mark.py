@@ -35,7 +35,7 @@ def tensors_sha256(names: Iterable[str], read: Callable[[str], np.ndarray]) -> s
 
 
 def seal(card: str) -> bytes:
-    """The file of the card, which ends with the hash of the rest: a person's edit is then recognised."""
+    """The bytes of the card's file. Its last line is the hash of the rest, so an edit is recognised."""
     body = f"{card.rstrip()}\n".encode(errors="replace")  # it may name any file
     return body + _seal_line(body)
 

@@ -53,7 +53,7 @@ The run's settings:
 def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any], parameters: int) -> str:
     """The card, in Markdown, of the model after `step` of the run in `workdir`; `meta` is that of its checkpoint.
 
-    Of paths, the card has the last part only: a card is published.
+    A card may be published, so it has only the last part of each path.
     """
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
     data = dataclasses.replace(config.data, corpus=_base_names(config.data.corpus), dir=_base_name(config.data.dir))
@@ -74,7 +74,7 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
 
 
 def _text(meta: Mapping[str, Any]) -> str:
-    """What the model was trained on, with hashes; checkpoints of earlier versions have no more than these."""
+    """What the model was trained on, with hashes. Checkpoints of earlier versions have the hashes alone."""
     source, hashes = meta.get("source", {}), dict(meta.get("tokens", {}))
     if "text" in source:
         name, hashes = _base_names(source["text"]), {"sha256": source["sha256"]} | hashes

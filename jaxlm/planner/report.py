@@ -151,7 +151,7 @@ def _speed(config: Config, benchmark: BenchmarkResult, timings: Timings) -> dict
 def _disk(
     config: Config, workdir: Path, benchmark: BenchmarkResult | None, memory: Memory, tokens: int
 ) -> dict[str, Any]:
-    """What the run writes. At most there are two checkpoints more than at the end: a rolling one, and the next."""
+    """What the run writes. At the peak there are two checkpoints more than at the end: a rolling one and the next."""
     checkpoint = benchmark.checkpoint_bytes if benchmark else memory.checkpoint_copy
     model, records = benchmark.model_bytes if benchmark else memory.weights, record_bytes(config, config.max_steps)
     count = len(estimate.kept(config, config.max_steps))

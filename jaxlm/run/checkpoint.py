@@ -39,7 +39,7 @@ FILES = "files.json"
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
 ZERO_BETWEEN_STEPS = r"skipped_in_a_row|loss_sum|opt_state\.(mini_step|acc_grads|skip_state\['should_skip'\])"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of what is no checkpoint yet, or no more
+_UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written or deleted
 _SAFE_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,=@+~ -]+", re.ASCII)
 
 T = TypeVar("T")
@@ -50,12 +50,9 @@ class Checkpoints:
     """The checkpoints of one work directory."""
 
     def __init__(self, workdir: Path, max_to_keep: int | None = None, keep_every: int = 0):
-        """Opens the checkpoints of `workdir`.
+        """Opens the checkpoints of an existing work directory.
 
-        Args:
-            workdir: an existing directory.
-            max_to_keep: after a save so many stay, beside a rolling one and those of `keep_every`; None: all.
-            keep_every: checkpoints of its multiples stay; 0: none.
+        After a save the last `max_to_keep` stay (None: all), and the multiples of `keep_every` (0: none).
         """
         self.workdir, self.directory = workdir, (workdir / CHECKPOINTS).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -69,7 +66,7 @@ class Checkpoints:
         return saved_steps(self.directory.parent)
 
     def in_place(self) -> bool:
-        """Whether the directory is where it was opened. That of a disk that does not answer counts as in place."""
+        """Whether the directory is where it was opened. A disk that does not answer counts as in place."""
         try:
             return os.path.samestat(os.stat(self.directory), self._place)
         except OSError as error:
@@ -191,14 +188,14 @@ class Checkpoints:
         self._delete_old()
 
     def _delete_misplaced(self, step: int) -> None:
-        """Deletes what orbax has made where the work directory was, if that is all there is."""
+        """Deletes the work directory that orbax has created again, if it holds nothing else."""
         self._delete_unfinished()
         with contextlib.suppress(OSError):
             if os.listdir(self.directory.parent) == [CHECKPOINTS] and set(os.listdir(self.directory)) <= {str(step)}:
                 shutil.rmtree(self.directory.parent)
 
     def _delete_old(self) -> None:
-        """Deletes the checkpoints that the newest one replaces. One that cannot be deleted is left to the next save."""
+        """Deletes the checkpoints that the newest one replaces. What stays is deleted by the next save."""
         if self._max_to_keep is None:
             return
         steps = self.steps()
@@ -207,12 +204,12 @@ class Checkpoints:
         for step in set(steps) - kept:
             if not self._keep_every or step % self._keep_every:
                 unfinished = self.directory / f"{step}{_UNFINISHED}"
-                with contextlib.suppress(OSError):  # first renamed: what is half deleted is no checkpoint
+                with contextlib.suppress(OSError):  # renamed first: half of a checkpoint is no checkpoint
                     (self.directory / str(step)).rename(unfinished)
                     shutil.rmtree(unfinished)
 
     def _is_rolling(self, step: int) -> bool:
-        """Whether the next save replaces it: by its own settings it is neither of an interval nor the run's last."""
+        """Whether the next save replaces it: its own settings make it neither a regular checkpoint nor the last one."""
         try:
             config = self.meta(step)["config"]
             return bool(step % config["save_interval"]) and step != config["max_steps"]
@@ -258,9 +255,9 @@ def _checkpointer() -> ocp.Checkpointer:
 
 @contextlib.contextmanager
 def _safe_path(directory: Path) -> Iterator[Path]:
-    """A path to `directory` that orbax and tensorstore take as it is, if need be through a link in a temporary folder.
+    """A path to `directory` that orbax and tensorstore can use: itself, or a link in a temporary folder.
 
-    They glob it without escaping it, they read some parts of it as a URL, and it must be UTF-8.
+    They use the path as a pattern and as a URL, and it must be UTF-8.
     """
     if _SAFE_PATH.fullmatch(str(directory)):
         yield directory

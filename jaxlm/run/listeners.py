@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxlm.run.events import Event, Listener, MessageEvent
 
-CLOSE_SECONDS = 60.0  # that a listener may take, when the run ends, for the events it has not yet seen
+CLOSE_SECONDS = 60.0  # for a listener, at the end of a run, to see the remaining events
 
 
 class Listeners:

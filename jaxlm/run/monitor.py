@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 
-BAND_STEPS = 200  # whose losses make the band
+BAND_STEPS = 200  # the last ones, whose losses make the band
 BAND_WIDTH = 8.0  # standard deviations of the noise
 LEAST_NOISE = 0.005  # of the median, where the losses are almost equal
 PLATEAU_STEPS = 500  # the shortest plateau
@@ -17,7 +17,7 @@ TICK_SECONDS = 5.0
 
 
 class LossMonitor:
-    """Takes the loss of each step and says, once an episode, that it has jumped or has stopped falling."""
+    """Takes the loss of each step, and warns once when it jumps or stops falling."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=BAND_STEPS)
@@ -27,7 +27,7 @@ class LossMonitor:
         self._plateau = math.inf  # the loss must fall below this before the next plateau
 
     def __call__(self, step: int, loss: float) -> dict[str, str]:
-        """Takes the loss of `step`; returns what to say about it, by its kind: `spike` or `plateau`."""
+        """Takes the loss of `step`; returns warnings by their kind: `spike` or `plateau`."""
         ordered, spike = sorted(self._recent), ""
         if math.isfinite(loss):
             self._recent.append(loss)
@@ -65,7 +65,7 @@ class LossMonitor:
 
 
 class StepMonitor:
-    """Says once of each step that lasts many times the usual one that it does.
+    """Warns once of each step that lasts many times the usual one.
 
     It counts the calls of `tick`, one every TICK_SECONDS. A process that is stopped, or a machine that sleeps, makes
     none.
@@ -76,12 +76,7 @@ class StepMonitor:
         self._ticks = 0
 
     def tick(self, began: float | None, usual: float) -> str:
-        """What to say, or "".
-
-        Args:
-            began: the second in which the step in progress began; None in a pause.
-            usual: the seconds of a usual step; inf if they are not known.
-        """
+        """A warning, or "". The step began at the second `began` (None: a pause); `usual` is inf if it is not known."""
         self._ticks = self._ticks + 1 if began == self._began else 0
         self._began = began
         limit = math.ceil(max(LATE_SECONDS, LATE_FACTOR * usual) / TICK_SECONDS) if math.isfinite(usual) else math.inf

@@ -26,7 +26,7 @@ def check_room(workdir: Path, config: Config) -> None:
     steps = max(config.max_steps - max(saved, default=0), 0)
     saves = -(-steps // config.save_interval) + 1  # with a rolling one
     milestones = config.max_steps // config.keep_every if config.keep_every else 0
-    most = config.max_checkpoints + milestones + 2  # with a rolling one, and the next until the oldest is deleted
+    most = config.max_checkpoints + milestones + 2  # a rolling one, and the next until the oldest is deleted
     new = min(saves, most - len(saved))
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
     needed = max(new, 0) * checkpoint_bytes(shapes) + model + record_bytes(config, steps)

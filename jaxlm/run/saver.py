@@ -1,4 +1,4 @@
-"""The saves of a run: when one is due, that its rows are on the disk before it, and what became of it."""
+"""When a run saves, and what becomes of each save. The rows of its steps are on the disk before it starts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +60,7 @@ class Saver:
         self._emit(SavingEvent(step))
 
     def report(self, wait: bool = False) -> None:
-        """Reports what became of the save in progress, once that is known. Raises as `check_place`."""
+        """Reports the save in progress once it is complete or has failed. Raises as `check_place`."""
         if self._clock.seconds() - self._last_look >= LOOK_SECONDS:
             self.check_place()
         if self._saving_step is None or (self._checkpoints.saving() and not wait):
@@ -76,7 +76,7 @@ class Saver:
             self._emit(SavedEvent(step))
 
     def finish(self, step: int, state: TrainState) -> None:
-        """Returns once `step`, whose state this is, is saved, now or before. Raises RunError if it cannot be."""
+        """Saves the state of `step` unless it is saved, and waits. Raises RunError if that fails."""
         self.report(wait=True)
         if self.saved_step != step:
             self.save(step, state)

@@ -1,4 +1,4 @@
-"""What a work directory holds before a session of training: whose run it is, and whether its checkpoints are there."""
+"""What a work directory holds before a session of training: the settings of its run, and its checkpoints."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from jaxlm.errors import RunError, UsageError, disk_advice
 
 CHECKPOINTS = "checkpoints"
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-HAS_CHECKPOINTS = "has_checkpoints"  # an empty file: a checkpoint of this run was complete
+HAS_CHECKPOINTS = "has_checkpoints"  # an empty file in the work directory of a run that has been saved
 
 
 def saved_steps(workdir: Path) -> list[int]:
