@@ -37,6 +37,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
     It uses `os._exit`: tensorstore's threads abort the process if they call Python while the interpreter shuts down.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it is closed
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     code = status(main, sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # the reader may have closed it
@@ -129,10 +132,10 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
     Raises UsageError for an unknown flag, a config file that is missing or fails, or a wrong setting.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=expand_home, default=str(QUICKSTART))
+    parser.add_argument("--config", "-config", type=expand_home, default=str(QUICKSTART))
     args, others = parser.parse_known_args(argv)
     config_file = find_config(args.config)
-    overridden = re.findall(r"(?m)^--config\.([\w.]+)", "\n".join(others))
+    overridden = re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(others))
     for setting in overridden:
         check_name(setting)
     words = ["jaxlm.main", f"--config={config_file}", *others]
@@ -152,10 +155,11 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
 
 
 def _with_homes(config: Config) -> Config:
-    """The config with home directories in the settings that are paths."""
+    """The config with home directories in the settings that are paths, and an absolute `init_from`, which is fixed."""
     corpus, directory = expand_homes(config.data.corpus), expand_home(config.data.dir)
     data = dataclasses.replace(config.data, corpus=corpus, dir=directory)
-    return dataclasses.replace(config, data=data, init_from=expand_home(config.init_from))
+    init_from = config.init_from and str(path(config.init_from).absolute())
+    return dataclasses.replace(config, data=data, init_from=init_from)
 
 
 def _without_old_names_of(overridden: list[str], settings: Any) -> Any:

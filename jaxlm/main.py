@@ -22,6 +22,7 @@ from jaxlm.run.quiet import log_libraries, quiet_libraries
 from jaxlm.run.workdir import check_workdir, saved_steps
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
+from jaxlm.terminal import printable
 
 
 def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = False) -> TokenFiles:
@@ -40,7 +41,8 @@ def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = F
     elif own and (meta := read_meta(own)) and meta.fits_files(own):
         directory = own
         if _has_changed(data.corpus, meta.source_sha256):
-            print(f"{data.corpus} has changed: the run resumes with the tokens that it began with, in {own}")
+            line = f"{data.corpus} has changed: the run resumes with the tokens that it began with, in {own}"
+            print(printable(line))
     else:
         prepare(data.corpus, directory, vocab_size, data.val_fraction, TRAINING_FLAGS)
     return open_tokens(directory, vocab_size, config.model.context)
@@ -69,9 +71,9 @@ def main(argv: list[str]) -> None:
 
 def _names_corpus(argv: list[str], config: Config) -> bool:
     """Whether a person named the corpus: by a flag, or in a config file whose `data.dir` no flag replaces."""
-    names = {word.partition("=")[0] for word in argv}
-    in_file = config.data.corpus != DataConfig().corpus and "--config.data.dir" not in names
-    return in_file or "--config.data.corpus" in names
+    names = {word.partition("=")[0].lstrip("-") for word in argv}
+    in_file = config.data.corpus != DataConfig().corpus and "config.data.dir" not in names
+    return in_file or "config.data.corpus" in names
 
 
 def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> None:

@@ -10,7 +10,7 @@ from jaxlm.data.corpus import joined, open_corpus
 from jaxlm.data.encode import PREPARE_FLAGS, Flags, find_prepared, write_token_files
 from jaxlm.data.token_files import FileMeta, Meta
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
-from jaxlm.terminal import console
+from jaxlm.terminal import console, printable
 
 
 def prepare(
@@ -24,7 +24,7 @@ def prepare(
     if meta := find_prepared(source, directory, vocab_size, validation_fraction, flags):
         return meta
     terminal = console()
-    terminal.out(f"Preparing {source} in {directory}", highlight=False)
+    terminal.out(printable(f"Preparing {source} in {directory}"), highlight=False)
     corpus = open_corpus(source)  # a download shows its own progress bar
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse_args(argv)
     meta = prepare(joined(args.corpus), args.out, args.vocab_size, args.val_fraction)
-    print(f"{args.out}: {_describe(meta.train)} for training, {_describe(meta.val)} for validation")
+    print(printable(f"{args.out}: {_describe(meta.train)} for training, {_describe(meta.val)} for validation"))
 
 
 def _describe(file: FileMeta) -> str:

@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
         weights = prepare_decode_params(checkpoint.model, checkpoint.params)
         loaded = LoadedModel(checkpoint.model, weights, load_tokenizer(checkpoint.model.vocab_size))
         print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
+    if args.tokens >= loaded.config.context:
+        print(f"Each text ends at the model's context of {loaded.config.context} tokens", file=sys.stderr)
     if args.stdin:
         _print_all(loaded, _from_stdin(loaded), args)
     elif args.prompt or args.json or not (sys.stdout.isatty() and sys.stdin.isatty()):
@@ -89,8 +91,11 @@ def _sampling_parser() -> ArgumentParser:
 
 
 def _check(args: Namespace) -> None:
-    sample = SampleConfig(tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    Config(seed=args.seed, sample=sample)
+    try:
+        sample = SampleConfig(tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        Config(seed=args.seed, sample=sample)
+    except UsageError as error:
+        raise UsageError(str(error).removeprefix("sample.")) from error
 
 
 class Prompt(NamedTuple):
@@ -140,7 +145,10 @@ def _line_groups(file: int) -> Iterator[list[bytes]]:
     rest, ended = b"", False
     while lines or not ended:
         while not ended and (not lines or (len(lines) < PROMPT_BATCH and select.select([file], [], [], 0)[0])):
-            part = os.read(file, READ_BYTES)
+            try:
+                part = os.read(file, READ_BYTES)
+            except OSError as error:
+                raise UsageError(f"cannot read stdin ({error.strerror}): give it a file or a pipe") from error
             *whole, rest = (rest + part).split(b"\n")
             ended = not part
             lines += [*whole, rest] if ended and rest else whole

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import os
 import pwd
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from configs import quickstart
 from jaxlm.cli import ArgumentParser, expand_homes, find_config, path, read_config, run_errors, status
-from jaxlm.config import from_config_dict
+from jaxlm.config import differences, from_config_dict, to_dict
 from jaxlm.errors import RunError, Stopped, UsageError
 
 CONFIGS = Path(quickstart.__file__).parent
@@ -161,6 +162,13 @@ def test_a_closed_pipe_gives_no_traceback():
     assert done.stderr == ""
 
 
+def test_closed_streams_are_empty():
+    """Python has None in their place."""
+    code = "assert sys.stdin.read() == '' and not sys.stdout.isatty() and sys.stderr.fileno() > 0; print('unseen')"
+    closed = {"preexec_fn": lambda: os.closerange(0, 3), "capture_output": False, "stdin": None}
+    assert command(code, **closed).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [(["--coun", "1"], "--coun"), (["--count", "x"], "--count"), (["stray"], "stray"), ([], "--need")],
@@ -211,6 +219,24 @@ def test_every_path_of_a_command_line_may_begin_with_the_home_directory(home):
     assert read_config(["--config=~/mine.py"])[1] == Path("runs/mine")
     assert expand_homes("novels") == "novels"
     assert path("") == Path()
+
+
+def test_flags_may_have_one_dash(home):
+    text = (CONFIGS / "quickstart.py").read_text().replace("return config", "config.slices = 4; return config")
+    (home / "mine.py").write_text(text)
+    flags = ["config=~/mine.py", "config.microbatch_chunks=2", "config.data.corpus=b.txt", "workdir=w"]
+    for dash in ("-", "--"):
+        config, workdir = read_config([dash + flag for flag in flags])
+        assert (config.microbatch_chunks, config.data.corpus, workdir) == (2, "b.txt", Path("w"))
+
+
+def test_the_folder_of_the_initial_weights_is_saved_for_any_working_directory(home, monkeypatch):
+    (home / "model").mkdir()
+    (home / "link").symlink_to("model")
+    saved = json.loads(json.dumps(to_dict(read_config(["--config.init_from=home/link"])[0])))
+    monkeypatch.chdir(home)
+    assert differences(saved, read_config(["--config.init_from=model"])[0]) == []
+    assert [change.name for change in differences(saved, read_config(["--config.init_from=home"])[0])] == ["init_from"]
 
 
 def test_another_users_home_directory_is_found(home):

@@ -480,6 +480,7 @@ def test_other_validation_fraction_is_refused_by_its_name_on_resume():
         (["--config.data.dir", "tokns"], "did you mean tokens"),
         (["--config.data.corpus=tiny.py"], "not of tiny.py"),
         (["--config.data.dir=tokens", "--config.data.corpus", "tiny.py"], "not of tiny.py"),
+        (["-config.data.corpus=tiny.py"], "not of tiny.py"),
         (["--config", "torn.py"], "not of another.txt"),
     ],
 )

@@ -41,6 +41,16 @@ def test_forced_colours_bring_no_bar_into_a_log(tmp_path, capfd, monkeypatch):
     assert len(out.splitlines()) == 3
 
 
+def test_control_codes_in_names_do_not_reach_the_terminal(tmp_path, capsys):
+    path, out = tmp_path / "a\x1b[31m.txt", tmp_path / "\x1b]0;out"
+    path.write_text("Some text of one's own. " * 50)
+    for _ in range(2):
+        main(["--corpus", str(path), "--out", str(out), "--vocab_size", "500"])
+    out, err = capsys.readouterr()
+    assert "a [31m.txt" in out and " ]0;out" in out
+    assert "\x1b" not in out + err
+
+
 @pytest.mark.parametrize(
     "argv",
     [

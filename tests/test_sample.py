@@ -174,6 +174,12 @@ def test_text_ends_when_the_context_is_full(sample):
     assert re.fullmatch(f"{FULL}\n", sample("--prompt", "日", "--tokens", "500", "--temperature", "0"))
 
 
+@pytest.mark.parametrize(("tokens", "lines"), [(CONFIG.model.context - 1, 0), (CONFIG.model.context, 1)])
+def test_a_line_says_that_the_context_holds_fewer_tokens_than_are_asked_for(capsys, tokens, lines):
+    main(["--workdir", "run", "--prompt", "日", "--tokens", str(tokens)])
+    assert capsys.readouterr().err.count(f"ends at the model's context of {CONFIG.model.context} tokens\n") == lines
+
+
 def test_step_selects_the_checkpoint(capsys, sample):
     main(["--workdir", "run", "--step", "60", "--prompt", "日"])
     early, err = capsys.readouterr()
@@ -226,6 +232,7 @@ def test_wrong_request_is_refused_in_one_line(capsys, flags, named):
     assert caught.value.exit_status == 2
     assert is_one_line(caught.value)
     assert named in str(caught.value)
+    assert "sample." not in str(caught.value)  # a group of settings in a config file
     assert capsys.readouterr().out == ""
 
 
@@ -305,6 +312,14 @@ def test_empty_stdin_writes_nothing(sample, type_in):
     assert sample("--stdin") == ""
 
 
+def test_a_folder_as_stdin_is_refused_in_one_line(monkeypatch):
+    folder = os.open(".", os.O_RDONLY)
+    monkeypatch.setattr("sys.stdin", Namespace(fileno=lambda: folder))
+    with pytest.raises(UsageError, match=r"cannot read stdin \(Is a directory\)"):
+        main(["--workdir", "run", "--stdin"])
+    os.close(folder)
+
+
 def test_an_unfit_line_is_named_and_the_others_are_answered(type_in, capsys):
     type_in(b"\xff\n" + "日\n".encode() + b"x" * 46 + b"\n\n\xe6\x97")
     with pytest.raises(UsageError, match="3 of 5 lines") as caught:
@@ -312,7 +327,7 @@ def test_an_unfit_line_is_named_and_the_others_are_answered(type_in, capsys):
     assert (caught.value.exit_status, is_one_line(caught.value)) == (2, True)
     out, err = capsys.readouterr()
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["日", ""]
-    errors = err.splitlines()[1:]
+    errors = err.splitlines()[2:]
     for error, beginning in zip(errors, ("line 1: .*UTF-8", "line 3: .* 46 tokens", "line 5: .*UTF-8"), strict=True):
         assert re.match(f"error: {beginning}", error)
 

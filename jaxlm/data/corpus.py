@@ -54,7 +54,9 @@ def open_corpus(source: str) -> Corpus:
             beside = _matches(os.path.join(glob.escape(str(path.parent)), "*"))
             nearest = difflib.get_close_matches(str(path), [*_NAMED, *map(os.path.normpath, beside)], n=1)
             hint = f"did you mean '{nearest[0]}'? Choose" if nearest else "choose"
-            raise UsageError(f"there is no corpus or file '{path}': {hint} {', '.join(_NAMED)}, or {READABLE} files")
+            comma = r" (a comma in a name is \,)" * ("," in source)
+            choices = f"{', '.join(_NAMED)}, or {READABLE} files"
+            raise UsageError(f"there is no corpus or file '{path}'{comma}: {hint} {choices}")
     return Corpus(source, paths, partial(read_chunks, paths))
 
 

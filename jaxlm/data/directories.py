@@ -5,14 +5,14 @@ import difflib
 import hashlib
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config
 from jaxlm.data.corpus import same_corpus
-from jaxlm.data.token_files import TRAIN, read_meta
+from jaxlm.data.encode import prepare_command
+from jaxlm.data.token_files import TRAIN, VAL, read_meta
 from jaxlm.errors import UsageError
 
 
@@ -35,19 +35,18 @@ def data_directory(config: Config) -> Path:
 
 
 def check_named_directory(config: Config, corpus_is_named: bool) -> None:
-    """Raises UsageError if `data.dir` has no token files, or if the corpus is named and the files are of another.
+    """Raises UsageError if `data.dir` lacks a token file, or if the corpus is named and the files are of another.
 
     Files without meta.json may be of any corpus.
     """
     data, directory = config.data, Path(config.data.dir)
-    if not os.path.isfile(directory / TRAIN):
+    if missing := [name for name in (TRAIN, VAL) if not os.path.isfile(directory / name)]:
         parent = directory.parent
         siblings = [path.parent.name for path in parent.glob(f"*/{TRAIN}")] if os.path.isdir(parent) else []
         nearest = difflib.get_close_matches(directory.name, siblings, 1)
         hint = f"did you mean {parent / nearest[0]}? This command prepares" if nearest else "prepare"
-        words = ["--corpus", data.corpus or "TEXT", "--out", data.dir, "--vocab_size", str(config.model.vocab_size)]
-        command = shlex.join(["python", "-m", "jaxlm.prepare", *words, "--val_fraction", str(data.val_fraction)])
-        raise UsageError(f"data.dir {directory} has no token files: {hint} them: {command}")
+        command = prepare_command(data.corpus or "TEXT", directory, config.model.vocab_size, data.val_fraction)
+        raise UsageError(f"data.dir {directory} has no {' and no '.join(missing)}: {hint} them: {command}")
     if corpus_is_named and (meta := read_meta(directory)) and not same_corpus(meta.source, data.corpus):
         raise UsageError(
             f"data.dir {directory} has the tokens of {meta.source}, not of {data.corpus}: set only one of data.corpus"

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +44,13 @@ TRAINING_FLAGS = Flags(
 )
 
 
+def prepare_command(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> str:
+    """The command that prepares a corpus in `directory`, or beside it if that is a file or has a token file or META."""
+    is_used = os.path.isfile(directory) or any(os.path.lexists(directory / name) for name in (TRAIN, VAL, META))
+    words = ["--corpus", source, "--out", f"{directory}{'-new' * is_used}", "--vocab_size", str(vocab_size)]
+    return shlex.join(["python", "-m", "jaxlm.prepare", *words, "--val_fraction", str(validation_fraction)])
+
+
 def find_prepared(
     source: str, directory: Path, vocab_size: int, validation_fraction: float, flags: Flags = PREPARE_FLAGS
 ) -> Meta | None:
@@ -53,6 +61,9 @@ def find_prepared(
     """
     load_tokenizer(vocab_size)
     elsewhere = f"choose another {flags.directory}"
+    if flags is TRAINING_FLAGS:  # whose directory is not made
+        elsewhere = f"set {flags.directory} to what this prepares: "
+        elsewhere += prepare_command(source, directory, vocab_size, validation_fraction)
     if not 0 < validation_fraction < 1:
         raise UsageError(f"{flags.fraction} is {validation_fraction}: choose one between 0 and 1, such as 0.01")
     if os.path.exists(directory) and not os.path.isdir(directory):
@@ -76,7 +87,7 @@ def find_prepared(
     if not meta.fits_files(directory):
         return None
     if source_changed(source, meta.source_sha256):
-        raise UsageError(f"{source} has changed since {directory} was prepared: {elsewhere} for the new text")
+        raise UsageError(f"{source} has changed since {directory} was prepared: {elsewhere}")
     return meta
 
 

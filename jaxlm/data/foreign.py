@@ -16,6 +16,7 @@ _HEADER_BYTES = 1024  # 256 numbers of 32 bits: magic, version, number of tokens
 _LLM_C, _LLAMA_3 = (number.to_bytes(4, "little") for number in (20240520, 20240801))
 _MAGICS = {b"\x93NUMPY": "a NumPy array", b"\xfd7zXZ\0": "xz data", b"\x28\xb5\x2f\xfd": "zstd data"}
 _SMALLEST = 128  # bytes; shorter files follow no rule
+_SPACES = 188  # GPT-2's ids of the bytes of visible characters are below, those of a space and a line break above
 _CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -23,15 +24,15 @@ def refuse_foreign(path: Path, vocab_size: int) -> None:
     """Raises UsageError, which says what `path` is, if it is no file of GPT-2's ids in 16 bits. Nothing is unpickled.
 
     No rule fits a file of GPT-2's ids:
-    - `meta.pkl` is beside it: nanoGPT writes that for ids of another vocabulary.
+    - `meta.pkl` is beside it, or beside what it is a link to: nanoGPT writes that for ids of another vocabulary.
     - It starts as a known format does: an id above GPT-2's, three ids in a fixed order, or data that unpacks.
     - A header of 256 numbers ends in zeros, or every second id is 0. Id 0 is "!", and GPT-2 merges "!!".
     - It starts with a kilobyte of text. Half of each frequent id, its high byte, is a control character.
-    - No id is above 255, with the whole vocabulary: no two bytes are merged.
+    - No id is above 187: no two bytes are merged, and none is a space. With the whole vocabulary, none is above 255.
 
     Raises OSError if the file cannot be read.
     """
-    if path.with_name("meta.pkl").exists():
+    if any(place.with_name("meta.pkl").exists() for place in (path, path.resolve())):
         raise UsageError(
             f"meta.pkl is beside {path}, as in nanoGPT's character-level example: its ids are not GPT-2's: {PREPARE}"
         )
@@ -51,6 +52,7 @@ def _kind(path: Path, head: bytes, vocab_size: int) -> str:
         return "".join(magic_kinds)
     ids = np.memmap(path, "<u2", mode="r", shape=path.stat().st_size // 2)
     first, second = ids[::2].max(), ids[1::2].max()
+    unmerged = 256 if vocab_size == GPT2_VOCAB_SIZE else _SPACES
     kinds = {
         "a zip archive": head.startswith(b"PK\3\4") and zipfile.is_zipfile(path),
         "gzip data": _is_gzip(head),
@@ -59,7 +61,7 @@ def _kind(path: Path, head: bytes, vocab_size: int) -> str:
         "nothing but zeros": first == second == 0,
         "a file with a header of 256 numbers": len(head) == _HEADER_BYTES and not any(head[16:]),
         "a file of 32-bit or 64-bit numbers": first == 0 or second == 0,
-        "a file of single characters or bytes": vocab_size == GPT2_VOCAB_SIZE and max(first, second) < 256,
+        "a file of single characters or bytes": max(first, second) < unmerged,
     }
     return next((kind for kind, fits in kinds.items() if fits), "")
 

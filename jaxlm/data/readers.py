@@ -63,7 +63,8 @@ def read_chunks(paths: Iterable[Path]) -> Iterator[TextChunk]:
         except UsageError:
             raise
         except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not UTF-8 text: if it is Latin-1, {_conversion(path, 'latin1')}") from error
+            other = "if it has another encoding than Latin-1, name that in place of latin1"
+            raise UsageError(f"{path} is not UTF-8 text: {other}, and {_conversion(path, 'latin1')}") from error
         except _reading_errors(path) as error:
             reason = getattr(error, "strerror", None) or f"damaged or incomplete, {error}"
             raise UsageError(f"cannot read {path} ({reason}): check the file") from error

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shlex
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class Meta:
 
 
 def read_meta(directory: Path) -> Meta | None:
-    """Reads `directory`/meta.json; None if it does not exist. Raises UsageError if it is damaged."""
+    """Reads `directory`/meta.json; None if it does not exist. Raises UsageError if it is not as jaxlm writes it."""
     path = directory / META
     if not os.path.isfile(path):
         return None
@@ -75,7 +74,9 @@ def read_meta(directory: Path) -> Meta | None:
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: delete {directory} and prepare it again") from error
+        raise UsageError(
+            f"{path} is not as jaxlm writes it: move it away, or prepare the text into another folder"
+        ) from error
 
 
 def _typed(cls: type[_Record], fields: dict[str, Any]) -> _Record:
@@ -119,8 +120,7 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
     """
     for path in (directory / TRAIN, directory / VAL):
         if not os.path.isfile(path):
-            out = shlex.quote(str(directory))
-            raise UsageError(f"{path} is missing: create it with python -m jaxlm.prepare --corpus TEXT --out {out}")
+            raise UsageError(f"{path} is missing: {PREPARE}")
     meta = read_meta(directory)
     train, val = (_open_ids(directory / name, vocab_size, meta) for name in (TRAIN, VAL))
     if meta and (meta.tokenizer, meta.vocab_size) != (TOKENIZER_NAME, vocab_size):

@@ -38,8 +38,10 @@ _SETTINGS = {
     "jax_disable_jit": False,
     "jax_debug_nans": False,  # training skips micro-batches that are not finite
     "jax_debug_infs": False,
+    "jax_transfer_guard": "allow",
 }
-_ignored = []  # variables of the environment, which `start` names
+_ignored = ["JAX_PLATFORM_NAME"] * ("JAX_PLATFORM_NAME" in os.environ)  # variables, which `start` names
+jax.config.update("jax_platform_name", "")  # `platform` or JAX_PLATFORMS decides
 for _name, _value in _SETTINGS.items():
     if hasattr(jax.config, _name):  # versions of jax differ
         if getattr(jax.config, _name) != _value and _name.upper() in os.environ:
@@ -108,7 +110,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
         if platform != "auto" or not plugin:
             asked = f"JAX_PLATFORMS={by_environment}" if by_environment else f"platform {platform}"
             raise UsageError(
-                f"{asked} does not start ({reason}): check the driver and jax's plugin, or try --config.platform=cpu"
+                f"{asked} does not start ({reason}): check the driver and jax's plugin, or set the platform to cpu"
             ) from error
         print(f"Computing without {plugin}, which no longer starts ({reason})", file=sys.stderr)
         jax.config.update("jax_platforms", "cpu")

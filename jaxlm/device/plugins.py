@@ -80,7 +80,7 @@ def choose(platform: str) -> tuple[str, str]:
                 reasons.append(f"{_with_versions(plugin)}, which {error}")
     if not chosen and platform not in ("auto", "cpu"):
         reason = "; ".join(reasons) or f"platform {platform} is not here: install its plugin"
-        raise UsageError(f"{reason}, or try --config.platform=auto")
+        raise UsageError(f"{reason}, or set the platform to auto")
     for reason in reasons:
         print(f"Computing without {reason}", file=sys.stderr)
     disable(plugin for plugin in plugins if plugin != chosen)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
     A card may be published, so it has only the last part of each path.
     """
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
-    data = dataclasses.replace(config.data, corpus=_base_names(config.data.corpus), dir=_base_name(config.data.dir))
+    corpus = "" if config.data.dir else _base_names(config.data.corpus)  # `dir` may be of another
+    data = dataclasses.replace(config.data, corpus=corpus, dir=_base_name(config.data.dir))
     config = dataclasses.replace(config, data=data, init_from=_base_name(config.init_from))
     return _CARD.format(
         parameters=parameters,
@@ -85,7 +87,7 @@ def _text(meta: Mapping[str, Any]) -> str:
 
 def _base_names(corpus: str) -> str:
     """The names of a corpus's files without their folders."""
-    return ",".join(_base_name(path.strip()) for path in corpus.split(","))
+    return ",".join(_base_name(path) for path in re.split(r"(?<!\\),", corpus))
 
 
 def _base_name(path: str) -> str:

@@ -109,6 +109,13 @@ def test_names_with_commas(tmp_path, monkeypatch):
     assert open_corpus(joined(["b.txt,a.txt", "c.txt"])).files == (Path("b.txt"), Path("a.txt"), Path("c.txt"))
 
 
+def test_a_list_with_a_missing_file_says_how_a_comma_is_written():
+    with pytest.raises(UsageError, match=r"'g/c' \(a comma in a name is \\,\): "):
+        open_corpus("g/c,d.txt,g/book1.txt")
+    with pytest.raises(UsageError, match=r"'missing\.txt': "):
+        open_corpus("missing.txt")
+
+
 def test_the_same_files_are_the_same_corpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.txt"):

@@ -43,6 +43,17 @@ def test_the_command_in_the_refusal_prepares_the_directory(corpus, directory):
     assert (meta.source, meta.validation_fraction) == (corpus, 0.1)
 
 
+@pytest.mark.parametrize("there", ["train.bin", "val.bin", "meta.json"])
+def test_the_command_for_half_a_set_prepares_a_new_folder(there):
+    tiny_run.write_text(Path("text.txt"))
+    Path("half").mkdir()
+    Path("half", there).touch()
+    command = shlex.split(re.search(r"python -m jaxlm\.prepare .*", refusal("text.txt", "half/")).group())
+    prepare.main(command[3:])
+    check_named_directory(config_of("text.txt", command[command.index("--out") + 1]), corpus_is_named=True)
+    assert [path.name for path in Path("half").iterdir()] == [there]
+
+
 def test_a_misspelt_directory_is_refused_with_the_nearest_that_has_tokens():
     for name in ("mine", "other", "miem"):
         Path("data", name).mkdir(parents=True)
@@ -58,7 +69,7 @@ def test_a_misspelt_directory_is_refused_with_the_nearest_that_has_tokens():
 @pytest.mark.parametrize("directory", ["file/below", "file", "x" * 300, "a\0b/c", "\ud800/a", "nowhere/at/all"])
 def test_any_directory_without_tokens_is_refused(directory):
     Path("file").touch()
-    assert "has no token files" in refusal("novels", directory)
+    assert "has no train.bin and no val.bin" in refusal("novels", directory)
 
 
 def test_tokens_of_another_text_are_refused_only_if_the_corpus_is_named():

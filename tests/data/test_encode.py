@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxlm import prepare
 from jaxlm.data import encode
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import PREPARE_FLAGS, TRAINING_FLAGS, find_prepared, write_token_files
@@ -168,11 +170,13 @@ def test_files_of_other_settings_or_text_are_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             find_prepared(source, out, vocab_size, fraction)
-    with pytest.raises(
-        UsageError, match=r"--config\.model\.vocab_size 500, not 501: choose another --config\.data\.dir"
-    ):
+    with pytest.raises(UsageError, match=r"--config\.model\.vocab_size 500, not 501: set --config\.data\.dir to"):
         find_prepared(str(path), out, 501, 0.1, TRAINING_FLAGS)
     path.write_text("Some text of one's own? " * 50)
+    with pytest.raises(UsageError, match=r"set --config\.data\.dir to what this prepares: ") as refused:
+        find_prepared(str(path), out, 500, 0.1, TRAINING_FLAGS)
+    prepare.main(shlex.split(str(refused.value).split("jaxlm.prepare ")[1]))
+    assert find_prepared(str(path), tmp_path / "out-new", 500, 0.1)
     with pytest.raises(UsageError, match="has changed since"):
         find_prepared(str(path), out, 500, 0.1)
     (out / "meta.json").unlink()

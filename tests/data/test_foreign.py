@@ -90,6 +90,26 @@ def test_ids_of_nanogpts_characters_are_known_by_the_file_beside_them(tmp_path):
     assert "meta.pkl is beside" in refusal(tmp_path)
 
 
+def test_the_file_beside_the_target_of_a_link_counts(tmp_path):
+    (nano := tmp_path / "nano").mkdir()
+    (links := tmp_path / "links").mkdir()
+    put(nano, IDS.astype("<u2").tobytes())
+    (nano / "meta.pkl").touch()
+    for name in ("train.bin", "val.bin"):
+        (links / name).symlink_to(nano / name)
+    assert "meta.pkl is beside" in refusal(links)
+
+
+@pytest.mark.parametrize("vocab_size", [300, 512, 4096])
+def test_characters_are_known_in_a_small_vocabulary_from_text_without_merges(tmp_path, vocab_size):
+    text = "नमस्ते दुनिया,\nयह हिंदी है। " * 20
+    put(tmp_path, load_tokenizer(vocab_size).encode(text).astype("<u2").tobytes())
+    assert open_tokens(tmp_path, vocab_size, 8).train.max() < 256
+    characters = sorted(set(text))
+    put(tmp_path, np.array([characters.index(c) for c in text], "<u2").tobytes())
+    assert "single characters" in refusal(tmp_path, vocab_size)
+
+
 def test_files_of_gpt2s_ids_are_opened(tmp_path):
     """Also with a small id in every second place, with the magics of short formats, and of a smaller vocabulary."""
     small = np.repeat(IDS, 2)

@@ -193,10 +193,19 @@ def test_big_endian_marks_are_known(tmp_path):
 def test_a_file_that_is_not_utf8_is_converted_by_the_command(tmp_path):
     path = tmp_path / "it's.txt"
     path.write_bytes("café".encode("latin1"))
-    with pytest.raises(UsageError, match="if it is Latin-1") as refused:
+    with pytest.raises(UsageError, match="another encoding than Latin-1, name that in place of latin1") as refused:
         list(read_chunks([path]))
     subprocess.run(str(refused.value).split("convert it with ")[1], shell=True, check=True)
     assert as_documents(read_chunks([tmp_path / "utf8-it's.txt"])) == ["café"]
+
+
+def test_text_in_an_encoding_without_a_mark_is_converted_by_the_command_with_its_name(tmp_path):
+    (tmp_path / "a.txt").write_bytes("床前明月光疑是地上霜。".encode("utf-16-le"))
+    with pytest.raises(UsageError, match="in place of latin1") as refused:
+        list(read_chunks([tmp_path / "a.txt"]))
+    command = str(refused.value).split("convert it with ")[1].replace("latin1", "UTF-16LE")
+    subprocess.run(command, shell=True, check=True)
+    assert as_documents(read_chunks([tmp_path / "utf8-a.txt"])) == ["床前明月光疑是地上霜。"]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])

@@ -29,6 +29,8 @@ ODD = {
     "JAX_DISABLE_JIT": "1",
     "JAX_DEBUG_NANS": "1",
     "JAX_DEBUG_INFS": "1",
+    "JAX_TRANSFER_GUARD": "disallow",
+    "JAX_PLATFORM_NAME": "cuda",
 }
 PROGRAM = """
 import contextlib, sys
@@ -72,10 +74,10 @@ def test_every_command_computes_the_same_whatever_the_environment_says(tmp_path,
     numbers, model, said = run_commands(tmp_path / "odd", place, **ODD)
     assert numbers == expected
     assert model == expected_model
-    here = {name for name in ODD if hasattr(jax.config, name.lower())}
+    here = {name for name in ODD if hasattr(jax.config, name.lower())} | {"JAX_PLATFORM_NAME"}
     assert {line.split()[0] for line in said.splitlines() if "is ignored" in line} == here
     assert "ignored" not in silent
 
 
 def test_every_setting_is_tried():
-    assert {name.lower() for name in ODD} == set(backend._SETTINGS)
+    assert {name.lower() for name in ODD} == {*backend._SETTINGS, "jax_platform_name"}

@@ -257,6 +257,18 @@ def attention(change_query):
     return partial(replaced, ops.IMPLEMENTATIONS, "cpu", change)
 
 
+def last_layer(error):
+    def change(loss_and_gradient):
+        def changed(config, params, inputs_BT, targets_BT, scale, before):
+            loss_sum, grads = loss_and_gradient(config, params, inputs_BT, targets_BT, scale, before)
+            old, new = before["blocks"], grads["blocks"]
+            return loss_sum, grads | {"blocks": jax.tree.map(lambda g, b: g.at[-1].add(error * (g - b)[-1]), new, old)}
+
+        return changed
+
+    return partial(replaced, train_step, "loss_and_gradient", change)
+
+
 def optimizer(**changes):
     def change(make_optimizer):
         return lambda config: make_optimizer(replace(config, optimizer=replace(config.optimizer, **changes)))
@@ -338,6 +350,12 @@ def test_the_scale_is_that_of_the_norm_or_of_the_projection():
     assert scale_error(0 * right, 0 * right) == 0
     assert scale_error(right, 0 * right) == np.inf
     assert not Part("gradient", scale_error(np.nan * right, right), 1.0).ok
+
+
+@pytest.mark.slow
+def test_a_fault_of_scale_in_one_of_many_layers_is_found(monkeypatch, trained):
+    config = with_model(precision="bf16", layers=12)
+    assert failing_parts(monkeypatch, trained, config, "training", last_layer(-0.1)) >= BLOCKS
 
 
 def test_the_small_model_compares_logits_loss_and_every_gradient(monkeypatch):

@@ -8,7 +8,7 @@ from jaxlm.config import Config, DataConfig, from_config_dict
 from jaxlm.interop.model_card import model_card
 from jaxlm.storage.jsonl import to_line
 
-CONFIG = Config(max_steps=2000, data=DataConfig(corpus="mine.txt,ours.txt", dir="tokens"))
+CONFIG = Config(max_steps=2000, data=DataConfig(corpus="", dir="tokens"))
 ROWS = [
     {"step": 1100, "loss": 2.5, "val_loss": 3.0, "val_bits_per_byte": 1.25},
     {"step": 1101, "loss": 2.25},
@@ -59,6 +59,7 @@ def test_the_card_names_the_first_weights(tmp_path, row, changes, expected):
     ("source", "expected"),
     [
         ({"text": "/home/john/ours.txt, ../b/*.txt", "sha256": "ef"}, "ours.txt,*.txt (sha256 ef, "),
+        ({"text": r"/home/x, y.txt,b/a\,c.txt", "sha256": "ef"}, r"x, y.txt,a\,c.txt (sha256 ef, "),
         ({"text": "novels", "sha256": "ef"}, "novels (sha256 ef, "),
         ({"tokens": "/home/john/tokens"}, "token files in tokens ("),
         (None, "not recorded ("),
@@ -75,5 +76,13 @@ def test_the_card_has_no_folders(tmp_path):
     meta = {"tokens": TOKENS, "source": {"text": "/home/john/a.txt,/home/john/b/", "sha256": "ef"}}
     card = model_card(tmp_path, config, 1101, meta, 59_294_720)
     assert "john" not in card
-    for name in ("| a.txt,b (", '"a.txt,b"', '"tokens"', "| llama |", '"llama"'):
+    for name in ("| a.txt,b (", '"tokens"', "| llama |", '"llama"'):
         assert name in card
+
+
+def test_the_settings_name_the_corpus_only_if_its_tokens_were_read(tmp_path):
+    for directory, corpus in (("tokens", ""), ("", "a.txt,b")):
+        data = DataConfig(corpus="/home/john/a.txt,b/", dir=directory)
+        card = model_card(tmp_path, dataclasses.replace(CONFIG, data=data), 1101, {"tokens": TOKENS}, 59_294_720)
+        settings = json.loads(card.split("```json")[1].split("```")[0])
+        assert settings["data"]["corpus"] == corpus
