@@ -184,6 +184,8 @@ def test_files_of_other_settings_or_text_are_refused(tmp_path):
         find_prepared(str(path), out, 500, 0.1)
     with pytest.raises(UsageError, match="is a file"):
         find_prepared(str(path), path, 500, 0.1)
+    with pytest.raises(UsageError, match=r"is a file: .*--out \S+/a\.txt-new "):
+        find_prepared(str(path), path, 500, 0.1, TRAINING_FLAGS)
     del before["meta.json"]
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
 

@@ -36,7 +36,7 @@ PROGRAM = """
 import contextlib, sys
 from jaxlm import export, main, plan, sample
 
-flags = ["--config", "tiny.py", "--config.max_steps=3", "--config.generation_interval=3"]
+flags = ["--config", "tiny.py", "--config.data.dir=", "--config.max_steps=3", "--config.generation_interval=3"]
 with contextlib.redirect_stdout(sys.stderr):
     main.main([*flags, "--workdir", "run"])
     export.main(["--workdir", "run", "--out", "exported"])

@@ -59,7 +59,7 @@ def test_the_card_names_the_first_weights(tmp_path, row, changes, expected):
     ("source", "expected"),
     [
         ({"text": "/home/john/ours.txt, ../b/*.txt", "sha256": "ef"}, "ours.txt,*.txt (sha256 ef, "),
-        ({"text": r"/home/x, y.txt,b/a\,c.txt", "sha256": "ef"}, r"x, y.txt,a\,c.txt (sha256 ef, "),
+        ({"text": r"/home/x, y.txt,a\,b/c\,d.txt", "sha256": "ef"}, r"x, y.txt,c\,d.txt (sha256 ef, "),
         ({"text": "novels", "sha256": "ef"}, "novels (sha256 ef, "),
         ({"tokens": "/home/john/tokens"}, "token files in tokens ("),
         (None, "not recorded ("),
