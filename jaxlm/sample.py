@@ -49,8 +49,6 @@ def main(argv: list[str]) -> None:
         weights = prepare_decode_params(checkpoint.model, checkpoint.params)
         loaded = LoadedModel(checkpoint.model, weights, load_tokenizer(checkpoint.model.vocab_size))
         print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
-    if args.tokens >= loaded.config.context:
-        print(f"Each text ends at the model's context of {loaded.config.context} tokens", file=sys.stderr)
     if args.stdin:
         _print_all(loaded, _from_stdin(loaded), args)
     elif args.prompt or args.json or not (sys.stdout.isatty() and sys.stdin.isatty()):

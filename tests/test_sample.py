@@ -174,12 +174,6 @@ def test_text_ends_when_the_context_is_full(sample):
     assert re.fullmatch(f"{FULL}\n", sample("--prompt", "日", "--tokens", "500", "--temperature", "0"))
 
 
-@pytest.mark.parametrize(("tokens", "lines"), [(CONFIG.model.context - 1, 0), (CONFIG.model.context, 1)])
-def test_a_line_says_that_the_context_holds_fewer_tokens_than_are_asked_for(capsys, tokens, lines):
-    main(["--workdir", "run", "--prompt", "日", "--tokens", str(tokens)])
-    assert capsys.readouterr().err.count(f"ends at the model's context of {CONFIG.model.context} tokens\n") == lines
-
-
 def test_step_selects_the_checkpoint(capsys, sample):
     main(["--workdir", "run", "--step", "60", "--prompt", "日"])
     early, err = capsys.readouterr()
