@@ -6,8 +6,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median, median_low
+from typing import NamedTuple
 
-FEW_STEPS = 5  # too few to know the usual step
+
+class InProgress(NamedTuple):
+    """The step or the pause that a run is in."""
+
+    kind: str  # `step`, or of a pause
+    began: float  # the second of the run
+    usual: float = math.inf  # seconds of the median step; inf: a pause, or not known yet
 
 
 class Clock:
@@ -24,8 +31,7 @@ class Clock:
         self._mark = seconds_before
         self._steps: deque[float] = deque(maxlen=50)
         self._pauses: dict[str, deque[float]] = {}
-        self.step_began: float | None = None  # as `seconds`; None in a pause and before the first
-        self.usual_step = math.inf  # seconds of the median step; inf: not known yet
+        self.in_progress = InProgress("step", seconds_before)
 
     def seconds(self) -> float:
         """Seconds since the start of training, over all sessions."""
@@ -34,22 +40,24 @@ class Clock:
     def step_ended(self, at: float) -> float:
         """Ends a step at the second `at` of `seconds`; returns how long it took."""
         self._steps.append(at - self._mark)
-        self._mark = self.step_began = at
-        if len(self._steps) >= FEW_STEPS:
-            self.usual_step = median(self._steps)
+        self._begin_step(at)
         return self._steps[-1]
+
+    def _begin_step(self, at: float) -> None:
+        self._mark = at
+        self.in_progress = InProgress("step", at, median(self._steps) if self._steps else math.inf)
 
     @contextlib.contextmanager
     def pause(self, kind: str) -> Iterator[None]:
         """Counts the time spent inside as a pause, not as a step."""
-        start, self.step_began = self.seconds(), None
+        start = self.seconds()
+        self.in_progress = InProgress(kind, start)
         try:
             yield
         finally:
             seconds = self.seconds() - start
             self._pauses.setdefault(kind, deque(maxlen=5)).append(seconds)
-            self._mark += seconds
-            self.step_began = self._mark
+            self._begin_step(self._mark + seconds)
 
     def seconds_left(self, steps: int, pauses: Mapping[str, int]) -> float:
         """Estimates the seconds of `steps` steps and of `pauses` (a count for each kind) from the last of each."""

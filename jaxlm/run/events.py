@@ -28,7 +28,7 @@ class MessageEvent(Event):
 
 @dataclass(frozen=True)
 class EvaluationEvent(Event):
-    step: int
+    step: int  # whose event came before, or in the session that stopped after it
     val_loss: float  # nats per token
     val_bits_per_byte: float
 
@@ -69,7 +69,7 @@ class SkippedEvent(Event):  # a micro-batch with gradients that are not finite
 
 @dataclass(frozen=True)
 class WarningEvent(Event):  # a sign that the run goes wrong
-    kind: str  # `spike` or `plateau` of the loss, or `step`: one that does not end
+    kind: str  # `spike` or `plateau` of the loss, or `step`: a step or a pause that does not end
     text: str
 
 

@@ -29,7 +29,10 @@ class Listeners:
                 self._leave_out(listener, error)
 
     def _leave_out(self, listener: Any, error: Exception) -> None:
-        self._listeners.remove(listener)
+        try:
+            self._listeners.remove(listener)
+        except ValueError:  # another thread has left it out
+            return
         with contextlib.suppress(Exception):
             listener.close()
         source = getattr(listener, "listener", listener)

@@ -1,18 +1,20 @@
-"""Signs that a run goes wrong: a loss that jumps or no longer falls, and a step that does not end."""
+"""Signs that a run goes wrong: a loss that jumps or no longer falls, and a step or a pause that does not end."""
 
 import contextlib
 import math
 import threading
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
+
+from jaxlm.run.clock import InProgress
 
 BAND_STEPS = 200  # the last ones, whose losses make the band
 BAND_WIDTH = 8.0  # standard deviations of the noise
 LEAST_NOISE = 0.005  # of the median, where the losses are almost equal
 PLATEAU_STEPS = 500  # the shortest plateau
-PLATEAU_SHARE = 0.1  # of the steps done: the loss falls ever more slowly
+PLATEAU_SHARE = 0.3  # of the steps done: the loss falls ever more slowly
 LATE_SECONDS, LATE_FACTOR = 60.0, 20.0  # a step is late after both
+UNKNOWN_SECONDS = 600.0  # after which the first step is late, and a pause
 TICK_SECONDS = 5.0
 
 
@@ -23,7 +25,8 @@ class LossMonitor:
         self._recent: deque[float] = deque(maxlen=BAND_STEPS)
         self._noise = 0.0  # a standard deviation
         self._outside_at = -BAND_STEPS  # the last step outside the band
-        self._sums = array("d", [0.0])  # of the losses of this session, without those outside the band
+        self._sum, self._count = 0.0, 0  # of the losses in this window, without those outside the band
+        self._before = math.nan, 0  # the mean loss of the window before, and its steps
         self._plateau = math.inf  # the loss must fall below this before the next plateau
 
     def __call__(self, step: int, loss: float) -> dict[str, str]:
@@ -49,43 +52,48 @@ class LossMonitor:
         )
 
     def _not_falling(self, step: int, loss: float) -> str:
-        """Compares the mean loss of the last steps with that of as many before."""
-        self._sums.append(self._sums[-1] + loss)
-        steps = max(PLATEAU_STEPS, int(PLATEAU_SHARE * step))
-        if len(self._sums) <= 2 * steps:
+        """Compares the mean loss of each window with that of the window before, when it ends."""
+        self._sum, self._count = self._sum + loss, self._count + 1
+        if self._count < max(PLATEAU_STEPS, PLATEAU_SHARE * step):
             return ""
-        before, last = ((self._sums[end] - self._sums[end - steps]) / steps for end in (-1 - steps, -1))
-        if last < before or last >= self._plateau:
+        (before, steps_before), last, steps = self._before, self._sum / self._count, self._count
+        self._before, self._sum, self._count = (last, steps), 0.0, 0
+        if not steps_before:
+            return ""
+        error = self._noise * math.sqrt(1 / steps_before + 1 / steps)  # the standard error of the difference
+        if before - last > error or last >= self._plateau:
             return ""
         self._plateau = last - self._noise
         return (
-            f"The loss has not fallen for {steps:,} steps: {last:.4f} on average, {before:.4f} in the {steps:,} before;"
-            " another optimizer.learning_rate may help"
+            f"The loss has not fallen by more than its noise in {steps:,} steps: {last:.4f} on average,"
+            f" {before:.4f} in the {steps_before:,} before; another optimizer.learning_rate may help"
         )
 
 
 class StepMonitor:
-    """Warns once of each step that lasts many times the usual one.
+    """Warns once of each step that lasts many times the usual one, and of each pause that lasts very long.
 
     It counts the calls of `tick`, one every TICK_SECONDS. A process that is stopped, or a machine that sleeps, makes
     none.
     """
 
     def __init__(self) -> None:
-        self._began: float | None = None
+        self._last: InProgress | None = None
         self._ticks = 0
 
-    def tick(self, began: float | None, usual: float) -> str:
-        """A warning, or "". The step began at the second `began` (None: a pause); `usual` is inf if it is not known."""
-        self._ticks = self._ticks + 1 if began == self._began else 0
-        self._began = began
-        limit = math.ceil(max(LATE_SECONDS, LATE_FACTOR * usual) / TICK_SECONDS) if math.isfinite(usual) else math.inf
-        if began is None or self._ticks != limit:
+    def tick(self, now: InProgress) -> str:
+        """A warning, or "". `now` is the step or the pause in progress."""
+        self._ticks = self._ticks + 1 if now == self._last else 0
+        self._last = now
+        known = math.isfinite(now.usual)
+        limit = max(LATE_SECONDS, LATE_FACTOR * now.usual) if known else UNKNOWN_SECONDS
+        if self._ticks != math.ceil(limit / TICK_SECONDS):
             return ""
+        what = "This step" if now.kind == "step" else f"This pause ({now.kind})"
+        usual = f", and the usual one {now.usual:.3g} s" if known else ""
         return (
-            f"This step has lasted {self._ticks * TICK_SECONDS:.0f} s, and the usual one {usual:.3g} s: the device or"
-            " the disk may hang; if nothing comes, press Ctrl-C twice, and the same command resumes from the last"
-            " checkpoint"
+            f"{what} has lasted {self._ticks * TICK_SECONDS:.0f} s{usual}: the device or the disk may hang; if nothing"
+            " comes, press Ctrl-C twice, and the same command resumes from the last checkpoint"
         )
 
 

@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jaxlm.config import INT32_MAX, Config
 from jaxlm.run.events import EvaluationEvent, Event, SamplesEvent, StepEvent
 from jaxlm.run.workdir import RECORDS
-from jaxlm.storage import tensorboard
-from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, to_line
+from jaxlm.storage import atomic, tensorboard
+from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, rows_up_to, to_line
 
 TOKEN_BYTES = 16  # for a token of a sample, with escapes: three times the mean of stories, twice that of random tokens
 _LONGEST = -2.2250738585072014e-308  # the float with the longest JSON
@@ -18,31 +21,50 @@ class Records:
     """The listener that writes metrics.jsonl and samples.jsonl.
 
     A resumed run relies on these files: they hold every step of a checkpoint before the checkpoint exists. So the
-    trainer treats this listener as part of itself: a save is made only after `sync`.
+    trainer treats this listener as part of itself: a save is made only after `sync`. What a stop left undone after the
+    last step is in `lacks`; its evaluation and its samples, when they come, are added to the rows of that step.
     """
 
     def __init__(self, workdir: Path, step: int):
         """Opens the files and drops the rows after `step`, from which this session resumes. Raises OSError."""
         files = [workdir / name for name in RECORDS]
         self.damaged = [path for path in files if keep_up_to(path, step)]  # files that had damaged lines
-        self._metrics, self._samples = map(AppendOnlyFile, files)
+        self._paths, self._step = files, step
+        self._files = [AppendOnlyFile(path) for path in files]
+        metrics, samples = ([row for row in rows_up_to(path, step) if row["step"] == step] for path in files)
+        self._row = metrics[-1] if metrics else {}
+        found = {"evaluation": "val_loss" in self._row, "samples": bool(samples)}
+        self.lacks = {kind for kind in found if metrics and not found[kind]}  # of `step`, whether due or not
 
     def __call__(self, event: Event) -> None:
         match event:
-            case StepEvent():
-                self._metrics.append(to_line(event.row()))
+            case StepEvent(step):
+                self._write(0, step, [event.row()])
+            case EvaluationEvent(step) if step == self._step:
+                self._write(0, step, [self._row | vars(event)])
             case SamplesEvent(step, samples):
-                for prompt, text in samples:
-                    self._samples.append(to_line({"step": step, "prompt": prompt, "text": text}))
+                self._write(1, step, [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples])
+
+    def _write(self, number: int, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows to a file. Those of the step from which the session resumes replace its former ones."""
+        lines = b"".join(map(to_line, rows))
+        if step > self._step:
+            self._files[number].append(lines)
+            return
+        path, former = self._paths[number], self._files[number]
+        before = b"".join(map(to_line, rows_up_to(path, step - 1)))
+        atomic.write_file(path, before + lines)  # a kill leaves the former rows or these
+        self._files[number] = AppendOnlyFile(path)
+        former.close()
 
     def sync(self) -> None:
         """Returns once all rows are on the disk. Raises OSError if they cannot be written."""
-        self._metrics.sync()
-        self._samples.sync()
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
-        self._metrics.close()
-        self._samples.close()
+        for file in self._files:
+            file.close()
 
 
 class TensorBoard:
@@ -55,7 +77,9 @@ class TensorBoard:
     def __call__(self, event: Event) -> None:
         match event:
             case StepEvent():
-                self._events.append(_scalars(event))
+                self._events.append(_scalars(replace(event, evaluation=None).row()))
+            case EvaluationEvent():  # apart, as it may come in a later session than its step
+                self._events.append(_scalars(vars(event)))
             case SamplesEvent(step, samples):
                 self._events.append(tensorboard.text(step, "samples", "\n\n".join(text for _, text in samples)))
 
@@ -67,8 +91,8 @@ class TensorBoard:
         self._events.close()
 
 
-def _scalars(event: StepEvent) -> bytes:
-    return tensorboard.scalars(event.step, {name: value for name, value in event.row().items() if name != "step"})
+def _scalars(row: Mapping[str, Any]) -> bytes:
+    return tensorboard.scalars(row["step"], {name: value for name, value in row.items() if name != "step"})
 
 
 def record_bytes(config: Config, steps: int) -> int:
@@ -76,7 +100,7 @@ def record_bytes(config: Config, steps: int) -> int:
     evaluation = EvaluationEvent(INT32_MAX, _LONGEST, _LONGEST)
     numbers = dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "seconds"), _LONGEST)
     event = StepEvent(INT32_MAX, tokens=2**63, step_seconds=0, seconds_left=0, evaluation=evaluation, **numbers)
-    row = len(to_line(event.row())) + len(_scalars(event))
+    row = len(to_line(event.row())) + len(_scalars(event.row())) + len(_scalars(vars(evaluation)))
     prompt = max(len(json.dumps(prompt)) for prompt in config.sample.prompts)
     text = prompt + TOKEN_BYTES * config.sample.tokens
     sample = len(to_line({"step": INT32_MAX, "prompt": "", "text": ""})) + prompt + 2 * text

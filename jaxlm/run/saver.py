@@ -89,10 +89,14 @@ class Saver:
         """Raises RunError if the work directory or its checkpoints are no longer in their place."""
         self._last_look = self._clock.seconds()
         if not self._checkpoints.in_place():
+            workdir, folder = self._checkpoints.workdir, self._checkpoints.directory
+            gone, advice = folder, "put it back"
+            if not workdir.is_dir():
+                gone, advice = workdir, "put it back or name its new place with --workdir"
             last = f"step {self.saved_step} is the last known to be saved" if self.saved_step else "no step is saved"
             raise RunError(
-                f"{self._checkpoints.workdir} was renamed, deleted or unmounted, or its checkpoints were, so the run"
-                f" stops ({last}): put it back or name its new place with --workdir, and the same command resumes"
+                f"{gone} was renamed, deleted or unmounted, so the run stops ({last}): {advice}, and the same command"
+                " resumes"
             )
 
     def _fail(self, step: int, reason: str) -> None:

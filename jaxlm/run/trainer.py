@@ -123,8 +123,9 @@ class Trainer:
         """
         with self._signals, contextlib.closing(self):
             self._emit(MessageEvent("\n".join([*self._notes, self._header()])))
-            if self.step < self.config.max_steps:
+            if self.step < self.config.max_steps or self._records.lacks:
                 self.run_steps(self.config.max_steps)
+            self._stop_if_signalled()
             parameters = parameter_count(self.state.params)
             card = model_card(self.workdir, self.config, self.step, self._describe(0), parameters)
             folder = write_model(self.workdir / "final_model", self.config, self.state.params, card)
@@ -135,6 +136,7 @@ class Trainer:
         try:
             batches, train_step = self._compile()
             with calls_every(TICK_SECONDS, self._look_at_step):
+                self._catch_up()
                 self._run_steps(last, batches, train_step)
         finally:
             self._saver.report(wait=True)
@@ -165,8 +167,7 @@ class Trainer:
                 event, in_flight = self._process_metrics(in_flight), None
                 if event:
                     self._run_due_events(event)
-                elif self._signals.number:
-                    self._stop()
+                self._stop_if_signalled()
 
     def _wait_for(self, metrics: Metrics) -> float:
         jax.block_until_ready(metrics)
@@ -219,31 +220,58 @@ class Trainer:
         return any(self.step % every == 0 for every in intervals(self.config).values()) or self._saver.due(self.step)
 
     def _run_due_events(self, event: StepEvent) -> None:
-        """Evaluates, samples, saves and stops: whatever is due after the step of `event`, which is the state's."""
-        c, step = self.config, self.step
-        last = step == c.max_steps
-        if step % c.eval_interval == 0 or last:
-            with self._pause("evaluation"):
-                evaluation = self._evaluate(step, limit=0 if last else c.data.eval_sequences)
+        """Evaluates, samples and saves: whatever is due after the step of `event`, which is the state's.
+
+        After a signal, nothing is computed any more: the state is saved, and the session that resumes catches up.
+        """
+        step, last = self.step, self.step == self.config.max_steps
+        if evaluation := self._evaluate_if_due():
             event = dataclasses.replace(event, evaluation=evaluation, seconds_left=self._seconds_left(step))
         self._report_step(event)
-        if event.evaluation:
-            self._emit(event.evaluation)
-        if step % c.generation_interval == 0 or last:
-            with self._pause("samples"):
-                self._emit(SamplesEvent(step, self._generate_samples(step)))
-        if self._signals.number and not last:
-            self._stop()
+        if evaluation:
+            self._emit(evaluation)
+        self._stop_if_signalled()
+        self._sample_if_due()
+        self._stop_if_signalled()
         if last or self._saver.due(step):
             save = self._saver.finish if last else self._saver.save
             with self._pause("checkpoint"):
                 save(step, self.state)
 
-    def _evaluate(self, step: int, limit: int) -> EvaluationEvent:
-        """The validation loss over `limit` sequences; 0: over all."""
+    def _catch_up(self) -> None:
+        """Evaluates and samples if that was due after the last step and its session stopped before."""
+        if "evaluation" in self._records.lacks and (evaluation := self._evaluate_if_due()):
+            self._emit(evaluation)
+        self._stop_if_signalled()
+        if "samples" in self._records.lacks:
+            self._sample_if_due()
+        self._stop_if_signalled()
+
+    def _is_due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.config.max_steps
+
+    def _evaluate_if_due(self) -> EvaluationEvent | None:
+        """The evaluation of this step; None if none is due or if a signal ends it."""
+        if not self._is_due(self.config.eval_interval) or self._signals.number:
+            return None
+        with self._pause("evaluation"):
+            last = self.step == self.config.max_steps
+            return self._evaluate(self.step, limit=0 if last else self.config.data.eval_sequences)
+
+    def _sample_if_due(self) -> None:
+        if self._is_due(self.config.generation_interval):
+            with self._pause("samples"):
+                self._emit(SamplesEvent(self.step, self._generate_samples(self.step)))
+
+    def _evaluate(self, step: int, limit: int) -> EvaluationEvent | None:
+        """The validation loss over `limit` sequences (0: over all); None if a signal ends it."""
         c = self.config
-        loss_sums, count, text_bytes = [], 0, 0
+        loss_sums: list[jax.Array] = []
+        count = text_bytes = 0
         for inputs, targets in val_batches(self.tokens.val, c.model.context, c.chunk_size, limit):
+            if self._signals.number:
+                return None
+            jax.block_until_ready(loss_sums[-2:-1])  # so a stop waits for two batches at most
             loss_sums.append(self._eval_step(self.state.params, inputs, targets))
             count += int((targets >= 0).sum())
             text_bytes += self.tokens.text_bytes(targets)
@@ -270,6 +298,10 @@ class Trainer:
         except FloatingPointError as error:
             return f" ({error})"
 
+    def _stop_if_signalled(self) -> None:
+        if self._signals.number:
+            self._stop()
+
     def _stop(self) -> None:
         """Saves the state after the last optimizer step, and raises Stopped.
 
@@ -285,7 +317,7 @@ class Trainer:
         raise Stopped(f"stopped after step {step}: the same command resumes from there", signal)
 
     def _look_at_step(self) -> None:
-        if text := self._step_monitor.tick(self._clock.step_began, self._clock.usual_step):
+        if text := self._step_monitor.tick(self._clock.in_progress):
             self._emit(WarningEvent("step", text))
 
     def _header(self) -> str:

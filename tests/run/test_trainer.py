@@ -46,7 +46,9 @@ from jaxlm.run.memory import batch_shape, state_shapes
 from jaxlm.run.records import Records
 from jaxlm.run.saver import Saver
 from jaxlm.run.signals import STOP_SIGNALS
+from jaxlm.storage import atomic
 from tests import tiny_run
+from tests.storage.test_tensorboard import events as board_events
 from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state
 
 LAST = 12
@@ -864,6 +866,122 @@ def test_a_stop_after_a_saved_step_writes_no_checkpoint(console, monkeypatch):
     assert saved_steps("resumed") == [3, 6, 9]
 
 
+def assert_same_as_run(workdir):
+    """In its records, its state and its model."""
+    assert without_clock(rows(f"{workdir}/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
+    assert Path(workdir, "samples.jsonl").read_bytes() == Path("run/samples.jsonl").read_bytes()
+    assert_same_bits(saved_state(workdir, LAST), saved_state("run", LAST))
+    models = [Path(name, "final_model/model.safetensors").read_bytes() for name in ("run", workdir)]
+    assert models[0] == models[1]
+
+
+def board(workdir, tmp_path):
+    """(step, tag) of each value in TensorBoard's files of a run."""
+    values = []
+    for path in Path(workdir, "tensorboard").iterdir():
+        folder = tmp_path / workdir / path.name
+        folder.mkdir(parents=True)
+        shutil.copy(path, folder)
+        values += [(event.step, value.tag) for event in board_events(folder) for value in event.summary.value]
+    return sorted(values)
+
+
+@pytest.mark.parametrize(("step", "due"), [(6, [SamplesEvent]), (8, [EvaluationEvent]), (LAST, None)])
+def test_after_a_signal_nothing_is_computed_and_the_next_session_does_it_first(
+    console, monkeypatch, tmp_path, step, due
+):
+    workdir, events = f"interval-{step}", collect_events(monkeypatch)
+    stopped, _ = stop_in_micro_batch(2 * step, workdir)
+    assert f"after step {step}:" in str(stopped)
+    metrics, samples = rows(f"{workdir}/metrics.jsonl"), rows(f"{workdir}/samples.jsonl")
+    assert (metrics[-1]["step"], list(metrics[-1])) == (step, KEYS)
+    assert step not in {row["step"] for row in samples}
+    assert Checkpoints(Path(workdir)).steps()[-1] == step
+    assert not Path(workdir, "final_model").exists()
+    pauses = [event.kind for event in of_type(events, PauseEvent)]
+    assert pauses.count("evaluation") == len(of_type(events, EvaluationEvent)) == (step - 1) // 4
+    assert pauses.count("samples") == len(of_type(events, SamplesEvent)) == (step - 1) // 6
+
+    del events[:]
+    shown = train(workdir)
+    done = [type(event) for event in of_type(events, StepEvent, EvaluationEvent, SamplesEvent)]
+    assert done[: 1 if due else 2] == (due or [EvaluationEvent, SamplesEvent])
+    assert f"Step {step:>6} |" not in shown  # its line is in the first session
+    assert_same_as_run(workdir)
+    assert board(workdir, tmp_path) == board("run", tmp_path)
+    del events[:]
+    train(workdir)
+    assert [type(event) for event in events] == [MessageEvent] * 2
+
+
+def signal_in_evaluation(patch, batch):
+    """Sends a signal before this batch of the first evaluation; returns the numbers of the batches taken."""
+    taken, batches = [], trainer.val_batches
+
+    def batches_and_signal(*arguments):
+        for number, each in enumerate(batches(*arguments), 1):
+            taken.append(number)
+            if number == batch:
+                send(signal.SIGTERM)()
+            yield each
+
+    patch.setattr(trainer, "val_batches", batches_and_signal)
+    return taken
+
+
+def test_a_signal_ends_an_evaluation_and_the_next_session_does_it_again(console):
+    """Here in the session of the step, and then in the one that resumes from it."""
+    copy_of_step_9("weighed")
+    for last_batch, resumed in ((2, 9), (1, LAST)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="after step 12") as stopped:
+            taken = signal_in_evaluation(patch, last_batch)
+            train("weighed")
+        assert f"Resuming from step {resumed}" in stopped.value.console
+        assert taken == list(range(1, last_batch + 1))
+        assert [list(row) for row in rows("weighed/metrics.jsonl")[-2:]] == [KEYS, KEYS]
+        assert saved_steps("weighed") == [3, 6, 9, 12]
+        assert not Path("weighed/samples.jsonl").read_bytes().count(b'"step": 12')
+    train("weighed")
+    assert_same_as_run("weighed")
+
+
+def test_a_signal_after_the_last_samples_comes_before_the_model(console, monkeypatch):
+    copy_of_step_9("unpublished")
+    shutil.rmtree("unpublished/final_model")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="after step 12"):
+        patch.setattr(trainer.Trainer, "_generate_samples", lambda *_: send(signal.SIGINT)() or ())
+        train("unpublished")
+    assert not Path("unpublished/final_model").exists()
+    train("unpublished")
+    assert_same_as_run("unpublished")
+
+
+@pytest.mark.parametrize("moment", ["in the row", "after the row", "in the samples", "after the samples"])
+def test_a_kill_while_a_session_does_what_was_due_loses_nothing(console, monkeypatch, moment):
+    """Wherever it comes in the two files, they hold the former rows or the new ones."""
+    workdir = copy_of_step_9(f"killed-{moment.replace(' ', '-')}")
+    shutil.rmtree(f"{workdir}/final_model")
+    stop_in_micro_batch(6, workdir)
+    when, name = moment.split()[0], {"row": "metrics.jsonl", "samples": "samples.jsonl"}[moment.split()[-1]]
+    before, write_file = rows(f"{workdir}/{name}"), atomic.write_file
+
+    def write_and_die(path, data):
+        if path.name == name:
+            if when == "after":
+                write_file(path, data)
+            raise KeyboardInterrupt
+        write_file(path, data)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atomic, "write_file", write_and_die)
+        train(workdir)
+    now = rows(f"{workdir}/{name}")
+    assert (now == before) == (when == "in")
+    assert [row["step"] for row in rows(f"{workdir}/metrics.jsonl")] == list(range(1, LAST + 1))
+    train(workdir)
+    assert_same_as_run(workdir)
+
+
 def test_a_rolling_checkpoint_comes_by_time_and_the_next_save_replaces_it(console, monkeypatch):
     """Each step takes six minutes by the run's clock."""
     existing, report = {}, Saver.report
@@ -899,6 +1017,20 @@ def test_no_rolling_checkpoint_comes_before_its_time_or_where_save_minutes_is_0(
         assert saver.due(300)
 
 
+def test_a_run_whose_checkpoints_are_gone_stops_and_resumes_once_they_are_back(console, monkeypatch):
+    monkeypatch.setattr("jaxlm.run.saver.LOOK_SECONDS", 0.0)
+    folder, moved = Path("torn/checkpoints"), Path("torn/moved")
+    at_step(monkeypatch, 10, lambda: folder.exists() and folder.rename(moved))
+    with pytest.raises(RunError, match=rf"{folder} was .*step [69] is .*: put it back, and the same") as caught:
+        train("torn")
+    assert is_one_line(caught.value)
+    assert not folder.exists()
+    moved.rename(folder)
+    monkeypatch.undo()
+    train("torn")
+    assert_same_as_run("torn")
+
+
 @pytest.mark.parametrize("what", ["renamed", "deleted", "replaced"])
 def test_a_run_whose_folder_is_gone_stops_and_makes_no_new_one(console, monkeypatch, what):
     workdir, moved = Path(f"folder-{what}"), Path(f"folder-{what}-moved")
@@ -918,7 +1050,8 @@ def test_a_run_whose_folder_is_gone_stops_and_makes_no_new_one(console, monkeypa
             take_away()
 
     monkeypatch.setattr(Records, "__call__", record_and_take_away)
-    with pytest.raises(RunError, match=rf"^{workdir} was .*step 6 is the last known to be saved.*--workdir") as caught:
+    gone = rf"{Path.cwd()}/{workdir}/checkpoints" if what == "replaced" else rf"{workdir}"
+    with pytest.raises(RunError, match=rf"^{gone} was renamed.*step 6 is the last known to be saved") as caught:
         train(str(workdir))
     assert is_one_line(caught.value)
     assert "not saved" not in caught.value.console
