@@ -83,8 +83,7 @@ def run_errors(workdir: Path) -> Iterator[None]:
 def expand_home(text: str) -> str:
     """`text` with the home directory for a ~ or ~USER at its beginning.
 
-    Raises:
-        UsageError: there is no such home directory.
+    Raises UsageError if there is no such home directory.
     """
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
@@ -105,8 +104,7 @@ def path(text: str) -> Path:
 def find_config(name: str) -> Path:
     """The config file of that path, or the shipped preset of that name, such as `m2_60m`.
 
-    Raises:
-        UsageError: there is neither; the message names the nearest.
+    Raises UsageError if there is neither. It names the nearest.
     """
     if os.path.isfile(name):
         return Path(name)
@@ -128,8 +126,7 @@ def read_config(argv: list[str]) -> tuple[Config, Path]:
 def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
     """The settings and the work directory that the flags choose, and whether to start a run that does not fit.
 
-    Raises:
-        UsageError: an unknown flag, a config file that is missing or fails, a wrong setting.
+    Raises UsageError for an unknown flag, a config file that is missing or fails, or a wrong setting.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=expand_home, default=str(QUICKSTART))

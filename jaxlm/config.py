@@ -90,7 +90,7 @@ def setting(
         choices: all its values; empty: any.
         fixed: a run cannot resume with another value, because it defines what the checkpoint means
             or how the run began.
-        paths: it names files, and is the same however their paths are written.
+        paths: it names files; values that name the same files are equal.
         **bounds: `low` and `high` are the least and the largest value; `above` and `below` are themselves excluded.
     """
     metadata = {"choices": choices, "fixed": fixed, "paths": paths, "bounds": bounds}
@@ -183,7 +183,7 @@ class OptimizerConfig:
 class DataConfig:
     """The corpus, its token files and the validation split."""
 
-    corpus: str = setting("novels", paths=True)  # a named corpus, or paths and patterns, with commas (`\,` in a name)
+    corpus: str = setting("novels", paths=True)  # a name, or paths and patterns between commas (`\,` in a name)
     dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: data/CORPUS-VOCABULARY
     val_fraction: float = setting(0.01, above=0, below=1, fixed=True)  # of the text, held out for validation
     eval_sequences: int = setting(64, low=0)  # of `context` tokens, per evaluation, evenly spaced; 0: the whole text
@@ -221,10 +221,10 @@ class Config:
     max_steps: int = setting(50_000, low=1)  # optimizer steps of the whole run
     eval_interval: int = setting(100, low=1)  # steps between evaluations, each with a line on the console
     save_interval: int = setting(300, low=1)  # steps between checkpoints
-    save_minutes: float = setting(30.0, low=0)  # after a save until one more, which the next save replaces; 0: never
+    save_minutes: float = setting(30.0, low=0)  # minutes from a save to a rolling checkpoint; 0: never
     generation_interval: int = setting(50, low=1)  # steps between blocks of samples
-    max_checkpoints: int = setting(5, low=1)  # checkpoints by steps that are kept; older ones are deleted
-    keep_every: int = setting(0, low=0)  # steps between checkpoints that are kept beyond those; 0: none
+    max_checkpoints: int = setting(5, low=1)  # regular checkpoints that are kept; older ones are deleted
+    keep_every: int = setting(0, low=0)  # steps between checkpoints that are never deleted; 0: none
     max_nonfinite_microbatches: int = setting(10, low=1)  # non-finite micro-batches in a row that stop the run
     seed: int = setting(0, low=0, high=INT32_MAX, fixed=True)  # of the initial weights, the data order and the samples
     init_from: str = setting("", fixed=True, paths=True)  # Hugging Face folder with the initial weights; empty: random
@@ -300,8 +300,7 @@ def from_config_dict(settings: ml_collections.ConfigDict | Mapping[str, Any]) ->
     Args:
         settings: nested settings, such as a ConfigDict or parsed JSON. Missing ones get their defaults.
 
-    Raises:
-        UsageError: an unknown name (the message has the nearest), a wrong type, a value out of bounds.
+    Raises UsageError for an unknown name (the message has the nearest), a wrong type or a value out of bounds.
     """
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
@@ -383,33 +382,29 @@ def differences(saved: Any, config: Any, group: str = "") -> list[Difference]:
         saved: the saved settings as nested dicts.
         config: the settings of this run, or a group of them, which `group` names.
 
-    Raises:
-        UsageError: `saved` is not a mapping of settings.
+    Raises UsageError if `saved` is not a mapping of settings.
     """
     if not isinstance(saved, Mapping):
         raise UsageError(f"the saved settings are damaged: {group or 'config'} must be a group")
-    saved, prefix, found = _with_new_names(saved, group), group and f"{group}.", []
+    saved, prefix, changes = _with_new_names(saved, group), group and f"{group}.", []
     for field in dataclasses.fields(config):
         value, metadata = getattr(config, field.name), field.metadata
         if dataclasses.is_dataclass(value):
-            found += differences(saved.get(field.name, {}), value, field.name)
+            changes += differences(saved.get(field.name, {}), value, field.name)
             continue
         saved_value = saved.get(field.name, field.default)
-        same = same_paths if metadata.get("paths") else operator.eq
-        if not same(tuple(saved_value) if isinstance(saved_value, list) else saved_value, value):
-            found.append(Difference(prefix + field.name, value, saved_value, metadata.get("fixed", False)))
-    return found
+        equal = same_paths if metadata.get("paths") else operator.eq
+        if not equal(tuple(saved_value) if isinstance(saved_value, list) else saved_value, value):
+            changes.append(Difference(prefix + field.name, value, saved_value, metadata.get("fixed", False)))
+    return changes
 
 
 def same_paths(first: Any, second: Any) -> bool:
-    """Whether two values of a setting name the same files: relative or not, through links or not, in the same order."""
+    """Whether two values of a setting name the same files in the same order, also by other paths or links."""
     if first == second or not (first and second):
         return bool(first == second)
     try:
-        return _real_paths(first) == _real_paths(second)
-    except (AttributeError, ValueError):  # from a damaged file: not a string, or not one that a path can be
+        real, other = ([os.path.realpath(path.strip()) for path in value.split(",")] for value in (first, second))
+    except (AttributeError, ValueError):  # a damaged file may hold anything
         return False
-
-
-def _real_paths(value: str) -> list[str]:
-    return [os.path.realpath(path.strip()) for path in value.split(",")]
+    return real == other

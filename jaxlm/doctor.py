@@ -45,8 +45,7 @@ def main(argv: list[str]) -> None:
 def write_report(out: Path, parts: Iterable[tuple[str, Callable[[], str]]]) -> None:
     """Writes the report again after each part, which is a title and a function that returns its text.
 
-    Raises:
-        UsageError: the file cannot be written.
+    Raises UsageError if the file cannot be written.
     """
     report = f"jaxlm doctor, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n"
     _write(out, report)

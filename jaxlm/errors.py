@@ -34,8 +34,8 @@ def disk_error(error: BaseException) -> OSError | None:
 
 def disk_advice(error: BaseException) -> str:
     """What a person can do about an error of the disk, as the end of a sentence."""
-    known = disk_error(error)
-    return _DISK_ADVICE.get((known and known.errno) or 0, "check the disk, or choose another place")
+    cause = disk_error(error)
+    return _DISK_ADVICE.get((cause and cause.errno) or 0, "check the disk, or choose another place")
 
 
 class _OneLine(Exception):

@@ -11,9 +11,9 @@ from typing import Any
 from jaxlm.cli import define_flags, read_flags, run, run_errors
 from jaxlm.config import Config, DataConfig, to_dict
 from jaxlm.data.corpus import source_changed
-from jaxlm.data.directories import check_named_directory, own_directory
+from jaxlm.data.directories import check_named_directory, data_directory, own_directory
 from jaxlm.data.encode import TRAINING_FLAGS
-from jaxlm.data.token_files import TokenFiles, data_directory, open_tokens, read_meta
+from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init
@@ -25,15 +25,14 @@ from jaxlm.storage.lock import only_writer
 
 
 def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = False) -> TokenFiles:
-    """The token files in `data.dir`, or else those of the corpus, which are prepared if missing.
+    """The token files in `data.dir`, in `own`, or else those of the corpus, which are prepared if missing.
 
     Args:
         config: the settings.
-        own: where the run that is resumed has its tokens. They are used even if the corpus has changed since.
+        own: the directory of the tokens of the run that is resumed. It is read even if the corpus has changed since.
         corpus_is_named: whether the corpus must be that of `data.dir`.
 
-    Raises:
-        UsageError: the files do not fit the config, or the corpus cannot be read.
+    Raises UsageError if the files do not fit the config, or the corpus cannot be read.
     """
     data, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
     if data.dir:

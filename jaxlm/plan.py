@@ -36,8 +36,7 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 def check(config: Config, as_json: bool) -> None:
     """Runs the numerics check and prints the difference between this machine and the CPU, part by part.
 
-    Raises:
-        RunError: a difference is larger than allowed.
+    Raises RunError if a difference is larger than allowed.
     """
     from jaxlm.device import backend, numerics
 

@@ -107,13 +107,13 @@ def _encode(loaded: LoadedModel, number: int, text: str) -> Prompt:
 
 
 def _given(loaded: LoadedModel, texts: Sequence[str]) -> list[list[Prompt]]:
-    """The prompts of the flags, in groups. Raises UsageError if one is unfit."""
+    """The prompts of the flags, in groups. Raises UsageError if one does not fit."""
     prompts = [_encode(loaded, number, text) for number, text in enumerate(texts)]
     return [prompts[i : i + PROMPT_BATCH] for i in range(0, len(prompts), PROMPT_BATCH)]
 
 
 def _from_stdin(loaded: LoadedModel) -> Iterator[list[Prompt]]:
-    """The prompts of stdin's lines, in groups. Names an unfit line on stderr, and raises UsageError at the end."""
+    """The prompts of stdin, in groups. Names lines that do not fit on stderr, and raises UsageError at the end."""
     count = unfit = 0
     for lines in _line_groups(sys.stdin.fileno()):
         group = []

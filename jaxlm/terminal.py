@@ -1,4 +1,4 @@
-"""What may be written to a terminal, and what only to one."""
+"""Writing to a terminal: bars and colours there only, and no control characters of a text."""
 
 import sys
 import unicodedata
@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-_REORDERING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # of bidirectional text, up to the line's end
+_REORDERING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder a line of bidirectional text
 
 
 def console(*, stderr: bool = False, **options: Any) -> Console:

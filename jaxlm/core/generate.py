@@ -41,7 +41,7 @@ def generate(
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     shortest, longest = int(lengths.min()), int(lengths.max())
     count = min(tokens, config.context - shortest)
-    # as for the shortest prompt of its bucket, so that all prompts of a bucket share a program
+    # the same for all prompts of a bucket, so that they share a program
     max_count = min(tokens, config.context - 1 - (shortest - 1) // PROMPT_BUCKET * PROMPT_BUCKET)
     width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
     chunk = chunk or max_count
@@ -62,11 +62,7 @@ def generate(
 
 
 def up_to_end(ids: np.ndarray, end_of_text: int) -> np.ndarray:
-    """The ids before the first `end_of_text`.
-
-    Raises:
-        FloatingPointError: the logits were not finite.
-    """
+    """The ids before the first `end_of_text`. Raises FloatingPointError if the logits were not finite."""
     ends = np.flatnonzero(ids == end_of_text)
     new_tokens = ids[: ends[0]] if len(ends) else ids
     if NOT_FINITE in new_tokens:

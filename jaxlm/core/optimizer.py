@@ -27,8 +27,7 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
     It rises linearly from 1 / (warmup_steps + 1) to 1 over the warm-up and stays there. Over the last
     `lr_decay_fraction` of the steps after the warm-up it falls to `min_lr_ratio`, as `lr_schedule` says.
 
-    Raises:
-        KeyError: SCHEDULES has no `lr_schedule`.
+    Raises KeyError if SCHEDULES has no `lr_schedule`.
     """
     decay_steps = max(1, round((max_steps - config.warmup_steps) * config.lr_decay_fraction))
     warmup = optax.linear_schedule(1 / (config.warmup_steps + 1), 1.0, config.warmup_steps)
@@ -72,8 +71,7 @@ OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {"adam
 def make_transformation(config: Config) -> optax.GradientTransformation:
     """From averaged gradients to one optimizer step: records the global norm, clips by it, then `optimizer.name`.
 
-    Raises:
-        KeyError: OPTIMIZERS has no such name.
+    Raises KeyError if OPTIMIZERS has no such name.
     """
     clip = clip_by_global_norm(config.optimizer.clip_norm)
     return optax.chain(record_grad_norm(), clip, OPTIMIZERS[config.optimizer.name](config))

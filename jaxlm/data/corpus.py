@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jaxlm.data.readers import READABLE, TextChunk, read_chunks, read_text
 from jaxlm.errors import RunError, UsageError, disk_advice
@@ -44,7 +45,7 @@ def open_corpus(source: str) -> Corpus:
     """
     if source in _NAMED:
         return _NAMED[source]()
-    paths = _expand(source)
+    paths = tuple(_expand(source).values())
     for path in paths:
         if os.path.isdir(path):
             pattern = os.path.join(glob.escape(str(path)), "*.txt")
@@ -58,17 +59,17 @@ def open_corpus(source: str) -> Corpus:
 
 
 def same_corpus(source: str, other: str) -> bool:
-    """Whether two sources are the same name, or name the same paths in the same order, however these are written."""
+    """Whether two sources are the same name, or name the same files in the same order."""
     if source in _NAMED or other in _NAMED:
         return source == other
-    return [*map(os.path.realpath, _expand(source))] == [*map(os.path.realpath, _expand(other))]
+    return list(_expand(source)) == list(_expand(other))
 
 
 def source_changed(source: str, sha256: str) -> bool:
     """Whether the user's files have another hash now. False for named corpora and for missing files."""
     if source in _NAMED:
         return False
-    paths = _expand(source)
+    paths = _expand(source).values()
     return all(os.path.isfile(path) for path in paths) and sha256 != files_sha256(paths)
 
 
@@ -86,40 +87,42 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 
 def joined(names: Sequence[str]) -> str:
-    """The source of these paths and patterns. Beside others, the commas of a path that exists get a backslash."""
+    """The source of these paths and patterns. In a list, a path that exists gets a backslash before its commas."""
     if len(names) == 1:
         return names[0]
     separator = ", " if os.path.exists(",".join(names)) else ","
     return separator.join(name.replace(",", r"\,") if os.path.exists(name) else name for name in names)
 
 
-def _expand(source: str) -> tuple[Path, ...]:
+def _expand(source: str) -> dict[Any, Path]:
     r"""The files in `source`: a path that exists, or paths and patterns separated by commas (`\,` is one in a name).
 
     What exists is a path. A pattern is replaced by what it matches, in alphabetical order. A file that is named twice,
-    by another spelling or a link too, counts where it is named first.
+    also by another spelling or a link, counts where it is named first. The keys are the files' identities.
     """
     names = [source]
     if not os.path.exists(source):
         names = [name.strip().replace(r"\,", ",") for name in re.split(r"(?<!\\),", source)]
     paths = [path for name in names for path in ([name] if os.path.exists(name) else _matches(name) or [name])]
-    files: dict[tuple[int, int] | str, Path] = {}
+    files: dict[Any, Path] = {}
     for path in paths:
         files.setdefault(_identity(path), Path(path))
-    return tuple(files.values())
+    return files
 
 
 def _matches(pattern: str) -> list[str]:
     return [] if "\0" in pattern else sorted(glob.glob(pattern, recursive=True))
 
 
-def _identity(path: str | Path) -> tuple[int, int] | str:
-    """Equal for two paths of one file, as for `os.path.samefile`; a missing file is its path."""
+def _identity(path: str) -> Any:
+    """Equal for two paths of one file, as for `os.path.samefile`; for a missing file, its real path."""
     try:
         status = os.stat(path)
-    except (OSError, ValueError):
-        return str(path)
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    except OSError:
+        return os.path.realpath(path)
+    except ValueError:  # no file can have that name
+        return path
 
 
 def _novels() -> Corpus:

@@ -1,8 +1,10 @@
-"""Which directory of token files a run reads: the one that `data.dir` names, or the one that it began with."""
+"""Which directory of token files a run reads."""
 
 import dataclasses
 import difflib
+import hashlib
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +12,32 @@ from typing import Any
 
 from jaxlm.config import Config
 from jaxlm.data.corpus import same_corpus
-from jaxlm.data.token_files import TRAIN, data_directory, read_meta
+from jaxlm.data.token_files import TRAIN, read_meta
 from jaxlm.errors import UsageError
 
 
-def check_named_directory(config: Config, corpus_is_named: bool) -> None:
-    """Raises UsageError if `data.dir` has no token files, or those of another text than a `data.corpus` that is named.
+def data_directory(config: Config) -> Path:
+    """The directory of the config's token files: `data.dir`, or one under data/ named after corpus and vocabulary.
 
-    Without meta.json the text is unknown, and any is accepted.
+    The name gets a hash of corpus and split if the corpus's is shortened, or if the directory without it holds another
+    corpus or split. Raises UsageError if the meta.json of that directory is damaged.
+    """
+    data = config.data
+    if data.dir:
+        return Path(data.dir)
+    name = re.sub(r"\W+", "-", data.corpus).strip("-")
+    directory = Path("data", f"{name[:60]}-{config.model.vocab_size}")
+    meta = read_meta(directory)
+    if len(name) > 60 or (meta and not meta.is_of(data.corpus, data.val_fraction)):
+        digest = hashlib.sha256(os.fsencode(f"{data.corpus} {data.val_fraction}")).hexdigest()
+        return directory.with_name(f"{directory.name}-{digest[:8]}")
+    return directory
+
+
+def check_named_directory(config: Config, corpus_is_named: bool) -> None:
+    """Raises UsageError if `data.dir` has no token files, or if the corpus is named and the files are of another.
+
+    Files without meta.json may be of any corpus.
     """
     data, directory = config.data, Path(config.data.dir)
     if not os.path.isfile(directory / TRAIN):
@@ -36,7 +56,7 @@ def check_named_directory(config: Config, corpus_is_named: bool) -> None:
 
 
 def own_directory(saved: Mapping[str, Any], config: Config) -> Path | None:
-    """Where a run with the `saved` settings has its tokens; None if `config` names another corpus."""
+    """The directory of the tokens of a run with the `saved` settings; None if `config` names another corpus."""
     data = saved.get("data") or dataclasses.asdict(config.data)
     if not same_corpus(str(data.get("corpus")), config.data.corpus):
         return None

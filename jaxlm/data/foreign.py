@@ -1,4 +1,4 @@
-"""Token files of other programs: what they are, where that can be told."""
+"""Recognises token files of other programs and of other kinds."""
 
 import re
 import shlex
@@ -15,12 +15,12 @@ PREPARE = "prepare its text with python -m jaxlm.prepare --corpus TEXT --out FOL
 _HEADER_BYTES = 1024  # 256 numbers of 32 bits: magic, version, number of tokens, zeros
 _LLM_C, _LLAMA_3 = (number.to_bytes(4, "little") for number in (20240520, 20240801))
 _MAGICS = {b"\x93NUMPY": "a NumPy array", b"\xfd7zXZ\0": "xz data", b"\x28\xb5\x2f\xfd": "zstd data"}
-_SMALLEST = 128  # bytes; the rules say nothing of shorter files
+_SMALLEST = 128  # bytes; shorter files follow no rule
 _CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def refuse_foreign(path: Path, vocab_size: int) -> None:
-    """Raises UsageError, which says what `path` is, if it is no file of GPT-2's ids in 16 bits. It is never unpickled.
+    """Raises UsageError, which says what `path` is, if it is no file of GPT-2's ids in 16 bits. Nothing is unpickled.
 
     No rule fits a file of GPT-2's ids:
     - `meta.pkl` is beside it: nanoGPT writes that for ids of another vocabulary.
@@ -45,10 +45,10 @@ def refuse_foreign(path: Path, vocab_size: int) -> None:
 
 
 def _kind(path: Path, head: bytes, vocab_size: int) -> str:
-    """What a file is that starts with `head`; empty if it can be GPT-2's ids."""
-    known = [kind for magic, kind in _MAGICS.items() if head.startswith(magic)]
-    if known or len(head) < _SMALLEST:
-        return "".join(known)
+    """What a file is; empty if it can be GPT-2's ids. `head` is its first kilobyte."""
+    magic_kinds = [kind for magic, kind in _MAGICS.items() if head.startswith(magic)]
+    if magic_kinds or len(head) < _SMALLEST:
+        return "".join(magic_kinds)
     ids = np.memmap(path, "<u2", mode="r", shape=path.stat().st_size // 2)
     first, second = ids[::2].max(), ids[1::2].max()
     kinds = {

@@ -140,7 +140,7 @@ def _refuse_encoding(path: Path, stream: BinaryIO) -> None:
 
 
 def _read_file(path: Path) -> Iterator[TextChunk]:
-    kind = path.with_suffix("").suffix if path.suffix in (".gz", ".xz", ".zst") else path.suffix
+    kind = path.with_suffix("").suffix if path.suffix in _UNPACKERS else path.suffix
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif kind in (".txt", ".jsonl"):

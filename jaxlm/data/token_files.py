@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shlex
 import typing
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jaxlm.config import Config
 from jaxlm.data.corpus import WITH_OWN_VALIDATION, same_corpus
 from jaxlm.data.foreign import PREPARE, refuse_foreign
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
@@ -200,21 +198,3 @@ def val_batches(ids: Ids, context: int, batch_size: int, limit: int = 0) -> Iter
             inputs[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
         yield inputs, targets
-
-
-def data_directory(config: Config) -> Path:
-    """The directory of the config's token files: `data.dir`, or one under data/ named after corpus and vocabulary.
-
-    The name gets a hash of corpus and split if the corpus's is shortened, or if the directory without it holds another
-    corpus or split. Raises UsageError if the meta.json of that directory is damaged.
-    """
-    data = config.data
-    if data.dir:
-        return Path(data.dir)
-    name = re.sub(r"\W+", "-", data.corpus).strip("-")
-    directory = Path("data", f"{name[:60]}-{config.model.vocab_size}")
-    meta = read_meta(directory)
-    if len(name) > 60 or (meta and not meta.is_of(data.corpus, data.val_fraction)):
-        digest = hashlib.sha256(os.fsencode(f"{data.corpus} {data.val_fraction}")).hexdigest()
-        return directory.with_name(f"{directory.name}-{digest[:8]}")
-    return directory

@@ -24,7 +24,7 @@ _VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed983
 # Equivalent to tiktoken's pattern for GPT-2, but faster: everything without a lookahead is one group, which the regex
 # engine compiles to an automaton.
 _WORD_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"""
-_LONG_RUN = 1 << 18  # blanks in a row; tiktoken's regex engine fails on a million before other text
+_LONG_RUN = 1 << 18  # blanks in a row; tiktoken's regex engine fails on a million that precede other text
 _BLANK = r"[^\S\x1c-\x1f]"  # the engine's \s, in Python's syntax
 _INVISIBLE = [byte for byte in range(256) if byte == 0x20 or not chr(byte).isprintable()]
 _BYTE_CHARACTERS = {byte: 0x100 + i for i, byte in enumerate(_INVISIBLE)}  # the other bytes are spelled in Latin-1
@@ -97,11 +97,11 @@ class Tokenizer:
 
 
 def _cuts(text: str, marked: bool) -> list[int]:
-    """Where to cut `text`: before the last blank of each long run, which the pattern joins to what follows the run.
+    """Where to cut `text`: before the last blank of each long run. The pattern joins that blank to what follows.
 
     Blanks at the end, or before a marked END_OF_TEXT, are one match, and the regex engine does not backtrack there.
     """
-    block = _LONG_RUN // 2  # a long run contains a whole block, which is faster to look for
+    block = _LONG_RUN // 2  # each long run contains a whole block; blocks are faster to test
     if not any(text[start : start + block].isspace() for start in range(0, len(text), block)):
         return []
     runs = re.finditer(rf"(?<!{_BLANK}){_BLANK}{{{_LONG_RUN},}}(?={_BLANK}(?!{_BLANK}).)", text, re.DOTALL)
@@ -148,8 +148,7 @@ def _read_vocabulary() -> list[bytes]:
 def encode_prompts(tokenizer: TokenizerProtocol, prompts: Sequence[str], context: int) -> list[list[int]]:
     """The token ids of each prompt. An empty prompt becomes the end-of-text token, which precedes every document.
 
-    Raises:
-        UsageError: a prompt fills the whole context, or is not UTF-8 (shells pass any bytes).
+    Raises UsageError if a prompt fills the whole context, or is not UTF-8 (shells pass any bytes).
     """
     encoded = []
     for prompt in prompts:

@@ -20,8 +20,8 @@ from jaxlm.device.memory_limit import memory_limit
 from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
-# Settings of jax that change numbers or samples, or raise where training goes on. One seed gives one model whatever the
-# environment has; `start` names what it ignores. The default of the first differs between versions of jax.
+# Settings of jax that change numbers or samples, or raise where training continues. They are fixed, so that one seed
+# gives one model in any environment. The default of the first differs between versions of jax.
 _SETTINGS = {
     "jax_threefry_partitionable": True,
     "jax_enable_x64": False,
@@ -39,7 +39,7 @@ _SETTINGS = {
     "jax_debug_nans": False,  # training skips micro-batches that are not finite
     "jax_debug_infs": False,
 }
-_ignored = []  # variables of the environment
+_ignored = []  # variables of the environment, which `start` names
 for _name, _value in _SETTINGS.items():
     if hasattr(jax.config, _name):  # versions of jax differ
         if getattr(jax.config, _name) != _value and _name.upper() in os.environ:
@@ -63,7 +63,7 @@ _MPS_ENVIRONMENT = {  # what jax-mps and MLX read when they load
     "JAX_MPS_CACHE_LIMIT_BYTES": str(256 * 10**6),  # of freed buffers; the default may fill the shared memory
     "MLX_ENABLE_TF32": "0",  # the numerics check allows 0.001 in float32; TF32 rounds to that
 }
-_CUDNN_CAPABILITY = (8, 0)  # of the GPUs that have cuDNN's attention, from Ampere on; jax does not check it
+_CUDNN_CAPABILITY = (8, 0)  # of Ampere, the first with cuDNN's attention; jax does not check it
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _SPARE_CHUNKS = (2**26, *[2**20] * 64)  # bytes: one for a small model's samples, and one for each small buffer
 _SLACK = 2**21  # bytes; larger than the small chunks, so that malloc does not take them from the rest of the large one
@@ -79,8 +79,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     Returns:
         The device to compute on.
 
-    Raises:
-        UsageError: the named platform is not here, cannot be used, or does not start.
+    Raises UsageError if the named platform is not here, cannot be used, or does not start.
     """
     for name in _ignored:
         print(f"{name} is ignored: jaxlm's own settings say what is computed", file=sys.stderr)
@@ -182,8 +181,7 @@ def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:
 
     The precision is bf16 on an NVIDIA GPU and float32 elsewhere. The implementation is a name in `core.ops`.
 
-    Raises:
-        UsageError: the implementation that is asked for does not fit, or an Apple GPU would compute wrong numbers.
+    Raises UsageError if the implementation that is asked for does not fit, or an Apple GPU would compute wrong numbers.
     """
     if on_apple(device):
         for name in ("context", "width", "mlp_width"):
@@ -231,8 +229,7 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
     several short ones: larger chunks take more memory and no less time. Without `microbatch_chunks` neither kind of GPU
     recomputes blocks, for speed.
 
-    Raises:
-        UsageError: as `resolve`.
+    Raises UsageError as `resolve`.
     """
     model, chunks = resolve(config.model, device), config.microbatch_chunks
     if chunks == 0:
@@ -270,7 +267,7 @@ def identity(device: jax.Device) -> list[str]:
 
 
 def card(device: jax.Device) -> str:
-    """One card among those of its kind: the UUID of an NVIDIA GPU, else the device's index."""
+    """Identifies one card among those of its kind: the UUID of an NVIDIA GPU, else the device's index."""
     if device.platform == "gpu":
         with contextlib.suppress(OSError, AttributeError):  # no driver of NVIDIA's, or an old one
             driver, handle, uuid = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), (ctypes.c_ubyte * 16)()

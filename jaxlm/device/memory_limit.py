@@ -1,11 +1,11 @@
-"""The memory that the system lets this process have: limits of its control groups (Linux) and of the process."""
+"""The memory that this process may have: limits of its control groups (Linux) and of the process itself."""
 
 import math
 import re
 import resource
 from pathlib import Path
 
-# where the groups of a controller are, and the file with their limit; version 2 names no controller
+# the controller ("" in version 2), the directory of its groups, the file with a group's limit
 _MOUNTS = (
     ("", "sys/fs/cgroup", "memory.max"),
     ("", "sys/fs/cgroup/unified", "memory.max"),
@@ -26,8 +26,8 @@ def memory_limit(root: Path = Path("/")) -> float:
 def group_limit(root: Path) -> float:
     """The smallest limit of the process's control groups and of all groups above them.
 
-    A container may see its own group as the mount's root while `/proc/self/cgroup` has the path on the host. So groups
-    that do not exist are passed over, and the root is always read.
+    In a container the mount's root may be the process's own group, while `/proc/self/cgroup` has its path on the host.
+    So groups that do not exist are skipped, and the root is always read.
     """
     limits = [math.inf]
     for controller, mount, name in _MOUNTS:

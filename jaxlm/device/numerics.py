@@ -88,8 +88,7 @@ def require(config: Config, device: jax.Device, say: Callable[[str], None] = lam
         device: the device to train on.
         say: called with one line before a check starts.
 
-    Raises:
-        RunError: a part failed.
+    Raises RunError if a part failed.
     """
     if user_cache.get("numerics", _cache_key(config, device)):
         return
@@ -156,8 +155,7 @@ def check(config: Config, device: jax.Device) -> tuple[Part, ...]:
         The parts in the order of the table above, wrong ones too. If the device raises, the failed part takes the place
         of the rest of its group.
 
-    Raises:
-        jax.errors.JaxRuntimeError: the device is out of memory.
+    Raises jax.errors.JaxRuntimeError if the device is out of memory.
     """
     chunks = 1 if device.platform == "cpu" else min(config.microbatch_chunks, 2)
     B = config.chunk_size * chunks
@@ -248,7 +246,7 @@ def difference(actual: np.ndarray, expected: np.ndarray, before: np.ndarray | fl
 
 
 def scale_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Returns by which share an array is too large or too small as a whole.
+    """Returns the relative error of an array's scale.
 
     That is the larger error of its norm, relative to the norm of `expected`, and of its projection on `expected`. An
     array that is right but for rounding, row by row and at random, has almost none.

@@ -66,8 +66,7 @@ def choose(platform: str) -> tuple[str, str]:
     Returns:
         jax's name for the platform, and the plugin with all versions (empty for the CPU).
 
-    Raises:
-        UsageError: the named platform has no plugin that can be used.
+    Raises UsageError if the named platform has no plugin that can be used.
     """
     plugins = installed()
     reasons = []
@@ -118,8 +117,7 @@ def disable(plugins: Iterable[Plugin]) -> None:
 def verify(plugin: Plugin, refresh: bool = False) -> str:
     """Returns jax's name for a plugin's platform, from the user's cache unless `refresh` is set.
 
-    Raises:
-        PluginError: the plugin cannot be used. This is not cached.
+    Raises PluginError if the plugin cannot be used. This is not cached.
     """
     check_versions(plugin)
     versions = {name: version_of(name) for name in ("jax", "jaxlib", "jaxlm")}
@@ -162,8 +160,7 @@ def probe(plugin: Plugin) -> str:
     Returns:
         jax's name for its platform.
 
-    Raises:
-        PluginError: it raises, hangs, crashes, finds no device or computes wrong numbers.
+    Raises PluginError if it raises, hangs, crashes, finds no device or computes wrong numbers.
     """
     command = ["-m", "jaxlm.device.probe", plugin.module]
     lines, failure = run_isolated(command, LIMIT, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})

@@ -24,8 +24,7 @@ from jaxlm.core.parameters import Parameter, Params, check_tree, leaves_by_path,
 from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, TokenizerProtocol, load_tokenizer
 from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.interop.mark import KEY as MARK_KEY
-from jaxlm.interop.mark import Mark, tensors_sha256
-from jaxlm.interop.model_card import is_sealed, seal
+from jaxlm.interop.mark import Mark, is_sealed, seal, tensors_sha256
 from jaxlm.storage import atomic
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -109,7 +108,7 @@ def _update(folder: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str,
             )
     needs_swap = not complete and any(name != CARD for name in changed)
     order = [WEIGHTS] * (mark.actual != sha256) + [name for name in changed if name != CONFIG] + [CONFIG] * needs_swap
-    with ExitStack() as stack:  # it renames last what it entered first
+    with ExitStack() as stack:  # files are renamed in the reverse of this order
         staged = {name: stack.enter_context(atomic.new_file(folder / name)) for name in reversed(order)}
         for name, path in staged.items():
             if name == WEIGHTS:
@@ -123,7 +122,7 @@ def _update(folder: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str,
 
 
 def _is_due(file: Path, text: bytes, complete: bool) -> bool:
-    """Whether to write `text` to `file`: in a complete folder, what differs is a person's unless it is our card."""
+    """Whether to write `text` to `file`. If the folder is complete, what differs is a person's, but for our card."""
     if not os.path.lexists(file):
         return True
     present = file.read_bytes()
@@ -255,8 +254,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 def read_sizes(folder: Path) -> ModelConfig:
     """The sizes of the Llama in `folder`, without the rows of a padded vocabulary, which no token has.
 
-    Raises:
-        UsageError: it is not a Hugging Face folder, or jaxlm does not support its model.
+    Raises UsageError if it is not a Hugging Face folder, or jaxlm does not support its model.
     """
     file = folder / "config.json"
     fields = _DEFAULTS | _read_json(file)
@@ -285,7 +283,7 @@ def read_sizes(folder: Path) -> ModelConfig:
 
 
 def _used_rows(folder: Path, rows: int) -> int:
-    """How many of the vocabulary's `rows` reach to the last token in tokenizer.json; all if there is no such file."""
+    """The rows of the vocabulary up to the last token in tokenizer.json; all `rows` if there is no such file."""
     file = folder / "tokenizer.json"
     content = _read_json(file) if os.path.isfile(file) else {}
     model, added = content.get("model"), content.get("added_tokens")
@@ -299,8 +297,7 @@ def _used_rows(folder: Path, rows: int) -> int:
 def read_params(folder: Path, config: ModelConfig) -> Params:
     """The parameters in the safetensors files of `folder`, converted to float32.
 
-    Raises:
-        UsageError: a file is missing or damaged, or the tensors are not those of a model of these sizes.
+    Raises UsageError if a file is missing or damaged, or the tensors are not those of a model of these sizes.
     """
     tensors, rows = _read_tensors(folder), _read_json(folder / CONFIG).get("vocab_size", 0)
     if config.tied:
@@ -371,8 +368,7 @@ def check_init(config: Config) -> None:
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
     """The tokenizer of the model in `folder`; jaxlm's own if it is the same.
 
-    Raises:
-        UsageError: there is none, or it needs `tokenizers`, which is not installed.
+    Raises UsageError if there is none, or it needs `tokenizers`, which is not installed.
     """
     file = folder / "tokenizer.json"
     content = _read_json(file)

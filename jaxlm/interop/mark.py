@@ -1,6 +1,6 @@
-"""The mark of a weights file that jaxlm wrote: its metadata hold the SHA-256 of its tensors.
+"""How jaxlm knows a file that it wrote and nobody changed: weights by their metadata, a model card by its last line.
 
-A file whose tensors have the recorded hash is jaxlm's and may be replaced. Any other is a person's.
+Each holds the SHA-256 of the rest. A file that lacks it, or whose rest has another, is a person's.
 """
 
 import hashlib
@@ -32,3 +32,20 @@ def tensors_sha256(names: Iterable[str], read: Callable[[str], np.ndarray]) -> s
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(tensor.data)
     return digest.hexdigest()
+
+
+def seal(card: str) -> bytes:
+    """The bytes of the card's file. Its last line is the hash of the rest, so an edit is recognised."""
+    body = f"{card.rstrip()}\n".encode(errors="replace")  # it may name any file
+    return body + _seal_line(body)
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether the file is a card as `seal` wrote it."""
+    body = data[: data.rfind(b"<!--")]
+    return data == body + _seal_line(body)
+
+
+def _seal_line(body: bytes) -> bytes:
+    digest = hashlib.sha256(body).hexdigest()
+    return f"<!-- written by jaxlm, which keeps an edited card; sha256 {digest} -->\n".encode()

@@ -1,7 +1,6 @@
 """The model card of an exported model."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -54,7 +53,7 @@ The run's settings:
 def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any], parameters: int) -> str:
     """The card, in Markdown, of the model after `step` of the run in `workdir`; `meta` is that of its checkpoint.
 
-    Of paths, the card has the last part only: a card is published.
+    A card may be published, so it has only the last part of each path.
     """
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
     data = dataclasses.replace(config.data, corpus=_base_names(config.data.corpus), dir=_base_name(config.data.dir))
@@ -75,7 +74,7 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
 
 
 def _text(meta: Mapping[str, Any]) -> str:
-    """What the model was trained on, with hashes; checkpoints of earlier versions have no more than these."""
+    """What the model was trained on, with hashes. Checkpoints of earlier versions have the hashes alone."""
     source, hashes = meta.get("source", {}), dict(meta.get("tokens", {}))
     if "text" in source:
         name, hashes = _base_names(source["text"]), {"sha256": source["sha256"]} | hashes
@@ -91,23 +90,6 @@ def _base_names(corpus: str) -> str:
 
 def _base_name(path: str) -> str:
     return path and os.path.basename(os.path.abspath(path))
-
-
-def seal(card: str) -> bytes:
-    """The file of the card, which ends with the hash of the rest: a person's edit is then recognised."""
-    body = f"{card.rstrip()}\n".encode(errors="replace")  # it may name any file
-    return body + _seal_line(body)
-
-
-def is_sealed(data: bytes) -> bool:
-    """Whether the file is a card as `seal` wrote it."""
-    body = data[: data.rfind(b"<!--")]
-    return data == body + _seal_line(body)
-
-
-def _seal_line(body: bytes) -> bytes:
-    digest = hashlib.sha256(body).hexdigest()
-    return f"<!-- written by jaxlm, which keeps an edited card; sha256 {digest} -->\n".encode()
 
 
 def _last(rows: Sequence[Mapping[str, Any]], units: Mapping[str, str]) -> str:

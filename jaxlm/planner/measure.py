@@ -147,8 +147,7 @@ def measure(config: Config, device: jax.Device, place: Path, show: Callable[[flo
         place: a directory in which the subprocesses write; they leave nothing there.
         show: called with the share that is done.
 
-    Raises:
-        RunError: the run fails, for example for lack of memory.
+    Raises RunError if the run fails, for example for lack of memory.
     """
     speed = _matmul_speed(config.model.matmul_dtype, device)  # in this process: a run has no such arrays
     with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:

@@ -35,12 +35,9 @@ def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
 
 
 def known_memory(config: Config, device: jax.Device, process: int, compiled: Any = None) -> Memory:
-    """The memory of a resolved config, without compiling or measuring.
+    """The memory of a resolved config, without compiling or measuring; `process` is that of `process_bytes`.
 
-    That of the arrays is by the compiled step if it is given, else from the cache, else the least that it can be.
-
-    Args:
-        process: as `process_bytes` returns it before the run makes arrays.
+    The arrays are those of the compiled step if it is given, else those in the cache, else a lower bound.
     """
     memory = step_memory(config, compiled) if compiled is not None else None
     return dataclasses.replace(memory or _cached(config, device) or min_memory(config), process=process)

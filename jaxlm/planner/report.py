@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from jaxlm.config import Config
-from jaxlm.data.token_files import TOKEN_DTYPE, TRAIN, VAL, data_directory
+from jaxlm.data.directories import data_directory
+from jaxlm.data.token_files import TOKEN_DTYPE, TRAIN, VAL
 from jaxlm.device import backend, numerics
 from jaxlm.errors import RunError
 from jaxlm.planner import estimate, measure
@@ -21,6 +22,7 @@ from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.planner.memory import ShowProgress, better_setting, cached_benchmark, memory_of, process_bytes
 from jaxlm.run.memory import Memory
 from jaxlm.run.records import record_bytes
+from jaxlm.run.workdir import existing_parent
 from jaxlm.storage import user_cache
 from jaxlm.units import date_text, duration, gb, seconds_text
 
@@ -102,7 +104,7 @@ def _run_benchmark(
     except RunError as error:
         wrong_numbers = str(error)
     try:
-        benchmark = measure.measure(config, device, _existing(workdir), partial(show, "measuring a short run"))
+        benchmark = measure.measure(config, device, existing_parent(workdir), partial(show, "measuring a short run"))
     except RunError as error:
         return None, str(error), wrong_numbers
     if not wrong_numbers:
@@ -149,13 +151,13 @@ def _speed(config: Config, benchmark: BenchmarkResult, timings: Timings) -> dict
 def _disk(
     config: Config, workdir: Path, benchmark: BenchmarkResult | None, memory: Memory, tokens: int
 ) -> dict[str, Any]:
-    """What the run writes. At most there are two checkpoints more than at the end: a rolling one, and the next."""
+    """What the run writes. At the peak there are two checkpoints more than at the end: a rolling one and the next."""
     checkpoint = benchmark.checkpoint_bytes if benchmark else memory.checkpoint_copy
     model, records = benchmark.model_bytes if benchmark else memory.weights, record_bytes(config, config.max_steps)
     count = len(estimate.kept(config, config.max_steps))
     replaced = len(estimate.saves(config)) > config.max_checkpoints
     kept, most = checkpoint * count, checkpoint * (count + replaced + 1) + model + records
-    free = shutil.disk_usage(_existing(workdir)).free
+    free = shutil.disk_usage(existing_parent(workdir)).free
     written = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     return {
         "tokens_bytes": tokens * TOKEN_DTYPE.itemsize or None,
@@ -214,7 +216,3 @@ def _dates(config: Config, timings: Timings, speed: dict[str, Any], first_steps:
 
 def _token_count(file: Path) -> int | None:
     return file.stat().st_size // TOKEN_DTYPE.itemsize if file.is_file() else None
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.absolute().parents) if place.is_dir())

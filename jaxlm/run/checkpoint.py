@@ -21,7 +21,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,15 +32,15 @@ from jaxlm.core.checksum import checksums
 from jaxlm.core.train_step import TrainState
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice, disk_error
 from jaxlm.run.quiet import LIBRARY_LOG
-from jaxlm.run.workdir import CHECKPOINTS, HAS_CHECKPOINTS
+from jaxlm.run.workdir import CHECKPOINTS, HAS_CHECKPOINTS, saved_steps
 from jaxlm.storage import atomic
 
 FILES = "files.json"
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
 ZERO_BETWEEN_STEPS = r"skipped_in_a_row|loss_sum|opt_state\.(mini_step|acc_grads|skip_state\['should_skip'\])"
-_UNFINISHED = "*.orbax-checkpoint-tmp*"
-_PLAIN_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,=@+~ -]+", re.ASCII)
+_UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written or deleted
+_SAFE_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,=@+~ -]+", re.ASCII)
 
 T = TypeVar("T")
 Arrays = Any  # a tree of arrays, or of their shapes
@@ -51,14 +50,11 @@ class Checkpoints:
     """The checkpoints of one work directory."""
 
     def __init__(self, workdir: Path, max_to_keep: int | None = None, keep_every: int = 0):
-        """Opens the checkpoints of `workdir`.
+        """Opens the checkpoints of an existing work directory.
 
-        Args:
-            workdir: an existing directory.
-            max_to_keep: after a save so many stay, beside a rolling one and those of `keep_every`; None: all.
-            keep_every: checkpoints of its multiples stay; 0: none.
+        After a save the last `max_to_keep` stay (None: all), and the multiples of `keep_every` (0: none).
         """
-        self.directory = (workdir / CHECKPOINTS).absolute()
+        self.workdir, self.directory = workdir, (workdir / CHECKPOINTS).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._max_to_keep, self._keep_every = max_to_keep, keep_every
         self._place = os.stat(self.directory)
@@ -67,11 +63,14 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first. Raises RunError if they cannot be listed."""
+        return saved_steps(self.directory.parent)
+
+    def in_place(self) -> bool:
+        """Whether the directory is where it was opened. A disk that does not answer counts as in place."""
         try:
-            names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+            return os.path.samestat(os.stat(self.directory), self._place)
         except OSError as error:
-            raise RunError(f"cannot read {self.directory} ({error.strerror}): {disk_advice(error)}") from error
-        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR)
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Waits for the previous save and starts this one. The state's buffers may be donated at once.
@@ -130,13 +129,13 @@ class Checkpoints:
             except CorruptCheckpointError as error:
                 skipped.append(f"{CHECKPOINTS}/{step}: {error}")
         raise UsageError(
-            f"no checkpoint in {self.directory.parent} can be used ({'; '.join(skipped)}): choose another --workdir"
+            f"no checkpoint in {self.workdir} can be used ({'; '.join(skipped)}): choose another --workdir"
         )
 
     def clean_up(self, newest: int) -> list[str]:
         """Moves checkpoints after step `newest` aside and deletes unfinished saves; returns a line for each."""
         lines = []
-        for path in sorted(self.directory.glob(_UNFINISHED)):
+        for path in self._unfinished():
             shutil.rmtree(path)
             lines.append(f"Deleted {CHECKPOINTS}/{path.name}, which is not a whole checkpoint")
         for step in [step for step in self.steps() if step > newest]:
@@ -145,12 +144,6 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
             lines.append(f"Moved {CHECKPOINTS}/{step} to {CHECKPOINTS}/{target.name}: delete it if you do not need it")
         return lines
-
-    def _new_manager(self, directory: Path, finish: Callable[[], None]) -> ocp.CheckpointManager:
-        """Orbax calls `finish` after it has written a checkpoint and before it renames it."""
-        background = ocp.options.AsyncOptions(post_finalization_callback=finish)
-        options = ocp.CheckpointManagerOptions(create=False, async_options=background)
-        return ocp.CheckpointManager(directory, options=options)
 
     def _write(self, step: int, items: dict[str, Arrays], sums: dict[str, jax.Array], meta: dict[str, Any]) -> None:
         self._delete_unfinished()  # threads of a failed save may have written after it failed
@@ -169,55 +162,54 @@ class Checkpoints:
             raise RunError(f"{self.directory} cannot be written ({_reason(error)}): {advice}") from error
 
     def _write_items(self, step: int, items: dict[str, Arrays], meta: dict[str, Any]) -> None:
+        """Writes a checkpoint beside its place, opens its arrays again, hashes its files and moves it there."""
         arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        with _plain_path(self.directory) as directory:
-            manager = self._new_manager(directory, partial(self._finish, directory, items))
-            with contextlib.closing(manager):
-                if not manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))):
-                    raise RuntimeError("orbax has a later one")
-                manager.wait_until_finished()
-        if not (self.directory / str(step) / FILES).is_file():
-            shutil.rmtree(self.directory / str(step), ignore_errors=True)
-            raise RuntimeError("orbax renamed it before its files were hashed")
+        with _safe_path(self.directory) as directory, _checkpointer() as checkpointer:
+            unfinished = directory / f"{step}{_UNFINISHED}"
+            checkpointer.save(unfinished, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)))
+            for name, item in items.items():
+                _check_written(unfinished / name, item)
+            files = [file for file in unfinished.glob("*/**/*") if file.is_file()]
+            hashes = {file.relative_to(unfinished).as_posix(): _sha256(file) for file in files}
+            (unfinished / FILES).write_text(json.dumps(hashes, indent=1))
+            atomic.sync_tree(unfinished)
+            unfinished.rename(directory / str(step))
 
     def _write_in_place(self, step: int, *items: Any) -> None:
         """As `_write`, and then deletes what this checkpoint replaces. Raises RunError if the directory has moved."""
         try:
             self._write(step, *items)
         finally:
-            if not self._in_place():
+            if not self.in_place():
                 self._delete_misplaced(step)
-                raise RunError(f"{self.directory} was renamed, deleted or unmounted meanwhile")
+                raise RunError(f"{self.directory} was renamed, deleted or unmounted during the save")
         with contextlib.suppress(OSError):
             (self.directory.parent / HAS_CHECKPOINTS).touch()
         self._delete_old()
 
-    def _in_place(self) -> bool:
-        return self.directory.is_dir() and os.path.samestat(os.stat(self.directory), self._place)
-
     def _delete_misplaced(self, step: int) -> None:
-        """Deletes what orbax has made where the work directory was, if that is all there is."""
+        """Deletes the work directory that orbax has created again, if it holds nothing else."""
         self._delete_unfinished()
         with contextlib.suppress(OSError):
             if os.listdir(self.directory.parent) == [CHECKPOINTS] and set(os.listdir(self.directory)) <= {str(step)}:
                 shutil.rmtree(self.directory.parent)
 
     def _delete_old(self) -> None:
-        """Deletes the checkpoints that the newest one replaces. One that cannot be deleted is left to the next save."""
+        """Deletes the checkpoints that the newest one replaces. What stays is deleted by the next save."""
         if self._max_to_keep is None:
             return
         steps = self.steps()
         by_steps = [step for step in steps if not self._is_rolling(step)]
-        kept = {steps[-1], *by_steps[-self._max_to_keep :]}
+        kept = {*steps[-1:], *by_steps[-self._max_to_keep :]}
         for step in set(steps) - kept:
             if not self._keep_every or step % self._keep_every:
-                unfinished = self.directory / f"{step}{_UNFINISHED.strip('*')}-old"
-                with contextlib.suppress(OSError):  # first renamed: what is half deleted is no checkpoint
+                unfinished = self.directory / f"{step}{_UNFINISHED}"
+                with contextlib.suppress(OSError):  # renamed first: half of a checkpoint is no checkpoint
                     (self.directory / str(step)).rename(unfinished)
                     shutil.rmtree(unfinished)
 
     def _is_rolling(self, step: int) -> bool:
-        """Whether the next save replaces it: by its own settings it is neither of an interval nor the run's last."""
+        """Whether the next save replaces it: its own settings make it neither a regular checkpoint nor the last one."""
         try:
             config = self.meta(step)["config"]
             return bool(step % config["save_interval"]) and step != config["max_steps"]
@@ -225,18 +217,11 @@ class Checkpoints:
             return False
 
     def _delete_unfinished(self) -> None:
-        for path in self.directory.glob(_UNFINISHED):
+        for path in self._unfinished():
             shutil.rmtree(path, ignore_errors=True)
 
-    def _finish(self, directory: Path, items: dict[str, Arrays]) -> None:
-        """Opens the arrays that were written, and stores the hash of each file."""
-        for path in directory.glob(_UNFINISHED):
-            for name, item in items.items():
-                _check_written(path / name, item)
-            files = [file for file in path.glob("*/**/*") if file.is_file()]
-            hashes = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
-            (path / FILES).write_text(json.dumps(hashes, indent=1))
-            atomic.sync_tree(path)
+    def _unfinished(self) -> list[Path]:
+        return sorted(self.directory.glob(f"*{_UNFINISHED}*"))
 
     def _arrays(self, step: int, sharding: jax.sharding.Sharding, **like: Arrays) -> dict[str, Arrays]:
         """Restores items and compares their checksums."""
@@ -253,7 +238,7 @@ class Checkpoints:
         checkpoint = self.directory / str(step)
         _check_files(checkpoint, set(items))
         try:
-            with _plain_path(checkpoint) as path, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with _safe_path(checkpoint) as path, _checkpointer() as checkpointer:
                 return checkpointer.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds; the files match their hashes
             message = f"cannot restore {checkpoint} ({_reason(error)})"
@@ -264,13 +249,17 @@ class Checkpoints:
             raise CorruptCheckpointError(f"it cannot be restored ({_reason(error)})") from error
 
 
-@contextlib.contextmanager
-def _plain_path(directory: Path) -> Iterator[Path]:
-    """A path to `directory` that orbax and tensorstore take as it is, if need be through a link in a temporary folder.
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
-    They glob it without escaping it, they read some parts of it as a URL, and it must be UTF-8.
+
+@contextlib.contextmanager
+def _safe_path(directory: Path) -> Iterator[Path]:
+    """A path to `directory` that orbax and tensorstore can use: itself, or a link in a temporary folder.
+
+    They use the path as a pattern and as a URL, and it must be UTF-8.
     """
-    if _PLAIN_PATH.fullmatch(str(directory)):
+    if _SAFE_PATH.fullmatch(str(directory)):
         yield directory
         return
     with tempfile.TemporaryDirectory(prefix="jaxlm-") as folder:

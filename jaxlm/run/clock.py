@@ -32,7 +32,7 @@ class Clock:
         return self._now() - self._start
 
     def step_ended(self, at: float) -> float:
-        """Ends a step, which ended when `seconds` was `at`, and returns its seconds."""
+        """Ends a step at the second `at` of `seconds`; returns how long it took."""
         self._steps.append(at - self._mark)
         self._mark = self.step_began = at
         if len(self._steps) >= FEW_STEPS:

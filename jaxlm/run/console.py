@@ -50,7 +50,7 @@ def samples_block(step: int, samples: Sequence[tuple[str, str]]) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Replaces white space, and what a terminal would obey, by single spaces."""
+    """Replaces white space and control characters by single spaces."""
     return " ".join(printable(text).split())
 
 

@@ -1,10 +1,13 @@
 """Signs that a run goes wrong: a loss that jumps or no longer falls, and a step that does not end."""
 
+import contextlib
 import math
+import threading
 from array import array
 from collections import deque
+from collections.abc import Callable, Iterator
 
-BAND_STEPS = 200  # whose losses make the band
+BAND_STEPS = 200  # the last ones, whose losses make the band
 BAND_WIDTH = 8.0  # standard deviations of the noise
 LEAST_NOISE = 0.005  # of the median, where the losses are almost equal
 PLATEAU_STEPS = 500  # the shortest plateau
@@ -14,7 +17,7 @@ TICK_SECONDS = 5.0
 
 
 class LossMonitor:
-    """Takes the loss of each step and says, once an episode, that it has jumped or has stopped falling."""
+    """Takes the loss of each step, and warns once when it jumps or stops falling."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=BAND_STEPS)
@@ -24,7 +27,7 @@ class LossMonitor:
         self._plateau = math.inf  # the loss must fall below this before the next plateau
 
     def __call__(self, step: int, loss: float) -> dict[str, str]:
-        """Takes the loss of `step`; returns what to say about it, by its kind: `spike` or `plateau`."""
+        """Takes the loss of `step`; returns warnings by their kind: `spike` or `plateau`."""
         ordered, spike = sorted(self._recent), ""
         if math.isfinite(loss):
             self._recent.append(loss)
@@ -33,8 +36,8 @@ class LossMonitor:
             self._noise = max((high - low) / 1.349, LEAST_NOISE * abs(middle))  # 1.349: a normal distribution's
             if not loss <= middle + BAND_WIDTH * self._noise:  # nan too
                 spike, loss = self._spike(step, loss, middle), middle
-        said = {"spike": spike, "plateau": self._not_falling(step, loss) if math.isfinite(loss) else ""}
-        return {kind: text for kind, text in said.items() if text}
+        warnings = {"spike": spike, "plateau": self._not_falling(step, loss) if math.isfinite(loss) else ""}
+        return {kind: text for kind, text in warnings.items() if text}
 
     def _spike(self, step: int, loss: float, usual: float) -> str:
         previous, self._outside_at = self._outside_at, step
@@ -62,7 +65,7 @@ class LossMonitor:
 
 
 class StepMonitor:
-    """Says once of each step that lasts many times the usual one that it does.
+    """Warns once of each step that lasts many times the usual one.
 
     It counts the calls of `tick`, one every TICK_SECONDS. A process that is stopped, or a machine that sleeps, makes
     none.
@@ -73,12 +76,7 @@ class StepMonitor:
         self._ticks = 0
 
     def tick(self, began: float | None, usual: float) -> str:
-        """What to say, or "".
-
-        Args:
-            began: the second in which the step in progress began; None in a pause.
-            usual: the seconds of a usual step; inf if they are not known.
-        """
+        """A warning, or "". The step began at the second `began` (None: a pause); `usual` is inf if it is not known."""
         self._ticks = self._ticks + 1 if began == self._began else 0
         self._began = began
         limit = math.ceil(max(LATE_SECONDS, LATE_FACTOR * usual) / TICK_SECONDS) if math.isfinite(usual) else math.inf
@@ -89,3 +87,21 @@ class StepMonitor:
             " the disk may hang; if nothing comes, press Ctrl-C twice, and the same command resumes from the last"
             " checkpoint"
         )
+
+
+@contextlib.contextmanager
+def calls_every(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """A context in which a thread calls `call` every so many seconds."""
+    end = threading.Event()
+
+    def run() -> None:
+        while not end.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()

@@ -27,7 +27,7 @@ def quiet_libraries() -> None:
 
 
 class _LogFile(logging.Handler):
-    """Appends records to a file without a buffer, which an error of the disk would leave behind."""
+    """Appends records to a file, without a buffer that an error of the disk would leave full."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -35,7 +35,7 @@ class _LogFile(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(Exception):  # a run does not fail for a warning
+        with contextlib.suppress(Exception):  # a lost warning ends no run
             if self._path.exists() and self._path.stat().st_size > _BYTES:
                 self._path.replace(f"{self._path}.1")
             with self._path.open("ab", buffering=0) as file:
@@ -44,7 +44,7 @@ class _LogFile(logging.Handler):
 
 @contextlib.contextmanager
 def log_libraries(workdir: Path) -> Iterator[None]:
-    """Appends the warnings of the libraries to LIBRARY_LOG in `workdir`. A disk that fails costs the warning only."""
+    """Appends the warnings of the libraries to LIBRARY_LOG in `workdir`. If the disk fails, they are lost."""
     handler = _LogFile(workdir.absolute() / LIBRARY_LOG)
     for logger in _LOGGERS:
         logger.addHandler(handler)

@@ -10,8 +10,8 @@ from jaxlm.run.workdir import RECORDS
 from jaxlm.storage import tensorboard
 from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, to_line
 
-TOKEN_BYTES = 16  # of a sample's token in a file, with escapes: three times the mean of stories, twice of random tokens
-_LONGEST = -2.2250738585072014e-308  # as JSON
+TOKEN_BYTES = 16  # for a token of a sample, with escapes: three times the mean of stories, twice that of random tokens
+_LONGEST = -2.2250738585072014e-308  # the float with the longest JSON
 
 
 class Records:

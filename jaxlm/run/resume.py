@@ -16,7 +16,7 @@ from jaxlm.interop.huggingface import check_init, read_params
 from jaxlm.run.checkpoint import Checkpoints, checkpoint_bytes
 from jaxlm.run.memory import state_shapes
 from jaxlm.run.records import record_bytes
-from jaxlm.run.workdir import HAS_CHECKPOINTS, fixed_differences, saved_steps
+from jaxlm.run.workdir import HAS_CHECKPOINTS, existing_parent, fixed_differences, saved_steps
 
 
 def check_room(workdir: Path, config: Config) -> None:
@@ -26,12 +26,11 @@ def check_room(workdir: Path, config: Config) -> None:
     steps = max(config.max_steps - max(saved, default=0), 0)
     saves = -(-steps // config.save_interval) + 1  # with a rolling one
     milestones = config.max_steps // config.keep_every if config.keep_every else 0
-    most = config.max_checkpoints + milestones + 2  # with a rolling one, and the next until the oldest is deleted
+    most = config.max_checkpoints + milestones + 2  # a rolling one, and the next until the oldest is deleted
     new = min(saves, most - len(saved))
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
     needed = max(new, 0) * checkpoint_bytes(shapes) + model + record_bytes(config, steps)
-    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(workdir)).free
     if free < needed:
         raise UsageError(
             f"this run will write {needed / 1e9:.2f} GB to {workdir}, where {free / 1e9:.2f} GB are free: make room,"

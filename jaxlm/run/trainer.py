@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,13 @@ from jaxlm.config import Config
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import parameter_count, prepare_decode_params
 from jaxlm.core.sampling import sampling_params
-from jaxlm.core.train_step import Metrics, TrainState, make_eval_step, make_train_step
+from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.device import backend
 from jaxlm.errors import RunError, Stopped
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
-from jaxlm.run.background import BackgroundListener, calls_every
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.clock import Clock
 from jaxlm.run.console import Console, intervals
@@ -38,8 +38,9 @@ from jaxlm.run.events import (
     StoppingEvent,
     WarningEvent,
 )
+from jaxlm.run.listeners import BackgroundListener, Listeners
 from jaxlm.run.memory import batch_shape, step_memory
-from jaxlm.run.monitor import TICK_SECONDS, LossMonitor, StepMonitor
+from jaxlm.run.monitor import TICK_SECONDS, LossMonitor, StepMonitor, calls_every
 from jaxlm.run.records import Records, TensorBoard
 from jaxlm.run.resume import describe_run, restore_or_init
 from jaxlm.run.saver import Saver
@@ -58,9 +59,7 @@ class Trainer:
 
     The host counts the micro-batches that it has dispatched. It takes each to be good until the device reports
     otherwise, one micro-batch later, so the device never waits for the host. At an interval the host waits for the
-    last report, so evaluation, samples and checkpoint see exactly the state after that step. When a signal stops the
-    run within an optimizer step, what that step has accumulated is dropped: the parameters and the moments are still
-    those of the step before.
+    last report, so evaluation, samples and checkpoint see exactly the state after that step.
     """
 
     def __init__(
@@ -97,16 +96,16 @@ class Trainer:
         self._timer = ThreadPoolExecutor(1)  # waits for the device, to know when each micro-batch ends
         self._loss_monitor, self._step_monitor = LossMonitor(), StepMonitor()
         self._records = Records(workdir, self.step)
-        self._console = Console(config, self.step)
-        self._listeners: list[Any] = [self._console, *map(BackgroundListener, listeners)]
+        console = Console(config, self.step)
+        others: list[Listener] = [BackgroundListener(listener) for listener in listeners]
         try:
-            self._listeners.append(TensorBoard(workdir, self.step))
+            others.append(TensorBoard(workdir, self.step))
         except OSError as error:
             self._notes.append(f"TensorBoard's events are not written ({error.strerror or error})")
-        self._saver = Saver(
-            config, workdir, tokens, checkpoints, self._clock, self.step, self._sync_records, self._emit
-        )
-        self._signals = StopSignals(self._console.show_cursor)
+        self._listeners = Listeners(console, others)
+        self._describe = partial(describe_run, config, tokens)
+        self._saver = Saver(config, checkpoints, self._clock, self.step, self._describe, self._sync_records, self._emit)
+        self._signals = StopSignals(console.show_cursor)
         self._notes += [
             f"{path} had damaged lines; {path.name}.damaged holds the original" for path in self._records.damaged
         ]
@@ -126,8 +125,8 @@ class Trainer:
             self._emit(MessageEvent("\n".join([*self._notes, self._header()])))
             if self.step < self.config.max_steps:
                 self.run_steps(self.config.max_steps)
-            meta = describe_run(self.config, self.tokens, 0)
-            card = model_card(self.workdir, self.config, self.step, meta, parameter_count(self.state.params))
+            parameters = parameter_count(self.state.params)
+            card = model_card(self.workdir, self.config, self.step, self._describe(0), parameters)
             folder = write_model(self.workdir / "final_model", self.config, self.state.params, card)
             self._emit(MessageEvent(f"Done: {self.step:,} steps, the model is in {folder}"))
 
@@ -139,6 +138,19 @@ class Trainer:
                 self._run_steps(last, batches, train_step)
         finally:
             self._saver.report(wait=True)
+
+    def _compile(self) -> tuple[Iterator[np.ndarray], Any]:
+        """The stream of batches and the compiled step."""
+        c, done = self.config, int(self.state.batches)
+        with self._pause("compilation"):
+            batches = train_batch_stream(self.tokens.train, c.model.context, c.batch_size, c.seed, done)
+            train_step = make_train_step(c).lower(self.state, batch_shape(c)).compile()
+            memory = step_memory(c, train_step)
+            backend.keep_freed_memory(self.device, memory.gradients + memory.temporaries if memory else 0)
+        if self._ready:
+            self._emit(MessageEvent(self._ready(train_step, self.step)))
+        self._eval_step = make_eval_step(c)
+        return batches, train_step
 
     def _run_steps(self, last: int, batches: Iterator[np.ndarray], train_step: Any) -> None:
         in_flight: InFlight | None = None
@@ -154,44 +166,11 @@ class Trainer:
                 if event:
                     self._run_due_events(event)
                 elif self._signals.number:
-                    state = self.state._replace(batches=jax.device_put(np.int32(self._step_batches), self.device))
-                    self._stop(state, self._signals.number)
+                    self._stop()
 
     def _wait_for(self, metrics: Metrics) -> float:
         jax.block_until_ready(metrics)
         return self._clock.seconds()
-
-    def close(self) -> None:
-        """Closes the records and the listeners."""
-        self._timer.shutdown(wait=False)
-        self._call_listeners("close")
-        self._records.close()
-
-    def _header(self) -> str:
-        c, parameters = self.config, parameter_count(self.state.params)
-        run_tokens, data_tokens = c.max_steps * c.tokens_per_step, len(self.tokens.train)
-        lines = [
-            f"{parameters:,} parameters in {c.model.precision} on {backend.describe(self.device)}",
-            f"{c.max_steps:,} steps of {c.tokens_per_step:,} tokens: {run_tokens / parameters:.3g} tokens a parameter,"
-            f" {run_tokens / data_tokens:.3g} epochs of {data_tokens:,} tokens",
-            f"Data in {self.tokens.directory}, work in {self.workdir}",
-        ]
-        if sys.platform == "darwin":
-            lines.append("A Mac that sleeps does not train: keep it awake with `caffeinate -i` before the command")
-        return "\n".join(lines + [f"Resuming from step {self.step:,}"] * (self.step > 0))
-
-    def _compile(self) -> tuple[Iterator[np.ndarray], Any]:
-        """The stream of batches and the compiled step."""
-        c, done = self.config, int(self.state.batches)
-        with self._pause("compilation"):
-            batches = train_batch_stream(self.tokens.train, c.model.context, c.batch_size, c.seed, done)
-            train_step = make_train_step(c).lower(self.state, batch_shape(c)).compile()
-            memory = step_memory(c, train_step)
-            backend.keep_freed_memory(self.device, memory.gradients + memory.temporaries if memory else 0)
-        if self._ready:
-            self._emit(MessageEvent(self._ready(train_step, self.step)))
-        self._eval_step = make_eval_step(c)
-        return batches, train_step
 
     def _process_metrics(self, in_flight: InFlight | None) -> StepEvent | None:
         """Waits for a micro-step; returns the event of the optimizer step that it completed, if any."""
@@ -235,11 +214,6 @@ class Trainer:
         for kind, text in self._loss_monitor(event.step, event.loss).items():
             self._emit(WarningEvent(kind, text))
         self._saver.report()
-        self._saver.look_now_and_then()
-
-    def _look_at_step(self) -> None:
-        if text := self._step_monitor.tick(self._clock.step_began, self._clock.usual_step):
-            self._emit(WarningEvent("step", text))
 
     def _any_due(self) -> bool:
         return any(self.step % every == 0 for every in intervals(self.config).values()) or self._saver.due(self.step)
@@ -259,21 +233,11 @@ class Trainer:
             with self._pause("samples"):
                 self._emit(SamplesEvent(step, self._generate_samples(step)))
         if self._signals.number and not last:
-            self._stop(self.state, self._signals.number)
+            self._stop()
         if last or self._saver.due(step):
             save = self._saver.finish if last else self._saver.save
             with self._pause("checkpoint"):
                 save(step, self.state)
-
-    def _stop(self, state: TrainState, signal: int) -> None:
-        """Raises Stopped once `state`, that after the last optimizer step, is saved."""
-        step = self.step
-        self._emit(StoppingEvent(step, signal))
-        if step == 0:
-            raise Stopped("stopped before the first step was done: nothing is saved", signal)
-        with self._pause("checkpoint"):
-            self._saver.finish(step, state)
-        raise Stopped(f"stopped after step {step}: the same command resumes from there", signal)
 
     def _evaluate(self, step: int, limit: int) -> EvaluationEvent:
         """The validation loss over `limit` sequences; 0: over all."""
@@ -306,10 +270,41 @@ class Trainer:
         except FloatingPointError as error:
             return f" ({error})"
 
+    def _stop(self) -> None:
+        """Saves the state after the last optimizer step, and raises Stopped.
+
+        What the next step has accumulated is dropped: its micro-batches are computed again.
+        """
+        step, signal = self.step, self._signals.number
+        self._emit(StoppingEvent(step, signal))
+        if step == 0:
+            raise Stopped("stopped before the first step was done: nothing is saved", signal)
+        with self._pause("checkpoint"):
+            batches = jax.device_put(np.int32(self._step_batches), self.device)
+            self._saver.finish(step, self.state._replace(batches=batches))
+        raise Stopped(f"stopped after step {step}: the same command resumes from there", signal)
+
+    def _look_at_step(self) -> None:
+        if text := self._step_monitor.tick(self._clock.step_began, self._clock.usual_step):
+            self._emit(WarningEvent("step", text))
+
+    def _header(self) -> str:
+        c, parameters = self.config, parameter_count(self.state.params)
+        run_tokens, data_tokens = c.max_steps * c.tokens_per_step, len(self.tokens.train)
+        lines = [
+            f"{parameters:,} parameters in {c.model.precision} on {backend.describe(self.device)}",
+            f"{c.max_steps:,} steps of {c.tokens_per_step:,} tokens: {run_tokens / parameters:.3g} tokens a parameter,"
+            f" {run_tokens / data_tokens:.3g} epochs of {data_tokens:,} tokens",
+            f"Data in {self.tokens.directory}, work in {self.workdir}",
+        ]
+        if sys.platform == "darwin":
+            lines.append("A Mac that sleeps does not train: keep it awake with `caffeinate -i` before the command")
+        return "\n".join(lines + [f"Resuming from step {self.step:,}"] * (self.step > 0))
+
     def _sync_records(self) -> None:
         """Returns once the rows of all steps are on the disk. Raises OSError."""
         self._records.sync()
-        self._call_listeners("sync")
+        self._listeners.call("sync")
 
     @contextlib.contextmanager
     def _pause(self, kind: str) -> Iterator[None]:
@@ -320,28 +315,12 @@ class Trainer:
         self._emit(PauseEvent(kind, self._clock.seconds() - start))
 
     def _emit(self, event: Event) -> None:
-        """Sends an event to the records, and then to each listener."""
+        """Sends an event to the records, and then to the listeners."""
         self._records(event)
-        self._call_listeners("__call__", event)
+        self._listeners.call("__call__", event)
 
-    def _call_listeners(self, method: str, *arguments: Any) -> None:
-        """Calls a method of each listener that has it. If one raises, names it and leaves it out from then on."""
-        for listener in tuple(self._listeners):
-            try:
-                if listener in self._listeners and hasattr(listener, method):
-                    getattr(listener, method)(*arguments)
-            except Exception as error:
-                self._leave_out(listener, error)
-
-    def _leave_out(self, listener: Any, error: Exception) -> None:
-        self._listeners.remove(listener)
-        with contextlib.suppress(Exception):
-            listener.close()
-        source = getattr(listener, "listener", listener)
-        name = getattr(source, "__qualname__", type(source).__qualname__)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        message = f"  → The listener {name} failed and is left out ({reason})"
-        if listener is self._console:
-            with contextlib.suppress(OSError):
-                print(message, file=sys.stderr)
-        self._emit(MessageEvent(message))
+    def close(self) -> None:
+        """Closes the records and the listeners."""
+        self._timer.shutdown(wait=False)
+        self._listeners.call("close")
+        self._records.close()

@@ -1,33 +1,40 @@
-"""What a work directory holds before a session of training: whose run it is, and whether its checkpoints are there."""
+"""What a work directory holds before a session of training: the settings of its run, and its checkpoints."""
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, differences
-from jaxlm.errors import UsageError, disk_advice
+from jaxlm.errors import RunError, UsageError, disk_advice
 
 CHECKPOINTS = "checkpoints"
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-HAS_CHECKPOINTS = "has_checkpoints"  # an empty file: a checkpoint of this run was complete
+HAS_CHECKPOINTS = "has_checkpoints"  # an empty file in the work directory of a run that has been saved
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """The steps whose checkpoints are complete. Raises UsageError if they cannot be listed."""
+    """The steps whose checkpoints are complete, oldest first. Raises RunError if they cannot be listed."""
     folder = workdir / CHECKPOINTS
     try:
-        return [int(name) for name in (os.listdir(folder) if os.path.isdir(folder) else ()) if name.isdecimal()]
+        names = [path.name for path in folder.iterdir() if path.is_dir()] if os.path.isdir(folder) else []
     except OSError as error:
-        raise UsageError(f"cannot read {folder} ({error.strerror}): {disk_advice(error)}") from error
+        raise RunError(f"cannot read {folder} ({error.strerror}): {disk_advice(error)}") from error
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def existing_parent(path: Path) -> Path:
+    """`path`, or else the nearest directory above it that exists."""
+    return next(directory for directory in (path, *path.absolute().parents) if directory.is_dir())
 
 
 def check_workdir(workdir: Path, config: Config) -> Mapping[str, Any]:
     """The settings in `workdir`/config.json; none without the file.
 
-    Raises:
-        UsageError: `workdir` belongs to a run with other fixed settings, or the run in it has lost its checkpoints.
+    Raises UsageError if `workdir` belongs to a run with other fixed settings, or to one that has lost its checkpoints.
+    Raises RunError as `saved_steps`.
     """
     _check_checkpoints(workdir)
     file = workdir / "config.json"

@@ -13,7 +13,7 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errn
 
 
 def sync(path: Path) -> None:
-    """Flushes the file or directory at `path` to the disk; nothing if the file system cannot flush a directory.
+    """Flushes a file or directory to the disk. Does nothing if the file system cannot flush a directory.
 
     Raises OSError.
     """
@@ -57,7 +57,7 @@ def write_file(path: Path, data: bytes) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a path to write the new contents of `path` to; it replaces `path` at the end. Raises OSError.
 
-    The name of that path is random, so that it is no file of the user's. Leftovers of killed writes are deleted.
+    Its name is random, so that it is no file of the user's. Leftovers of killed writes are deleted.
     """
     remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.jaxlm-{secrets.token_hex(8)}.tmp")
@@ -78,7 +78,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def leftover_of(name: str) -> str | None:
-    """The name of the file whose killed write left a file called `name`; None if no write did."""
+    """The file whose killed write left the file `name`; None if `name` is no leftover."""
     match = re.fullmatch(r"\.(.+)\.jaxlm-[0-9a-f]{16}\.tmp", name, re.DOTALL)
     return match and match[1]
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 from jaxlm.errors import UsageError
+from jaxlm.storage import atomic
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+NO_LOCKS = atomic.UNSUPPORTED | {errno.ENOLCK}
 
 
 @contextlib.contextmanager

@@ -116,6 +116,7 @@ def test_the_same_files_are_the_same_corpus(tmp_path, monkeypatch):
     assert same_corpus("a.txt,b.txt", f"./a.txt,{tmp_path}/b.txt") and same_corpus("*.txt", "a.txt,b.txt")
     assert not same_corpus("a.txt,b.txt", "b.txt,a.txt")
     assert not same_corpus("a.txt", "a.txt,b.txt")
+    assert not same_corpus("a\0b", "a.txt") and same_corpus("a\0b", "a\0b")
     assert same_corpus("gone.txt", "gone.txt") and same_corpus("gone.txt", "./gone.txt")
     Path("novels").write_text("a file with the name of a corpus")
     assert same_corpus("novels", "novels") and not same_corpus("novels", "./novels")

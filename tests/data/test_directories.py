@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from jaxlm import prepare
-from jaxlm.config import from_config_dict, to_dict
-from jaxlm.data.directories import check_named_directory, own_directory
+from jaxlm.config import Config, DataConfig, ModelConfig, from_config_dict, to_dict
+from jaxlm.data.directories import check_named_directory, data_directory, own_directory
 from jaxlm.data.token_files import open_tokens
 from jaxlm.errors import UsageError
 from tests import tiny_run
+from tests.data.test_token_files import GOOD, write
 from tests.tiny_run import is_one_line
 
 
@@ -85,3 +86,44 @@ def test_a_run_has_its_tokens_where_it_began():
     for damaged in ({"corpus": 3}, {"corpus": None}, {"dir": "tokens"}):
         assert own_directory({"data": damaged}, config_of("a.txt", "")) is None
     own_directory({"data": {"corpus": "a.txt", "dir": 7}}, config_of("a.txt", ""))
+
+
+@pytest.mark.parametrize(
+    ("corpus", "directory", "expected"),
+    [
+        ("novels", "", "data/novels-300"),
+        ("my text/a*.txt,é.txt", "", "data/my-text-a-txt-é-txt-300"),
+        ("x" * 60, "", f"data/{'x' * 60}-300"),
+        ("novels", "tokens", "tokens"),
+    ],
+)
+def test_the_directory_is_named_after_corpus_and_vocabulary(corpus, directory, expected):
+    config = Config(model=ModelConfig(vocab_size=300), data=DataConfig(corpus=corpus, dir=directory))
+    assert data_directory(config) == Path(expected)
+
+
+def test_long_names_of_the_same_beginning_have_directories_of_their_own():
+    names = [
+        *("x" * n for n in (60, 61, 62)),
+        "books/" + "very long " * 20 + "a.txt",
+        "books/" + "very long " * 20 + "b.txt",
+    ]
+    configs = [Config(data=DataConfig(corpus=name)) for name in names]
+    assert len({data_directory(config) for config in configs}) == len(names)
+    assert all(len(data_directory(config).name.encode()) < 255 for config in configs)
+
+
+def test_another_split_or_corpus_of_that_name_has_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def directory(corpus, fraction):
+        return data_directory(Config(data=DataConfig(corpus=corpus, val_fraction=fraction)))
+
+    first = directory("a b.txt", 0.1)
+    first.parent.mkdir()
+    write(first, GOOD, GOOD, {"source": "a b.txt", "validation_fraction": 0.1})
+    assert directory("a b.txt", 0.1) == first
+    others = {first, directory("a b.txt", 0.2), directory("a-b.txt", 0.1), directory("a-b.txt", 0.2)}
+    assert len(others) == 4
+    write(directory("tinystories", 0.1), GOOD, GOOD, {"source": "tinystories", "validation_fraction": None})
+    assert directory("tinystories", 0.1) == directory("tinystories", 0.2)

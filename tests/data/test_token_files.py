@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlm.config import Config, DataConfig, ModelConfig
-from jaxlm.data.token_files import bits_per_byte, data_directory, open_tokens, train_batch_stream, val_batches
+from jaxlm.data.token_files import bits_per_byte, open_tokens, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import UsageError
 
@@ -200,44 +198,3 @@ def test_missing_odd_sized_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "val.bin").unlink()
     with pytest.raises(UsageError, match=r"val.bin is missing"):
         open_tokens(tmp_path, 300, 10)
-
-
-@pytest.mark.parametrize(
-    ("corpus", "directory", "expected"),
-    [
-        ("novels", "", "data/novels-300"),
-        ("my text/a*.txt,é.txt", "", "data/my-text-a-txt-é-txt-300"),
-        ("x" * 60, "", f"data/{'x' * 60}-300"),
-        ("novels", "tokens", "tokens"),
-    ],
-)
-def test_the_directory_is_named_after_corpus_and_vocabulary(corpus, directory, expected):
-    config = Config(model=ModelConfig(vocab_size=300), data=DataConfig(corpus=corpus, dir=directory))
-    assert data_directory(config) == Path(expected)
-
-
-def test_long_names_of_the_same_beginning_have_directories_of_their_own():
-    names = [
-        *("x" * n for n in (60, 61, 62)),
-        "books/" + "very long " * 20 + "a.txt",
-        "books/" + "very long " * 20 + "b.txt",
-    ]
-    configs = [Config(data=DataConfig(corpus=name)) for name in names]
-    assert len({data_directory(config) for config in configs}) == len(names)
-    assert all(len(data_directory(config).name.encode()) < 255 for config in configs)
-
-
-def test_another_split_or_corpus_of_that_name_has_a_directory_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def directory(corpus, fraction):
-        return data_directory(Config(data=DataConfig(corpus=corpus, val_fraction=fraction)))
-
-    first = directory("a b.txt", 0.1)
-    first.parent.mkdir()
-    write(first, GOOD, GOOD, {"source": "a b.txt", "validation_fraction": 0.1})
-    assert directory("a b.txt", 0.1) == first
-    others = {first, directory("a b.txt", 0.2), directory("a-b.txt", 0.1), directory("a-b.txt", 0.2)}
-    assert len(others) == 4
-    write(directory("tinystories", 0.1), GOOD, GOOD, {"source": "tinystories", "validation_fraction": None})
-    assert directory("tinystories", 0.1) == directory("tinystories", 0.2)

@@ -1,9 +1,9 @@
-"""The hash of tensors, which tells what jaxlm wrote from what a person changed."""
+"""The marks of files that jaxlm wrote, which tell them from those that a person changed."""
 
 import numpy as np
 import pytest
 
-from jaxlm.interop.mark import Mark, tensors_sha256
+from jaxlm.interop.mark import Mark, is_sealed, seal, tensors_sha256
 
 TENSORS = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
 
@@ -36,3 +36,12 @@ def test_a_mark_is_sound_if_it_is_there_and_fits():
         True,
         *[False] * 4,
     ]
+
+
+def test_a_card_is_sealed_and_any_edit_breaks_the_seal():
+    data = seal("# A card  \n\n")
+    assert data.startswith(b"# A card\n<!--")
+    assert is_sealed(data)
+    for index in range(len(data)):
+        assert not is_sealed(data[:index] + b"~" + data[index + 1 :])
+        assert not is_sealed(data[:index])

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from jaxlm.config import Config, DataConfig, from_config_dict
-from jaxlm.interop.model_card import is_sealed, model_card, seal
+from jaxlm.interop.model_card import model_card
 from jaxlm.storage.jsonl import to_line
 
 CONFIG = Config(max_steps=2000, data=DataConfig(corpus="mine.txt,ours.txt", dir="tokens"))
@@ -77,12 +77,3 @@ def test_the_card_has_no_folders(tmp_path):
     assert "john" not in card
     for name in ("| a.txt,b (", '"a.txt,b"', '"tokens"', "| llama |", '"llama"'):
         assert name in card
-
-
-def test_a_card_is_sealed_and_any_edit_breaks_the_seal():
-    data = seal("# A card  \n\n")
-    assert data.startswith(b"# A card\n<!--")
-    assert is_sealed(data)
-    for index in range(len(data)):
-        assert not is_sealed(data[:index] + b"~" + data[index + 1 :])
-        assert not is_sealed(data[:index])

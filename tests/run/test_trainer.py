@@ -893,7 +893,7 @@ def test_no_rolling_checkpoint_comes_before_its_time_or_where_save_minutes_is_0(
     for minutes, seconds, due in ((30, 1799, False), (30, 1800, True), (0, 1e9, False), (0.5, 31, True)):
         now = [0.0]
         config = dataclasses.replace(Config(), save_minutes=float(minutes))
-        saver = Saver(config, Path(), None, None, Clock(0, lambda now=now: now[0]), 0, None, None)
+        saver = Saver(config, None, Clock(0, lambda now=now: now[0]), 0, None, None, None)
         now[0] = seconds
         assert saver.due(299) is due
         assert saver.due(300)
@@ -918,7 +918,7 @@ def test_a_run_whose_folder_is_gone_stops_and_makes_no_new_one(console, monkeypa
             take_away()
 
     monkeypatch.setattr(Records, "__call__", record_and_take_away)
-    with pytest.raises(RunError, match=rf"^{workdir} was .*step 6 is saved for sure.*--workdir") as caught:
+    with pytest.raises(RunError, match=rf"^{workdir} was .*step 6 is the last known to be saved.*--workdir") as caught:
         train(str(workdir))
     assert is_one_line(caught.value)
     assert "not saved" not in caught.value.console
@@ -1078,7 +1078,7 @@ def test_what_the_monitor_says_of_a_loss_is_an_event_and_a_line(console, monkeyp
     assert events[events.index(warning) - 1].step == 4
 
 
-def test_a_save_that_fails_as_its_folder_has_gone_is_told_as_that(tmp_path):
+def test_a_save_that_fails_as_its_folder_has_gone_is_told_as_that(tmp_path, monkeypatch):
     """Not as a save that the next one tries again."""
 
     def wait():
@@ -1086,10 +1086,11 @@ def test_a_save_that_fails_as_its_folder_has_gone_is_told_as_that(tmp_path):
         raise RunError("cannot be written")
 
     (tmp_path / "run").mkdir()
-    checkpoints, events = types.SimpleNamespace(save=lambda *_: None, wait=wait, saving=lambda: True), []
-    tokens = types.SimpleNamespace(sha256=("", ""), meta=None, directory=Path("tokens"))
-    saver = Saver(Config(), tmp_path / "run", tokens, checkpoints, Clock(), 0, lambda: None, events.append)
+    checkpoints, events = Checkpoints(tmp_path / "run"), []
+    monkeypatch.setattr(checkpoints, "save", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "wait", wait)
+    saver = Saver(Config(), checkpoints, Clock(), 0, lambda seconds: {}, lambda: None, events.append)
     saver.save(300, None)
-    with pytest.raises(RunError, match=r"run was renamed, .*no step is saved for sure"):
+    with pytest.raises(RunError, match=r"run was renamed, .*no step is saved"):
         saver.report(wait=True)
     assert events == [SavingEvent(300)]

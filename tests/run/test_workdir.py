@@ -1,12 +1,14 @@
 """What a work directory holds before a session."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from jaxlm.config import Config, to_dict
-from jaxlm.errors import UsageError
+from jaxlm.errors import RunError, UsageError
 from jaxlm.run.workdir import check_workdir, saved_steps
 from tests.tiny_run import is_one_line, listing
 
@@ -46,8 +48,18 @@ def refusal(workdir):
 def test_steps_are_those_of_complete_checkpoints(workdir):
     for name in ("9.damaged", "12.orbax-checkpoint-tmp", "notes"):
         (workdir / "checkpoints" / name).mkdir()
-    assert sorted(saved_steps(workdir)) == [3, 6]
+    assert saved_steps(workdir) == [3, 6]
     assert saved_steps(workdir / "nowhere") == []
+
+
+def test_steps_that_cannot_be_listed_are_no_lost_checkpoints(workdir, monkeypatch):
+    def fail(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(RunError, match="check that the disk is still mounted") as caught:
+        check_workdir(workdir, Config())
+    assert is_one_line(caught.value)
 
 
 def test_a_run_with_checkpoints_gives_its_settings(workdir):

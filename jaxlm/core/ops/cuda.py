@@ -12,7 +12,7 @@ from jaxlm.core.ops import xla
 def causal_attention(
     q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, matmul_dtype: Any, saved: Any = None
 ) -> tuple[jax.Array, Any]:
-    """`xla.causal_attention`, by cuDNN's fused kernel where it fits: in bfloat16, by jax's own checks."""
+    """`xla.causal_attention`; in bfloat16 by cuDNN's fused kernel, where jax accepts the shapes."""
     if q_BTHK.dtype == jnp.bfloat16 and _cudnn_fits(q_BTHK, k_BTHK, v_BTHK):
         return _fused_attention(q_BTHK, k_BTHK, v_BTHK), None
     return xla.causal_attention(q_BTHK, k_BTHK, v_BTHK, matmul_dtype, saved)
@@ -23,7 +23,7 @@ def _fused_attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) ->
 
 
 def _cudnn_fits(*qkv: jax.Array) -> bool:
-    """Whether jax's checks, which it makes as it traces, accept the head width on this GPU and its version of cuDNN."""
+    """Whether jax accepts these arrays for this GPU and its version of cuDNN. It checks them when it traces."""
     try:
         jax.eval_shape(_fused_attention, *qkv)
     except RuntimeError:  # NotImplementedError too
