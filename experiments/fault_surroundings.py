@@ -114,7 +114,7 @@ def workdir_renamed(place: Place, home: Path) -> list[int]:
     _expect_refusal(session, 1)
     expect("make room" not in session.stderr, "the advice does not fit", session)
     expect(later <= ACCUMULATED * (SAVE_INTERVAL + 1), f"it trained {later} more micro-batches", session)
-    expect(not (home / "run").exists(), "it made a new work directory", session)
+    expect(not any((home / "run").rglob("*")), "it wrote to a new work directory", session)
     moved.rename(home / "run")
     return [place.finish(home)[0]]
 

@@ -43,7 +43,9 @@ KILLS = {
     "SIGKILL in a step": partial(killed, "micro-step ", longest=0.006),
     "SIGKILL between two micro-batches": partial(killed, r"micro-step \d*[02468]$"),
     "SIGKILL while saving": partial(killed, r"mkdir run/checkpoints/\d+\.[^/]+$", longest=0.1),
-    "SIGKILL while an old checkpoint is deleted": partial(killed, r"(remove|rmdir) run/checkpoints/\d+\.[^/.]+(/|$)"),
+    "SIGKILL while an old checkpoint is deleted": partial(
+        killed, r"rename run/checkpoints/\d+ |(mkdir|remove|rmdir) run/checkpoints/old\."
+    ),
     "SIGKILL with saves by time": surroundings.killed_with_saves_by_time,
     "SIGKILL while the final model is written": partial(killed, r"\w+ run/\.?final_model"),
     "SIGKILL in the middle of a line": partial(killed, r"write run/\w+\.jsonl$", act="tear"),

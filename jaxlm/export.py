@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
         write_gguf(out, config.model, params, dtype)
     else:
         write_model(out, config, params, model_card(args.workdir, config, step, meta, parameter_count(params)))
+        for name in huggingface.edited_texts(out):
+            print(f"{out / name} stays as it was edited")
     print(f"{out} holds the model of step {step:,}")
 
 

@@ -19,7 +19,7 @@ from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init
 from jaxlm.prepare import prepare
 from jaxlm.run.quiet import log_libraries, quiet_libraries
-from jaxlm.run.workdir import check_workdir, saved_steps
+from jaxlm.run.workdir import check_workdir, saved_source, saved_steps
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 from jaxlm.terminal import printable
@@ -48,9 +48,10 @@ def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = F
     return open_tokens(directory, vocab_size, config.model.context)
 
 
-def _has_changed(corpus: str, sha256: str) -> bool:
+def _has_changed(corpus: str, sha256: str | None) -> bool:
+    """Whether the hash of the corpus is no longer `sha256`; an older checkpoint has none."""
     try:
-        return source_changed(corpus, sha256)
+        return sha256 is not None and source_changed(corpus, sha256)
     except UsageError:  # it cannot be read
         return True
 
@@ -66,7 +67,20 @@ def main(argv: list[str]) -> None:
     if config.init_from and not resumes:
         check_init(config)
     own = own_directory(saved, config) if resumes else None
+    if own and not config.data.dir:
+        _check_text(own, workdir, config)
     _train(config, workdir, force, open_data(config, own, _names_corpus(argv, config)))
+
+
+def _check_text(own: Path, workdir: Path, config: Config) -> None:
+    """Raises UsageError if the run's tokens are gone and its text has changed: no checkpoint fits what it gives now."""
+    meta = read_meta(own)
+    source = saved_source(workdir)
+    if not (meta and meta.fits_files(own)) and _has_changed(config.data.corpus, source.get("sha256")):
+        raise UsageError(
+            f"{own} has lost the tokens of this run, and {config.data.corpus} has changed: restore one of them, or"
+            " choose another --workdir"
+        )
 
 
 def _names_corpus(argv: list[str], config: Config) -> bool:
@@ -78,7 +92,7 @@ def _names_corpus(argv: list[str], config: Config) -> bool:
 
 def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> None:
     from jaxlm.device import backend, numerics  # only now, so that --help and most errors need neither jax nor a device
-    from jaxlm.planner.memory import cached_benchmark, check_memory, known_memory, process_bytes
+    from jaxlm.planner.memory import cached_benchmark, check_memory, known_memory
     from jaxlm.planner.report import summary
     from jaxlm.run.resume import check_room
     from jaxlm.run.trainer import Trainer
@@ -87,12 +101,12 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
     device = backend.start(config.platform, config.deterministic)
     resolved = backend.resolve_run(config, device)
     check_room(workdir, resolved)
-    process = process_bytes(resolved, device, cached_benchmark(resolved, device))
+    benchmark = cached_benchmark(resolved, device)
     if not force:
-        check_memory(known_memory(resolved, device, process), device)
+        check_memory(known_memory(resolved, device, benchmark), device)
 
     def before_first_step(compiled: Any, step: int) -> str:
-        memory = known_memory(resolved, device, process, compiled)
+        memory = known_memory(resolved, device, benchmark, compiled)
         if not force:
             check_memory(memory, device)
         atomic.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())

@@ -29,6 +29,7 @@ from jaxlm.run.memory import min_memory
 from jaxlm.run.quiet import quiet_libraries
 from jaxlm.run.records import record_bytes
 from jaxlm.run.resume import check_room, restore_or_init
+from jaxlm.storage import user_cache
 from jaxlm.storage.lock import only_writer
 from tests import tiny_run
 from tests.tiny_run import CONFIG, assert_same_bits, disk_room, is_one_line, listing, rows, train
@@ -309,17 +310,24 @@ def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
 
 
 def test_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
-    least = min_memory(tiny_run.config_of(DONE)).total + 10**9
+    smallest = min_memory(tiny_run.config_of(DONE))
+    least = smallest.total + 10**12 + smallest.checkpoint_copy * 2 // 3
     message = "python -m jaxlm.plan"
-    monkeypatch.setattr(memory, "process_bytes", lambda *arguments: 10**9)
+    monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: 10**12)
+    monkeypatch.setattr(user_cache, "get", lambda *key: None)
+    monkeypatch.setattr(user_cache, "put", lambda *words: None)
     monkeypatch.setattr(backend, "available_memory", lambda device: least - 1)
     assert message in refused(TINY)
     monkeypatch.setattr(backend, "available_memory", lambda device: least + 1)  # too little once the step is compiled
+    with_state = 10**12 + smallest.weights + smallest.moments + smallest.accumulated
+    peaks = iter([10**12, with_state])
+    monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: next(peaks))
     with pytest.raises(UsageError, match=message) as caught:
         train("tight", share="plain")
     assert is_one_line(caught.value)
     assert rows("tight/metrics.jsonl") == []
     assert not Path("tight/config.json").exists()  # it would refuse settings that fit
+    monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: with_state)
     assert "Done: 12 steps" in train("tight", "--force", share="plain")
 
 
@@ -388,7 +396,7 @@ def test_run_that_lost_its_checkpoints_is_refused_until_its_records_are_moved_aw
     for path in list(Path(workdir).glob(lost)):
         shutil.rmtree(path)
     message = refused(["--config", "tiny.py", "--workdir", workdir])
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "final_model"):
         assert name in message
         Path(workdir, name).rename(f"{workdir}/{name}.old")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="killed"):
@@ -399,13 +407,38 @@ def test_run_that_lost_its_checkpoints_is_refused_until_its_records_are_moved_aw
     assert rows(f"{workdir}/metrics.jsonl")[-1]["loss"] == rows(DONE / "metrics.jsonl")[-1]["loss"]
 
 
-def test_run_of_an_earlier_version_is_marked_when_it_resumes():
-    shutil.copytree(DONE, "earlier")
-    Path("earlier/has_checkpoints").unlink()
-    train("earlier")
-    shutil.rmtree("earlier/checkpoints")
-    Path("earlier/checkpoints").mkdir()
-    refused(["--config", "tiny.py", "--workdir", "earlier"])
+def test_run_is_marked_until_it_is_saved():
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="killed"):
+        patch.setattr(trainer.Saver, "save", killed)
+        train("marked", share="plain")
+    assert Path("marked/never_saved").exists()
+    assert "Done: 12 steps" in train("marked", share="plain")
+    assert not Path("marked/never_saved").exists()
+
+
+def test_finished_run_needs_no_room(monkeypatch):
+    shutil.copytree(DONE, "full")
+    usage = shutil.disk_usage(".")._replace(free=record_bytes(tiny_run.config_of(DONE), 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "Done: 12 steps" in train("full", share="plain")
+    shutil.rmtree("full/final_model")
+    with pytest.raises(UsageError, match=r"where 0\.00 GB are free"):
+        train("full", share="plain")
+
+
+def test_run_without_its_tokens_and_its_text_is_refused_before_it_prepares_another():
+    copy_of_own("nothing")
+    text = Path("own.txt").read_text()
+    shutil.copytree("data", "data.copy")
+    shutil.rmtree("data/own-txt-300")
+    Path("own.txt").write_text("other text. " * 500)
+    argv = ["--config", "tiny.py", "--workdir", "nothing", "--config.data.corpus=own.txt", "--config.data.dir="]
+    try:
+        assert "restore one of them" in refused(argv)
+    finally:
+        Path("own.txt").write_text(text)
+        Path("data.copy/own-txt-300").rename("data/own-txt-300")
+        shutil.rmtree("data.copy")
 
 
 def copy_of_own(name):

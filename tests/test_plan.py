@@ -222,9 +222,8 @@ def test_a_run_that_does_not_fit_is_not_measured_and_gets_advice(capsys, monkeyp
     def by_chunk_and_remat(config):
         return Memory(10, 10, 10, 10, 400 * config.chunk_size * (1 if config.model.remat else 2), 10)
 
-    replace_memory(monkeypatch, by_chunk_and_remat)
     process = 70
-    monkeypatch.setattr(report, "process_bytes", lambda *arguments: process)
+    replace_memory(monkeypatch, lambda config: dataclasses.replace(by_chunk_and_remat(config), process=process))
 
     def setting(room, *more):
         monkeypatch.setattr(backend, "available_memory", lambda device: room + process)

@@ -75,7 +75,8 @@ def read_meta(directory: Path) -> Meta | None:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(
-            f"{path} is not as jaxlm writes it: move it away, or prepare the text into another folder"
+            f"{path} is not as jaxlm writes it: move it away, and set --config.data.dir={directory} to use the tokens"
+            " beside it"
         ) from error
 
 
@@ -130,7 +131,10 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
         )
     sha256 = hashlib.sha256(train.data).hexdigest(), hashlib.sha256(val.data).hexdigest()
     if meta and (meta.train.sha256, meta.val.sha256) != sha256:
-        raise UsageError(f"the token files in {directory} do not match {META}: delete them and prepare again")
+        raise UsageError(
+            f"the token files in {directory} do not match {META}: restore them, or move {META} away and set"
+            f" --config.data.dir={directory} to use them as they are"
+        )
     for path, ids in ((directory / TRAIN, train), (directory / VAL, val)):
         if len(ids) < context + 1:
             raise UsageError(

@@ -6,9 +6,10 @@ rows of query and key matrices have the same order.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,19 @@ from jaxlm.core.parameters import Parameter, Params, check_tree, leaves_by_path,
 from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, TokenizerProtocol, load_tokenizer
 from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.interop.mark import KEY as MARK_KEY
-from jaxlm.interop.mark import Mark, is_sealed, seal, tensors_sha256
+from jaxlm.interop.mark import TEXTS_KEY, Mark, is_sealed, seal, tensors_sha256
 from jaxlm.storage import atomic
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+TEXTS = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    CARD,
+)
 _UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, AttributeError)  # what safetensors raises
 
 # names of the settings in config.json
@@ -73,10 +83,10 @@ class ForeignTokenizer:
 def write_model(folder: Path, config: Config, params: Params, card: str) -> Path:
     """Writes the model in float32, its tokenizer and the model card into `folder`, and returns it.
 
-    Other files of the folder stay, and so does a README.md that a person wrote or edited. If the folder has this model
-    already, only what is missing is written. Weights of another step replace the old ones in one rename. If any other
-    file of the model changes too, config.json is removed first and written last: after a kill in between, no program
-    loads the folder, and the same call completes it.
+    Other files of the folder stay, and so do the texts that a person wrote or edited (see `edited_texts`). If the
+    folder has this model already, only what is missing is written. Weights of another step replace the old ones in one
+    rename. If any other file of the model changes too, config.json is removed first and written last: after a kill in
+    between, no program loads the folder, and the same call completes it.
 
     Raises:
         ValueError: `params` are not those of the table of parameters.
@@ -98,21 +108,31 @@ def _update(folder: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str,
         atomic.remove_leftovers(folder / name)
     sha256, mark = tensors_sha256(tensors, tensors.__getitem__), read_mark(folder)
     complete = mark.actual == sha256 and os.path.lexists(folder / CONFIG)
-    changed = [name for name, text in texts.items() if _is_due(folder / name, text, complete)]
+    present = {name: (folder / name).read_bytes() for name in texts if os.path.lexists(folder / name)}
+    edited = [name for name in present if present[name] != texts[name] and not _is_own(name, present[name], mark.texts)]
+    changed = [
+        name
+        for name, text in texts.items()
+        if name not in edited and (name not in present or (present[name] != text and (name == CARD or not complete)))
+    ]
+    foreign = [] if complete else [CONFIG] * (CONFIG in edited and _sha256(texts[CONFIG]) not in mark.texts)
     if not mark.sound and mark.actual != sha256:
-        foreign = [name for name in (WEIGHTS, *changed) if name != CARD and os.path.lexists(folder / name)]
-        if foreign:
-            raise RunError(
-                f"{folder / foreign[0]} is not as this version of jaxlm wrote it: move it away and run the same command"
-                " again"
-            )
-    needs_swap = not complete and any(name != CARD for name in changed)
-    order = [WEIGHTS] * (mark.actual != sha256) + [name for name in changed if name != CONFIG] + [CONFIG] * needs_swap
-    with ExitStack() as stack:  # files are renamed in the reverse of this order
+        foreign = [name for name in (WEIGHTS, *changed, *edited) if name != CARD and os.path.lexists(folder / name)]
+    if foreign:
+        raise RunError(
+            f"{folder / foreign[0]} is not as this version of jaxlm wrote it: move it away and run the same command"
+            " again"
+        )
+    needs_swap = not complete and CONFIG not in edited and any(name != CARD for name in changed)
+    weights, others = [WEIGHTS] * (mark.actual != sha256), [name for name in changed if name != CONFIG]
+    # weights that are replaced come after the texts of which they have the hashes
+    order = [*(others + weights if mark.sound else weights + others), *[CONFIG] * needs_swap]
+    hashes = " ".join(_sha256(text) for name, text in texts.items() if name != CARD)
+    with ExitStack() as stack:  # it renames last what it entered first
         staged = {name: stack.enter_context(atomic.new_file(folder / name)) for name in reversed(order)}
         for name, path in staged.items():
             if name == WEIGHTS:
-                _write_weights(path, tensors, {"format": "pt", MARK_KEY: sha256})
+                _write_weights(path, tensors, {"format": "pt", MARK_KEY: sha256, TEXTS_KEY: hashes})
             else:
                 path.write_bytes(texts[name])
             atomic.sync(path)
@@ -121,12 +141,23 @@ def _update(folder: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str,
             atomic.sync(folder)
 
 
-def _is_due(file: Path, text: bytes, complete: bool) -> bool:
-    """Whether to write `text` to `file`. If the folder is complete, what differs is a person's, but for our card."""
-    if not os.path.lexists(file):
-        return True
-    present = file.read_bytes()
-    return present != text and (is_sealed(present) if file.name == CARD else not complete)
+def edited_texts(folder: Path) -> list[str]:
+    """The texts of the model in `folder` that are not as jaxlm wrote them; none if its version did not record that."""
+    try:
+        with safe_open(folder / WEIGHTS, "numpy") as file:
+            own = (file.metadata() or {}).get(TEXTS_KEY, "").split()
+        files = [folder / name for name in TEXTS if os.path.isfile(folder / name)] if own else []
+        return [file.name for file in files if not _is_own(file.name, file.read_bytes(), own)]
+    except _UNREADABLE:
+        return []
+
+
+def _is_own(name: str, text: bytes, hashes: Container[str]) -> bool:
+    return is_sealed(text) if name == CARD else _sha256(text) in hashes
+
+
+def _sha256(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
 
 
 def read_mark(folder: Path) -> Mark:
@@ -134,7 +165,8 @@ def read_mark(folder: Path) -> Mark:
     try:
         with safe_open(folder / WEIGHTS, "numpy") as file:
             metadata = file.metadata() or {}
-            return Mark(metadata.get(MARK_KEY), tensors_sha256(file.keys(), file.get_tensor))
+            texts = metadata.get(TEXTS_KEY, "").split()
+            return Mark(metadata.get(MARK_KEY), tensors_sha256(file.keys(), file.get_tensor), texts)
     except _UNREADABLE:
         return Mark()
 

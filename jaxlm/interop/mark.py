@@ -1,22 +1,27 @@
-"""How jaxlm knows a file that it wrote and nobody changed: weights by their metadata, a model card by its last line.
+"""How jaxlm knows a file that it wrote and nobody changed: weights and texts by the metadata of the weights, a model
+card by its last line.
 
 Each holds the SHA-256 of the rest. A file that lacks it, or whose rest has another, is a person's.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-KEY = "jaxlm.sha256"  # in the metadata
+KEY, TEXTS_KEY = "jaxlm.sha256", "jaxlm.texts_sha256"  # in the metadata
 
 
 class Mark(NamedTuple):
-    """The hash in the metadata of a weights file and that of its tensors; None: absent or unreadable."""
+    """The hash in the metadata of a weights file and that of its tensors; None: absent or unreadable.
+
+    `texts` are the hashes of the texts that jaxlm wrote beside the weights.
+    """
 
     recorded: str | None = None
     actual: str | None = None
+    texts: Sequence[str] = ()
 
     @property
     def sound(self) -> bool:

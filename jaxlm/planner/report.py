@@ -19,7 +19,7 @@ from jaxlm.errors import RunError
 from jaxlm.planner import estimate, measure
 from jaxlm.planner.estimate import Timings
 from jaxlm.planner.measure import BenchmarkResult
-from jaxlm.planner.memory import ShowProgress, better_setting, cached_benchmark, memory_of, process_bytes
+from jaxlm.planner.memory import ShowProgress, better_setting, by_benchmark, cached_benchmark, memory_of
 from jaxlm.run.memory import Memory
 from jaxlm.run.records import record_bytes
 from jaxlm.run.workdir import existing_parent
@@ -52,9 +52,8 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
         problem = "it does not fit"
         if memory.total <= available:
             benchmark, problem, wrong_numbers = _run_benchmark(config, device, workdir, show)
-    process = process_bytes(config, device, benchmark, show)
-    setting = better_setting(config, device, available - process, memory, show)
-    memory = dataclasses.replace(memory, process=process)
+    memory = by_benchmark(memory, config, device, benchmark, show)
+    setting = better_setting(config, device, available - memory.process, memory, show)
     speed, schedule = None, _schedule(config)
     if benchmark:
         val_sequences = math.ceil((val - 1) / config.model.context) if val else 0
@@ -86,7 +85,7 @@ def summary(config: Config, device: jax.Device, workdir: Path, memory: Memory, s
         end = date_text(datetime.now(), remaining)
         time = f"Time: {seconds_text(timings.step)} a step, {duration(remaining)} to go, until {end}"
     return (
-        f"Memory: {gb(memory.step)} for a step and {gb(memory.checkpoint_copy)} while a checkpoint is saved,"
+        f"Memory: at most {gb(memory.total)}, {gb(memory.checkpoint_copy)} of it while a checkpoint is saved,"
         f" of {gb(backend.available_memory(device))}\n"
         f"Disk: at most {gb(disk['most_bytes'])}, of {gb(disk['free_bytes'])} free\n"
         f"{time}"

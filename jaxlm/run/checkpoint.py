@@ -1,6 +1,7 @@
-"""Checkpoints of a run: `checkpoints/STEP/`, written by orbax in a thread; the last few are kept.
+"""Checkpoints of a run: `checkpoints/STEP/`. Orbax's CheckpointManager writes them in a thread and keeps the last few.
 
 The newest checkpoint may be a rolling one, saved between two intervals by time or by a stop. The next save replaces it.
+The manager moves what it no longer keeps into a folder that is no checkpoint: half of a checkpoint never looks whole.
 
 Each checkpoint has the items `params` (the model's parameters), `optimizer` (its state and the counters) and `meta`
 (JSON: the settings, fingerprints of the tokens, seconds trained, checksums of all arrays), and `files.json` with the
@@ -21,6 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,14 +34,15 @@ from jaxlm.core.checksum import checksums
 from jaxlm.core.train_step import TrainState
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice, disk_error
 from jaxlm.run.quiet import LIBRARY_LOG
-from jaxlm.run.workdir import CHECKPOINTS, HAS_CHECKPOINTS, saved_steps
+from jaxlm.run.workdir import CHECKPOINTS, NEVER_SAVED, saved_steps
 from jaxlm.storage import atomic
 
 FILES = "files.json"
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
 ZERO_BETWEEN_STEPS = r"skipped_in_a_row|loss_sum|opt_state\.(mini_step|acc_grads|skip_state\['should_skip'\])"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written or deleted
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what is no checkpoint yet, or no more
+_OLD = f"old{_UNFINISHED}"  # holds the checkpoints that a new one replaces, until they are deleted
 _SAFE_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,=@+~ -]+", re.ASCII)
 
 T = TypeVar("T")
@@ -52,12 +55,15 @@ class Checkpoints:
     def __init__(self, workdir: Path, max_to_keep: int | None = None, keep_every: int = 0):
         """Opens the checkpoints of an existing work directory.
 
-        After a save the last `max_to_keep` stay (None: all), and the multiples of `keep_every` (0: none).
+        After a save the last `max_to_keep` stay (None: all), and the multiples of `keep_every` (0: none). Raises
+        UsageError if orbax can use neither its path nor a link to it.
         """
         self.workdir, self.directory = workdir, (workdir / CHECKPOINTS).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
+        with _safe_path(self.directory):
+            pass
         self._max_to_keep, self._keep_every = max_to_keep, keep_every
-        self._place = os.stat(self.directory)
+        self._place, self._is_mount = os.stat(self.directory), os.path.ismount(self.directory)
         self._thread = ThreadPoolExecutor(1)
         self._save: Future[None] | None = None  # the last save, until it is waited for
 
@@ -139,10 +145,9 @@ class Checkpoints:
             shutil.rmtree(path)
             lines.append(f"Deleted {CHECKPOINTS}/{path.name}, which is not a whole checkpoint")
         for step in [step for step in self.steps() if step > newest]:
-            target = self.directory / f"{step}.damaged"
-            shutil.rmtree(target, ignore_errors=True)
+            target = atomic.unused(self.directory / f"{step}.damaged")
             (self.directory / str(step)).rename(target)
-            lines.append(f"Moved {CHECKPOINTS}/{step} to {CHECKPOINTS}/{target.name}: delete it if you do not need it")
+            lines.append(f"Moved {CHECKPOINTS}/{step} to {CHECKPOINTS}/{target.name}, which nothing reads")
         return lines
 
     def _write(self, step: int, items: dict[str, Arrays], sums: dict[str, jax.Array], meta: dict[str, Any]) -> None:
@@ -162,58 +167,96 @@ class Checkpoints:
             raise RunError(f"{self.directory} cannot be written ({_reason(error)}): {advice}") from error
 
     def _write_items(self, step: int, items: dict[str, Arrays], meta: dict[str, Any]) -> None:
-        """Writes a checkpoint beside its place, opens its arrays again, hashes its files and moves it there."""
         arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        with _safe_path(self.directory) as directory, _checkpointer() as checkpointer:
-            unfinished = directory / f"{step}{_UNFINISHED}"
-            checkpointer.save(unfinished, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta)))
+        files = self.directory / str(step) / FILES
+        with _safe_path(self.directory) as directory:
+            manager, rolling = self._new_manager(directory, step, items, meta["config"])
+            with contextlib.closing(manager):
+                if not manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))):
+                    raise RuntimeError("orbax has a later one")
+                try:
+                    manager.wait_until_finished()
+                except OSError:
+                    if not files.is_file():
+                        raise  # else an old checkpoint could not be moved: the next save tries again
+                if not files.is_file():
+                    self._undo(step)
+                    raise RuntimeError("orbax renamed it before its files were hashed")
+                with contextlib.suppress(OSError):
+                    for old in rolling.intersection(manager.all_steps()):
+                        manager.delete(old)
+
+    def _new_manager(
+        self, directory: Path, step: int, items: dict[str, Arrays], config: Any
+    ) -> tuple[ocp.CheckpointManager, set[int]]:
+        """The manager that saves `step`, and the rolling checkpoints that are to be deleted after it.
+
+        It calls `_finish` after it has written a checkpoint and before it renames it. It keeps as many as reach back to
+        the oldest regular one to keep, and the multiples of `keep_every`.
+        """
+        rolling = {old for old in self.steps() if self._is_rolling(old)}
+        steps = [*self.steps(), step]
+        regular = [each for each in steps if each not in rolling and (each != step or not _is_rolling(step, config))]
+        keep = self._max_to_keep and sum(each >= min(regular[-self._max_to_keep :], default=0) for each in steps)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=self._keep_every or None,
+            todelete_subdir=_OLD,
+            create=False,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=partial(self._finish, directory, items)),
+        )
+        replaced = {old for old in rolling if not self._keep_every or old % self._keep_every} if keep else set()
+        return ocp.CheckpointManager(directory, options=options), replaced
+
+    def _finish(self, directory: Path, items: dict[str, Arrays]) -> None:
+        """Opens the arrays that were written, and stores the hash of each file."""
+        self._check_place()
+        for path in set(directory.glob(f"*{_UNFINISHED}*")) - {directory / _OLD}:
             for name, item in items.items():
-                _check_written(unfinished / name, item)
-            files = [file for file in unfinished.glob("*/**/*") if file.is_file()]
-            hashes = {file.relative_to(unfinished).as_posix(): _sha256(file) for file in files}
-            (unfinished / FILES).write_text(json.dumps(hashes, indent=1))
-            atomic.sync_tree(unfinished)
-            unfinished.rename(directory / str(step))
+                _check_written(path / name, item)
+            files = [file for file in path.glob("*/**/*") if file.is_file()]
+            hashes = {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+            (path / FILES).write_text(json.dumps(hashes, indent=1))
+            atomic.sync_tree(path)
+
+    def _undo(self, step: int) -> None:
+        """Deletes a checkpoint that is not whole, and moves those that it replaced back."""
+        shutil.rmtree(self.directory / str(step), ignore_errors=True)
+        for old in self.directory.glob(f"{_OLD}/*"):
+            old.rename(self.directory / old.name)
 
     def _write_in_place(self, step: int, *items: Any) -> None:
-        """As `_write`, and then deletes what this checkpoint replaces. Raises RunError if the directory has moved."""
+        """As `_write`. Raises RunError if the directory has moved."""
         try:
             self._write(step, *items)
         finally:
             if not self.in_place():
                 self._delete_misplaced(step)
-                raise RunError(f"{self.directory} was renamed, deleted or unmounted during the save")
+            self._check_place()
         with contextlib.suppress(OSError):
-            (self.directory.parent / HAS_CHECKPOINTS).touch()
-        self._delete_old()
+            (self.directory.parent / NEVER_SAVED).unlink(missing_ok=True)
+        self._delete_unfinished()
+
+    def _check_place(self) -> None:
+        if not self.in_place():
+            raise RunError(f"{self.directory} was renamed, deleted or unmounted during the save")
 
     def _delete_misplaced(self, step: int) -> None:
-        """Deletes the work directory that orbax has created again, if it holds nothing else."""
-        self._delete_unfinished()
-        with contextlib.suppress(OSError):
-            if os.listdir(self.directory.parent) == [CHECKPOINTS] and set(os.listdir(self.directory)) <= {str(step)}:
-                shutil.rmtree(self.directory.parent)
+        """Deletes what orbax has written to another directory in this place, and that directory if nothing is left.
 
-    def _delete_old(self) -> None:
-        """Deletes the checkpoints that the newest one replaces. What stays is deleted by the next save."""
-        if self._max_to_keep is None:
-            return
-        steps = self.steps()
-        by_steps = [step for step in steps if not self._is_rolling(step)]
-        kept = {*steps[-1:], *by_steps[-self._max_to_keep :]}
-        for step in set(steps) - kept:
-            if not self._keep_every or step % self._keep_every:
-                unfinished = self.directory / f"{step}{_UNFINISHED}"
-                with contextlib.suppress(OSError):  # renamed first: half of a checkpoint is no checkpoint
-                    (self.directory / str(step)).rename(unfinished)
-                    shutil.rmtree(unfinished)
+        The work directory above it stays: it may be the place of a disk.
+        """
+        for path in self.directory.glob(f"{step}{_UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if not self._is_mount:
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
 
     def _is_rolling(self, step: int) -> bool:
-        """Whether the next save replaces it: its own settings make it neither a regular checkpoint nor the last one."""
+        """Whether the next save replaces it, by its own settings."""
         try:
-            config = self.meta(step)["config"]
-            return bool(step % config["save_interval"]) and step != config["max_steps"]
-        except (CorruptCheckpointError, RunError, LookupError, TypeError):
+            return _is_rolling(step, self.meta(step)["config"])
+        except (CorruptCheckpointError, RunError):
             return False
 
     def _delete_unfinished(self) -> None:
@@ -238,7 +281,7 @@ class Checkpoints:
         checkpoint = self.directory / str(step)
         _check_files(checkpoint, set(items))
         try:
-            with _safe_path(checkpoint) as path, _checkpointer() as checkpointer:
+            with _safe_path(checkpoint) as path, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds; the files match their hashes
             message = f"cannot restore {checkpoint} ({_reason(error)})"
@@ -249,23 +292,31 @@ class Checkpoints:
             raise CorruptCheckpointError(f"it cannot be restored ({_reason(error)})") from error
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-
-
 @contextlib.contextmanager
 def _safe_path(directory: Path) -> Iterator[Path]:
     """A path to `directory` that orbax and tensorstore can use: itself, or a link in a temporary folder.
 
-    They use the path as a pattern and as a URL, and it must be UTF-8.
+    They use the path as a pattern and as a URL, and it must be UTF-8. Raises UsageError if no such folder has such a
+    path, OSError if the link cannot be made.
     """
     if _SAFE_PATH.fullmatch(str(directory)):
         yield directory
         return
-    with tempfile.TemporaryDirectory(prefix="jaxlm-") as folder:
+    places = [path for path in (tempfile.gettempdir(), "/tmp") if _SAFE_PATH.fullmatch(path) and os.path.isdir(path)]
+    if not places:
+        raise UsageError(f"orbax cannot use the path {directory}: set TMPDIR to a folder of letters and digits")
+    with tempfile.TemporaryDirectory(prefix="jaxlm-", dir=places[0]) as folder:
         link = Path(folder, "link")
         link.symlink_to(directory, target_is_directory=True)
         yield link
+
+
+def _is_rolling(step: int, config: Any) -> bool:
+    """Whether `config` makes it neither a regular checkpoint nor the last one of the run."""
+    try:
+        return bool(step % config["save_interval"]) and step != config["max_steps"]
+    except (LookupError, TypeError):
+        return False
 
 
 def _check_written(path: Path, item: Arrays) -> None:

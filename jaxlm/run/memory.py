@@ -33,6 +33,11 @@ class Memory:
         return self.total - self.checkpoint_copy
 
     @property
+    def arrays(self) -> int:
+        """Bytes without the process."""
+        return self.total - self.process
+
+    @property
     def total(self) -> int:
         """Bytes that the run needs."""
         return sum(dataclasses.astuple(self))

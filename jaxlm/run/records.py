@@ -28,7 +28,8 @@ class Records:
     def __init__(self, workdir: Path, step: int):
         """Opens the files and drops the rows after `step`, from which this session resumes. Raises OSError."""
         files = [workdir / name for name in RECORDS]
-        self.damaged = [path for path in files if keep_up_to(path, step)]  # files that had damaged lines
+        kept = {path: keep_up_to(path, step) for path in files}
+        self.damaged = {path: original for path, original in kept.items() if original}  # files that had damaged lines
         self._paths, self._step = files, step
         self._files = [AppendOnlyFile(path) for path in files]
         metrics, samples = ([row for row in rows_up_to(path, step) if row["step"] == step] for path in files)

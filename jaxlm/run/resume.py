@@ -1,5 +1,6 @@
 """How a session of training begins: from the newest whole checkpoint or from the start, after checks of both."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from jaxlm.core.optimizer import make_schedule
 from jaxlm.core.train_step import TrainState, init_state
 from jaxlm.data.token_files import TOKENIZER_NAME, TokenFiles
 from jaxlm.errors import UsageError
-from jaxlm.interop.huggingface import check_init, read_params
+from jaxlm.interop.huggingface import WEIGHTS, check_init, read_params
 from jaxlm.run.checkpoint import Checkpoints, checkpoint_bytes
 from jaxlm.run.memory import state_shapes
 from jaxlm.run.records import record_bytes
-from jaxlm.run.workdir import HAS_CHECKPOINTS, existing_parent, fixed_differences, saved_steps
+from jaxlm.run.workdir import FINAL_MODEL, NEVER_SAVED, existing_parent, fixed_differences, saved_steps
 
 
 def check_room(workdir: Path, config: Config) -> None:
@@ -24,11 +25,12 @@ def check_room(workdir: Path, config: Config) -> None:
     shapes = state_shapes(config)
     saved = saved_steps(workdir)
     steps = max(config.max_steps - max(saved, default=0), 0)
-    saves = -(-steps // config.save_interval) + 1  # with a rolling one
+    saves = -(-steps // config.save_interval) + (steps > 0)  # with a rolling one
     milestones = config.max_steps // config.keep_every if config.keep_every else 0
     most = config.max_checkpoints + milestones + 2  # a rolling one, and the next until the oldest is deleted
     new = min(saves, most - len(saved))
-    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params))
+    is_new = steps or not os.path.lexists(workdir / FINAL_MODEL / WEIGHTS)
+    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params)) if is_new else 0
     needed = max(new, 0) * checkpoint_bytes(shapes) + model + record_bytes(config, steps)
     free = shutil.disk_usage(existing_parent(workdir)).free
     if free < needed:
@@ -65,10 +67,10 @@ def restore_or_init(
         _check_same_run(f"{checkpoints.directory / str(step)}", meta, config, tokens)
         return checkpoints.state(step, state_shapes(config), SingleDeviceSharding(device)), meta
 
-    mark = checkpoints.directory.parent / HAS_CHECKPOINTS
+    mark = checkpoints.directory.parent / NEVER_SAVED
     steps = checkpoints.steps()
     if not steps:
-        mark.unlink(missing_ok=True)
+        mark.touch()
         with jax.default_device(jax.devices("cpu")[0]):
             state = init_state(config)
         if config.init_from:
@@ -76,7 +78,7 @@ def restore_or_init(
             state = state._replace(params=read_params(Path(config.init_from), config.model))
         return jax.device_put(state, device), 0.0, checkpoints.clean_up(0)
     (state, meta), skipped = checkpoints.newest(load, steps)
-    mark.touch()
+    mark.unlink(missing_ok=True)
     notes = [f"Skipped {reason}" for reason in skipped] + checkpoints.clean_up(int(state.step))
     return state, meta["seconds"], notes + describe_changes(meta["config"], config, int(state.step))
 

@@ -21,7 +21,7 @@ from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream
 from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
 from jaxlm.device import backend
 from jaxlm.errors import RunError, Stopped
-from jaxlm.interop.huggingface import write_model
+from jaxlm.interop.huggingface import edited_texts, write_model
 from jaxlm.interop.model_card import model_card
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.clock import Clock
@@ -107,7 +107,8 @@ class Trainer:
         self._saver = Saver(config, checkpoints, self._clock, self.step, self._describe, self._sync_records, self._emit)
         self._signals = StopSignals(console.show_cursor)
         self._notes += [
-            f"{path} had damaged lines; {path.name}.damaged holds the original" for path in self._records.damaged
+            f"{path} had damaged lines; {original.name} holds the original"
+            for path, original in self._records.damaged.items()
         ]
 
     @property
@@ -129,7 +130,8 @@ class Trainer:
             parameters = parameter_count(self.state.params)
             card = model_card(self.workdir, self.config, self.step, self._describe(0), parameters)
             folder = write_model(self.workdir / "final_model", self.config, self.state.params, card)
-            self._emit(MessageEvent(f"Done: {self.step:,} steps, the model is in {folder}"))
+            lines = [f"{folder / name} stays as it was edited" for name in edited_texts(folder)]
+            self._emit(MessageEvent("\n".join([*lines, f"Done: {self.step:,} steps, the model is in {folder}"])))
 
     def run_steps(self, last: int) -> None:
         """Trains to step `last`, with all that is due on the way, and waits for the save in progress."""

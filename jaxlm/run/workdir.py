@@ -9,10 +9,11 @@ from typing import Any
 
 from jaxlm.config import Config, differences
 from jaxlm.errors import RunError, UsageError, disk_advice
+from jaxlm.interop.huggingface import WEIGHTS
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, FINAL_MODEL = "checkpoints", "final_model"
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-HAS_CHECKPOINTS = "has_checkpoints"  # an empty file in the work directory of a run that has been saved
+NEVER_SAVED = "never_saved"  # an empty file in the work directory of a run until its first save is complete
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -23,6 +24,15 @@ def saved_steps(workdir: Path) -> list[int]:
     except OSError as error:
         raise RunError(f"cannot read {folder} ({error.strerror}): {disk_advice(error)}") from error
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def saved_source(workdir: Path) -> Mapping[str, Any]:
+    """What the newest checkpoint says of the text it was trained on; empty if it does not or cannot be read."""
+    file = workdir / CHECKPOINTS / str(max(saved_steps(workdir), default=0)) / "meta" / "metadata"
+    try:
+        return dict(json.loads(file.read_text())["source"])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return {}
 
 
 def existing_parent(path: Path) -> Path:
@@ -56,21 +66,20 @@ def fixed_differences(saved: Any, config: Config) -> list[str]:
 
 
 def _check_checkpoints(workdir: Path) -> None:
-    """Raises UsageError if a run would start again over the records of one that was saved.
+    """Raises UsageError if a run would start again over the records or the model of one that was saved.
 
-    A session makes `checkpoints/` before the first row of its records, so rows without it are those of a run that has
-    lost it. An empty one is that of a run that was never saved, or of one whose disk is not mounted: only the latter
-    has HAS_CHECKPOINTS beside it.
+    Without checkpoints, a run has lost them, or their disk is not mounted, unless NEVER_SAVED says otherwise.
     """
     folder = workdir / CHECKPOINTS
     exists = os.path.isdir(folder)
-    if saved_steps(workdir) or (exists and not os.path.exists(workdir / HAS_CHECKPOINTS)):
+    if saved_steps(workdir) or (exists and os.path.exists(workdir / NEVER_SAVED)):
         return
-    records = [name for name in RECORDS if os.path.isfile(workdir / name) and os.path.getsize(workdir / name)]
-    blocking = records + [CHECKPOINTS] * (os.path.lexists(folder) and not exists)
+    left = [name for name in RECORDS if os.path.isfile(workdir / name) and os.path.getsize(workdir / name)]
+    left += [FINAL_MODEL] * os.path.lexists(workdir / FINAL_MODEL / WEIGHTS)
+    blocking = left + [CHECKPOINTS] * (os.path.lexists(folder) and not exists)
     if blocking:
         state = "holds no checkpoint" if exists else "is not there"
         raise UsageError(
-            f"{folder} {state}, but {workdir} has the records of a run: restore the folder or mount its disk to resume;"
-            f" to begin again, choose another --workdir or move {', '.join(blocking)} away"
+            f"{folder} {state}, but {workdir} has {', '.join(left) or 'its link'} of a run: restore the folder or mount"
+            f" its disk to resume; to begin again, choose another --workdir or move {', '.join(blocking)} away"
         )

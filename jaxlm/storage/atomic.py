@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import re
 import secrets
@@ -83,9 +84,21 @@ def leftover_of(name: str) -> str | None:
     return match and match[1]
 
 
+def unused(path: Path) -> Path:
+    """`path`, or with the first of the endings -2, -3, ... that no file has."""
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not os.path.lexists(each))
+
+
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[None]:
-    """Creates the directory `path` and its parents; on failure, deletes those that it created and that are empty."""
+    """Creates the directory `path` and its parents; on failure, deletes those that it created and that are empty.
+
+    Raises OSError, ENOENT if one of them is a link to what is missing.
+    """
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            raise FileNotFoundError(errno.ENOENT, f"the target of the link {each} is missing", os.readlink(each))
     created = [each for each in (path, *path.parents) if not os.path.lexists(each)]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -54,23 +54,24 @@ def to_line(row: Mapping[str, Any]) -> bytes:
     return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
-def keep_up_to(path: Path, step: int) -> bool:
+def keep_up_to(path: Path, step: int) -> Path | None:
     """Deletes the rows after `step` from a .jsonl file, and an incomplete last line.
 
     Returns:
-        Whether there were other damaged lines. They are deleted too, and the original file is kept as *.damaged.
+        Where the original file is kept if there were other damaged lines, which are deleted too; else None.
     """
     if not path.exists():
-        return False
+        return None
     content = path.read_bytes()
     lines = [(line, _step_of(line)) for line in content.splitlines(keepends=True)]
     damaged = any(line_step is None and line.endswith(b"\n") for line, line_step in lines)
-    if damaged:
-        atomic.write_file(path.with_name(path.name + ".damaged"), content)
+    original = atomic.unused(path.with_name(f"{path.name}.damaged")) if damaged else None
+    if original:
+        atomic.write_file(original, content)
     kept = b"".join([line for line, line_step in lines if line_step is not None and line_step <= step])
     if kept != content:
         atomic.write_file(path, kept)
-    return damaged
+    return original
 
 
 def rows_up_to(path: Path, step: int) -> Iterator[dict[str, Any]]:

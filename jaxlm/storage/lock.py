@@ -22,7 +22,7 @@ def only_writer(directory: Path) -> Iterator[None]:
 
     This is a lock of the kernel (flock), which is released however the process ends. A leftover file locks nobody out.
     Where the file system has no locks, the pid and host in the file are the lock. Then two processes that start within
-    a moment are not kept apart, and a file left by a process on another host must be deleted by hand.
+    a moment are not kept apart, and a file left by a process on another host must be moved away by hand.
 
     Raises:
         UsageError: another process holds the lock.
@@ -36,7 +36,8 @@ def only_writer(directory: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if _is_at(file, path):
+                path.unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> TextIO:
@@ -45,10 +46,8 @@ def _lock(path: Path) -> TextIO:
             file = stack.enter_context(path.open("a+", encoding="utf-8"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                if not _is_at(file, path):  # the holder deleted it after it was opened here
                     continue
-            except FileNotFoundError:  # the holder deleted the file after it was opened here
-                continue
             except BlockingIOError as error:
                 raise UsageError(
                     f"{path.parent} is in use by {_name(_holder(path))}: wait for it or stop it"
@@ -61,12 +60,20 @@ def _lock(path: Path) -> TextIO:
             return file
 
 
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether `path` is this open file: the directory may have been renamed, and another be in its place."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _check_ended(path: Path) -> None:
     """Raises UsageError if the process that the file names may still run."""
     holder = _holder(path)
     if holder and (holder[1] != socket.gethostname() or _runs(holder[0])):
         raise UsageError(
-            f"{path.parent} is in use by {_name(holder)}: wait for it or stop it; if it has ended, delete {path}"
+            f"{path.parent} is in use by {_name(holder)}: wait for it or stop it; if it has ended, move {path} away"
         )
 
 

@@ -198,3 +198,18 @@ def test_missing_odd_sized_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "val.bin").unlink()
     with pytest.raises(UsageError, match=r"val.bin is missing"):
         open_tokens(tmp_path, 300, 10)
+
+
+@pytest.mark.parametrize("change", [lambda text: "[", lambda text: text.replace('"sha256": "', '"sha256": "0')])
+def test_the_advice_for_a_wrong_meta_json_keeps_the_tokens(tmp_path, change):
+    """They may be the only ones that a checkpoint accepts."""
+    write(tmp_path, GOOD, GOOD, {"source": "b"})
+    file = tmp_path / "meta.json"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(UsageError) as caught:
+        open_tokens(tmp_path, 300, 10)
+    assert f"--config.data.dir={tmp_path}" in str(caught.value)
+    assert "move" in str(caught.value)
+    assert "delete" not in str(caught.value)
+    file.rename(tmp_path / "moved")
+    assert open_tokens(tmp_path, 300, 10).meta is None

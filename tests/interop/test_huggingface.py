@@ -27,6 +27,7 @@ from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import (
     ForeignTokenizer,
     check_init,
+    edited_texts,
     read_params,
     read_sizes,
     read_tokenizer,
@@ -110,7 +111,7 @@ def test_the_json_files_describe_the_model(written):
         "model_max_length": 16,
     }
     with safe_open(folder / "model.safetensors", framework="np") as file:
-        assert file.metadata() == {"format": "pt", "jaxlm.sha256": mock.ANY}
+        assert file.metadata() == {"format": "pt", "jaxlm.sha256": mock.ANY, "jaxlm.texts_sha256": mock.ANY}
 
 
 def test_matrices_are_transposed_and_each_layer_has_its_own(written):
@@ -382,6 +383,45 @@ def test_the_same_model_is_not_written_again_and_a_persons_edits_of_it_stay(fold
     write_model(folder, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "config.json"])
+def test_an_edited_text_stays_beside_new_weights_and_is_named(folder, name, temperature):
+    """Also the second time. What the settings change is replaced, unless it is the edited text."""
+    change(folder / name, more=1)
+    text, params = (folder / name).read_bytes(), random_params(MODELS["tied"])
+    config = Config(model=MODELS["tied"], sample=SampleConfig(temperature=temperature))
+    for factor in (2, 3, 3):
+        write_model(folder, config, jax.tree.map(lambda leaf, factor=factor: leaf * factor, params), "new")
+        assert (folder / name).read_bytes() == text
+        assert edited_texts(folder) == [name]
+        np.testing.assert_array_equal(read_params(folder, MODELS["tied"])["embedding"], params["embedding"] * factor)
+    if name != "generation_config.json":
+        assert json.loads((folder / "generation_config.json").read_text())["temperature"] == temperature
+
+
+def test_an_edited_config_json_is_not_kept_beside_another_model(folder):
+    change(folder / "config.json", more=1)
+    before, model = listing(folder), dataclasses.replace(MODELS["tied"], layers=2)
+    with pytest.raises(RunError, match=r"config\.json is not as .* wrote it: move it away"):
+        write_model(folder, Config(model=model), random_params(model), "")
+    assert listing(folder) == before
+
+
+def test_a_text_of_a_person_that_was_not_recorded_stays(folder):
+    """Earlier versions recorded no hashes of texts."""
+    file, params = folder / "model.safetensors", random_params(MODELS["tied"])
+    with safe_open(file, framework="np") as opened:
+        metadata = opened.metadata()
+    del metadata["jaxlm.texts_sha256"]
+    save_file(load_file(file), file, metadata=metadata)
+    assert edited_texts(folder) == []
+    change(folder / "generation_config.json", temperature=0.1)
+    text = (folder / "generation_config.json").read_bytes()
+    write_model(folder, Config(model=MODELS["tied"]), jax.tree.map(np.negative, params), "")
+    assert (folder / "generation_config.json").read_bytes() == text
+    assert edited_texts(folder) == ["generation_config.json"]
+
+
 @pytest.mark.parametrize("edit", [b"mine", b"", b"# new\n", b"\xff<!-- \xff -->\n"])
 def test_an_edited_card_stays_and_an_unedited_one_is_replaced(folder, edit):
     params, card = random_params(MODELS["tied"]), folder / "README.md"
@@ -389,6 +429,7 @@ def test_an_edited_card_stays_and_an_unedited_one_is_replaced(folder, edit):
     assert card.read_text().startswith("new\n<!--")
     for text in (edit, b"My words.\n" + card.read_bytes(), card.read_bytes() + b"My words.\n"):
         card.write_bytes(text)
+        assert edited_texts(folder) == ["README.md"]
         write_model(folder, Config(model=MODELS["tied"]), jax.tree.map(np.negative, params), "newer")
         assert card.read_bytes() == text
 
@@ -440,9 +481,11 @@ def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path):
     assert (tmp_path / "disk" / "model.safetensors").is_file()
     (tmp_path / "model").unlink()
     (tmp_path / "model").symlink_to("not mounted")
-    with pytest.raises(RunError, match="model") as caught:
-        write_model(tmp_path / "model", Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
-    assert is_one_line(caught.value)
+    for path in (tmp_path / "model", tmp_path / "model/below"):
+        with pytest.raises(RunError, match=r"the target of the link .*model is missing.*not mounted") as caught:
+            write_model(path, Config(model=MODELS["tied"]), random_params(MODELS["tied"]), "")
+        assert is_one_line(caught.value)
+        assert "move" not in str(caught.value)
 
 
 def test_a_model_whose_weights_a_person_deleted_is_written_with_its_card(folder):
@@ -547,8 +590,8 @@ def test_all_files_are_synced_before_the_first_is_replaced(folder, monkeypatch):
     assert set(log[:removed]) == {f"sync {name}" for name in ("config.json", "model.safetensors", "README.md")}
     assert log[removed + 1 :] == [
         "sync model",
-        *("sync model.safetensors", "model.safetensors", "sync model"),
         *("sync README.md", "README.md", "sync model"),
+        *("sync model.safetensors", "model.safetensors", "sync model"),
         *("sync config.json", "config.json", "sync model"),
     ]
 

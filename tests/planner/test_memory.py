@@ -18,21 +18,64 @@ SIZES = Memory(weights=100, moments=200, accumulated=100, gradients=100, tempora
 TOTAL = 850
 
 
-@pytest.mark.parametrize("source", ["compiled", "cache", "least"])
-def test_a_run_fits_to_the_byte_with_its_process(monkeypatch, source):
-    """By the compiled step if there is one, else by the cache, else by what no setting avoids."""
-    by_source = {
-        "compiled": (SIZES, Memory(0, 0, 0, 0, 0, 0)),
-        "cache": (None, SIZES),
-        "least": (None, None),
-    }
-    by_analysis, cached = by_source[source]
-    monkeypatch.setattr(memory, "step_memory", lambda config, compiled: by_analysis)
-    monkeypatch.setattr(memory.measure, "key", lambda *arguments: "key")
-    monkeypatch.setattr(user_cache, "get", lambda *key: cached and dataclasses.asdict(cached))
-    monkeypatch.setattr(memory, "min_memory", lambda config: SIZES)
-    needed = memory.known_memory(Config(), None, 70, "compiled")
-    assert (needed.total, needed.step) == (TOTAL + 70, TOTAL + 70 - SIZES.checkpoint_copy)
+CPU, GPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="gpu")
+LEAST = dataclasses.replace(SIZES, temporaries=0)
+
+
+@pytest.fixture
+def cache(monkeypatch):
+    """What the user's cache holds. The process has a peak of 1,000 bytes."""
+    cache = {}
+    monkeypatch.setattr(user_cache, "get", lambda *key: cache.get(key))
+    monkeypatch.setattr(user_cache, "put", lambda *words: cache.update({words[:-1]: words[-1]}))
+    monkeypatch.setattr(memory.measure, "key", lambda config, device: "key")
+    monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "step_memory", lambda config, compiled: SIZES if compiled == "compiled" else None)
+    monkeypatch.setattr(memory, "min_memory", lambda config: LEAST)
+    monkeypatch.setattr(memory, "compile_step", lambda config: "compiled")
+    monkeypatch.setattr(backend, "on_apple", lambda device: False)
+    return cache
+
+
+def plan(device):
+    return memory.memory_of(Config(), device, lambda *_: None)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_plan_and_a_run_name_one_number_whichever_comes_first(cache, monkeypatch, device):
+    """The first caches it, also the part of the process, which differs between the two."""
+    first = plan(device)
+    monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: 2000)
+    for compiled in (None, "compiled"):
+        assert memory.known_memory(Config(), device, None, compiled) == first
+    cache.clear()
+    first = memory.known_memory(Config(), device, None, "compiled")
+    monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: 3000)
+    assert plan(device) == first == memory.known_memory(Config(), device, None)
+
+
+def test_the_process_counts_its_peak_without_the_state_and_the_buffers_of_a_save(cache):
+    buffers = 200  # two thirds of the copy
+    assert memory.known_memory(Config(), CPU, None) == dataclasses.replace(LEAST, process=1000 + buffers)
+    assert cache == {}  # not yet compiled
+    by_step = memory.known_memory(Config(), CPU, None, "compiled")
+    assert by_step == dataclasses.replace(SIZES, process=1000 - 400 + buffers)
+    cache.clear()
+    assert plan(CPU) == dataclasses.replace(SIZES, process=1000 + buffers)
+    cache.clear()
+    assert plan(GPU) == SIZES  # its memory is not that of the process
+
+
+def test_a_benchmark_tells_the_process(cache, monkeypatch):
+    monkeypatch.setattr(memory.measure, "reduced", lambda config, benchmark: config)
+    benchmark = SimpleNamespace(peak_bytes=TOTAL + 70)
+    for compiled in (None, "compiled"):
+        assert memory.known_memory(Config(), CPU, benchmark, compiled).process == 70
+
+
+def test_a_run_fits_to_the_byte_with_its_process(monkeypatch):
+    needed = dataclasses.replace(SIZES, process=70)
+    assert (needed.total, needed.arrays) == (TOTAL + 70, TOTAL)
     monkeypatch.setattr(backend, "available_memory", lambda device: TOTAL + 70)
     memory.check_memory(needed, None)
     monkeypatch.setattr(backend, "available_memory", lambda device: TOTAL + 69)

@@ -228,10 +228,10 @@ def test_a_new_checkpoint_is_whole_before_an_old_one_is_deleted(tmp_path, traine
     rmtree, whole = shutil.rmtree, []
 
     def die(path, *arguments, **others):
-        if Path(path).name.startswith("1."):
+        if Path(path).name.startswith("old."):
             whole.append(Checkpoints(tmp_path).meta(2))
-            raise OSError("killed")
-        rmtree(path, *arguments, **others)
+        else:
+            rmtree(path, *arguments, **others)
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", die)
@@ -245,8 +245,42 @@ def test_a_new_checkpoint_is_whole_before_an_old_one_is_deleted(tmp_path, traine
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["3"]
 
 
-@pytest.mark.parametrize("moment", ["before", "within", "after"])
-def test_a_save_into_a_directory_that_has_moved_fails_and_leaves_nothing_there(tmp_path, trained, monkeypatch, moment):
+def test_an_old_checkpoint_that_cannot_be_moved_is_left_to_the_next_save(three, tmp_path, trained):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, refuse_to_move("1", getattr(os, name)))
+        three.save(7, committed(trained), META)
+        three.wait()
+        assert three.steps() == [1, 3, 5, 7]
+    three.save(9, committed(trained), META)
+    three.wait()
+    assert sorted(path.name for path in three.directory.iterdir()) == ["5", "7", "9"]
+
+
+def refuse_to_move(name, move):
+    def refuse(source, target, **options):
+        if Path(source).name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return move(source, target, **options)
+
+    return refuse
+
+
+def test_a_folder_with_another_name_is_not_counted_by_the_manager(three, trained):
+    for name in ("007", "9.damaged", "notes"):
+        (three.directory / name).mkdir()
+    (three.directory / "2").write_text("a file")
+    three.save(7, committed(trained), META)
+    three.wait()
+    assert sorted(path.name for path in three.directory.iterdir()) == ["007", "2", "3", "5", "7", "9.damaged", "notes"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("moment", ["before", "within", "written", "after"])
+def test_a_save_into_a_directory_that_has_moved_fails_and_leaves_nothing_there(
+    tmp_path, trained, monkeypatch, moment, there
+):
+    """If there is another directory in its place, such as that of an unmounted disk, it stays."""
     (tmp_path / "run").mkdir()
     checkpoints = Checkpoints(tmp_path / "run", 1)
     checkpoints.save(1, committed(trained), META)
@@ -254,28 +288,44 @@ def test_a_save_into_a_directory_that_has_moved_fails_and_leaves_nothing_there(t
 
     def move():
         (tmp_path / "run").rename(tmp_path / "moved")
+        if there:
+            (tmp_path / "run").mkdir()
 
-    write, save = checkpoints._write, ocp.Checkpointer.save
+    def before(function):
+        return lambda *arguments, **options: (move(), function(*arguments, **options))[1]
 
-    def write_and_move(*arguments):
-        if moment == "before":
-            move()
-        write(*arguments)
-        if moment == "after":
-            move()
+    def after(function):
+        return lambda *arguments, **options: (function(*arguments, **options), move())[0]
 
-    def move_and_save(*arguments, **options):
-        move()
-        return save(*arguments, **options)
-
-    monkeypatch.setattr(checkpoints, "_write", write_and_move)
-    if moment == "within":
-        monkeypatch.setattr(ocp.Checkpointer, "save", move_and_save)
+    owner, name, around = {
+        "before": (checkpoints, "_write", before),
+        "within": (ocp.CheckpointManager, "save", before),
+        "written": (checkpoints, "_finish", before),
+        "after": (checkpoints, "_write", after),
+    }[moment]
+    monkeypatch.setattr(owner, name, around(getattr(owner, name)))
     checkpoints.save(2, committed(trained), META)
     with pytest.raises(RunError, match="renamed, deleted or unmounted"):
         checkpoints.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
-    assert 1 in Checkpoints(tmp_path / "moved").steps()
+    assert {path.name for path in tmp_path.iterdir()} - {"run"} == {"moved"}
+    if there:
+        assert (tmp_path / "run").is_dir()
+    assert list((tmp_path / "run").rglob("*")) == []
+    assert 1 in Checkpoints(tmp_path / "moved").steps() or moment == "after"
+
+
+def test_the_place_of_a_disk_is_not_deleted(tmp_path, monkeypatch):
+    """The directory `checkpoints` was a mount: what is there now is where it was mounted."""
+    for is_mount in (False, True):
+        monkeypatch.setattr(os.path, "ismount", lambda path, is_mount=is_mount: is_mount)
+        checkpoints = Checkpoints(tmp_path)
+        (checkpoints.directory / "2.orbax-checkpoint-tmp").mkdir()
+        (checkpoints.directory / "3.orbax-checkpoint-tmp").mkdir()
+        checkpoints._delete_misplaced(3)
+        assert [path.name for path in checkpoints.directory.iterdir()] == ["2.orbax-checkpoint-tmp"]
+        (checkpoints.directory / "2.orbax-checkpoint-tmp").rmdir()
+        checkpoints._delete_misplaced(3)
+        assert checkpoints.directory.exists() == is_mount
 
 
 def test_a_checkpoint_takes_the_bytes_of_parameters_and_moments(tmp_path):
@@ -447,7 +497,10 @@ def test_a_checkpoint_that_is_moved_aside_frees_its_name_and_evicts_no_good_one(
     assert three.steps() == [1, 3, 5]
     assert_same_bits(three.state(5, like(), CPU), trained)
     assert sorted(path.name for path in (tmp_path / CHECKPOINTS).glob("*.damaged")) == ["3.damaged", "5.damaged"]
-    assert Checkpoints(tmp_path).steps() == [1, 3, 5]
+    (tmp_path / CHECKPOINTS / "5.damaged/notes").write_text("a person's")
+    assert "5.damaged-2" in three.clean_up(3)[0]
+    assert (tmp_path / CHECKPOINTS / "5.damaged/notes").read_text() == "a person's"
+    assert Checkpoints(tmp_path).steps() == [1, 3]
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_deleted(three, tmp_path):
@@ -515,6 +568,14 @@ def test_all_files_are_synced_before_the_directory_is_renamed(tmp_path, trained,
     assert whole_or_damaged(tmp_path, trained)
 
 
+def test_a_checkpoint_without_file_hashes_is_no_saved_checkpoint_and_replaces_none(three, trained, monkeypatch):
+    """As with a version of orbax that calls its callback after it renames the directory, or not at all."""
+    monkeypatch.setattr(Checkpoints, "_finish", lambda *arguments: None)
+    assert "before its files were hashed" in failed_save(three, trained)
+    assert sorted(path.name for path in three.directory.iterdir()) == ["1", "3", "5"]
+    assert_same_bits(three.state(1, like(), CPU), trained)
+
+
 def test_a_checkpoint_of_another_model_is_refused(checkpoints):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, layers=1))
     with pytest.raises(CorruptCheckpointError) as caught:
@@ -547,6 +608,26 @@ def test_any_path_holds_checkpoints(saved, tmp_path, trained, monkeypatch, name)
         assert_same_bits(Checkpoints(tmp_path / name).state(step, like(), CPU), trained)
     assert sorted(path.name for path in (tmp_path / name / CHECKPOINTS).iterdir()) == ["3", "7"]
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["t[m]p", "%41", "missing"])
+def test_an_odd_path_of_temporary_files_is_not_given_to_orbax(tmp_path, trained, monkeypatch, name):
+    if name != "missing":
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    (tmp_path / "[proj]").mkdir()
+    checkpoints = Checkpoints(tmp_path / "[proj]")
+    checkpoints.save(1, committed(trained), META)
+    checkpoints.wait()
+    assert_same_bits(checkpoints.state(1, like(), CPU), trained)
+
+
+def test_an_odd_path_without_a_place_for_a_link_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "[proj]").mkdir()
+    monkeypatch.setattr(checkpoint, "_SAFE_PATH", re.compile("safe"))
+    with pytest.raises(UsageError, match="set TMPDIR") as caught:
+        Checkpoints(tmp_path / "[proj]")
+    assert is_one_line(caught.value)
 
 
 def test_a_relative_link_to_an_odd_path_holds_checkpoints(tmp_path, trained, monkeypatch):

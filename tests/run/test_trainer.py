@@ -132,7 +132,6 @@ def test_the_work_directory_holds_the_named_files(console):
         "metrics.jsonl",
         "samples.jsonl",
         "checkpoints",
-        "has_checkpoints",
         "final_model",
         "tensorboard",
     }

@@ -23,7 +23,6 @@ def workdir(tmp_path):
         (tmp_path / name).write_text(ROWS)
     for step in (3, 6):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-    (tmp_path / "has_checkpoints").touch()
     return tmp_path
 
 
@@ -86,15 +85,38 @@ def test_records_without_their_checkpoints_are_refused_and_can_be_moved_away(wor
 
 def test_a_run_that_was_never_saved_starts_again(workdir):
     lose(workdir, "emptied")
-    (workdir / "has_checkpoints").unlink()
+    (workdir / "never_saved").touch()
     (workdir / "checkpoints/3.orbax-checkpoint-tmp-1").mkdir()
     check_workdir(workdir, Config())
 
 
-def test_a_run_of_an_earlier_version_that_lost_its_folder_is_refused(workdir):
+@pytest.mark.parametrize("how", ["deleted", "unmounted", "emptied", "a file"])
+def test_a_run_without_any_mark_was_saved(workdir, how):
+    """One of an earlier version has no mark; a file is no checkpoint, whatever its name."""
+    lose(workdir, "emptied" if how == "a file" else how)
+    if how == "a file":
+        (workdir / "checkpoints/5").write_text("")
+    (workdir / "config.json").unlink()
+    assert "metrics.jsonl" in refusal(workdir)
+
+
+def test_a_run_that_was_never_saved_and_lost_its_folder_is_refused(workdir):
     lose(workdir, "deleted")
-    (workdir / "has_checkpoints").unlink()
+    (workdir / "never_saved").touch()
     assert "checkpoints is not there" in refusal(workdir)
+
+
+@pytest.mark.parametrize("how", ["deleted", "unmounted", "emptied"])
+def test_a_final_model_alone_is_not_replaced_by_another_run(workdir, how):
+    lose(workdir, how)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (workdir / name).unlink()
+    (workdir / "final_model").mkdir()
+    if how != "unmounted":
+        check_workdir(workdir, Config())  # an empty folder, or a link to one, is no loss
+    (workdir / "final_model/model.safetensors").touch()
+    message = refusal(workdir)
+    assert f"move {', '.join(['final_model'] + ['checkpoints'] * (how == 'unmounted'))} away" in message
 
 
 def test_empty_records_are_no_loss(workdir):

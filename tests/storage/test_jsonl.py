@@ -124,10 +124,12 @@ def test_an_incomplete_last_line_is_deleted(tmp_path, cut):
 )
 def test_damaged_lines_are_deleted_and_the_original_file_kept(tmp_path, damage):
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(LINES[0] + damage + LINES[1])
-    assert keep_up_to(file, 5)
-    assert file.read_bytes() == LINES[0] + LINES[1]
-    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == LINES[0] + damage + LINES[1]
+    for name in ("metrics.jsonl.damaged", "metrics.jsonl.damaged-2"):
+        file.write_bytes(LINES[0] + damage + name.encode() + b"\n" + LINES[1])
+        assert keep_up_to(file, 5) == tmp_path / name
+        assert file.read_bytes() == LINES[0] + LINES[1]
+    for path in tmp_path.glob("*.damaged*"):
+        assert path.read_bytes() == LINES[0] + damage + path.name.encode() + b"\n" + LINES[1]
 
 
 def test_a_missing_file_is_not_created(tmp_path):

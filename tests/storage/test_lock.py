@@ -44,6 +44,20 @@ def test_a_second_process_is_told_the_pid_and_host_of_the_holder(holder, tmp_pat
         assert f"process {holder.pid} on {socket.gethostname()}" in str(caught.value)
 
 
+def test_a_lock_is_not_deleted_by_the_holder_of_another(tmp_path):
+    """The directory of the first run is renamed, and a second run starts in its old place."""
+    (tmp_path / "run").mkdir()
+    with only_writer(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        second = only_writer(tmp_path / "run")
+        second.__enter__()
+    with pytest.raises(UsageError, match="is in use"), only_writer(tmp_path / "run"):
+        pass
+    second.__exit__(None, None, None)
+    assert not (tmp_path / "run/lock").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_lock_of_a_dead_process_is_free(holder, tmp_path, number):
     holder.send_signal(number)
@@ -122,7 +136,7 @@ def test_without_locks_the_pid_in_the_file_is_the_lock(tmp_path, unlockable):
         pass
     assert is_one_line(caught.value)
     assert f"process {holder.pid} on {socket.gethostname()}" in str(caught.value)
-    assert f"if it has ended, delete {tmp_path / 'lock'}" in str(caught.value)
+    assert f"if it has ended, move {tmp_path / 'lock'} away" in str(caught.value)
     holder.kill()
     holder.communicate()
     with only_writer(tmp_path):
