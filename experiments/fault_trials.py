@@ -77,7 +77,7 @@ def stopped_and_interrupted(place: Place, home: Path) -> list[int]:
 def stopped_within_a_step(place: Place, home: Path) -> list[int]:
     """SIGTERM before the first micro-batch of a step: the run does not wait for the second."""
     log = home.with_suffix(".log")
-    stop = place.fault(r"micro-step [1234]?[13579]$", "terminate")
+    stop = place.fault(r"micro-step ([3579]|[1234][13579])$", "terminate")  # not in the first step
     repeated = _stopped([128 + signal.SIGTERM], place, home, stop, log=log)
     begun = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("micro-step ")]
     if begun[-1] % ACCUMULATED == 0:

@@ -310,7 +310,7 @@ def _take_records(workdir: Path) -> None:
         damaged = keep_up_to(path, 3)
     except OSError as error:  # as in `main`
         raise RunError(f"cannot write to {workdir} ({error.strerror})") from error
-    assert damaged == os.path.exists(f"{path}.damaged")
+    assert bool(damaged) == os.path.exists(f"{path}.damaged")
     assert not os.path.exists(path) or all(json.loads(line)["step"] <= 3 for line in path.read_bytes().splitlines())
 
 

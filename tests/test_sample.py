@@ -321,7 +321,7 @@ def test_an_unfit_line_is_named_and_the_others_are_answered(type_in, capsys):
     assert (caught.value.exit_status, is_one_line(caught.value)) == (2, True)
     out, err = capsys.readouterr()
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["日", ""]
-    errors = err.splitlines()[2:]
+    errors = err.splitlines()[1:]
     for error, beginning in zip(errors, ("line 1: .*UTF-8", "line 3: .* 46 tokens", "line 5: .*UTF-8"), strict=True):
         assert re.match(f"error: {beginning}", error)
 

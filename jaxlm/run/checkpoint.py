@@ -142,7 +142,7 @@ class Checkpoints:
         """Moves checkpoints after step `newest` aside and deletes unfinished saves; returns a line for each."""
         lines = []
         for path in self._unfinished():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
             lines.append(f"Deleted {CHECKPOINTS}/{path.name}, which is not a whole checkpoint")
         for step in [step for step in self.steps() if step > newest]:
             target = atomic.unused(self.directory / f"{step}.damaged")

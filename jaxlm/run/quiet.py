@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +28,20 @@ def quiet_libraries() -> None:
 
 
 class _LogFile(logging.Handler):
-    """Appends records to a file, without a buffer that an error of the disk would leave full."""
+    """Appends records to a file, without a buffer that an error of the disk would leave full.
+
+    It writes nothing to another folder that has taken the place of the file's.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
-        self._path = path
+        self._path, self._place = path, os.stat(path.parent)
         self.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):  # a lost warning ends no run
+            if not os.path.samestat(os.stat(self._path.parent), self._place):
+                return
             if self._path.exists() and self._path.stat().st_size > _BYTES:
                 self._path.replace(f"{self._path}.1")
             with self._path.open("ab", buffering=0) as file:

@@ -98,3 +98,13 @@ def test_a_log_that_cannot_be_written_costs_only_the_warning(quiet, tmp_path, ca
             (tmp_path / "run" / LIBRARY_LOG).mkdir()
         logging.getLogger("absl").warning("lost")
     assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_written_to_a_folder_that_takes_the_place_of_the_work_directory(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with log_libraries(workdir):
+        workdir.rename(tmp_path / "moved")
+        workdir.mkdir()
+        logging.getLogger("absl").warning("lost")
+    assert list(workdir.iterdir()) == []
