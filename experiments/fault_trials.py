@@ -183,7 +183,7 @@ def damaged(damage: Callable[[Path, random.Random], None], place: Place, home: P
     step = newest(home)
     damage(home / "run/checkpoints" / str(step), place.rng)
     repeated, session = place.finish(home)
-    match = re.search(rf"^Skipped checkpoints/{step}\b.*: \S", session.stdout, re.MULTILINE)
+    match = re.search(rf"^(Skipped|Deleted) checkpoints/{step}\b.*[:,] \S", session.stdout, re.MULTILINE)
     expect(resumed(session) == step or match, f"it does not say why it skipped step {step}", session)
     return [repeated]
 

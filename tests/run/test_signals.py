@@ -15,7 +15,8 @@ TWICE = AGAIN.replace("again", "twice")
 def receive(signals, busy="hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"):
     """A process that receives the signals 0.4 s after each other, while Python is deep in other code."""
     code = f"""
-import hashlib, os, threading, time
+import hashlib, os, signal, threading, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 from jaxlm.run.signals import StopSignals
 with StopSignals(lambda: os.write(1, b"left")) as signals:
     for index, number in enumerate({[int(number) for number in signals]}):
