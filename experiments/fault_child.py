@@ -96,6 +96,8 @@ class Session:
         """The path relative to `home`; None if it is elsewhere."""
         if isinstance(path, int):
             path = path_of(path)
+            if not os.path.isabs(path):  # a pipe
+                return None
         elif directory >= 0:
             path = os.path.join(path_of(directory), os.fsdecode(path))
         path = os.path.abspath(os.fsdecode(path))
