@@ -127,7 +127,7 @@ def console_lines(console):
 
 def test_the_work_directory_holds_the_named_files(console):
     names = {path.name for path in Path("run").iterdir()}
-    assert names == {
+    assert names - {"library.log"} == {  # jax 0.4.34's orbax warns
         "config.json",
         "metrics.jsonl",
         "samples.jsonl",
