@@ -103,3 +103,12 @@ def test_time_left_follows_the_last_five_pauses_of_a_kind():
         with clock.pause("checkpoint"):
             time.passes(seconds)
     assert clock.seconds_left(0, {"checkpoint": 1}) == 7
+
+
+def test_time_left_follows_the_last_fifty_steps():
+    time = Time()
+    clock = Clock(now=time)
+    for seconds in [1] * 60 + [9] * 26 + [1] * 24:
+        time.passes(seconds)
+        clock.step_ended(clock.seconds())
+    assert clock.seconds_left(1, {}) == 9
