@@ -17,6 +17,7 @@ from jaxlm.core import layers, ops
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.device.backend import APPLE, CONTRACTION_LIMIT
 from jaxlm.run.checkpoint import checkpoint_bytes
+from jaxlm.run.memory import state_shapes
 
 
 def linear(x, w):
@@ -31,6 +32,17 @@ def array(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def with_muon_and_average(config):
+    recipe = {"name": "muon", "muon_momentum_warmup": 200, "muon_b2": 0.95, "cautious": True, "average": 0.98}
+    return replace(config, optimizer=replace(config.optimizer, **recipe))
+
+
+@pytest.mark.parametrize("platform", APPLE)
+def test_muon_and_the_average_of_weights_have_no_violation(platform):
+    for name, _, wrong in audit(with_muon_and_average(preset(platform)), platform):
+        assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"
+
+
 @pytest.mark.parametrize("platform", APPLE)
 def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform):
     seen = list(audit(preset(platform), platform))
@@ -43,8 +55,13 @@ def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(pl
 
 @pytest.mark.slow
 def test_the_arrays_of_a_step_of_the_preset_and_of_a_checkpoints_copy_take_less_than_4_gigabytes():
-    config = preset(APPLE[0])
-    assert on_apple(config) + checkpoint_bytes(jax.eval_shape(lambda: init_state(config))) / 1e9 < 4
+    for config in (preset(APPLE[0]), with_muon_and_average(preset(APPLE[0]))):
+        assert on_apple(config) + checkpoint_bytes(state_shapes(config)) / 1e9 < 4
+
+
+def test_the_state_of_the_preset_with_muon_and_average_takes_at_most_720_megabytes():
+    config = with_muon_and_average(preset(APPLE[0]))
+    assert checkpoint_bytes(state_shapes(config)) < 0.72e9
 
 
 @pytest.mark.parametrize("platform", ["METAL", pytest.param("mps", marks=pytest.mark.slow)])
