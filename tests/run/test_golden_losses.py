@@ -1,5 +1,8 @@
 """The losses of the quickstart's first steps, compared with committed ones: a refactoring must not change them.
 
+`recipe` is the quickstart with all settings of Muon and an average of the weights; its last number is the average's
+loss on the last batch, per token.
+
 `python -m tests.run.test_golden_losses` writes those of the installed version of jax. A version that has none is
 compared with the newest one that has.
 """
@@ -13,7 +16,7 @@ from packaging.version import Version
 
 from configs import quickstart
 from jaxlm.config import from_config_dict
-from jaxlm.core.train_step import init_state, make_train_step
+from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.data.token_files import train_batch_stream
 from jaxlm.device import backend
 from jaxlm.main import open_data
@@ -24,9 +27,21 @@ STEPS = 50
 TOLERANCE = 2e-3  # relative; CPUs sum in different orders, which shows in the fourth digit after 50 steps
 
 
-def first_losses(directory):
-    """The losses [STEPS] of the quickstart on its data, prepared in `directory`."""
+RECIPE = {"muon_momentum": 0.95, "muon_momentum_warmup": 30, "muon_b2": 0.95, "muon_weight_decay": 0.4}
+RECIPE |= {"weight_decay": 0.0, "cautious": True, "average": 0.9}
+CHANGES: dict[str, dict] = {
+    "jax": {},
+    "recipe-jax": RECIPE,
+}  # by the start of the file's name: the optimizer's settings
+
+
+def first_losses(directory, changes):
+    """The losses [STEPS] of the quickstart with other settings of its optimizer; its data is prepared in `directory`.
+
+    With an average of the weights, its loss on the last batch follows.
+    """
     settings = quickstart.get_config()
+    settings.optimizer.update(changes)
     settings.data.dir = str(directory)
     config = from_config_dict(settings)
     prepare(config.data.corpus, directory, config.model.vocab_size, config.data.val_fraction)
@@ -35,18 +50,23 @@ def first_losses(directory):
     batches = train_batch_stream(tokens.train, config.model.context, config.batch_size, config.seed, 0)
     train_step, state, losses = make_train_step(config), init_state(config), []
     for _ in range(STEPS):
-        state, metrics = train_step(state, next(batches))
+        ids_BT = next(batches)
+        state, metrics = train_step(state, ids_BT)
         losses.append(float(metrics.loss))
+    if state.average:
+        inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+        losses.append(float(make_eval_step(config)(state.weights, inputs_BT, targets_BT)) / targets_BT.size)
     return losses
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized_compilation")
-def test_the_first_losses_are_the_committed_ones(tmp_path):
-    file = GOLDEN / f"jax-{jax.__version__}.json"
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_first_losses_are_the_committed_ones(tmp_path, name):
+    file = GOLDEN / f"{name}-{jax.__version__}.json"
     if not file.is_file():  # a version of jax that nobody has written them for
-        file = max(GOLDEN.glob("jax-*.json"), key=lambda file: Version(file.stem.removeprefix("jax-")))
-    expected, losses = json.loads(file.read_text()), first_losses(tmp_path)
+        file = max(GOLDEN.glob(f"{name}-*.json"), key=lambda file: Version(file.stem.removeprefix(f"{name}-")))
+    expected, losses = json.loads(file.read_text()), first_losses(tmp_path, CHANGES[name])
     assert losses == pytest.approx(expected, rel=TOLERANCE), (
         "The first losses of the quickstart have changed. If you meant to change no number (a refactoring, a"
         " faster kernel), this is a bug. If you meant to (another initialisation, schedule, default or order of the"
@@ -59,6 +79,7 @@ if __name__ == "__main__":
     import tempfile
 
     GOLDEN.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as place:
-        losses = first_losses(Path(place))
-    (GOLDEN / f"jax-{jax.__version__}.json").write_text(json.dumps(losses) + "\n")
+    for name, changes in CHANGES.items():
+        with tempfile.TemporaryDirectory() as place:
+            losses = first_losses(Path(place), changes)
+        (GOLDEN / f"{name}-{jax.__version__}.json").write_text(json.dumps(losses) + "\n")
