@@ -41,6 +41,7 @@ import jaxlm
 from experiments import lowered
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.checksum import checksums
+from jaxlm.core.optimizer import add_average
 from jaxlm.core.sampling import sequence_keys
 from jaxlm.device import backend
 from jaxlm.device.backend import CONTRACTION_LIMIT
@@ -83,9 +84,10 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     state = parts["train_update"][1][0]
     sampling = [parts[name] for name in ("decode_params", "prefill", "decode_step")]
     key, indices = jax.ShapeDtypeStruct((2,), np.uint32), jax.ShapeDtypeStruct((config.sample.texts,), np.int32)
+    averaging = [(add_average, (state.params, state.average))] if state.average else []
     return {
         "training step": [parts[name] for name in ("train_start", "train_chunk", "train_update")],
-        "evaluation step": [parts["evaluation"]],
+        "evaluation step": [parts["evaluation"], *averaging],
         "sampling": [(sequence_keys, (key, indices)), *sampling],
         "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state, state.average),))],
     }

@@ -287,4 +287,10 @@ def average_step(decay: float, step: jax.Array, average: Params, updates: Params
 
 def averaged(params: Params, average: Params | None) -> Params:
     """The average of the weights; the weights themselves if there is none."""
-    return jax.tree.map(lambda p, d: p + d.astype(p.dtype) / AVERAGE_SCALE, params, average) if average else params
+    return add_average(params, average) if average else params
+
+
+@jax.jit
+def add_average(params: Params, average: Params) -> Params:
+    """The average of the weights, from its difference as `average_step` keeps it."""
+    return jax.tree.map(lambda p, d: p + d.astype(p.dtype) / AVERAGE_SCALE, params, average)
