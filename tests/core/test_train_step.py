@@ -23,7 +23,9 @@ CONFIG = Config(
     grad_accum_steps=4,
     max_steps=60,
     model=ModelConfig(vocab_size=257, context=8, layers=2, heads=2, width=16, mlp_width=24, precision="float32"),
-    optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, muon_learning_rate=0.03, warmup_steps=3, clip_norm=10.0),
+    optimizer=OptimizerConfig(
+        learning_rate=LEARNING_RATE, muon_learning_rate=0.03, warmup_steps=3, clip_norm=10.0, average=0.5
+    ),
 )
 WHOLE = replace(CONFIG, batch_size=32, grad_accum_steps=1, microbatch_chunks=4)
 NAN, INF = 255, 256  # a micro-batch that holds one of these gives such a gradient, where `poisoned_step` is used
@@ -128,7 +130,19 @@ def test_nothing_advances_for_a_micro_batch_without_finite_gradients(start, pois
         assert report.step == count // 4
         for name in ("mini_step", "gradient_step", "inner_opt_state", "acc_grads"):
             assert_equal(getattr(after.opt_state, name), getattr(before.opt_state, name))
-        assert_equal((after.params, after.loss_sum), (before.params, before.loss_sum))
+        assert_equal((after.params, after.average, after.loss_sum), (before.params, before.average, before.loss_sum))
+
+
+def test_the_average_advances_with_the_optimizer_steps_only(start, poisoned_step):
+    good = micro_batches(12)
+    states = [run(poisoned_step, start, good[:count])[0] for count in (4, 7, 8, 12)]
+    weights = [np.float64(state.params["embedding"]) for state in states]
+    averages = [np.float64(state.weights["embedding"]) for state in states]
+    w1, _, w2, w3 = weights
+    expected = (w1, w1, (w1 / 2 + w2) / 1.5, (w1 / 4 + w2 / 2 + w3) / 1.75)
+    for average, mean in zip(averages, expected, strict=True):
+        np.testing.assert_allclose(average, mean, atol=2e-3 * np.abs(w2 - w1).max())
+    assert np.abs(averages[3] - w3).max() > 0.3 * np.abs(w3 - w2).max()
 
 
 def test_a_run_with_skipped_micro_batches_is_the_run_that_never_saw_them(start, poisoned_step):
