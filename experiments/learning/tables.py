@@ -1,0 +1,230 @@
+"""The tables of the study: which recipes it compares, with which seeds.
+
+A recipe is what differs from `configs/m2_60m.py`. Rates are peaks. A batch is in tokens a step, a length in steps or in
+tokens. All trials are whole schedules.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.learning.trial import Trial
+
+CONTEXT = 1024
+USERS_BATCH = 65_536
+N = 1200 * USERS_BATCH  # tokens of the tuned AdamW that the goals name
+SEEDS = (0, 1, 2)
+
+Settings = dict[str, Any]
+
+
+def batch(tokens: int) -> Settings:
+    """The settings for so many tokens a step."""
+    sequences = tokens // CONTEXT
+    micro = min(sequences, 32)
+    return {"batch_size": micro, "grad_accum_steps": sequences // micro}
+
+
+def as_written(steps: int) -> Settings:
+    """The user's recipe: AdamW, 3e-4, cosine to a tenth."""
+    return {"max_steps": steps}
+
+
+def adamw(steps: int, rate: float = 2e-3, tokens: int = USERS_BATCH, **changes: Any) -> Settings:
+    """AdamW with a linear schedule to zero."""
+    settings = {
+        "max_steps": steps,
+        **batch(tokens),
+        "optimizer.learning_rate": rate,
+        "optimizer.b2": 0.98,
+        "optimizer.lr_schedule": "linear",
+        "optimizer.min_lr_ratio": 0.0,
+    }
+    return settings | _dotted(changes)
+
+
+def muon(tokens: int, batch_tokens: int = 32_768, scale: float = 1.0, **changes: Any) -> Settings:
+    """The recipe of the study for a length in tokens: Muon with all its parts, and QK-norm; rates times `scale`."""
+    settings = {
+        "max_steps": round(tokens / batch_tokens),
+        **batch(batch_tokens),
+        "model.qk_norm": True,
+        "optimizer.name": "muon",
+        "optimizer.learning_rate": 6e-3 * scale,
+        "optimizer.muon_learning_rate": 2.2e-3 * scale,
+        "optimizer.b2": 0.98,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.muon_momentum": 0.95,
+        "optimizer.muon_momentum_warmup": 200,
+        "optimizer.muon_b2": 0.95,
+        "optimizer.muon_weight_decay": 0.8,
+        "optimizer.cautious": True,
+        "optimizer.average": 0.98,
+        "optimizer.lr_schedule": "linear",
+        "optimizer.lr_decay_fraction": 0.4,
+        "optimizer.min_lr_ratio": 0.0,
+        "optimizer.warmup_steps": max(20, round(20 * USERS_BATCH / batch_tokens)),
+    }
+    return settings | _dotted(changes)
+
+
+def own(vocab_size: int, **changes: Any) -> Settings:
+    """A vocabulary trained on the text, and sizes of the model."""
+    return {"data.tokenizer": "own", "model.vocab_size": vocab_size} | _dotted(changes)
+
+
+def _dotted(changes: Settings) -> Settings:
+    return {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def seeds(name: str, settings: Settings, which: Sequence[int] = SEEDS) -> list[Trial]:
+    return [Trial(name, settings, seed) for seed in which]
+
+
+def one(name: str, settings: Settings) -> list[Trial]:
+    return seeds(name, settings, (0,))
+
+
+def equal_arithmetic(settings: Settings) -> Settings:
+    """The settings with so many steps that the arithmetic is that of GPT-2's vocabulary and the preset's sizes."""
+    ratio = flops_per_token({}) / flops_per_token(settings)
+    return settings | {"max_steps": round(settings["max_steps"] * ratio)}
+
+
+def flops_per_token(settings: Settings) -> float:
+    """Forward and backward: 6 for each number in a matrix, and attention over half the context."""
+    sizes = {"vocab_size": 50_257, "layers": 8, "width": 512, "mlp_width": 2048}
+    V, L, D, F = (settings.get(f"model.{name}", size) for name, size in sizes.items())
+    return 6 * (V * D + L * (4 * D * D + 3 * D * F)) + 6 * L * CONTEXT * D
+
+
+def flops(trial: Trial) -> float:
+    """The arithmetic of a whole trial."""
+    settings = {"batch_size": 32, "grad_accum_steps": 2} | trial.settings
+    tokens = settings["max_steps"] * settings["batch_size"] * settings["grad_accum_steps"] * CONTEXT
+    return flops_per_token(settings) * tokens
+
+
+HALF = N // 2  # 600 steps of the user's batch
+
+TABLES: dict[str, list[Trial]] = {
+    # the baseline: AdamW tuned at the user's batch, then with the batch tuned too
+    "adamw": [
+        *seeds("AdamW 2e-3", adamw(1200)),
+        *one("as written", as_written(1200)),
+        *[t for rate in (1e-3, 1.5e-3, 3e-3) for t in one(f"AdamW {rate:g}", adamw(1200, rate))],
+        *one("AdamW 2e-3, b2 0.95", adamw(1200, optimizer__b2=0.95)),
+        *one("AdamW 2e-3, b2 0.99", adamw(1200, optimizer__b2=0.99)),
+        *one("AdamW 2e-3, decay 0.3", adamw(1200, optimizer__weight_decay=0.3)),
+        *one("AdamW 2e-3, decay 0.03", adamw(1200, optimizer__weight_decay=0.03)),
+        *one("AdamW 2e-3, warm-up 300", adamw(1200, optimizer__warmup_steps=300)),
+        *one(
+            "AdamW 2e-3, cosine to a tenth", adamw(1200, optimizer__lr_schedule="cosine", optimizer__min_lr_ratio=0.1)
+        ),
+        *one("AdamW 2e-3, linear over the last 0.4", adamw(1200, optimizer__lr_decay_fraction=0.4)),
+        *one("AdamW 3e-3, warm-up 300", adamw(1200, 3e-3, optimizer__warmup_steps=300)),
+        *[t for rate in (1e-3, 1.4e-3, 2e-3) for t in one(f"AdamW 32k {rate:g}", adamw(2400, rate, 32_768))],
+        *[t for rate in (7e-4, 1e-3, 1.4e-3) for t in one(f"AdamW 16k {rate:g}", adamw(4800, rate, 16_384))],
+        *one("AdamW 131k 3e-3", adamw(600, 3e-3, 131_072)),
+        *seeds("AdamW 2e-3, 600 steps", adamw(600), (0, 1)),
+        *seeds("AdamW 2e-3, 2,400 steps", adamw(2400)),
+        *one("as written, 2,400 steps", as_written(2400)),
+    ],
+    # what the goals ask: whole schedules of fewer tokens, three seeds
+    "goals": [
+        *seeds("ours 32k, N/3.5", muon(round(N / 3.5))),
+        *seeds("ours 16k, N/3.5", muon(round(N / 3.5), 16_384)),
+        *seeds("ours 32k, N/4.5", muon(round(N / 4.5))),
+        *seeds("ours 16k, N/4.5", muon(round(N / 4.5), 16_384)),
+        *seeds("ours 32k, 2N/4.5", muon(round(2 * N / 4.5))),
+        *seeds("ours 16k, 2N/4.5", muon(round(2 * N / 4.5), 16_384)),
+        *seeds("ours 16k, 2N/6", muon(round(2 * N / 6), 16_384)),
+        *seeds("ours 16k, N/5.5", muon(round(N / 5.5), 16_384)),
+        *seeds("ours 16k, N/8", muon(round(N / 8), 16_384)),
+    ],
+    # each change on top of the ones before, at the user's batch and 600 steps; then the recipe without each
+    "parts": [
+        *one("AdamW 2e-3 and QK-norm", adamw(600, model__qk_norm=True)),
+        *one(
+            "Muon as Jordan's, no QK-norm",
+            muon(
+                HALF,
+                USERS_BATCH,
+                model__qk_norm=False,
+                **(
+                    plain := {
+                        "optimizer__muon_momentum_warmup": 0,
+                        "optimizer__muon_b2": 0.0,
+                        "optimizer__cautious": False,
+                        "optimizer__muon_weight_decay": 0.1,
+                        "optimizer__average": 0.0,
+                    }
+                ),
+            ),
+        ),
+        *one("and QK-norm", muon(HALF, USERS_BATCH, **plain)),
+        *one("and NorMuon", muon(HALF, USERS_BATCH, **plain | {"optimizer__muon_b2": 0.95})),
+        *one(
+            "and momentum warm-up",
+            muon(HALF, USERS_BATCH, **plain | {"optimizer__muon_b2": 0.95, "optimizer__muon_momentum_warmup": 200}),
+        ),
+        *one("and cautious decay 0.8", muon(HALF, USERS_BATCH, optimizer__average=0.0)),
+        *one("and the average: ours 64k", muon(HALF, USERS_BATCH)),
+        *seeds("ours 32k", muon(HALF)),
+        *seeds("ours 16k", muon(HALF, 16_384)),
+        *one("ours 32k without QK-norm", muon(HALF, model__qk_norm=False)),
+        *one("ours 32k without NorMuon", muon(HALF, optimizer__muon_b2=0.0)),
+        *one("ours 32k without momentum warm-up", muon(HALF, optimizer__muon_momentum_warmup=0)),
+        *one("ours 32k without cautious", muon(HALF, optimizer__cautious=False)),
+        *one("ours 32k without average", muon(HALF, optimizer__average=0.0)),
+        *one("ours 32k, decay 0.4", muon(HALF, optimizer__muon_weight_decay=0.4)),
+        *one("ours 32k, decay 1.6", muon(HALF, optimizer__muon_weight_decay=1.6)),
+        *one("ours 32k, Adam rate 3e-3", muon(HALF, optimizer__learning_rate=3e-3)),
+        *one("ours 32k, Adam rate 1.2e-2", muon(HALF, optimizer__learning_rate=1.2e-2)),
+        *one("ours 32k, Muon rate 1.1e-3", muon(HALF, optimizer__muon_learning_rate=1.1e-3)),
+        *one("ours 32k, Muon rate 4.4e-3", muon(HALF, optimizer__muon_learning_rate=4.4e-3)),
+        *one("ours 32k, fall over 0.6", muon(HALF, optimizer__lr_decay_fraction=0.6)),
+        *one("ours 32k, fall over 0.2", muon(HALF, optimizer__lr_decay_fraction=0.2)),
+        *one("ours 32k, theta 1e5", muon(HALF, model__rope_theta=1e5)),
+        *one("ours 32k, untied head", muon(HALF, model__tied=False)),
+        *one("ours 32k, outputs from zero", muon(HALF, model__output_init="zero")),
+        *one("ours 32k, b2 0.95", muon(HALF, optimizer__b2=0.95)),
+        *one("ours 32k, momentum 0.9", muon(HALF, optimizer__muon_momentum=0.9)),
+    ],
+    "batch": [
+        *one("ours 8k, rates x0.7", muon(HALF, 8192, 0.7)),
+        *one("ours 8k", muon(HALF, 8192)),
+        *one("ours 16k, rates x0.7", muon(HALF, 16_384, 0.7)),
+        *one("ours 64k, rates x1.4", muon(HALF, USERS_BATCH, 1.4)),
+        *one("ours 131k, rates x1.4", muon(HALF, 131_072, 1.4)),
+        *[Trial("ours, from 8k to 16k", muon(round(HALF * 4 / 3), 16_384), 0, True)],
+        *[Trial("ours, from 16k to 32k", muon(round(HALF * 4 / 3)), 0, True)],
+    ],
+    # at the arithmetic of N/3.5 tokens with GPT-2's vocabulary
+    "vocabulary": [
+        *seeds("GPT-2", muon(round(N / 3.5))),
+        *seeds("own 8k", equal_arithmetic(muon(round(N / 3.5)) | own(8192))),
+        *one("own 4k", equal_arithmetic(muon(round(N / 3.5)) | own(4096))),
+        *one("own 16k", equal_arithmetic(muon(round(N / 3.5)) | own(16_384))),
+        *one(
+            "own 8k, width 640", equal_arithmetic(muon(round(N / 3.5)) | own(8192, model__width=640, model__heads=10))
+        ),
+        *one("own 8k, 11 layers", equal_arithmetic(muon(round(N / 3.5)) | own(8192, model__layers=11))),
+        *one("own 8k, 6 layers", equal_arithmetic(muon(round(N / 3.5)) | own(8192, model__layers=6))),
+        *one("own 8k, MLP 1536", equal_arithmetic(muon(round(N / 3.5)) | own(8192, model__mlp_width=1536))),
+        *one("own 8k, batch 16k", equal_arithmetic(muon(round(N / 3.5), 16_384) | own(8192))),
+        *[
+            t
+            for part in (2, 4)
+            for t in one(f"own 8k, 1/{part} of it", equal_arithmetic(muon(round(N / 3.5 / part)) | own(8192)))
+        ],
+    ],
+    "robust": [
+        *one("ours 32k, rates x2", muon(HALF, scale=2.0)),
+        *one("ours 32k, rates x0.5", muon(HALF, scale=0.5)),
+        *one("ours 32k, width 256", muon(HALF, scale=1.4, model__width=256, model__heads=4, model__mlp_width=1024)),
+        *one(
+            "ours 32k, width 1024",
+            muon(HALF // 2, scale=0.7, model__width=1024, model__heads=16, model__mlp_width=4096),
+        ),
+    ],
+}
