@@ -132,6 +132,7 @@ class ModelConfig:
     mlp_width: int = setting(2048, low=1, fixed=True)  # numbers per position inside the MLP
     rope_theta: float = setting(10_000.0, above=0, fixed=True)  # base of RoPE's frequencies
     norm_eps: float = setting(1e-6, above=0, fixed=True)  # RMSNorm adds it to the mean square
+    qk_norm: bool = setting(False, fixed=True)  # RMSNorm of each head's queries and keys before RoPE, as in Qwen3
     tied: bool = setting(True, fixed=True)  # the head reads the input embedding; False: one of its own
     output_init: str = setting("scaled", ("scaled", "zero"), fixed=True)  # output matrices; scaled: 0.02/sqrt(2 layers)
     precision: str = setting("auto", PRECISIONS)  # float32, bf16 (mixed precision) or bf16_matmul; weights are float32

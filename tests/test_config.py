@@ -30,6 +30,7 @@ FIXED = {
     "model.mlp_width",
     "model.rope_theta",
     "model.norm_eps",
+    "model.qk_norm",
     "model.kv_heads",
     "model.tied",
     "optimizer.name",
