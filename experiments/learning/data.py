@@ -10,7 +10,8 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from jaxlm.data.corpus import Corpus
+from jaxlm.config import Config
+from jaxlm.data.corpus import Corpus, open_corpus
 from jaxlm.data.encode import write_token_files
 from jaxlm.data.readers import TextChunk, read_chunks
 from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
@@ -38,8 +39,10 @@ def held_out_corpus(files: Sequence[Path], held_out: int = HELD_OUT) -> Corpus:
     return Corpus("study", tuple(files), partial(read, False), partial(read, True))
 
 
-def prepare(files: Sequence[Path], directory: Path, tokenizer: str, vocab_size: int, context: int) -> TokenFiles:
-    """The token files of the study in `directory`, which are written if they are missing."""
-    if read_meta(directory) is None:
-        write_token_files(held_out_corpus(files), directory, vocab_size, 0.5)
-    return open_tokens(directory, vocab_size, context)
+def prepare(config: Config, files: Sequence[Path] | None, directory: Path) -> TokenFiles:
+    """The tokens of `files`, or (None) of the config's own corpus, in a part of `directory`; written if missing."""
+    corpus = open_corpus(config.data.corpus) if files is None else held_out_corpus(files)
+    part = directory / f"{corpus.source}-{config.model.vocab_size}"
+    if read_meta(part) is None:
+        write_token_files(corpus, part, config.model.vocab_size, config.data.val_fraction)
+    return open_tokens(part, config.model.vocab_size, config.model.context)

@@ -34,10 +34,7 @@ def main() -> None:
     trials = [trial for trial in TABLES[args.table] if trial.key not in finished(args.out)]
 
     def tokens_of(trial: Trial) -> TokenFiles:
-        model = trial.config(device).model
-        tokenizer = trial.settings.get("data.tokenizer", "gpt2")
-        directory = args.data / f"{tokenizer}-{model.vocab_size}"
-        return prepare(args.texts, directory, tokenizer, model.vocab_size, model.context)
+        return prepare(trial.config(device), args.texts if trial.preset == "m2_60m" else None, args.data)
 
     if args.prepare_only:
         for trial in trials:

@@ -84,27 +84,35 @@ def one(name: str, settings: Settings) -> list[Trial]:
     return seeds(name, settings, (0,))
 
 
-def equal_arithmetic(settings: Settings) -> Settings:
-    """The settings with so many steps that the arithmetic is that of GPT-2's vocabulary and the preset's sizes."""
-    ratio = flops_per_token({}) / flops_per_token(settings)
-    return settings | {"max_steps": round(settings["max_steps"] * ratio)}
+def equal_arithmetic(settings: Settings, budget: Settings | None = None) -> Settings:
+    """The settings with so many steps that their arithmetic is that of `budget`, or of themselves with GPT-2's
+    vocabulary and the preset's sizes."""
+    sizes = ("model.vocab_size", "model.layers", "model.width", "model.mlp_width")
+    budget = budget or {name: value for name, value in settings.items() if name not in sizes}
+    return settings | {"max_steps": round(budget["max_steps"] * flops_per_step(budget) / flops_per_step(settings))}
 
 
-def flops_per_token(settings: Settings) -> float:
-    """Forward and backward: 6 for each number in a matrix, and attention over half the context."""
-    sizes = {"vocab_size": 50_257, "layers": 8, "width": 512, "mlp_width": 2048}
-    V, L, D, F = (settings.get(f"model.{name}", size) for name, size in sizes.items())
-    return 6 * (V * D + L * (4 * D * D + 3 * D * F)) + 6 * L * CONTEXT * D
+def flops_per_step(settings: Settings) -> float:
+    """6 for each number in a matrix and each token, attention over half the context, and Newton-Schulz."""
+    sizes = {"vocab_size": 50_257, "layers": 8, "width": 512, "mlp_width": 2048, "context": CONTEXT}
+    V, L, D, F, T = (settings.get(f"model.{name}", size) for name, size in sizes.items())
+    tokens = settings.get("batch_size", 32) * settings.get("grad_accum_steps", 2) * T
+    per_token = 6 * (V * D + L * (4 * D * D + 3 * D * F)) + 6 * L * T * D
+    iteration = L * (4 * 6 * D**3 + 3 * (4 * D * D * F + 2 * D**3))
+    return per_token * tokens + (5 * iteration if settings.get("optimizer.name") == "muon" else 0)
 
 
 def flops(trial: Trial) -> float:
     """The arithmetic of a whole trial."""
-    settings = {"batch_size": 32, "grad_accum_steps": 2} | trial.settings
-    tokens = settings["max_steps"] * settings["batch_size"] * settings["grad_accum_steps"] * CONTEXT
-    return flops_per_token(settings) * tokens
+    return flops_per_step(trial.settings) * trial.settings["max_steps"]
 
 
 HALF = N // 2  # 600 steps of the user's batch
+ADAMW_TUNED = {  # the best of each of the trials of AdamW at 1,200 steps
+    "optimizer__weight_decay": 0.3,
+    "optimizer__warmup_steps": 300,
+    "optimizer__lr_decay_fraction": 0.4,
+}
 
 TABLES: dict[str, list[Trial]] = {
     # the baseline: AdamW tuned at the user's batch, then with the batch tuned too
@@ -126,7 +134,11 @@ TABLES: dict[str, list[Trial]] = {
         *[t for rate in (7e-4, 1e-3, 1.4e-3) for t in one(f"AdamW 16k {rate:g}", adamw(4800, rate, 16_384))],
         *one("AdamW 131k 3e-3", adamw(600, 3e-3, 131_072)),
         *seeds("AdamW 2e-3, 600 steps", adamw(600), (0, 1)),
-        *seeds("AdamW 2e-3, 2,400 steps", adamw(2400)),
+        *seeds("AdamW tuned", adamw(1200, **ADAMW_TUNED)),
+        *one("AdamW tuned, 3e-3", adamw(1200, 3e-3, **ADAMW_TUNED)),
+        *seeds("AdamW tuned, 2,400 steps", adamw(2400, **ADAMW_TUNED), (0, 1)),
+        *one("AdamW tuned, 16k 1.4e-3", adamw(4800, 1.4e-3, 16_384, **ADAMW_TUNED)),
+        *one("AdamW tuned, 16k 2e-3", adamw(4800, 2e-3, 16_384, **ADAMW_TUNED)),
         *one("as written, 2,400 steps", as_written(2400)),
     ],
     # what the goals ask: whole schedules of fewer tokens, three seeds

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from itertools import islice
 from statistics import median
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from configs import m2_60m
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.model import parameter_count
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
@@ -25,9 +25,10 @@ class Trial:
     """A recipe and a seed."""
 
     name: str
-    settings: dict[str, Any] = field(hash=False)  # those that differ from `configs/m2_60m.py`
+    settings: dict[str, Any] = field(hash=False)  # those that differ from the preset
     seed: int = 0
     grows: bool = False  # whether the first half of the steps has half the batch
+    preset: str = "m2_60m"  # a file in configs/
 
     @property
     def key(self) -> str:
@@ -36,7 +37,7 @@ class Trial:
 
     def config(self, device: jax.Device) -> Config:
         """The settings of the run, resolved for `device`."""
-        settings = m2_60m.get_config()
+        settings = import_module(f"configs.{self.preset}").get_config()
         settings.update_from_flattened_dict(self.settings | {"seed": self.seed})
         return backend.resolve_run(from_config_dict(settings), device)
 
