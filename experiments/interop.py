@@ -4,9 +4,10 @@
     CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36   # five minutes; optional
     python -m experiments.interop --workdir runs/quickstart
 
-It compares the run's last checkpoint, and random weights in the shape of the 60M preset, in float32 on the CPU. The
-difference of logits is the largest one at a position relative to the largest logit there, at the worst position. The
-difference of gradients is defined likewise for each parameter. Programs that are not installed are skipped.
+It compares the run's last checkpoint, and random weights in the shape of the 60M preset, as a Llama and as a Qwen3
+(`model.qk_norm`), in float32 on the CPU. The difference of logits is the largest one at a position relative to the
+largest logit there, at the worst position. The difference of gradients is defined likewise for each parameter. Programs
+that are not installed are skipped.
 """
 
 import argparse
@@ -223,16 +224,27 @@ def main() -> None:
             *_, last = rows_up_to(args.workdir / "metrics.jsonl", step)
             bits = bits_per_byte_of_transformers(trained.folder, tokens, config.model.context)
             show(name, "transformers", f"bits per byte of the validation text: {bits:.6f}", abs(bits - last[BITS]))
-        preset, params = random_preset()
-        ids = np.random.default_rng(0).integers(0, preset.model.vocab_size, preset.model.context)
-        for row in compare(export(Path(directory, "random"), preset, params), ids):
-            show("60M shape, random weights", *row)
+        for name, qk_norm in (("60M shape, random weights", False), ("60M shape, random weights, qk_norm", True)):
+            preset, params = random_preset(qk_norm)
+            ids = np.random.default_rng(0).integers(0, preset.model.vocab_size, preset.model.context)
+            for row in compare(export(Path(directory, name), preset, params), ids):
+                show(name, *row)
 
 
-def random_preset() -> tuple[Config, Any]:
+def random_preset(qk_norm: bool) -> tuple[Config, Any]:
     """The initial weights of a run of the preset."""
-    config = Config(model=ModelConfig(precision="float32", implementation="xla", remat=False))
-    return config, init_params(config.model, jax.random.key(0))
+    config = Config(model=ModelConfig(qk_norm=qk_norm, precision="float32", implementation="xla", remat=False))
+    return config, random_params(config.model)
+
+
+def random_params(model: ModelConfig) -> Any:
+    """The initial weights of a model. The norms of queries and keys, which begin at 1, get random scales."""
+    params = init_params(model, jax.random.key(0))
+    for seed, name in enumerate(("query_norm", "key_norm")):
+        if name in params["blocks"]:
+            scales_LK = np.random.default_rng(seed).uniform(0.5, 2, params["blocks"][name].shape)
+            params["blocks"][name] = jnp.float32(scales_LK)
+    return params
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The decoder: a flax module that holds the parameters and calls the layers.
 
-Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases). The input embedding and the output head are tied unless
-the configuration says otherwise. `parameters.parameter_table` lists the parameters; those of all blocks are stacked
-along a leading axis L, so that one scan runs them.
+Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases), or Qwen3's with `qk_norm`. The input embedding and the
+output head are tied unless the configuration says otherwise. `parameters.parameter_table` lists the parameters; those
+of all blocks are stacked along a leading axis L, so that one scan runs them.
 """
 
 import math

@@ -28,7 +28,7 @@ class Parameter:
     init_std: float | None  # standard deviation of the initial values; None: they are 1
     hf_name: str  # of its tensor in a Hugging Face folder; `{layer}` in it stands for the index of the layer
     gguf_name: str  # likewise in a GGUF file
-    rope_heads: int = 0  # heads whose outputs RoPE rotates: GGUF orders these rows differently
+    rope_heads: int = 0  # heads whose outputs RoPE rotates: GGUF's Llama orders these rows differently
 
     @property
     def weight_decay(self) -> bool:

@@ -1,7 +1,7 @@
 """Export to a GGUF file, which llama.cpp runs.
 
-RoPE rotates the pairs (x[2i], x[2i + 1]) in GGUF's Llama and (x[i], x[i + K/2]) in jaxlm's model, so the rows of the
-query and key matrices are reordered.
+RoPE rotates the pairs (x[i], x[i + K/2]) in jaxlm's model, and in GGUF's Qwen3, which has norms of queries and keys. In
+GGUF's Llama it rotates (x[2i], x[2i + 1]), so there the rows of the query and key matrices are reordered.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.core.parameters import Params
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError, disk_advice
-from jaxlm.interop.huggingface import layer_tensors
+from jaxlm.interop.huggingface import layer_tensors, model_type
 from jaxlm.interop.mark import KEY, Mark, tensors_sha256
 from jaxlm.storage import atomic
 
@@ -56,7 +56,7 @@ def read_mark(file: Path) -> Mark:
 def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, model_type(config))
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context)
@@ -65,6 +65,8 @@ def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     writer.add_feed_forward_length(config.mlp_width)
     writer.add_head_count(config.heads)
     writer.add_head_count_kv(config.kv_heads or config.heads)
+    writer.add_key_length(config.width // config.heads)
+    writer.add_value_length(config.width // config.heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.width // config.heads)
     writer.add_rope_freq_base(config.rope_theta)
@@ -85,7 +87,7 @@ def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
         if tensors[0].shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F16  # q8_0 needs rows of a multiple of 32
         for name, tensor in zip(parameter.names(parameter.gguf_name), tensors, strict=True):
-            if parameter.rope_heads:
+            if parameter.rope_heads and not config.qk_norm:
                 tensor = interleave_rope_rows(tensor, parameter.rope_heads)
             written[name] = gguf.quantize(tensor, kind)
             writer.add_tensor(name, written[name], raw_dtype=kind)

@@ -1,8 +1,8 @@
 """Export to and import from a Hugging Face folder, which transformers, mlx-lm and llama.cpp's converter read.
 
-The architecture is Llama's, so the conversion is exact in both directions. Hugging Face stores one [out, in] matrix
-per layer; jaxlm stores all layers stacked, [layers, in, out]. Both rotate the same half-split pairs in RoPE, so the
-rows of query and key matrices have the same order.
+The architecture is Llama's, or Qwen3's with `model.qk_norm`, so the conversion is exact in both directions. Hugging
+Face stores one [out, in] matrix per layer; jaxlm stores all layers stacked, [layers, in, out]. Both rotate the same
+half-split pairs in RoPE, so the rows of query and key matrices have the same order.
 """
 
 import dataclasses
@@ -54,10 +54,18 @@ _SIZES = {
     "rope_theta": "rope_theta",
 }
 _DTYPES = ("float32", "float16", "bfloat16")
-_REQUIRED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-_DEFAULTS = _REQUIRED | {
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+}
+_DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen3": {"max_position_embeddings": 32_768, "head_dim": 128},
+}
+_COMMON_DEFAULTS = {
+    "model_type": "llama",
     "quantization_config": None,
-    "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
@@ -233,11 +241,17 @@ def layer_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[Paramet
         yield parameter, [np.ascontiguousarray(each.T) if parameter.hf_transposed else each for each in tensors]
 
 
+def model_type(model: ModelConfig) -> str:
+    """The name of the architecture in other formats."""
+    return "qwen3" if model.qk_norm else "llama"
+
+
 def _config_json(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     sizes = {hf_name: getattr(model, name) for name, hf_name in _SIZES.items()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        **_REQUIRED,
+        "architectures": [_CLASSES[model_type(model)]],
+        "model_type": model_type(model),
+        **_REQUIRED[model_type(model)],
         **sizes,
         "num_key_value_heads": model.kv_heads or model.heads,
         "head_dim": model.width // model.heads,
@@ -284,26 +298,31 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def read_sizes(folder: Path) -> ModelConfig:
-    """The sizes of the Llama in `folder`, without the rows of a padded vocabulary, which no token has.
+    """The sizes of the model in `folder`, without the rows of a padded vocabulary, which no token has.
 
     Raises UsageError if it is not a Hugging Face folder, or jaxlm does not support its model.
     """
     file = folder / "config.json"
-    fields = _DEFAULTS | _read_json(file)
+    fields = _COMMON_DEFAULTS | _read_json(file)
+    kind = fields["model_type"]
+    if kind not in list(_REQUIRED):
+        raise UsageError(f"{file}: model_type is {kind!r:.100}, but jaxlm supports only {' and '.join(_REQUIRED)}")
+    fields = _REQUIRED[kind] | _DEFAULTS[kind] | fields
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise UsageError(f"{file} is damaged: rope_parameters must be a group")
     fields["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
-    for name, value in (_REQUIRED | {"quantization_config": None, "rope_type": "default"}).items():
+    for name, value in (_REQUIRED[kind] | {"quantization_config": None, "rope_type": "default"}).items():
         if fields[name] != value:
             raise UsageError(f"{file}: {name} is {fields[name]!r:.100}, but jaxlm supports only {value!r}")
     try:
         sizes = {name: fields[hf_name] for name, hf_name in _SIZES.items() if name != "kv_heads"}
         kv_heads = fields.get(_SIZES["kv_heads"]) or 0
-        model = model_config(sizes | {"kv_heads": 0 if kv_heads == sizes["heads"] else kv_heads})
+        sizes |= {"kv_heads": 0 if kv_heads == sizes["heads"] else kv_heads, "qk_norm": kind == "qwen3"}
+        model = model_config(sizes)
     except KeyError as error:
-        raise UsageError(f"{file} has no {error}: choose the folder of a Llama") from error
+        raise UsageError(f"{file} has no {error}: choose the folder of a Llama or a Qwen3") from error
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
     if fields.get("head_dim") not in (None, model.width // model.heads):
@@ -349,7 +368,7 @@ def _take(parameter: Parameter, tensors: dict[str, np.ndarray], folder: Path, ro
     layers = []
     for name in parameter.names(parameter.hf_name):
         if name not in tensors:
-            raise UsageError(f"{folder} has no tensor {name}: it is incomplete, or not a Llama")
+            raise UsageError(f"{folder} has no tensor {name}: it is incomplete, or of another model")
         tensor = tensors.pop(name)
         if tensor.shape != shape:
             raise UsageError(

@@ -21,7 +21,7 @@ tags:
 
 # A language model of {parameters:,} parameters
 
-Llama's architecture, trained with jaxlm. Load this folder with `transformers`:
+{architecture}'s architecture, trained with jaxlm. Load this folder with `transformers`:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,6 +62,7 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
     config = dataclasses.replace(config, data=data, init_from=_base_name(config.init_from))
     return _CARD.format(
         parameters=parameters,
+        architecture="Qwen3" if config.model.qk_norm else "Llama",
         config=config,
         model=config.model,
         start=config.init_from or f"random weights, seed {config.seed}",

@@ -67,7 +67,7 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
 
 
 def load(folder: Path, platform: str, precision: str = "auto") -> LoadedModel:
-    """Loads the Llama in a Hugging Face folder. Raises UsageError if the folder has none.
+    """Loads the Llama or Qwen3 in a Hugging Face folder. Raises UsageError if the folder has none.
 
     `platform` and `precision` are those of the computation.
     """

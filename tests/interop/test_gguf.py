@@ -1,5 +1,7 @@
 """The GGUF file, read back by llama.cpp's own package."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,9 @@ gguf = pytest.importorskip("gguf")
 
 SIZES = {"vocab_size": 300, "context": 16, "layers": 2, "heads": 4, "kv_heads": 2, "width": 64, "mlp_width": 96}
 CONFIG = ModelConfig(**SIZES, rope_theta=500.0, norm_eps=1e-5)
+
+
+QWEN3 = replace(CONFIG, qk_norm=True)
 
 
 def random_params(config):
@@ -52,6 +57,8 @@ def test_the_metadata_are_those_that_llama_cpp_reads(written):
         "llama.feed_forward_length": 96,
         "llama.attention.head_count": 4,
         "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
         "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
         "llama.rope.dimension_count": 16,
         "llama.rope.freq_base": 500.0,
@@ -89,6 +96,23 @@ def test_the_tensors_are_the_parameters(written, params):
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         atol = np.abs(value).max() * {"f32": 0, "f16": 1e-3, "q8_0": 1e-2}[dtype]
         np.testing.assert_allclose(values, value, rtol=0, atol=atol)
+
+
+def test_norms_of_queries_and_keys_make_a_qwen3(tmp_path):
+    """It rotates the halves of a head, so no rows are reordered."""
+    params = random_params(QWEN3)
+    write_gguf(tmp_path / "model.gguf", QWEN3, params, "f16")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    fields, tensors = metadata(reader), {tensor.name: tensor for tensor in reader.tensors}
+    assert fields["general.architecture"] == "qwen3"
+    assert [fields[f"qwen3.attention.{name}_length"] for name in ("key", "value")] == [16, 16]
+    assert (fields["qwen3.rope.freq_base"], fields["qwen3.attention.head_count_kv"]) == (500.0, 2)
+    assert not any(name.startswith("llama.") for name in fields)
+    for name in ("query", "key"):
+        norm, matrix = tensors[f"blk.1.attn_{name[0]}_norm.weight"], tensors[f"blk.1.attn_{name[0]}.weight"]
+        assert norm.tensor_type.name == "F32"
+        np.testing.assert_array_equal(norm.data, params["blocks"][f"{name}_norm"][1])
+        np.testing.assert_array_equal(matrix.data, params["blocks"][name][1].T.astype(np.float16))
 
 
 def test_the_mark_is_that_of_the_tensors(tmp_path, params):

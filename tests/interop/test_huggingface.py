@@ -40,6 +40,7 @@ SIZES = {"vocab_size": 300, "context": 16, "layers": 3, "heads": 4, "width": 16,
 MODELS = {
     "tied": ModelConfig(**SIZES),
     "shared": ModelConfig(**SIZES, kv_heads=2, tied=False, rope_theta=500_000.0, norm_eps=1e-5),
+    "qk_norm": ModelConfig(**SIZES, qk_norm=True),
 }
 TEXT = "Once upon a time,  there\twas\n\n a Ünïcödé 日本語 😀 king's 123 <|endoftext|> \x00 end  "
 
@@ -81,12 +82,11 @@ def test_the_folder_has_the_files_that_other_programs_read(written):
 
 def test_the_json_files_describe_the_model(written):
     model, _, folder = written
-    assert json.loads((folder / "config.json").read_text()) == {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
+    assert json.loads((folder / "config.json").read_text()) == (qwen3 if model.qk_norm else llama) | {
         "hidden_act": "silu",
         "attention_bias": False,
-        "mlp_bias": False,
         "vocab_size": 300,
         "max_position_embeddings": 16,
         "num_hidden_layers": 3,
@@ -117,7 +117,10 @@ def test_the_json_files_describe_the_model(written):
 def test_matrices_are_transposed_and_each_layer_has_its_own(written):
     model, params, folder = written
     tensors = load_file(folder / "model.safetensors")
-    assert len(tensors) == 2 + 9 * model.layers + (not model.tied)
+    assert len(tensors) == 2 + (9 + 2 * model.qk_norm) * model.layers + (not model.tied)
+    if model.qk_norm:
+        scales = params["blocks"]["key_norm"]
+        np.testing.assert_array_equal(tensors["model.layers.1.self_attn.k_norm.weight"], scales[1])
     np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], params["embedding"])
     np.testing.assert_array_equal(tensors["model.layers.2.self_attn.k_proj.weight"], params["blocks"]["key"][2].T)
     np.testing.assert_array_equal(tensors["model.layers.1.mlp.down_proj.weight"], params["blocks"]["down"][1].T)
@@ -220,9 +223,41 @@ def test_config_json_of_other_programs_is_read(folder, fields, expected):
 
 
 @pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"head_dim": 4, "use_sliding_window": "absent", "sliding_window": 4096, "max_window_layers": 3}, {}),
+        ({"max_position_embeddings": "absent"}, {"context": 32_768}),
+        ({"num_key_value_heads": 2, "rms_norm_eps": 1e-5}, {"kv_heads": 2, "norm_eps": 1e-5}),
+    ],
+)
+def test_config_json_of_a_qwen3_is_read(tmp_path, fields, expected):
+    model = MODELS["qk_norm"]
+    folder = write_model(tmp_path / "model", Config(model=model), random_params(model), "")
+    change(folder / "config.json", **fields)
+    assert read_sizes(folder) == dataclasses.replace(model, **expected)
+    for refused, named in (({"head_dim": "absent"}, "head_dim is 128"), ({"use_sliding_window": True}, "sliding")):
+        change(folder / "config.json", **refused)
+        with pytest.raises(UsageError, match=named):
+            read_sizes(folder)
+
+
+def test_norms_of_queries_and_keys_belong_to_a_qwen3(tmp_path):
+    folders = {name: tmp_path / name for name in ("qk_norm", "tied")}
+    for name, folder in folders.items():
+        write_model(folder, Config(model=MODELS[name]), random_params(MODELS[name]), "")
+    with pytest.raises(UsageError, match=r"contains the tensor .*\.[qk]_norm\.weight"):
+        read_params(folders["qk_norm"], MODELS["tied"])
+    with pytest.raises(UsageError, match=r"no tensor .*\.q_norm\.weight"):
+        read_params(folders["tied"], MODELS["qk_norm"])
+    with pytest.raises(UsageError, match=r"add --config\.model\.qk_norm=True$"):
+        check_init(Config(model=MODELS["tied"], init_from=str(folders["qk_norm"])))
+
+
+@pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "gpt2"}, "gpt2.* llama and qwen3"),
+        ({"model_type": ["llama"]}, "model_type"),
         ({"model_type": "absent", "hidden_size": "absent"}, "hidden_size"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
