@@ -33,7 +33,7 @@ from jaxlm.core.generate import generate
 from jaxlm.core.model import Decoder, init_params, loss_and_gradient, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, val_batches
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import named_tensors, write_model
 from jaxlm.main import open_data
@@ -51,15 +51,16 @@ class Subject:
 
     config: ModelConfig
     params: Any
+    tokenizer: Tokenizer
     folder: Path  # in Hugging Face's format
     gguf: Path
 
 
-def export(directory: Path, config: Config, params: Any) -> Subject:
+def export(directory: Path, config: Config, params: Any, tokenizer: Tokenizer) -> Subject:
     """Writes `params` in both formats."""
-    folder, file = write_model(directory / "model", config, params, ""), directory / "model.gguf"
-    write_gguf(file, config.model, params, "f32")
-    return Subject(config.model, params, folder, file)
+    folder, file = write_model(directory / "model", config, params, tokenizer, ""), directory / "model.gguf"
+    write_gguf(file, config.model, params, tokenizer, "f32")
+    return Subject(config.model, params, tokenizer, folder, file)
 
 
 def worst(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -178,8 +179,7 @@ def texts_differing(subject: Subject, encode: Callable[[str], list[int]]) -> tup
     texts = [*json.loads((folder / "odd_texts.json").read_text()), *(path.read_text() for path in folder.glob("*.py"))]
     assigned = [chr(code) for code in range(1, sys.maxunicode) if unicodedata.category(chr(code))[0] != "C"]
     texts += ["".join(f"a{c}b {c}{c}" for c in assigned[first : first + 256]) for first in range(0, len(assigned), 256)]
-    tokenizer = load_tokenizer(subject.config.vocab_size)
-    wrong = [text for text in texts if list(encode(text)) != tokenizer.encode(text).tolist()]
+    wrong = [text for text in texts if list(encode(text)) != subject.tokenizer.encode(text).tolist()]
     for text in wrong:
         print(f"different ids: {text[:70]!r}")
     return f"texts of {len(texts)} with different token ids", len(wrong)
@@ -207,7 +207,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="of a finished run")
     args = parser.parse_args()
-    step, run, _, model, params = restore(args.workdir, None, "cpu")
+    checkpoint = restore(args.workdir, None, "cpu")
+    step, run, _, model, params = checkpoint
     config = replace(run, model=model)
     tokens = open_data(config)
     print("| model | program | compared | largest difference |\n|---|---|---|---|")
@@ -217,7 +218,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         name = f"{args.workdir.name}, step {step:,}"
-        trained = export(Path(directory, "trained"), config, params)
+        trained = export(Path(directory, "trained"), config, params, checkpoint.tokenizer)
         for row in compare(trained, np.array(tokens.val[: config.model.context], np.int64)):
             show(name, *row)
         if step == config.max_steps:  # only then, the run has read the whole validation text
@@ -226,8 +227,9 @@ def main() -> None:
             show(name, "transformers", f"bits per byte of the validation text: {bits:.6f}", abs(bits - last[BITS]))
         for name, qk_norm in (("60M shape, random weights", False), ("60M shape, random weights, qk_norm", True)):
             preset, params = random_preset(qk_norm)
+            tokenizer = load_tokenizer(preset.model.vocab_size)
             ids = np.random.default_rng(0).integers(0, preset.model.vocab_size, preset.model.context)
-            for row in compare(export(Path(directory, name), preset, params), ids):
+            for row in compare(export(Path(directory, name), preset, params, tokenizer), ids):
                 show(name, *row)
 
 

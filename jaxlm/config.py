@@ -24,6 +24,8 @@ PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
 OPTIMIZERS = ("adamw", "muon")  # the functions are in core/optimizer.py
 LR_SCHEDULES = ("cosine", "linear")  # likewise
 IMPLEMENTATIONS = ("auto", "xla", "cpu", "cuda", "hopper", "apple")
+SMALLEST_VOCABULARY = 257  # the 256 bytes and end-of-text
+TOKENIZERS = {"gpt2": 50_257, "own": 65_536}  # and the largest vocabulary of each; an id has 16 bits
 
 # Names of settings in old config files and checkpoints, and their present names. If several old names are of
 # one setting, the last of them wins.
@@ -123,7 +125,7 @@ def _nearest(name: str, names: Collection[str]) -> str:
 class ModelConfig:
     """The decoder: sizes, initialisation and how it is computed."""
 
-    vocab_size: int = setting(50_257, low=1, fixed=True)  # tokens; a smaller vocabulary has GPT-2's first ones
+    vocab_size: int = setting(50_257, low=1, fixed=True)  # tokens of the vocabulary
     context: int = setting(1024, low=1, fixed=True)  # tokens in a sequence
     layers: int = setting(8, low=1, fixed=True)  # blocks, each of attention and an MLP
     heads: int = setting(8, low=1, fixed=True)  # attention heads, each of width / heads numbers
@@ -186,6 +188,7 @@ class DataConfig:
 
     corpus: str = setting("novels", paths=True)  # a name, or paths and patterns between commas (`\,` in a name)
     dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: data/CORPUS-VOCABULARY
+    tokenizer: str = setting("gpt2", TOKENIZERS, fixed=True)  # gpt2 (its first tokens), or own: learnt from the corpus
     val_fraction: float = setting(0.01, above=0, below=1, fixed=True)  # of the text, held out for validation
     eval_sequences: int = setting(64, low=0)  # of `context` tokens, per evaluation, evenly spaced; 0: the whole text
 
@@ -247,11 +250,7 @@ class Config:
             raise UsageError(
                 f"keep_every {self.keep_every} is no multiple of save_interval {self.save_interval}: choose one, or 0"
             )
-        if not 257 <= self.model.vocab_size <= 50_257:
-            raise UsageError(
-                f"model.vocab_size is {self.model.vocab_size}: the tokenizer (GPT-2's) has prefixes of 257 to 50257"
-                " tokens"
-            )
+        check_vocab_size(self.data.tokenizer, self.model.vocab_size, "model.vocab_size")
         if self.optimizer.warmup_steps >= self.max_steps:
             raise UsageError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of max_steps {self.max_steps}:"
@@ -267,6 +266,15 @@ class Config:
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step."""
         return self.batch_size * self.grad_accum_steps * self.model.context
+
+
+def check_vocab_size(tokenizer: str, vocab_size: int, name: str) -> None:
+    """Raises UsageError, which names the setting or flag, if this tokenizer cannot have so many tokens."""
+    largest = TOKENIZERS[tokenizer]
+    if not SMALLEST_VOCABULARY <= vocab_size <= largest:
+        raise UsageError(
+            f"{name} is {vocab_size}: choose {SMALLEST_VOCABULARY} to {largest} for the tokenizer {tokenizer}"
+        )
 
 
 def check_name(name: str) -> None:

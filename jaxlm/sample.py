@@ -22,7 +22,7 @@ from jaxlm.config import PLATFORMS, PRECISIONS, Config, SampleConfig
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import sampling_params
-from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
+from jaxlm.data.tokenizer import encode_prompts
 from jaxlm.errors import RunError, UsageError
 from jaxlm.run.load import LoadedModel, load, restore
 from jaxlm.run.quiet import quiet_libraries
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     else:
         checkpoint = restore(args.workdir, args.step, args.platform, args.precision)
         weights = prepare_decode_params(checkpoint.model, checkpoint.params)
-        loaded = LoadedModel(checkpoint.model, weights, load_tokenizer(checkpoint.model.vocab_size))
+        loaded = LoadedModel(checkpoint.model, weights, checkpoint.tokenizer)
         print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
     if args.stdin:
         _print_all(loaded, _from_stdin(loaded), args)

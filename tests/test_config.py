@@ -21,6 +21,7 @@ FIXED = {
     "seed",
     "init_from",
     "data.val_fraction",
+    "data.tokenizer",
     "model.output_init",
     "model.vocab_size",
     "model.context",

@@ -52,7 +52,7 @@ def subject(request, tmp_path_factory, optimized_compilation):
     if request.param == "quickstart":
         _, checkpoint, tokens = request.getfixturevalue("run")
         ids = np.array(tokens.val[: checkpoint.config.model.context], np.int64)
-        return interop.export(place, checkpoint.config, checkpoint.params), ids
+        return interop.export(place, checkpoint.config, checkpoint.params, checkpoint.tokenizer), ids
     if request.param == "preset":
         config, params = interop.random_preset(qk_norm=False)
         length = 512
@@ -71,7 +71,7 @@ def subject(request, tmp_path_factory, optimized_compilation):
         config, params = Config(model=model), interop.random_params(model)
         length = 256
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, length)
-    return interop.export(place, config, params), ids
+    return interop.export(place, config, params, load_tokenizer(config.model.vocab_size)), ids
 
 
 @pytest.mark.parametrize("program", interop.PEERS)
@@ -89,11 +89,12 @@ def test_logits_gradients_texts_and_token_ids_are_those_of_jaxlm(subject, progra
 def test_llama_cpp_reads_the_smaller_files(run, tmp_path, dtype, tolerance):
     llama_cpp = pytest.importorskip("llama_cpp")
     _, checkpoint, tokens = run
-    write_gguf(tmp_path / "model.gguf", checkpoint.model, checkpoint.params, dtype)
+    write_gguf(tmp_path / "model.gguf", checkpoint.model, checkpoint.params, checkpoint.tokenizer, dtype)
     model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, logits_all=True, verbose=False)
     ids = np.array(tokens.val[:128], np.int64)
     model.eval(ids.tolist())
-    ours = interop.logits(interop.Subject(checkpoint.model, checkpoint.params, Path(), Path()), ids)
+    subject = interop.Subject(checkpoint.model, checkpoint.params, checkpoint.tokenizer, Path(), Path())
+    ours = interop.logits(subject, ids)
     assert interop.worst(model.scores[:128], ours) < tolerance
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.core.parameters import Params
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.interop.huggingface import layer_tensors, model_type
 from jaxlm.interop.mark import KEY, Mark, tensors_sha256
@@ -26,7 +26,7 @@ def require_gguf() -> None:
         raise UsageError("a GGUF file needs the gguf package: pip install gguf")
 
 
-def write_gguf(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
+def write_gguf(file: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str) -> None:
     """Writes the model and its tokenizer, matrices in one of DTYPES and norms in float32; replaces the file atomically.
 
     Raises:
@@ -35,7 +35,7 @@ def write_gguf(file: Path, config: ModelConfig, params: Params, dtype: str) -> N
     """
     try:
         with atomic.new_directory(file.parent), atomic.new_file(file) as temporary:
-            _write(temporary, config, params, dtype)
+            _write(temporary, config, params, tokenizer, dtype)
     except OSError as error:
         raise RunError(f"cannot write {file} ({error}): {disk_advice(error)}, run the same command again") from error
 
@@ -53,7 +53,7 @@ def read_mark(file: Path) -> Mark:
         return Mark()
 
 
-def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
+def _write(file: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(file, model_type(config))
@@ -71,7 +71,6 @@ def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     writer.add_rope_dimension_count(config.width // config.heads)
     writer.add_rope_freq_base(config.rope_theta)
 
-    tokenizer = load_tokenizer(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokenizer.names())

@@ -88,7 +88,7 @@ class ForeignTokenizer:
         return self.tokenizer.decode([int(i) for i in ids])
 
 
-def write_model(folder: Path, config: Config, params: Params, card: str) -> Path:
+def write_model(folder: Path, config: Config, params: Params, tokenizer: Tokenizer, card: str) -> Path:
     """Writes the model in float32, its tokenizer and the model card into `folder`, and returns it.
 
     Other files of the folder stay, and so do the texts that a person wrote or edited (see `edited_texts`). If the
@@ -104,7 +104,7 @@ def write_model(folder: Path, config: Config, params: Params, card: str) -> Path
     tensors = named_tensors(config.model, params)
     try:
         with atomic.new_directory(folder):
-            _update(folder, tensors, _texts(config, card))
+            _update(folder, tensors, _texts(config, tokenizer, card))
     except OSError as error:
         raise RunError(f"cannot write {folder} ({error}): {disk_advice(error)}, run the same command again") from error
     return folder
@@ -194,9 +194,8 @@ def _write_weights(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapp
             out.write(tensor.astype("<f4", order="C", copy=False).data)
 
 
-def _texts(config: Config, card: str) -> dict[str, bytes]:
+def _texts(config: Config, tokenizer: Tokenizer, card: str) -> dict[str, bytes]:
     """The folder's files but for the weights."""
-    tokenizer = load_tokenizer(config.model.vocab_size)
     tokenizer_json = _tokenizer_json(tokenizer)
     files = {
         CONFIG: _config_json(config.model, tokenizer),

@@ -36,7 +36,7 @@ def params():
 @pytest.fixture(scope="module", params=["f32", "f16", "q8_0"])
 def written(request, tmp_path_factory, params):
     file = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    write_gguf(file, CONFIG, params, request.param)
+    write_gguf(file, CONFIG, params, load_tokenizer(300), request.param)
     return request.param, gguf.GGUFReader(file)
 
 
@@ -117,10 +117,10 @@ def test_norms_of_queries_and_keys_make_a_qwen3(tmp_path):
 
 def test_the_mark_is_that_of_the_tensors(tmp_path, params):
     file = tmp_path / "model.gguf"
-    write_gguf(file, CONFIG, params, "q8_0")
+    write_gguf(file, CONFIG, params, load_tokenizer(300), "q8_0")
     assert read_mark(file).sound
     first = file.read_bytes()
-    write_gguf(file, CONFIG, params, "q8_0")
+    write_gguf(file, CONFIG, params, load_tokenizer(300), "q8_0")
     assert file.read_bytes() == first
     for content in (first[:-1] + bytes([first[-1] ^ 1]), first[: len(first) // 2], b"", b"GGUF"):
         file.write_bytes(content)
@@ -138,7 +138,7 @@ def test_rotating_adjacent_reordered_rows_is_rotating_halves():
 
 def test_rows_that_do_not_fill_a_block_of_32_are_float16(tmp_path):
     narrow = ModelConfig(vocab_size=300, context=16, layers=1, heads=2, width=16, mlp_width=32)
-    write_gguf(tmp_path / "model.gguf", narrow, random_params(narrow), "q8_0")
+    write_gguf(tmp_path / "model.gguf", narrow, random_params(narrow), load_tokenizer(300), "q8_0")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert kinds["blk.0.ffn_up.weight"] == "F16"
     assert kinds["blk.0.ffn_down.weight"] == "Q8_0"

@@ -23,6 +23,7 @@ from jaxlm.config import Config, ModelConfig, SampleConfig
 from jaxlm.core.parameters import tree_of
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.errors import RunError, UsageError
+from jaxlm.interop import huggingface
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import (
     ForeignTokenizer,
@@ -31,7 +32,6 @@ from jaxlm.interop.huggingface import (
     read_params,
     read_sizes,
     read_tokenizer,
-    write_model,
 )
 from jaxlm.storage import atomic
 from tests.tiny_run import disk_room, is_one_line, listing
@@ -43,6 +43,11 @@ MODELS = {
     "qk_norm": ModelConfig(**SIZES, qk_norm=True),
 }
 TEXT = "Once upon a time,  there\twas\n\n a Ünïcödé 日本語 😀 king's 123 <|endoftext|> \x00 end  "
+
+
+def write_model(folder, config, params, card):
+    """Writes a model with GPT-2's tokenizer."""
+    return huggingface.write_model(folder, config, params, load_tokenizer(config.model.vocab_size), card)
 
 
 def random_params(model):
@@ -150,7 +155,7 @@ def test_an_unknown_or_missing_parameter_is_an_error(tmp_path, leaf):
     with pytest.raises(ValueError, match=leaf):
         write_model(tmp_path / "model", Config(model=model), params, "")
     with pytest.raises(ValueError, match=leaf):
-        write_gguf(tmp_path / "model.gguf", model, params, "f32")
+        write_gguf(tmp_path / "model.gguf", model, params, load_tokenizer(300), "f32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -636,7 +641,7 @@ def test_a_gguf_file_is_synced_before_it_replaces_an_earlier_one(tmp_path, monke
     log, replace = [], Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, target: (log.append(target.name), replace(self, target)))
     monkeypatch.setattr(atomic, "sync", lambda path: log.append(f"sync {atomic.leftover_of(path.name) or path.name}"))
-    write_gguf(tmp_path / "model.gguf", MODELS["tied"], random_params(MODELS["tied"]), "f32")
+    write_gguf(tmp_path / "model.gguf", MODELS["tied"], random_params(MODELS["tied"]), load_tokenizer(300), "f32")
     assert log == ["sync model.gguf", "model.gguf", f"sync {tmp_path.name}"]
 
 
