@@ -8,7 +8,8 @@ whole schedule. Both programs read the same token files in the same order, and t
 
 All runs are loaded and compiled first, each in its own process. Then they alternate: in each of `--rounds` rounds every
 run trains the same part of its steps, while the others wait. The table shows seconds of training; compilation (with one
-micro-batch) and evaluation are measured apart. Compilation is faster where jax or PyTorch have cached a program.
+micro-batch) and evaluation (for jaxlm with its compilation) are measured apart. Compilation is faster where jax or
+PyTorch have cached a program.
 
 Each run is a JSON line in `--results`. A seed whose runs are all in that file is not run again.
 """

@@ -31,7 +31,7 @@ ADAMW = OptimizerConfig(
     b1=0.8,
     b2=0.9,
     weight_decay=0.5,
-    clip_norm=0.3,
+    clip_norm=1.0,
 )
 CONFIG = Config(batch_size=3, grad_accum_steps=2, max_steps=8, model=MODEL, optimizer=ADAMW)
 
@@ -86,12 +86,14 @@ def test_training_has_the_losses_and_the_weights_of_jaxlm(uncompiled):
     copy_weights(peer.model, state.params)
     rng = np.random.default_rng(1)
     batches = rng.integers(MODEL.vocab_size, size=(config.max_steps, 2, 3, MODEL.context + 1), dtype=np.int32)
-    train_step = make_train_step(config)
+    batches[3] = 7  # one token alone has a gradient that is clipped; those of the other steps are not
+    train_step, norms = make_train_step(config), []
     for step_batches in batches:
         for ids in step_batches:
             state, metrics = train_step(state, ids)
-        assert metrics.grad_norm > ADAMW.clip_norm
+        norms.append(float(metrics.grad_norm))
         peer.train(map(peer.to_device, step_batches), 1)
+    assert [norm > ADAMW.clip_norm for norm in norms] == [step == 3 for step in range(config.max_steps)]
     copy_weights(trained, state.params)
     expected, actual = weights_of(trained), weights_of(peer.model)
     for name, weight in expected.items():
