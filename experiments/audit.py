@@ -3,10 +3,10 @@
     python -m experiments.audit
 
 The programs of the 60M preset (a training step, an evaluation step, prefill, a decode step, the checksums of a
-checkpoint) are lowered for each platform, and every operation is checked. Nothing is compiled or computed.
-`apple_operations.json` lists the operations that each plugin converts. jaxlib's own pass first decomposes CHLO into
-StableHLO, as XLA does before it gives a program to a plugin (SerializeUsingVersionedStablehlo in its
-pjrt/mlir_to_hlo.cc), except the operations that XLA passes on whole, `WHOLE`: the plugin must list those. So
+checkpoint), without and with `model.qk_norm`, are lowered for each platform, and every operation is checked. Nothing is
+compiled or computed. `apple_operations.json` lists the operations that each plugin converts. jaxlib's own pass first
+decomposes CHLO into StableHLO, as XLA does before it gives a program to a plugin (SerializeUsingVersionedStablehlo in
+its pjrt/mlir_to_hlo.cc), except the operations that XLA passes on whole, `WHOLE`: the plugin must list those. So
 chlo.square, the only CHLO here (under jax 0.10.2; there is none under 0.4.34), is a multiplication when it reaches
 METAL, whose list lacks it. A violation names the line of jaxlm that it comes from. The program ends with 1 if there is
 one.
@@ -19,6 +19,7 @@ jax-mps registers lowerings of its own in Python, which run on Linux too:
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -70,10 +71,12 @@ class Violation:
         return f"{self.line}: {self.operation}: {self.reason}"
 
 
-def preset(platform: str) -> Config:
-    """The 60M preset as it runs on a platform, by jax's name."""
+def preset(platform: str, qk_norm: bool = False) -> Config:
+    """The 60M preset as it runs on a platform, by jax's name; with norms of queries and keys if `qk_norm`."""
     device: Any = SimpleNamespace(platform=platform)
-    return backend.resolve_run(from_config_dict(m2_60m.get_config()), device)
+    settings = m2_60m.get_config()
+    settings.model.qk_norm = qk_norm
+    return backend.resolve_run(from_config_dict(settings), device)
 
 
 @functools.cache  # both platforms share what is traced
@@ -212,9 +215,10 @@ def main() -> int:
         use_lowerings_of_jax_mps()
     print(f"jax {jax.__version__}\n\n| program | platform | operations | kinds | violations |\n|---|---|---|---|---|")
     wrong: list[Violation] = []
-    for platform in backend.APPLE:
-        for name, counts, found in audit(preset(platform), platform):
-            print(f"| {name} | {platform} | {counts.total():,} | {len(counts)} | {len(found)} |")
+    for platform, qk_norm in itertools.product(backend.APPLE, (False, True)):
+        for name, counts, found in audit(preset(platform, qk_norm), platform):
+            program = f"{name}, qk_norm" if qk_norm else name
+            print(f"| {program} | {platform} | {counts.total():,} | {len(counts)} | {len(found)} |")
             wrong += found
     print("\n".join(["", *dict.fromkeys(map(str, wrong))]))
     return min(len(wrong), 1)

@@ -32,8 +32,9 @@ def array(*shape, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("platform", APPLE)
-def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform):
-    seen = list(audit(preset(platform), platform))
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform, qk_norm):
+    seen = list(audit(preset(platform, qk_norm), platform))
     assert [name for name, _, _ in seen] == ["training step", "evaluation step", "sampling", "saving"]
     for name, counts, wrong in seen:
         assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"

@@ -1,6 +1,7 @@
-"""The losses of the quickstart's first steps, compared with committed ones: a refactoring must not change them.
+"""The losses of first steps, compared with committed ones: a refactoring must not change them.
 
-`python -m tests.run.test_golden_losses` writes those of the installed version of jax. A version that has none is
+The runs are the quickstart, and the quickstart with other settings of its model.
+`python -m tests.run.test_golden_losses` writes the losses for the installed version of jax. A version that has none is
 compared with the newest one that has.
 """
 
@@ -20,13 +21,15 @@ from jaxlm.main import open_data
 from jaxlm.prepare import prepare
 
 GOLDEN = Path(__file__).parents[1] / "golden_losses"
+CASES = {"": {}, "qk_norm-": {"qk_norm": True}}  # settings of the model, by what the names of their files start with
 STEPS = 50
 TOLERANCE = 2e-3  # relative; CPUs sum in different orders, which shows in the fourth digit after 50 steps
 
 
-def first_losses(directory):
-    """The losses [STEPS] of the quickstart on its data, prepared in `directory`."""
+def first_losses(directory, changes):
+    """The losses [STEPS] of the quickstart, with these settings of its model, on its data, prepared in `directory`."""
     settings = quickstart.get_config()
+    settings.model.update(changes)
     settings.data.dir = str(directory)
     config = from_config_dict(settings)
     prepare(config.data.corpus, directory, config.model.vocab_size, config.data.val_fraction)
@@ -42,11 +45,12 @@ def first_losses(directory):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized_compilation")
-def test_the_first_losses_are_the_committed_ones(tmp_path):
-    file = GOLDEN / f"jax-{jax.__version__}.json"
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.rstrip("-") or "quickstart")
+def test_the_first_losses_are_the_committed_ones(tmp_path, case):
+    file = GOLDEN / f"{case}jax-{jax.__version__}.json"
     if not file.is_file():  # a version of jax that nobody has written them for
-        file = max(GOLDEN.glob("jax-*.json"), key=lambda file: Version(file.stem.removeprefix("jax-")))
-    expected, losses = json.loads(file.read_text()), first_losses(tmp_path)
+        file = max(GOLDEN.glob(f"{case}jax-*.json"), key=lambda file: Version(file.stem.removeprefix(f"{case}jax-")))
+    expected, losses = json.loads(file.read_text()), first_losses(tmp_path, CASES[case])
     assert losses == pytest.approx(expected, rel=TOLERANCE), (
         "The first losses of the quickstart have changed. If you meant to change no number (a refactoring, a"
         " faster kernel), this is a bug. If you meant to (another initialisation, schedule, default or order of the"
@@ -59,6 +63,7 @@ if __name__ == "__main__":
     import tempfile
 
     GOLDEN.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as place:
-        losses = first_losses(Path(place))
-    (GOLDEN / f"jax-{jax.__version__}.json").write_text(json.dumps(losses) + "\n")
+    for case, changes in CASES.items():
+        with tempfile.TemporaryDirectory() as place:
+            losses = first_losses(Path(place), changes)
+        (GOLDEN / f"{case}jax-{jax.__version__}.json").write_text(json.dumps(losses) + "\n")
