@@ -38,6 +38,7 @@ from jaxlm.run.workdir import CHECKPOINTS, NEVER_SAVED, saved_steps
 from jaxlm.storage import atomic
 
 FILES = "files.json"
+META_BYTES = 2**21  # at most, of the files beside the arrays; the largest own vocabulary takes two thirds
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
 ZERO_BETWEEN_STEPS = r"skipped_in_a_row|loss_sum|opt_state\.(mini_step|acc_grads|skip_state\['should_skip'\])"
@@ -340,7 +341,7 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def _size(items: Arrays) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)) + 2**20
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)) + META_BYTES
 
 
 def _check_files(checkpoint: Path, items: set[str]) -> None:
