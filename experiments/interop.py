@@ -174,15 +174,22 @@ def differing(tokens: list[int], expected: list[int]) -> int:
 
 
 def texts_differing(subject: Subject, encode: Callable[[str], list[int]]) -> tuple[str, int]:
-    """The number of texts whose ids differ from tiktoken's: unusual ones, code, and every character of Unicode."""
-    folder = Path(__file__).parent
-    texts = [*json.loads((folder / "odd_texts.json").read_text()), *(path.read_text() for path in folder.glob("*.py"))]
-    assigned = [chr(code) for code in range(1, sys.maxunicode) if unicodedata.category(chr(code))[0] != "C"]
-    texts += ["".join(f"a{c}b {c}{c}" for c in assigned[first : first + 256]) for first in range(0, len(assigned), 256)]
+    """The number of `odd_texts` whose ids differ from tiktoken's."""
+    texts = odd_texts()
     wrong = [text for text in texts if list(encode(text)) != subject.tokenizer.encode(text).tolist()]
     for text in wrong:
         print(f"different ids: {text[:70]!r}")
     return f"texts of {len(texts)} with different token ids", len(wrong)
+
+
+def odd_texts() -> list[str]:
+    """Unusual texts, code, and every character of Unicode."""
+    folder = Path(__file__).parent
+    texts = [*json.loads((folder / "odd_texts.json").read_text()), *(path.read_text() for path in folder.glob("*.py"))]
+    assigned = [chr(code) for code in range(1, sys.maxunicode) if unicodedata.category(chr(code))[0] != "C"]
+    return texts + [
+        "".join(f"a{c}b {c}{c}" for c in assigned[first : first + 256]) for first in range(0, len(assigned), 256)
+    ]
 
 
 PEERS = {

@@ -64,7 +64,7 @@ class Meta:
         """Whether both token files exist and have the recorded size, and there is the vocabulary that they need."""
         files = {directory / TRAIN: self.train, directory / VAL: self.val}
         size = TOKEN_DTYPE.itemsize
-        if self.tokenizer_sha256 and not (directory / VOCABULARY).is_file():
+        if self.tokenizer != "gpt2" and not (directory / VOCABULARY).is_file():
             return False
         return all(path.is_file() and path.stat().st_size == size * file.tokens for path, file in files.items())
 
@@ -132,13 +132,18 @@ def open_tokens(directory: Path, vocab_size: int, context: int, tokenizer: str =
             raise UsageError(f"{path} is missing: {PREPARE}")
     meta = read_meta(directory)
     train, val = (_open_ids(directory / name, vocab_size, meta) for name in (TRAIN, VAL))
+    if meta is None and tokenizer != "gpt2":
+        raise UsageError(
+            f"{directory} has no {META}, so its tokens are GPT-2's: set --config.data.tokenizer=gpt2, or"
+            " --config.data.dir to tokens that jaxlm.prepare --tokenizer own made"
+        )
     if meta and (meta.tokenizer, meta.vocab_size) != (tokenizer, vocab_size):
         flags = "--config.model.vocab_size" + " and --config.data.tokenizer" * (meta.tokenizer != tokenizer)
         raise UsageError(
             f"{directory} was prepared with tokenizer {meta.tokenizer} of {meta.vocab_size} tokens, not {tokenizer} of"
             f" {vocab_size}: set {flags} to match or prepare the text again"
         )
-    own = _open_tokenizer(directory, vocab_size, meta, tokenizer)
+    own = _open_tokenizer(directory, vocab_size, meta)
     sha256 = hashlib.sha256(train.data).hexdigest(), hashlib.sha256(val.data).hexdigest()
     if meta and (meta.train.sha256, meta.val.sha256) != sha256:
         raise UsageError(
@@ -164,13 +169,13 @@ def open_tokens(directory: Path, vocab_size: int, context: int, tokenizer: str =
     return files
 
 
-def _open_tokenizer(directory: Path, vocab_size: int, meta: Meta | None, tokenizer: str) -> Tokenizer:
-    """The tokenizer of the files in `directory`. Raises UsageError if it is an own one and not as meta.json says."""
+def _open_tokenizer(directory: Path, vocab_size: int, meta: Meta | None) -> Tokenizer:
+    """The tokenizer of the files in `directory`. Raises UsageError if VOCABULARY is not what `meta` says."""
     file = directory / VOCABULARY
-    if tokenizer == "gpt2":
+    if meta is None and os.path.lexists(file):
+        raise UsageError(f"{file} is not GPT-2's vocabulary, and {META} is missing beside it: restore it, or {PREPARE}")
+    if meta is None or meta.tokenizer == "gpt2":
         return load_tokenizer(vocab_size)
-    if meta is None:
-        raise UsageError(f"{directory} has no {META}, so its tokens are taken for GPT-2's: {PREPARE} --tokenizer own")
     try:
         raw = file.read_bytes()
         if hashlib.sha256(raw).hexdigest() != meta.tokenizer_sha256:

@@ -27,7 +27,8 @@ _WORD_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+
 _LONG_RUN = 1 << 18  # blanks in a row; tiktoken's regex engine fails on a million that precede other text
 _BLANK = r"[^\S\x1c-\x1f]"  # the engine's \s, in Python's syntax
 _INVISIBLE = [byte for byte in range(256) if byte == 0x20 or not chr(byte).isprintable()]
-BYTE_CHARACTERS = {byte: 0x100 + i for i, byte in enumerate(_INVISIBLE)}  # the other bytes are spelled in Latin-1
+_BYTE_CHARACTERS = {byte: 0x100 + i for i, byte in enumerate(_INVISIBLE)}  # the other bytes are spelled in Latin-1
+_CHARACTER_BYTES = {character: byte for byte, character in _BYTE_CHARACTERS.items()}
 
 
 class TokenizerProtocol(Protocol):
@@ -90,7 +91,7 @@ class Tokenizer:
 
     def names(self) -> list[str]:
         """Each token as GPT-2's vocab.json spells it, with one printable character for each byte."""
-        names = [token.decode("latin-1").translate(BYTE_CHARACTERS) for token in self.vocabulary[:-1]]
+        names = [token.decode("latin-1").translate(_BYTE_CHARACTERS) for token in self.vocabulary[:-1]]
         return [*names, END_OF_TEXT]
 
     def merges(self) -> list[str]:
@@ -150,6 +151,11 @@ def make_tokenizer(tokens: Sequence[bytes]) -> Tokenizer:
         special_tokens={END_OF_TEXT: len(tokens)},
     )
     return Tokenizer((*tokens, END_OF_TEXT.encode()), encoding)
+
+
+def token_of(name: str) -> bytes:
+    """The token that `Tokenizer.names` spells so. Raises ValueError if `name` has a character above them."""
+    return name.translate(_CHARACTER_BYTES).encode("latin-1")
 
 
 def from_bytes(raw: bytes) -> Tokenizer:

@@ -20,9 +20,17 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from jaxlm.config import Config, ModelConfig, SampleConfig, model_config
+from jaxlm.config import SMALLEST_VOCABULARY, TOKENIZERS, Config, ModelConfig, SampleConfig, model_config
 from jaxlm.core.parameters import Parameter, Params, check_tree, leaves_by_path, parameter_table, tree_of
-from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, TokenizerProtocol, load_tokenizer
+from jaxlm.data.tokenizer import (
+    END_OF_TEXT,
+    GPT2_VOCAB_SIZE,
+    Tokenizer,
+    TokenizerProtocol,
+    load_tokenizer,
+    make_tokenizer,
+    token_of,
+)
 from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.interop.mark import KEY as MARK_KEY
 from jaxlm.interop.mark import TEXTS_KEY, Mark, is_sealed, seal, tensors_sha256
@@ -53,6 +61,7 @@ _SIZES = {
     "tied": "tie_word_embeddings",
     "rope_theta": "rope_theta",
 }
+_OTHER_MERGING = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 _DTYPES = ("float32", "float16", "bfloat16")
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
 _REQUIRED: dict[str, dict[str, Any]] = {
@@ -398,12 +407,16 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def check_init(config: Config) -> None:
-    """Raises UsageError, with the flags to add, if a run cannot start from the model in `init_from`."""
+def check_init(config: Config, tokenizer: Tokenizer | None = None) -> None:
+    """Raises UsageError, with the flags to add, if a run cannot start from the model in `init_from`.
+
+    `tokenizer` is that of the run's tokens, None if they are not prepared yet.
+    """
     folder = Path(config.init_from)
     model = read_sizes(folder)
-    if not _own_tokenizer(_read_json(folder / "tokenizer.json"), model.vocab_size):
-        raise UsageError(f"init_from {folder} has another tokenizer: training supports only GPT-2's")
+    saved = _own_tokenizer(_read_json(folder / "tokenizer.json"), model.vocab_size)
+    if not saved:
+        raise UsageError(f"init_from {folder} has another tokenizer: training supports only GPT-2's and own ones")
     names = [
         field.name
         for field in dataclasses.fields(model)
@@ -413,21 +426,25 @@ def check_init(config: Config) -> None:
     if different:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in different.items())
         raise UsageError(f"init_from {folder} is a model of other sizes: add {flags}")
+    expected = load_tokenizer(model.vocab_size) if config.data.tokenizer == "gpt2" else tokenizer
+    if expected and expected.vocabulary != saved.vocabulary:
+        raise UsageError(
+            f"init_from {folder} has another vocabulary than this run: set --config.data.tokenizer to its tokenizer,"
+            " and if that is own, use the text from which it was learnt"
+        )
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
-    """The tokenizer of the model in `folder`; jaxlm's own if it is the same.
+    """The tokenizer of the model in `folder`; a `Tokenizer` if one gives the same ids.
 
-    Raises UsageError if there is none, or it needs `tokenizers`, which is not installed.
+    Raises UsageError if there is none.
     """
+    import tokenizers  # only now, because training does not need it
+
     file = folder / "tokenizer.json"
     content = _read_json(file)
-    if gpt2 := _own_tokenizer(content, vocab_size):
-        return gpt2
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UsageError(f"{file} is not GPT-2's tokenizer: pip install tokenizers to sample with it") from error
+    if own := _own_tokenizer(content, vocab_size):
+        return own
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
@@ -440,20 +457,43 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
 
 
 def _own_tokenizer(content: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
-    """jaxlm's tokenizer, if a tokenizer.json has its tokens and no other processing of the text."""
-    if not 256 < vocab_size <= GPT2_VOCAB_SIZE:
-        return None
-    gpt2 = load_tokenizer(vocab_size)
+    """The `Tokenizer` of a tokenizer.json: GPT-2's or a learnt one. None if no `Tokenizer` gives the same ids."""
     model, before, after = (content.get(name) or {} for name in ("model", "pre_tokenizer", "post_processor"))
-    same = (
+    same_processing = (
         all(isinstance(part, dict) for part in (model, before, after))
-        and model.get("vocab") == _vocabulary(gpt2)
         and content.get("normalizer") is None
         and (before.get("type"), before.get("add_prefix_space")) == ("ByteLevel", False)
         and before.get("use_regex", True) is True
         and after.get("type", "ByteLevel") == "ByteLevel"
     )
-    return gpt2 if same else None
+    vocab = model.get("vocab") if same_processing else None
+    if not isinstance(vocab, dict) or len(vocab) != vocab_size or vocab_size < SMALLEST_VOCABULARY:
+        return None
+    if vocab_size <= GPT2_VOCAB_SIZE and vocab == _vocabulary(gpt2 := load_tokenizer(vocab_size)):
+        return gpt2
+    return _learnt_tokenizer(content, vocab)
+
+
+def _learnt_tokenizer(content: Mapping[str, Any], vocab: Mapping[str, Any]) -> Tokenizer | None:
+    """The `Tokenizer` with the vocabulary and the merges of a tokenizer.json, if one has them."""
+    try:
+        *names, last = sorted(vocab, key=vocab.__getitem__)
+        tokens = [token_of(name) for name in names]
+        added = [token["content"] for token in content.get("added_tokens", [])]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges", [])]
+    except (TypeError, ValueError, LookupError):
+        return None
+    if {*tokens[:256]} != {bytes([byte]) for byte in range(256)} or len({*tokens}) < len(tokens):
+        return None
+    own = make_tokenizer(tokens)
+    same = (
+        len(vocab) <= TOKENIZERS["own"]
+        and [last, *added] == [END_OF_TEXT, END_OF_TEXT]
+        and not any(content["model"].get(name) for name in _OTHER_MERGING)
+        and _vocabulary(own) == vocab
+        and merges == own.merges()
+    )
+    return own if same else None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

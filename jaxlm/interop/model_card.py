@@ -33,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 | | |
 |---|---|
 | sizes | {model.layers} layers, {model.heads} heads, width {model.width}, MLP width {model.mlp_width}, \
-context {model.context}, vocabulary {model.vocab_size:,} (GPT-2's) |
+context {model.context}, vocabulary {model.vocab_size:,} ({tokenizer}) |
 | initialised from | {start} |
 | text | {text} |
 | trained | {step:,} of {steps:,} steps, {tokens:,} tokens |
@@ -65,6 +65,7 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
         architecture="Qwen3" if config.model.qk_norm else "Llama",
         config=config,
         model=config.model,
+        tokenizer="GPT-2's" if config.data.tokenizer == "gpt2" else "learnt from the text",
         start=config.init_from or f"random weights, seed {config.seed}",
         text=_text(meta),
         step=step,

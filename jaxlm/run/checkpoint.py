@@ -42,6 +42,7 @@ from jaxlm.run.workdir import CHECKPOINTS, NEVER_SAVED, saved_steps
 from jaxlm.storage import atomic
 
 FILES = "files.json"
+META_BYTES = 2**21  # at most, of the files beside the arrays; the largest own vocabulary takes two thirds
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 # parts of the state, as regular expressions
 SAVED = r"params|average|batches|opt_state\.(inner_opt_state|gradient_step)"
@@ -356,7 +357,7 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def _size(items: Arrays) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)) + 2**20
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)) + META_BYTES
 
 
 def _check_files(checkpoint: Path, items: set[str]) -> None:

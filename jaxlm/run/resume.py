@@ -80,7 +80,7 @@ def restore_or_init(
         with jax.default_device(jax.devices("cpu")[0]):
             state = init_state(config)
         if config.init_from:
-            check_init(config)
+            check_init(config, tokens.tokenizer)
             state = state._replace(params=read_params(Path(config.init_from), config.model))
         return jax.device_put(state, device), 0.0, checkpoints.clean_up(0)
     (state, meta), skipped = checkpoints.newest(load, steps)

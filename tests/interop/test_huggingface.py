@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -16,6 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -168,8 +168,7 @@ def test_a_parameter_of_another_shape_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("size", [257, 1000, pytest.param(50257, marks=pytest.mark.slow)])
 def test_the_tokenizer_files_give_the_ids_of_gpt2(size, tmp_path):
-    """Read by `tokenizers`, if it is installed; tests/test_interop.py runs every program that reads these files."""
-    tokenizers = pytest.importorskip("tokenizers")
+    """Read by `tokenizers`; tests/test_interop.py runs every program that reads these files."""
     model, own = ModelConfig(**SIZES | {"vocab_size": size}), load_tokenizer(size)
     folder = write_model(tmp_path / "model", Config(model=model), random_params(model), "")
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -351,7 +350,6 @@ def test_a_run_of_other_sizes_is_told_the_flags_to_add(folder):
 
 
 def test_a_run_cannot_start_with_another_tokenizer(folder):
-    pytest.importorskip("tokenizers")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"] |= {"vocab": {"!": 0, "b": 1, "<|endoftext|>": 299}, "merges": []}
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -364,7 +362,6 @@ def test_a_run_cannot_start_with_another_tokenizer(folder):
     [(5, 5), ([7, 8], 7), (299, 299), (300, None), (-1, None), (None, None), ("5", None)],
 )
 def test_the_end_of_text_of_another_tokenizer_is_its_first_eos_token(folder, eos_token_id, end_of_text):
-    pytest.importorskip("tokenizers")
     change(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
     change(folder / "config.json", eos_token_id=eos_token_id)
     if end_of_text is not None:
@@ -372,14 +369,6 @@ def test_the_end_of_text_of_another_tokenizer_is_its_first_eos_token(folder, eos
         return
     with pytest.raises(UsageError, match="eos_token_id") as caught:
         read_tokenizer(folder, 300)
-    assert is_one_line(caught.value)
-
-
-def test_another_tokenizer_without_its_package_names_the_package(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert isinstance(read_tokenizer(folder, 300), Tokenizer)
-    with pytest.raises(UsageError, match="pip install tokenizers") as caught:
-        read_tokenizer(folder, 299)
     assert is_one_line(caught.value)
 
 
@@ -394,7 +383,6 @@ def test_another_tokenizer_without_its_package_names_the_package(folder, monkeyp
     ],
 )
 def test_the_same_tokens_with_other_processing_are_another_tokenizer(folder, fields):
-    pytest.importorskip("tokenizers")
     change(folder / "tokenizer.json", **fields)
     assert isinstance(read_tokenizer(folder, 300), ForeignTokenizer)
 
