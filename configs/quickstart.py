@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.min_lr_ratio = 0.0
     config.optimizer.b1 = 0.85
     config.optimizer.b2 = 0.99
+    config.optimizer.muon_momentum = 0.85
 
     config.data.corpus = "novels"
     config.data.val_fraction = 0.05

@@ -49,6 +49,12 @@ OLD_VALUES: dict[str, dict[str, str | None]] = {
     "model.loops": {"auto": None, "compiled": None, "unrolled": "apple"},
 }
 
+# Settings that were once another one, which gives their value in a checkpoint or a config file that lacks them.
+ONCE_SHARED = {
+    "optimizer.muon_momentum": "optimizer.b1",
+    "optimizer.muon_weight_decay": "optimizer.weight_decay",
+}
+
 PROMPTS = (
     "Once upon a time",
     "One day, a little girl",
@@ -170,9 +176,15 @@ class OptimizerConfig:
     lr_schedule: str = setting("cosine", LR_SCHEDULES)  # how the learning rate falls: cosine or linear
     lr_decay_fraction: float = setting(1.0, low=0, high=1)  # the fall takes this last part of the steps after warm-up
     min_lr_ratio: float = setting(0.1, low=0, high=1)  # learning rate at max_steps, as a fraction of the peak
-    b1: float = setting(0.9, low=0, below=1)  # decay of Adam's first moment; Muon's momentum
+    b1: float = setting(0.9, low=0, below=1)  # decay of Adam's first moment
     b2: float = setting(0.95, low=0, below=1)  # decay of Adam's second moment
-    weight_decay: float = setting(0.1, low=0)  # decoupled; on all parameters but norm scales
+    weight_decay: float = setting(0.1, low=0)  # decoupled; on all that Adam updates but norm scales
+    muon_momentum: float = setting(0.9, low=0, below=1)  # decay of Muon's momentum, in Nesterov's form
+    muon_momentum_warmup: int = setting(0, low=0)  # optimizer steps over which it rises from 0.85; 0: none
+    muon_b2: float = setting(0.0, low=0, below=1, fixed=True)  # decay of NorMuon's second moment, a neuron; 0: none
+    muon_weight_decay: float = setting(0.1, low=0)  # decoupled; on the matrices that Muon updates
+    cautious: bool = False  # weight decay only where the update moves a weight towards zero
+    average: float = setting(0.0, low=0, high=0.999)  # decay of the average of weights that is evaluated; 0: none
     clip_norm: float = setting(1.0, above=0)  # the largest global norm of a gradient; a larger one is scaled down
 
     def __post_init__(self):
@@ -331,7 +343,7 @@ def _build(cls: Any, settings: Mapping[str, Any], group: str = "") -> Any:
 
 
 def _with_new_names(settings: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """The settings of a group ("" is the outermost), with the names and values of OLD_NAMES replaced.
+    """The settings of a group ("" is the outermost), with the names and values of OLD_NAMES and ONCE_SHARED replaced.
 
     If a setting is given under both names, the old one wins, because the other may be a default.
     """
@@ -347,6 +359,10 @@ def _with_new_names(settings: Mapping[str, Any], group: str) -> dict[str, Any]:
                 value = OLD_VALUES[old][value]
             if value is not None:
                 renamed[new.rpartition(".")[2]] = value
+    for new, old in ONCE_SHARED.items():
+        (new_group, _, new_name), old_name = new.rpartition("."), old.rpartition(".")[2]
+        if new_group == group and new_name not in renamed and old_name in renamed:
+            renamed[new_name] = renamed[old_name]
     return renamed
 
 

@@ -33,6 +33,7 @@ FIXED = {
     "model.kv_heads",
     "model.tied",
     "optimizer.name",
+    "optimizer.muon_b2",
 }
 INTERVALS = ("eval_interval", "save_interval", "generation_interval")
 
@@ -93,6 +94,11 @@ def assert_refused(wrong, *named):
         ("optimizer.learning_rate", 0.0),
         ("optimizer.learning_rate", -1e-3),
         ("optimizer.muon_learning_rate", 0.0),
+        ("optimizer.muon_momentum", 1.0),
+        ("optimizer.muon_momentum_warmup", -1),
+        ("optimizer.muon_b2", 1.0),
+        ("optimizer.muon_weight_decay", -0.1),
+        ("optimizer.average", 0.9995),
         ("optimizer.clip_norm", 0.0),
         ("optimizer.warmup_steps", -1),
         ("optimizer.weight_decay", -0.1),
@@ -399,6 +405,19 @@ def test_a_wrong_value_of_an_old_setting_is_refused(values):
 def test_a_renamed_setting_exists_and_stays_in_its_group(old):
     check_name(OLD_NAMES[old])
     assert OLD_NAMES[old].rpartition(".")[0] == old.rpartition(".")[0]
+
+
+def test_a_setting_that_was_once_another_one_gets_its_value():
+    old = {"optimizer": {"name": "muon", "b1": 0.8, "weight_decay": 0.3}}
+    config = from_config_dict(old)
+    assert (config.optimizer.muon_momentum, config.optimizer.muon_weight_decay) == (0.8, 0.3)
+    assert not differences(old, config)
+    now = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, b1=0.7, muon_momentum=0.95))
+    changed = {change.name: (change.saved, change.value) for change in differences(old, now)}
+    assert changed == {"optimizer.b1": (0.8, 0.7), "optimizer.muon_momentum": (0.8, 0.95)}
+    assert not differences(to_dict(now), now)
+    assert from_config_dict(to_dict(now)) == now
+    assert from_config_dict({}) == Config()
 
 
 @pytest.mark.parametrize("wrong", [{"model.width": 512}, {"model.hidden": 512}, {"data": {"slices": 1}}])

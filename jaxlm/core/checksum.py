@@ -10,7 +10,7 @@ _GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: its multiples by neighbouring indi
 
 @jax.jit
 def checksums(tree: Any) -> jax.Array:
-    """One checksum for each leaf of `tree`, whose arrays hold 4-byte numbers: [leaves] uint32, in leaf order.
+    """One checksum for each leaf of `tree`, of 4-byte numbers or float16: [leaves] uint32, in leaf order.
 
     A bijection mixes each word with its index (the finalizer of MurmurHash3 by Appleby, public domain), and the results
     are added modulo 2**32. A change of one word always changes the sum; a change of several is missed once in 2**32.
@@ -19,6 +19,8 @@ def checksums(tree: Any) -> jax.Array:
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype == jnp.float16:
+        leaf = leaf.astype(jnp.float32)
     words = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
     x = words ^ (jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(_GOLDEN))
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

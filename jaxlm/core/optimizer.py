@@ -1,10 +1,11 @@
-"""The optimizer: the learning-rate schedule, AdamW or Muon, and gradient accumulation.
+"""The optimizer: the learning-rate schedule, AdamW or Muon, gradient accumulation and the average of the weights.
 
 SCHEDULES and OPTIMIZERS are the functions that the settings `optimizer.lr_schedule` and `optimizer.name` choose from.
 The transformations are optax's where optax has them. The masks come from the table of parameters.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,11 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # (end value, 
     "cosine": lambda end, steps: optax.cosine_decay_schedule(1.0, steps, alpha=end),
     "linear": lambda end, steps: optax.linear_schedule(1.0, end, steps),
 }
+
+MOMENTUM_START = 0.85  # of Muon, where it has a warm-up
+TINY = 1e-10  # in place of a smaller mean square
+AVERAGE_DTYPE = jnp.float16
+AVERAGE_SCALE = 256.0  # float16 then holds differences up to 255, in steps of 2e-10 or a part in 2048
 
 
 def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
@@ -37,32 +43,42 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
 
 
 def _decay_and_scale(
-    config: Config, direction: optax.GradientTransformation, peak_lr: float
+    config: Config, direction: optax.GradientTransformation, decay: float, peak_lr: float
 ) -> optax.GradientTransformation:
-    """`direction`, then decoupled weight decay, then the scheduled learning rate."""
+    """`direction`, then decoupled weight decay, then the scheduled learning rate, which scales both."""
     mask = tree_of(config.model, lambda parameter: parameter.weight_decay)
     schedule = make_schedule(config.optimizer, config.max_steps)
-    return optax.chain(
-        direction,
-        optax.add_decayed_weights(config.optimizer.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(lambda step: peak_lr * schedule(step)),
-    )
+    add_decay = cautious_decay(decay, mask) if config.optimizer.cautious else optax.add_decayed_weights(decay, mask)
+    return optax.chain(direction, add_decay, optax.scale_by_learning_rate(lambda step: peak_lr * schedule(step)))
+
+
+def cautious_decay(decay: float, mask: Params) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, but only where the update moves a weight towards zero (arXiv 2510.12402)."""
+
+    def add_decay(updates: Params, params: Params) -> Params:
+        return jax.tree.map(lambda u, p: jnp.where(u * p >= 0, u + decay * p, u), updates, params)
+
+    return optax.masked(optax.stateless(add_decay), mask)
 
 
 def adamw(config: Config) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
     c = config.optimizer
-    return _decay_and_scale(config, optax.scale_by_adam(c.b1, c.b2), c.learning_rate)
+    return _decay_and_scale(config, optax.scale_by_adam(c.b1, c.b2), c.weight_decay, c.learning_rate)
 
 
 def muon(config: Config) -> optax.GradientTransformation:
-    """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) on the blocks' matrices, AdamW on the rest."""
+    """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) on the blocks' matrices, AdamW on the rest.
+
+    With `muon_b2` it is NorMuon (Li et al. 2025, arXiv 2510.05491).
+    """
     c = config.optimizer
-    scale_by_muon = optax.chain(optax.trace(c.b1, nesterov=True), orthogonalize())
+    normalize = normalize_neurons(c.muon_b2) if c.muon_b2 else optax.identity()
+    direction = optax.chain(orthogonalized_momentum(config), normalize)
+    by_muon = _decay_and_scale(config, direction, c.muon_weight_decay, c.muon_learning_rate)
     # checkpoints hold the states of the two under these labels
-    transformations = {"adam": adamw(config), "muon": _decay_and_scale(config, scale_by_muon, c.muon_learning_rate)}
     labels = tree_of(config.model, lambda parameter: "muon" if parameter.optimizer == "muon" else "adam")
-    return optax.multi_transform(transformations, labels)
+    return optax.multi_transform({"adam": adamw(config), "muon": by_muon}, labels)
 
 
 OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {"adamw": adamw, "muon": muon}
@@ -78,10 +94,14 @@ def make_transformation(config: Config) -> optax.GradientTransformation:
 
 
 class Optimizer(NamedTuple):
-    """`init` makes a state for parameters. `step` (grads, state, params) -> (params, state) applies one micro-batch."""
+    """The functions that start and update what the optimizer carries.
+
+    `init` makes a state for parameters. `step` (grads, state, params, average) -> (params, state, average) applies one
+    micro-batch; the average is that of `average_start`, or None.
+    """
 
     init: Callable[[Params], optax.MultiStepsState]
-    step: Callable[[Params, optax.MultiStepsState, Params], tuple[Params, optax.MultiStepsState]]
+    step: Callable[..., tuple[Params, optax.MultiStepsState, Params | None]]
 
 
 def make_optimizer(config: Config) -> Optimizer:
@@ -90,35 +110,45 @@ def make_optimizer(config: Config) -> Optimizer:
     A micro-batch whose gradient norm is not finite is skipped: the state and the parameters stay as they are.
     """
     cond = ops.get(config.model.implementation).cond
-    return multi_steps(make_transformation(config), config.grad_accum_steps, cond)
+    return multi_steps(make_transformation(config), config.grad_accum_steps, cond, config.optimizer.average)
 
 
-def multi_steps(inner: optax.GradientTransformation, every: int, cond: Callable = jax.lax.cond) -> Optimizer:
+def multi_steps(
+    inner: optax.GradientTransformation, every: int, cond: Callable = jax.lax.cond, average_decay: float = 0.0
+) -> Optimizer:
     """`optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)`, in place.
 
     The state and, up to rounding, the numbers are those of optax, with four differences. Gradients whose norm
     overflows are skipped too. The update is computed only when it is due, if `cond` (as `jax.lax.cond`) branches. It is
     applied to the parameters directly, so there is no tree of updates. With `every` 1 there is no accumulator.
+
+    `inner` may take the number of optimizer steps done as the extra argument `step`.
     """
+    inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> optax.MultiStepsState:
         state = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite).init(params)
         acc_grads = () if every == 1 else state.acc_grads
         return state._replace(acc_grads=acc_grads, skip_state={"should_skip": state.skip_state["should_skip"]})
 
-    def apply(params: Params, inner_state: Any, mean: Params) -> tuple[Params, Any, Params]:
-        updates, inner_state = inner.update(mean, inner_state, params)
-        return optax.apply_updates(params, updates), inner_state, jax.tree.map(jnp.zeros_like, mean)
-
-    def step(grads: Params, state: optax.MultiStepsState, params: Params) -> tuple[Params, optax.MultiStepsState]:
+    def step(
+        grads: Params, state: optax.MultiStepsState, params: Params, average: Params | None = None
+    ) -> tuple[Params, optax.MultiStepsState, Params | None]:
         skip = ~jnp.isfinite(optax.tree_utils.tree_norm(grads))
         due = ~skip & (state.mini_step == every - 1)
         mean = grads
         if every > 1:
             weight = 1 / (state.mini_step + 1)
             mean = jax.tree.map(lambda a, g: jnp.where(skip, a, a + (g - a) * weight), state.acc_grads, grads)
-        operands = params, state.inner_opt_state, mean
-        params, inner_state, acc_grads = cond(due, apply, lambda *operands: operands, *operands)
+
+        def apply(params: Params, average: Params | None, inner_state: Any, mean: Params) -> tuple[Any, ...]:
+            updates, inner_state = inner.update(mean, inner_state, params, step=state.gradient_step)
+            if average:
+                average = average_step(average_decay, state.gradient_step, average, updates)
+            return optax.apply_updates(params, updates), average, inner_state, jax.tree.map(jnp.zeros_like, mean)
+
+        operands = params, average, state.inner_opt_state, mean
+        params, average, inner_state, acc_grads = cond(due, apply, lambda *operands: operands, *operands)
         state = optax.MultiStepsState(
             mini_step=jnp.where(skip, state.mini_step, (state.mini_step + 1) % every),
             gradient_step=state.gradient_step + due,
@@ -126,7 +156,7 @@ def multi_steps(inner: optax.GradientTransformation, every: int, cond: Callable 
             acc_grads=() if every == 1 else acc_grads,
             skip_state={"should_skip": skip},
         )
-        return params, state
+        return params, state, average
 
     return Optimizer(init, step)
 
@@ -155,28 +185,103 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def orthogonalize() -> optax.GradientTransformation:
-    """Replaces each matrix of stacks [L, D, F] by `newton_schulz` of it, scaled to the RMS of Adam's updates.
+def orthogonalized_momentum(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Nesterov's momentum of each stack [L, D, F], each matrix by `newton_schulz`, scaled to the RMS of Adam's updates.
 
-    The scale is 0.2 sqrt(max(D, F)) (Liu et al. 2025, arXiv 2502.16982).
+    The momentum's decay rises linearly over the warm-up, from MOMENTUM_START or less to `muon_momentum`. The scale is
+    0.2 sqrt(max(D, F)) (Liu et al. 2025, arXiv 2502.16982).
     """
+    c, model = config.optimizer, config.model
+    start = min(MOMENTUM_START, c.muon_momentum)
+    decay_at = optax.linear_schedule(start, c.muon_momentum, c.muon_momentum_warmup)
+    map_layers = ops.get(model.implementation).map_layers
 
-    def direction(m_LDF: jax.Array) -> jax.Array:
-        return jax.vmap(newton_schulz)(m_LDF) * (0.2 * max(m_LDF.shape[1:]) ** 0.5)
+    def update(grads: Params, state: optax.TraceState, params: Any = None, *, step: jax.Array) -> tuple[Params, Any]:
+        decay = decay_at(step) if c.muon_momentum_warmup else c.muon_momentum
 
-    return optax.stateless(lambda updates, params: jax.tree.map(direction, updates))
+        def direction(m_DF: jax.Array, g_DF: jax.Array) -> jax.Array:
+            return newton_schulz(g_DF + decay * m_DF, model.matmul_dtype) * (0.2 * max(m_DF.shape) ** 0.5)
+
+        trace = jax.tree.map(lambda m, g: g + decay * m, state.trace, grads)
+        return jax.tree.map(partial(map_layers, direction), trace, grads), optax.TraceState(trace)
+
+    return optax.GradientTransformationExtraArgs(optax.trace(0.0).init, update)
 
 
-def newton_schulz(m_DF: jax.Array) -> jax.Array:
+def newton_schulz(m_DF: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Five Newton-Schulz iterations towards the nearest orthogonal matrix, with the coefficients of Jordan (2024).
 
     Returns:
-        [D, F]: the singular vectors of m, with singular values between about 0.7 and 1.2.
+        [D, F] float32: the singular vectors of m, with singular values between about 0.7 and 1.2.
     """
     transpose = m_DF.shape[0] > m_DF.shape[1]  # the Gram matrix of the shorter side is the smaller one
     x = m_DF.T if transpose else m_DF
-    x = x / (jnp.linalg.norm(x) + 1e-7)
+    x = (x / (jnp.linalg.norm(x) + 1e-7)).astype(dtype)
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    x = x.astype(jnp.float32)
     return x.T if transpose else x
+
+
+class NeuronState(NamedTuple):
+    """For each output neuron, an exponential average of the mean square of its updates."""
+
+    nu: Params  # [L, 1, F] for each [L, D, F]
+
+
+def normalize_neurons(b2: float) -> optax.GradientTransformation:
+    """Divides the update of each output neuron by the root of its mean square, averaged over the steps with decay b2.
+
+    The Frobenius norm of each matrix stays the same (Li et al. 2025, arXiv 2510.05491), so a debiased average would
+    give the same update.
+    """
+
+    def init(params: Params) -> NeuronState:
+        return NeuronState(jax.tree.map(lambda p: jnp.zeros_like(p[:, :1]), params))
+
+    def update(updates: Params, state: NeuronState, params: Any = None) -> tuple[Params, NeuronState]:
+        square = jax.tree.map(lambda u: jnp.mean(u * u, axis=1, keepdims=True), updates)
+        nu = jax.tree.map(lambda v, s: b2 * v + (1 - b2) * s, state.nu, square)
+        return jax.tree.map(_normalized, updates, square, nu), NeuronState(nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _normalized(u_LDF: jax.Array, square_L1F: jax.Array, nu_L1F: jax.Array) -> jax.Array:
+    """u / sqrt(nu), scaled to the Frobenius norm of u, whose columns have the mean squares `square`."""
+    nu_L1F = jnp.maximum(nu_L1F, TINY)
+    before, after = (jnp.sum(s, axis=2, keepdims=True) for s in (square_L1F, square_L1F / nu_L1F))
+    return u_LDF * jnp.sqrt(before / jnp.maximum(after, TINY) / nu_L1F)
+
+
+def average_start(config: Config, params: Params) -> Params | None:
+    """The average of weights before the first step, as `average_step` keeps it; None if `optimizer.average` is 0."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, AVERAGE_DTYPE), params) if config.optimizer.average else None
+
+
+def average_step(decay: float, step: jax.Array, average: Params, updates: Params) -> Params:
+    """The exponential average of the weights after each of the first step + 1 optimizer steps.
+
+    Debiased as Adam's moments (Kingma and Ba 2015), so it is a weighted mean of weights from the first step on. It is
+    kept as AVERAGE_SCALE * (average - weights) in float16, half the bytes; its rounding error is below 0.3% of that
+    difference, or 2e-9. Beyond the largest float16 the average follows the weights at this distance.
+
+    Args:
+        average: before the step.
+        step: [] int32, the optimizer steps done before.
+        updates: what the step adds to the weights.
+    """
+    stays = decay * (1 - decay**step) / (1 - decay ** (step + 1))  # the share of the average before
+    largest = float(jnp.finfo(AVERAGE_DTYPE).max)
+
+    def follow(difference: jax.Array, u: jax.Array) -> jax.Array:
+        scaled = stays * (difference.astype(jnp.float32) - AVERAGE_SCALE * u)
+        return jnp.clip(scaled, -largest, largest).astype(AVERAGE_DTYPE)
+
+    return jax.tree.map(follow, average, updates)
+
+
+def averaged(params: Params, average: Params | None) -> Params:
+    """The average of the weights; the weights themselves if there is none."""
+    return jax.tree.map(lambda p, d: p + d.astype(p.dtype) / AVERAGE_SCALE, params, average) if average else params

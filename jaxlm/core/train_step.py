@@ -9,7 +9,7 @@ import optax
 from jaxlm.config import Config
 from jaxlm.core import ops
 from jaxlm.core.model import Decoder, init_params, loss_and_gradient
-from jaxlm.core.optimizer import make_optimizer, make_schedule
+from jaxlm.core.optimizer import average_start, averaged, make_optimizer, make_schedule
 from jaxlm.core.parameters import Params
 
 
@@ -21,11 +21,17 @@ class TrainState(NamedTuple):
     batches: jax.Array  # [] int32: micro-batches read, with the skipped ones; the index of the next one
     skipped_in_a_row: jax.Array  # [] int32: micro-batches skipped since the last one with finite gradients
     loss_sum: jax.Array  # [] float32: sum of the mean losses of the micro-batches since the last optimizer step
+    average: Params | None  # of the weights, as `optimizer.average_step` keeps it; None: none is kept
 
     @property
     def step(self) -> jax.Array:
         """[] int32: optimizer steps done."""
         return self.opt_state.gradient_step
+
+    @property
+    def weights(self) -> Params:
+        """The parameters to evaluate and to publish: their average, or without one the last ones."""
+        return averaged(self.params, self.average)
 
 
 class Metrics(NamedTuple):
@@ -45,7 +51,7 @@ def init_state(config: Config) -> TrainState:
     params = init_params(config.model, jax.random.key(config.seed))
     # each leaf its own array: a donated state may not hold one buffer twice
     opt_state = jax.tree.map(jnp.copy, jax.jit(make_optimizer(config).init)(params))
-    return TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    return TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0), average_start(config, params))
 
 
 class GradAccumulator(NamedTuple):
@@ -78,7 +84,7 @@ def make_train_step(config: Config) -> Any:
         return GradAccumulator(accumulator.chunks + 1, accumulator.loss + loss_sum / tokens, grads)
 
     def update(state: TrainState, accumulator: GradAccumulator) -> tuple[TrainState, Metrics]:
-        params, opt_state = optimizer.step(accumulator.grads, state.opt_state, state.params)
+        params, opt_state, average = optimizer.step(accumulator.grads, state.opt_state, state.params, state.average)
         skipped_now = opt_state.skip_state["should_skip"]
         updated, batches = opt_state.gradient_step > state.step, state.batches + 1
         loss_sum = state.loss_sum + jnp.where(skipped_now, 0, accumulator.loss)
@@ -93,7 +99,7 @@ def make_train_step(config: Config) -> Any:
             skipped=batches - used,
             skipped_in_a_row=in_a_row,
         )
-        return TrainState(params, opt_state, batches, in_a_row, jnp.where(updated, 0, loss_sum)), metrics
+        return TrainState(params, opt_state, batches, in_a_row, jnp.where(updated, 0, loss_sum), average), metrics
 
     chunks = config.batch_size // config.chunk_size
     return ops.get(config.model.implementation).train_step(start, accumulate_chunk, update, chunks)

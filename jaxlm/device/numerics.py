@@ -291,19 +291,21 @@ def _trained(config: Config) -> TrainState:
 
     params = jax.tree.map(draw_parameter, shapes.params, tree_of(config.model, lambda parameter: parameter.kind))
     grads = jax.tree.map(draw, shapes.params)
-    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    params, opt_state = _last_update(config, grads, state.opt_state, params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    state = _last_update(config, grads, zeros._replace(params=params))
     inner_opt_state = jax.tree.map(
         lambda leaf: np.full_like(leaf, config.optimizer.warmup_steps) if leaf.dtype == np.int32 else leaf,
-        opt_state.inner_opt_state,
+        state.opt_state.inner_opt_state,
     )
-    return state._replace(params=params, opt_state=opt_state._replace(inner_opt_state=inner_opt_state))
+    return state._replace(opt_state=state.opt_state._replace(inner_opt_state=inner_opt_state))
 
 
-def _last_update(config: Config, grads: Params, opt_state: Any, params: Params) -> tuple[Params, Any]:
-    """The CPU's update by the last micro-batch of a step."""
-    opt_state = opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
-    return compute(jax.jit(make_optimizer(_plain(config)).step), _cpu(), grads, opt_state, params)
+def _last_update(config: Config, grads: Params, state: TrainState) -> TrainState:
+    """The CPU's update of the parameters, the optimizer's state and the average by the last micro-batch of a step."""
+    opt_state = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
+    step = jax.jit(make_optimizer(_plain(config)).step)
+    params, opt_state, average = compute(step, _cpu(), grads, opt_state, state.params, state.average)
+    return state._replace(params=params, opt_state=opt_state, average=average)
 
 
 def _random(config: Config, device: jax.Device, state: TrainState) -> Iterator[Part]:
@@ -398,14 +400,15 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
         actual, stacked = 2 * mean - _FIRST_GRADIENT * expected, name.startswith("blocks/")
         yield from _compare(f"gradient of {name}", actual, expected, limits, stacked)
 
-    before_last = state.opt_state._replace(acc_grads=acc_grads)
-    params, opt_state = _last_update(config, acc_grads, before_last, state.params)
+    before_last = state._replace(opt_state=state.opt_state._replace(acc_grads=acc_grads))
+    expected_state = _last_update(config, acc_grads, before_last)
     has_matmuls = config.optimizer.name == "muon"
     limit = allowed(device, "float32").row if has_matmuls else ALLOWED["float32"]
     updates: dict[str, list[float]] = {}
-    for name, actual, expected, before in _by_parameter(after.params, params, state.params):
+    for name, actual, expected, before in _by_parameter(after.params, expected_state.params, state.params):
         updates[name] = [difference(actual, expected, before)]
-    for name, actual, expected in _by_parameter(after.opt_state.inner_opt_state, opt_state.inner_opt_state):
+    moments, expected_moments = ((s.opt_state.inner_opt_state, s.average) for s in (after, expected_state))
+    for name, actual, expected in _by_parameter(moments, expected_moments):
         is_counter = expected.dtype == np.int32
         updates.setdefault(name, []).append(float(actual != expected) if is_counter else difference(actual, expected))
     for name, differences in updates.items():

@@ -332,7 +332,7 @@ def _matmul_speed(dtype: str, device: jax.Device) -> float:
 
 def _update_seconds(config: Config, state: TrainState) -> float:
     step = jax.jit(make_optimizer(config).step)
-    return _median_seconds(lambda: step(state.params, state.opt_state, state.params))
+    return _median_seconds(lambda: step(state.params, state.opt_state, state.params, state.average))
 
 
 def _median_seconds(compute: Callable[[], Any]) -> float:

@@ -3,12 +3,14 @@
 The newest checkpoint may be a rolling one, saved between two intervals by time or by a stop. The next save replaces it.
 The manager moves what it no longer keeps into a folder that is no checkpoint: half of a checkpoint never looks whole.
 
-Each checkpoint has the items `params` (the model's parameters), `optimizer` (its state and the counters) and `meta`
-(JSON: the settings, fingerprints of the tokens, seconds trained, checksums of all arrays), and `files.json` with the
-hash of every file. Damaged files are found by their hash before anything reads them, and arrays that differ from the
-training state by their checksum, whatever the cause. A save is complete only after what it wrote has been opened again
-and its arrays listed. A checkpoint is taken between two optimizer steps only: there the accumulated gradients are zero
-and need not be saved. Training does not wait for the disk: the device copies the state, and the copy is written.
+Each checkpoint has the items `params` (the model's parameters), `optimizer` (its state and the counters), `average` (of
+the weights, as `optimizer.average_step` keeps it; only if the run has one) and `meta` (JSON: the settings, fingerprints
+of the tokens, seconds trained, checksums of all arrays), and `files.json` with the hash of every file. Damaged files
+are found by their hash before anything reads them, and arrays that differ from the training state by their checksum,
+whatever the cause. A save is complete only after what it wrote has been opened again and its arrays listed.
+
+A checkpoint is taken between two optimizer steps only: there the accumulated gradients are zero and need not be saved.
+Training does not wait for the disk: the device copies the state, and the copy is written.
 """
 
 import contextlib
@@ -31,6 +33,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxlm.core.checksum import checksums
+from jaxlm.core.optimizer import AVERAGE_DTYPE, averaged
+from jaxlm.core.parameters import Params
 from jaxlm.core.train_step import TrainState
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice, disk_error
 from jaxlm.run.quiet import LIBRARY_LOG
@@ -39,7 +43,8 @@ from jaxlm.storage import atomic
 
 FILES = "files.json"
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
-SAVED = r"params|batches|opt_state\.(inner_opt_state|gradient_step)"  # parts of the state, as regular expressions
+# parts of the state, as regular expressions
+SAVED = r"params|average|batches|opt_state\.(inner_opt_state|gradient_step)"
 ZERO_BETWEEN_STEPS = r"skipped_in_a_row|loss_sum|opt_state\.(mini_step|acc_grads|skip_state\['should_skip'\])"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what is no checkpoint yet, or no more
 _OLD = f"old{_UNFINISHED}"  # holds the checkpoints that a new one replaces, until they are deleted
@@ -83,7 +88,7 @@ class Checkpoints:
 
         Raises RunError if the previous save failed, ValueError if the state has a part that a checkpoint does not save.
         """
-        items = {"params": state.params, "optimizer": _optimizer_item(state)}
+        items = _items(state)
         self.wait()
         sums = {name: checksums(item) for name, item in items.items()}
         self._save = self._thread.submit(self._write_in_place, step, _copy(items), sums, dict(meta))
@@ -105,22 +110,28 @@ class Checkpoints:
             raise CorruptCheckpointError(f"its meta lacks one of {', '.join(sorted(META_KEYS))}")
         return meta
 
-    def params(self, step: int, like: Arrays, sharding: jax.sharding.Sharding) -> Arrays:
-        """The parameters alone, placed by `sharding`; `like` gives the tree and its shapes.
+    def weights(self, step: int, like: Params, sharding: jax.sharding.Sharding) -> Params:
+        """The parameters alone, their average if it is saved, placed by `sharding`; `like` gives the shapes.
 
         Raises CorruptCheckpointError if they are not what was saved or cannot be restored, RunError if the cause is
         this process or machine, such as its memory or a permission.
         """
-        return self._arrays(step, sharding, params=like)["params"]
+        average = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, AVERAGE_DTYPE), like)
+        items = self._arrays(step, sharding, **self._saved_items(step, {"params": like, "average": average}))
+        return averaged(items["params"], items.get("average"))
 
     def state(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
-        """The training state; arguments and errors as for `params`."""
-        items = self._arrays(step, sharding, params=like.params, optimizer=_optimizer_item(like))
+        """The training state; arguments and errors as for `weights`. An average that is not saved starts here."""
+        items = self._arrays(step, sharding, **self._saved_items(step, _items(like)))
         optimizer = items["optimizer"]
         rest = like._replace(params={}, opt_state=like.opt_state._replace(inner_opt_state=()))
+        if "average" in items:
+            rest = rest._replace(average=None)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), rest)
         opt_state = zeros.opt_state._replace(gradient_step=optimizer["step"], inner_opt_state=optimizer["moments"])
-        return zeros._replace(params=items["params"], opt_state=opt_state, batches=optimizer["batches"])
+        average = items.get("average", zeros.average)
+        zeros = zeros._replace(opt_state=opt_state, batches=optimizer["batches"])
+        return zeros._replace(params=items["params"], average=average)
 
     def newest(self, load: Callable[[int], T], steps: Sequence[int]) -> tuple[T, list[str]]:
         """Calls `load` with the last of `steps` whose checkpoint is whole.
@@ -277,6 +288,11 @@ class Checkpoints:
                     raise CorruptCheckpointError(f"{name}{path} does not match its checksum")
         return items
 
+    def _saved_items(self, step: int, items: dict[str, Arrays]) -> dict[str, Arrays]:
+        """`items`, without an average that the checkpoint does not have."""
+        saved = self.meta(step)["checksums"]
+        return {name: item for name, item in items.items() if name != "average" or name in saved}
+
     def _restore(self, step: int, **items: Any) -> Any:
         checkpoint = self.directory / str(step)
         _check_files(checkpoint, set(items))
@@ -336,7 +352,7 @@ def _copy(tree: Arrays) -> Arrays:
 
 def checkpoint_bytes(state: TrainState) -> int:
     """An upper bound of the bytes that a checkpoint takes on disk. `state` may hold shapes."""
-    return _size((state.params, _optimizer_item(state)))
+    return _size(_items(state))
 
 
 def _size(items: Arrays) -> int:
@@ -388,10 +404,12 @@ def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].split(" [")[0]
 
 
-def _optimizer_item(state: TrainState) -> dict[str, Arrays]:
-    """The item `optimizer`. Raises ValueError if the state has a part that would be lost."""
+def _items(state: TrainState) -> dict[str, Arrays]:
+    """The items that hold the state. Raises ValueError if it has a part that would be lost."""
     unsaved = [path for path in _paths(state) if not re.match(rf"\.({SAVED}|{ZERO_BETWEEN_STEPS})(?!\w)", path)]
     if unsaved:
         names = ", ".join(unsaved)
         raise ValueError(f"a checkpoint does not save {names} of the training state: add it to SAVED and to the items")
-    return {"moments": state.opt_state.inner_opt_state, "step": state.step, "batches": state.batches}
+    optimizer = {"moments": state.opt_state.inner_opt_state, "step": state.step, "batches": state.batches}
+    items = {"params": state.params, "optimizer": optimizer}
+    return items | {"average": state.average} if state.average else items

@@ -26,7 +26,7 @@ class Checkpoint(NamedTuple):
     config: Config
     meta: dict[str, Any]  # from `resume.describe_run`
     model: ModelConfig  # resolved for the device
-    params: Params
+    params: Params  # their average, if the run keeps one
 
 
 class LoadedModel(NamedTuple):
@@ -57,7 +57,7 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
         config = from_config_dict(meta["config"])
         model = _resolve(config.model, device, precision)
         like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        params = checkpoints.params(step, like, SingleDeviceSharding(device))
+        params = checkpoints.weights(step, like, SingleDeviceSharding(device))
         return Checkpoint(step, config, meta, model, params)
 
     restored, skipped = checkpoints.newest(load, steps if step is None else [step])

@@ -20,7 +20,7 @@ class Memory:
     """Peak bytes of a run on its device, by part. A checkpoint's copy exists beside the memory of a step."""
 
     weights: int
-    moments: int
+    moments: int  # and the average of the weights
     accumulated: int
     gradients: int
     temporaries: int  # activations, the batch and whatever else a step allocates
@@ -53,7 +53,7 @@ def min_memory(config: Config) -> Memory:
     """The memory that no setting avoids: all but the temporaries. Compiles nothing and allocates nothing."""
     state = state_shapes(config)
     weights = _size(state.params)
-    moments, accumulated = _size(state.opt_state.inner_opt_state), _size(state.opt_state.acc_grads)
+    moments, accumulated = _size((state.opt_state.inner_opt_state, state.average)), _size(state.opt_state.acc_grads)
     return Memory(weights, moments, accumulated, weights, 0, checkpoint_bytes(state) - 2**20)
 
 

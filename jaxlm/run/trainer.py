@@ -129,7 +129,7 @@ class Trainer:
             self._stop_if_signalled()
             parameters = parameter_count(self.state.params)
             card = model_card(self.workdir, self.config, self.step, self._describe(0), parameters)
-            folder = write_model(self.workdir / "final_model", self.config, self.state.params, card)
+            folder = write_model(self.workdir / "final_model", self.config, self.state.weights, card)
             lines = [f"{folder / name} stays as it was edited" for name in edited_texts(folder)]
             self._emit(MessageEvent("\n".join([*lines, f"Done: {self.step:,} steps, the model is in {folder}"])))
 
@@ -268,13 +268,14 @@ class Trainer:
     def _evaluate(self, step: int, limit: int) -> EvaluationEvent | None:
         """The validation loss over `limit` sequences (0: over all); None if a signal ends it."""
         c = self.config
+        weights = self.state.weights
         loss_sums: list[jax.Array] = []
         count = text_bytes = 0
         for inputs, targets in val_batches(self.tokens.val, c.model.context, c.chunk_size, limit):
             if self._signals.number:
                 return None
             jax.block_until_ready(loss_sums[-2:-1])  # so a stop waits for two batches at most
-            loss_sums.append(self._eval_step(self.state.params, inputs, targets))
+            loss_sums.append(self._eval_step(weights, inputs, targets))
             count += int((targets >= 0).sum())
             text_bytes += self.tokens.text_bytes(targets)
         loss = float(np.sum(jax.device_get(loss_sums), dtype=np.float64)) / count
@@ -287,7 +288,7 @@ class Trainer:
         chosen = [int(order[i % len(order)]) for i in range(c.texts)]
         key = jax.random.fold_in(jax.random.PRNGKey(self.config.seed), step)
         ids = [self._prompts[i] for i in chosen]
-        params = prepare_decode_params(self.config.model, self.state.params)
+        params = prepare_decode_params(self.config.model, self.state.weights)
         (tokens_BN,) = generate(self.config.model, params, ids, sampling_params(c), key, c.tokens, end_of_text)
         return tuple(
             (c.prompts[i], c.prompts[i] + self._completion(row)) for i, row in zip(chosen, tokens_BN, strict=True)

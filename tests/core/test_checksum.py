@@ -39,6 +39,11 @@ def test_the_checksum_of_each_leaf():
     assert found.tolist() == [expected_checksum(leaf) for leaf in jax.tree.leaves(TREE)]
 
 
+def test_float16_counts_as_float32():
+    halves = np.float16([0, -0.0, 6e-8, 1e-5, 1.5, -65504])
+    assert checksums([jnp.asarray(halves)]).tolist() == [expected_checksum(np.float32(halves))]
+
+
 @pytest.mark.parametrize("bit", [0, 1, 15, 22, 31])
 def test_every_flipped_bit_changes_the_checksum(bit):
     words = np.random.default_rng(1).integers(0, 2**32, 64, np.uint32)

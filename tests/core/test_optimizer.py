@@ -1,4 +1,4 @@
-"""Schedules against closed forms, AdamW against NumPy, Muon against the SVD, accumulation against optax."""
+"""Schedules against closed forms, AdamW, Muon and the average against NumPy, accumulation against optax."""
 
 import functools
 import math
@@ -12,8 +12,18 @@ import pytest
 import jaxlm.config
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core import ops, optimizer
-from jaxlm.core.optimizer import make_optimizer, make_schedule, multi_steps, newton_schulz
-from jaxlm.core.parameters import tree_of
+from jaxlm.core.optimizer import (
+    average_start,
+    average_step,
+    averaged,
+    cautious_decay,
+    make_optimizer,
+    make_schedule,
+    multi_steps,
+    newton_schulz,
+    normalize_neurons,
+)
+from jaxlm.core.parameters import by_path, tree_of
 
 CONFIG = Config(
     grad_accum_steps=1,
@@ -33,7 +43,19 @@ CONFIG = Config(
         clip_norm=2.0,
     ),
 )
-MUON = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon"))
+MUON = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon", muon_weight_decay=0.3))
+WHOLE_RECIPE = replace(
+    MUON,
+    optimizer=replace(
+        MUON.optimizer,
+        weight_decay=0.0,
+        muon_momentum=0.95,
+        muon_momentum_warmup=3,
+        muon_b2=0.9,
+        cautious=True,
+        average=0.7,
+    ),
+)
 LR_FRACTIONS = [1 / 3, 2 / 3, 1, 0.775, 0.55, 0.325]  # of the peak, at CONFIG's steps
 SLOW = pytest.mark.slow
 UNCLIPPED = 0.01  # a scale at which the norm of `draw` stays below clip_norm
@@ -64,7 +86,7 @@ def after_each_step(config, params, gradients):
     init, step = compiled(config)
     state, history = init(params), []
     for gradient in gradients:
-        params, state = step(gradient, state, params)
+        params, state, _ = step(gradient, state, params)
         history.append(named_leaves(params))
     return history, state
 
@@ -139,8 +161,141 @@ def test_a_zero_gradient_decays_all_but_norm_scales(config):
     [after], _ = after_each_step(config, draw(0), [draw(0, scale=0.0)])
     for name, before in named_leaves(draw(0)).items():
         peak_lr = 0.03 if config is MUON and "blocks" in name else 0.01
-        factor = 1.0 if name.endswith("norm") else 1 - peak_lr / 3 * 0.5
+        decay = 0.3 if config is MUON and "blocks" in name else 0.5
+        factor = 1.0 if name.endswith("norm") else 1 - peak_lr / 3 * decay
         np.testing.assert_allclose(after[name], before * factor, rtol=0 if name.endswith("norm") else 1e-6)
+
+
+def expected_steps(config, params, gradients):
+    """All optimizer steps in float64, by the definitions: the parameters after each, by name."""
+    c = config.optimizer
+    table = {"/".join(path): parameter for path, parameter in by_path(config.model).items()}
+    p = named_leaves(params)
+    m, v = ({name: np.zeros_like(leaf) for name, leaf in p.items()} for _ in range(2))
+    history = []
+    for step, gradient in enumerate(gradients):
+        norm = global_norm(gradient)
+        for name, g in named_leaves(gradient).items():
+            g = g * min(1, c.clip_norm / norm)
+            if by_muon := table[name].optimizer == "muon":
+                momentum = c.muon_momentum
+                if step < c.muon_momentum_warmup:
+                    momentum = 0.85 + (c.muon_momentum - 0.85) * step / c.muon_momentum_warmup
+                m[name] = g + momentum * m[name]
+                u = np.stack([float64_muon(g + momentum * m) for g, m in zip(g, m[name], strict=True)])
+                if c.muon_b2:
+                    u, v[name] = float64_normuon(u, v[name], c.muon_b2)
+            else:
+                m[name] = c.b1 * m[name] + (1 - c.b1) * g
+                v[name] = c.b2 * v[name] + (1 - c.b2) * g**2
+                u = m[name] / (1 - c.b1 ** (step + 1)) / (np.sqrt(v[name] / (1 - c.b2 ** (step + 1))) + 1e-8)
+            decay = c.muon_weight_decay if by_muon else c.weight_decay * (not name.endswith("norm"))
+            decayed = (np.sign(u) * np.sign(p[name]) >= 0) | (not c.cautious)
+            lr = (c.muon_learning_rate if by_muon else c.learning_rate) * LR_FRACTIONS[step]
+            p[name] = p[name] - lr * (u + decay * decayed * p[name])
+        history.append(dict(p))
+    return history
+
+
+def float64_muon(m):
+    """Jordan's quintic polynomial of the singular values, five times; the singular vectors stay."""
+    left, values, right = np.linalg.svd(m, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left * values @ right * 0.2 * math.sqrt(max(m.shape))
+
+
+def float64_normuon(u, v, b2):
+    """One output at a time: u, and v with the same number for all inputs of an output."""
+    new_u, new_v = np.empty_like(u), np.empty_like(v)
+    for layer in range(len(u)):
+        for output in range(u.shape[2]):
+            new_v[layer, :, output] = b2 * v[layer, :, output] + (1 - b2) * np.mean(u[layer, :, output] ** 2)
+            new_u[layer, :, output] = u[layer, :, output] / np.sqrt(new_v[layer, 0, output])
+        new_u[layer] *= np.linalg.norm(u[layer]) / np.linalg.norm(new_u[layer])
+    return new_u, new_v
+
+
+def test_the_whole_recipe_equals_its_definition():
+    """Momentum's warm-up, NorMuon, cautious decay, both optimizers' rates, clipping, the schedule and the average."""
+    params = draw(0)
+    gradients = [draw(step, scale) for step, scale in enumerate([0.01, 3.0, 0.05, 0.02, 1.0, 0.3], start=1)]
+    init, step = compiled(WHOLE_RECIPE)
+    actual, state, average = params, init(params), average_start(WHOLE_RECIPE, params)
+    expected = expected_steps(WHOLE_RECIPE, params, gradients)
+    for count, gradient in enumerate(gradients, start=1):
+        before = named_leaves(actual)
+        actual, state, average = step(gradient, state, actual, average)
+        after = named_leaves(actual)
+        allowed = {name: 2e-3 * np.abs(leaf - before[name]).max() for name, leaf in after.items()}
+        for name, leaf in after.items():
+            np.testing.assert_allclose(leaf, expected[count - 1][name], atol=allowed[name], rtol=0, err_msg=name)
+        weights = np.array([0.7 ** (count - i) for i in range(1, count + 1)])
+        for name, leaf in named_leaves(averaged(actual, average)).items():
+            mean = np.tensordot(weights / weights.sum(), np.stack([each[name] for each in expected[:count]]), 1)
+            np.testing.assert_allclose(leaf, mean, atol=allowed[name], rtol=0, err_msg=f"average of {name}")
+
+
+def test_without_the_new_settings_muon_equals_its_definition():
+    gradients = [draw(step, scale) for step, scale in enumerate([0.01, 3.0, 0.05], start=1)]
+    history, _ = after_each_step(MUON, draw(0), gradients)
+    for actual, expected in zip(history, expected_steps(MUON, draw(0), gradients), strict=True):
+        for name, leaf in actual.items():
+            np.testing.assert_allclose(leaf, expected[name], atol=1e-4, rtol=0, err_msg=name)
+
+
+def test_neurons_get_updates_of_one_size_and_the_norm_stays():
+    rng = np.random.default_rng(0)
+    u = np.float32(rng.normal(size=(3, 8, 5)) * np.geomspace(1, 1e-3, 5))
+    u[1, :, 2], u[2] = 0, 0
+    transformation = normalize_neurons(0.95)
+    out, state = jax.jit(transformation.update)({"a": u}, transformation.init({"a": u}))
+    assert state.nu["a"].shape == (3, 1, 5)
+    sizes, norms = np.linalg.norm(out["a"], axis=1), np.linalg.norm(u, axis=(1, 2))
+    np.testing.assert_allclose(np.linalg.norm(out["a"], axis=(1, 2)), norms, rtol=1e-5)
+    np.testing.assert_allclose(sizes[0], norms[0] / math.sqrt(5), rtol=1e-5)
+    np.testing.assert_allclose(sizes[1], norms[1] / math.sqrt(4) * np.array([1, 1, 0, 1, 1]), rtol=1e-5)
+    assert not sizes[2].any()
+
+
+def test_cautious_decay_moves_no_weight_away_from_the_update():
+    p, u = np.float32([[2, -2, 2, -2, 0]]), np.float32([[1, -1, -1, 1, 1]])  # an update is subtracted
+    transformation = cautious_decay(0.5, {"a": True, "b": False})
+    out, _ = transformation.update({"a": u, "b": u}, transformation.init({"a": p, "b": p}), {"a": p, "b": p})
+    np.testing.assert_array_equal(out["a"], [[2, -2, -1, 1, 1]])
+    np.testing.assert_array_equal(out["b"], u)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.98, 0.999])
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0])
+def test_the_average_in_float16_is_that_in_float64(decay, size):
+    """Over a random walk that drifts and comes to rest, as weights do under a schedule."""
+    rng, steps = np.random.default_rng(0), 400
+    update = jax.jit(average_step, static_argnums=0)
+    weights = rng.normal(size=2000)
+    total = np.zeros(2000)
+    average, direction = np.zeros(2000, np.float16), rng.normal(size=2000)
+    for count in range(1, steps + 1):
+        updates = np.float32(size * (rng.normal(size=2000) + 0.3 * direction) * (1 - (count - 1) / steps))
+        weights = weights + updates
+        total = decay * total + (1 - decay) * weights
+        average = update(decay, np.int32(count - 1), average, updates)
+        difference = total / (1 - decay**count) - weights
+        error = np.float64(average) / 256 - difference
+        assert np.sqrt(np.mean(error**2)) < 3e-3 * np.sqrt(np.mean(difference**2)) + 2e-9, count
+        assert abs(np.mean(error)) < 2e-4 * np.sqrt(np.mean(difference**2)) + 2e-9, count
+    assert average.dtype == np.float16
+
+
+def test_the_first_average_is_the_first_weights_and_it_stays_finite():
+    zeros, updates = np.zeros(3, np.float16), np.float32([1e-3, 1.0, 1e6])
+    first = average_step(0.98, np.int32(0), zeros, updates)
+    assert not first.any()
+    second = np.float64(average_step(0.98, np.int32(1), first, updates)) / 256
+    np.testing.assert_allclose(second[:2], -updates[:2] * 0.98 / 1.98, rtol=1e-3)
+    assert second[2] == -65504 / 256
+    assert averaged({"a": updates}, None)["a"] is updates
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), *(pytest.param(s, marks=SLOW) for s in ((16, 16), (1, 5)))])
@@ -160,6 +315,14 @@ def test_newton_schulz_equalises_singular_values_and_keeps_the_vectors(shape):
     assert not jax.jit(newton_schulz)(np.zeros(shape, np.float32)).any()
 
 
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_newton_schulz_in_bfloat16_is_close(shape):
+    matrix = np.float32(np.random.default_rng(0).normal(size=shape))
+    out, exact = (jax.jit(newton_schulz, static_argnums=1)(matrix, dtype) for dtype in ("bfloat16", "float32"))
+    assert out.dtype == np.float32
+    assert 1e-4 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.1
+
+
 def test_muon_follows_nesterov_momentum_with_the_rms_of_adam():
     gradients = [draw(1, UNCLIPPED), draw(2, UNCLIPPED)]
     for gradient in gradients:
@@ -170,7 +333,7 @@ def test_muon_follows_nesterov_momentum_with_the_rms_of_adam():
     assert len(matrices) == 7
     for name in matrices:
         lr = 0.03 * LR_FRACTIONS[1]
-        updates = second[name] - first[name] * (1 - lr * 0.5)
+        updates = second[name] - first[name] * (1 - lr * 0.3)
         directions = current[name] + 0.9 * (current[name] + 0.9 * previous[name])
         for update, direction in zip(updates, directions, strict=True):
             assert np.sqrt(np.mean(update**2)) == pytest.approx(0.2 * lr, rel=0.3)
@@ -205,7 +368,8 @@ def test_multi_steps_equals_that_of_optax(every, implementation):
     step, update = jax.jit(ours.step), jax.jit(reference.update)
     assert ("stablehlo.case" in step.lower(gradients[0], *actual[::-1]).as_text()) == (implementation == "xla")
     for gradient in gradients:
-        actual = step(gradient, actual[1], actual[0])
+        *actual, average = step(gradient, actual[1], actual[0])
+        assert average is None
         updates, state = update(gradient, expected[1], expected[0])
         expected = jax.tree.map(np.add, expected[0], updates), state
         assert (actual[1].mini_step, actual[1].gradient_step) == (state.mini_step, state.gradient_step)
@@ -229,7 +393,7 @@ def test_an_apple_gpu_gets_an_optimizer_without_branches():
 def test_a_gradient_whose_norm_overflows_is_skipped():
     init, step = map(jax.jit, multi_steps(optax.sgd(1.0), 1))
     params = {"a": np.ones(2, np.float32)}
-    after, state = step({"a": np.full(2, 1e20, np.float32)}, init(params), params)
+    after, state, _ = step({"a": np.full(2, 1e20, np.float32)}, init(params), params)
     np.testing.assert_array_equal(after["a"], params["a"])
     assert (int(state.gradient_step), bool(state.skip_state["should_skip"])) == (0, True)
 

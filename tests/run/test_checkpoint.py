@@ -33,7 +33,8 @@ from tests.tiny_run import assert_same_bits, disk_room, is_one_line
 # of a save that failed; commands hide it (`quiet_libraries`)
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=16, mlp_width=24, precision="float32")
-CONFIG = Config(batch_size=2, grad_accum_steps=2, max_steps=100, model=MODEL, optimizer=OptimizerConfig(warmup_steps=1))
+OPTIMIZER = OptimizerConfig(warmup_steps=1, average=0.9)
+CONFIG = Config(batch_size=2, grad_accum_steps=2, max_steps=100, model=MODEL, optimizer=OPTIMIZER)
 META = {"config": {"é": [1, None, 2.5]}, "tokens": {}, "seconds": 0.1}
 CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
@@ -64,7 +65,8 @@ def random_state(config, seed=0):
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like(config))
     moments = jax.tree.map(draw, zeros.opt_state.inner_opt_state)
     opt_state = zeros.opt_state._replace(inner_opt_state=moments, gradient_step=np.int32(3))
-    return zeros._replace(params=jax.tree.map(draw, zeros.params), opt_state=opt_state, batches=np.int32(6))
+    params, average = (jax.tree.map(draw, tree) for tree in (zeros.params, zeros.average))
+    return zeros._replace(params=params, opt_state=opt_state, batches=np.int32(6), average=average)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +126,22 @@ def test_a_restored_state_trains_on_as_the_saved_one(tmp_path):
     assert_same_bits(advance(checkpoints.state(3, like(), CPU), 1, 4), advance(state, 1, 4))
 
 
-def test_parameters_alone_are_restored(checkpoints, trained):
-    assert_same_bits(checkpoints.params(3, like().params, CPU), trained.params)
+def test_the_average_of_the_weights_alone_is_restored(checkpoints, trained):
+    weights = checkpoints.weights(3, like().params, CPU)
+    assert_same_bits(weights, jax.tree.map(lambda p, d: p + np.float32(d) / 256, trained.params, trained.average))
+
+
+def test_an_average_may_begin_and_end_when_a_run_resumes(tmp_path, checkpoints, trained):
+    without = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(OPTIMIZER, average=0.0))
+    restored = checkpoints.state(3, like(without), CPU)
+    assert restored.average is None
+    later = Checkpoints(tmp_path / "later")
+    later.save(3, restored, META)
+    later.wait()
+    assert_same_bits(later.weights(3, like().params, CPU), trained.params)
+    state = later.state(3, like(), CPU)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(state.average))
+    assert_same_bits(state._replace(average=None), trained._replace(average=None))
 
 
 def test_meta_is_restored(checkpoints):
@@ -156,18 +172,18 @@ def test_a_save_holds_the_values_of_its_moment_though_the_buffers_are_donated(tm
         assert int(restored.batches) == saved.batches
 
 
-@pytest.mark.parametrize("name", [".average", ".opt_state.average", ".opt_state.skip_state['norms']"])
+@pytest.mark.parametrize("name", [".ema", ".opt_state.ema", ".opt_state.skip_state['norms']"])
 def test_a_part_of_the_state_that_is_not_saved_is_an_error(tmp_path, trained, name):
     """Else it comes back as zeros."""
 
     def with_field(state):
-        fields = [*state._fields, "average"]
+        fields = [*state._fields, "ema"]
         return collections.namedtuple(type(state).__name__, fields)(*state, np.ones(3, np.float32))
 
     opt_state = trained.opt_state
     state = {
-        ".average": with_field(trained),
-        ".opt_state.average": trained._replace(opt_state=with_field(opt_state)),
+        ".ema": with_field(trained),
+        ".opt_state.ema": trained._replace(opt_state=with_field(opt_state)),
         ".opt_state.skip_state['norms']": trained._replace(
             opt_state=opt_state._replace(skip_state=opt_state.skip_state | {"norms": np.ones(3, np.float32)})
         ),
@@ -328,7 +344,7 @@ def test_the_place_of_a_disk_is_not_deleted(tmp_path, monkeypatch):
         assert checkpoints.directory.exists() == is_mount
 
 
-def test_a_checkpoint_takes_the_bytes_of_parameters_and_moments(tmp_path):
+def test_a_checkpoint_takes_the_bytes_of_parameters_moments_and_average(tmp_path):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=20_000, width=64))
     state = random_state(config)
     checkpoints = Checkpoints(tmp_path, 1)
@@ -336,7 +352,7 @@ def test_a_checkpoint_takes_the_bytes_of_parameters_and_moments(tmp_path):
     checkpoints.wait()
     size = sum(path.stat().st_size for path in (tmp_path / CHECKPOINTS).rglob("*") if path.is_file())
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert 0.85 < size / (3 * 4 * numbers) < 1.05
+    assert 0.85 < size / ((3 * 4 + 2) * numbers) < 1.05
 
 
 def files_of(tmp_path, step=3):
@@ -392,16 +408,17 @@ def test_arrays_that_differ_from_the_state_are_refused_though_all_files_are_whol
         checkpoints.state(3, like(), CPU)
 
 
-@pytest.mark.parametrize("item", ["params", "optimizer"])
+@pytest.mark.parametrize("item", ["params", "optimizer", "average"])
 @pytest.mark.parametrize("leaf", [0, 1, -1])
 def test_the_checksum_of_each_leaf_is_compared(checkpoints, trained, monkeypatch, item, leaf):
     """Of the first, the second and the last leaf here; the message names it."""
-    tree = {"params": trained.params, "optimizer": checkpoint._optimizer_item(trained)}[item]
+    tree = checkpoint._items(trained)[item]
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    kinds = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
     def with_other(arrays):
         sums = checksums(arrays)
-        same_item = jax.tree.structure(arrays) == jax.tree.structure(tree)
+        same_item = [(a.shape, a.dtype) for a in jax.tree.leaves(arrays)] == kinds
         return sums.at[leaf].add(1) if same_item else sums
 
     monkeypatch.setattr(checkpoint, "checksums", with_other)
@@ -442,7 +459,7 @@ def test_a_list_of_files_cannot_name_files_elsewhere(checkpoints, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"params/../../../secret": ""}))
     (tmp_path / "secret").write_text("")
     assert checkpoints.meta(3)["seconds"] == META["seconds"]
-    checkpoints.params(3, like().params, CPU)
+    checkpoints.weights(3, like().params, CPU)
 
 
 def test_a_malformed_list_of_files_is_refused_in_one_line(checkpoints, tmp_path):
@@ -456,7 +473,7 @@ def test_a_malformed_list_of_files_is_refused_in_one_line(checkpoints, tmp_path)
 
 def test_parameters_alone_need_only_their_own_files(checkpoints, tmp_path, trained):
     shutil.rmtree(tmp_path / CHECKPOINTS / "3" / "optimizer")
-    assert_same_bits(checkpoints.params(3, like().params, CPU), trained.params)
+    checkpoints.weights(3, like().params, CPU)
 
 
 def load_with(checkpoints):
@@ -667,14 +684,14 @@ def test_a_save_whose_parts_orbax_does_not_merge_is_no_checkpoint(saved, tmp_pat
 
 
 @pytest.mark.parametrize("change", ["missing", "added", "shape", "dtype"])
-@pytest.mark.parametrize("item", ["params", "optimizer"])
+@pytest.mark.parametrize("item", ["params", "optimizer", "average"])
 def test_a_save_that_lacks_or_alters_an_array_is_no_checkpoint(three, trained, monkeypatch, change, item):
-    standard_save = ocp.args.StandardSave
+    standard_save, names = ocp.args.StandardSave, {np.float32: "params", np.float16: "average"}
 
     def altered(tree):
-        if ("moments" in tree) == (item == "optimizer"):
-            name = "norm" if item == "params" else "step"
-            other = {"shape": tree[name][None], "dtype": tree[name].astype(jnp.float16)}.get(change)
+        name = "step" if item == "optimizer" else "norm"
+        if item == ("optimizer" if "moments" in tree else names[tree["norm"].dtype.type]):
+            other = {"shape": tree[name][None], "dtype": tree[name].astype(jnp.bfloat16)}.get(change)
             rest = {key: leaf for key, leaf in tree.items() if key != name or change == "added"}
             tree = rest | ({} if change == "missing" else {"more" if change == "added" else name: other})
             if change == "added":
@@ -682,7 +699,7 @@ def test_a_save_that_lacks_or_alters_an_array_is_no_checkpoint(three, trained, m
         return standard_save(tree)
 
     monkeypatch.setattr(ocp.args, "StandardSave", altered)
-    name = "more" if change == "added" else "norm" if item == "params" else "step"
+    name = "more" if change == "added" else "step" if item == "optimizer" else "norm"
     assert f"{item}.{name} is " in failed_save(three, trained)
     assert sorted(path.name for path in three.directory.iterdir()) == ["1", "3", "5"]
 

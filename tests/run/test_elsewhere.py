@@ -1,7 +1,8 @@
 """A checkpoint restored elsewhere: under another version of jax, on eight devices, with other microbatch_chunks.
 
 `tests/checkpoints/jax-VERSION` holds a checkpoint written by that version of jax, and the losses of the next steps.
-`python -m tests.run.test_elsewhere` writes that of the installed version.
+`python -m tests.run.test_elsewhere` writes that of the installed version. `muon-jax-VERSION` is of a run with Muon,
+written when its momentum was `b1` and its decay `weight_decay`.
 """
 
 import dataclasses
@@ -67,6 +68,14 @@ def test_a_checkpoint_of_another_version_or_chunking_trains_on_with_the_same_los
     assert len(losses) == LAST - SAVED_AT
     saved = from_config_dict(Checkpoints(SAVED / version).meta(SAVED_AT)["config"])
     assert saved == CONFIG
+
+
+@pytest.mark.parametrize("version", ["muon-jax-0.4.34", "muon-jax-0.10.2"])
+def test_an_old_checkpoint_of_muon_trains_on_with_the_same_losses(version):
+    config = from_config_dict(Checkpoints(SAVED / version).meta(SAVED_AT)["config"])
+    assert (config.optimizer.muon_momentum, config.optimizer.muon_weight_decay) == (0.8, 0.3)
+    _, losses = losses_from(restore(SAVED / version, config=config), config)
+    assert losses == pytest.approx(json.loads((SAVED / version / "losses.json").read_text()), rel=1e-5)
 
 
 def on_eight_devices(place):

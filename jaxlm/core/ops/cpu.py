@@ -1,5 +1,6 @@
 """The operations for a CPU."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -27,4 +28,14 @@ def _transposed(x_ND: jax.Array) -> jax.Array:
     return x_ND.reshape(N // 16, 16, D // 16, 16).transpose(2, 3, 0, 1).reshape(D, N)
 
 
-CPU = replace(xla.XLA, weight_gradient=weight_gradient, decode_layout=Transposed)
+def layer_by_layer(function: Callable, *stacks: jax.Array) -> jax.Array:
+    """`Ops.map_layers` in a loop: XLA for the CPU would keep the temporaries of all layers."""
+    return jax.lax.map(lambda arrays: function(*arrays), stacks)
+
+
+CPU = replace(
+    xla.XLA,
+    weight_gradient=weight_gradient,
+    map_layers=layer_by_layer,
+    decode_layout=Transposed,
+)
