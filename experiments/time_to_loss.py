@@ -104,7 +104,7 @@ class JaxlmRun:
     def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> float:
         if self.state.step != self.config.max_steps:
             raise RuntimeError(f"{self.state.step} of {self.config.max_steps} steps: some gradients were not finite")
-        return float(self._eval_step(self.state.params, inputs, targets))
+        return float(self._eval_step(self.state.weights, inputs, targets))
 
 
 class TorchRun:

@@ -10,6 +10,8 @@ import pytest
 from experiments import time_to_loss
 from experiments.time_to_loss import JaxlmRun, alternate, compare, in_process, measure, parts, report
 from jaxlm.config import Config
+from jaxlm.core.model import Decoder
+from jaxlm.core.optimizer import averaged
 from jaxlm.data.token_files import val_batches
 from jaxlm.main import open_data
 from tests import tiny_run
@@ -47,6 +49,20 @@ def test_a_run_that_lost_steps_has_no_loss(place):
     run.train(11)
     with pytest.raises(RuntimeError, match="11 of 12 steps"):
         run.loss_sum(*next(val_batches(open_data(config).val, 16, 2)))
+
+
+def test_the_average_of_weights_is_evaluated(place):
+    config = tiny_run.config_of("run")
+    config = replace(config, max_steps=3, optimizer=replace(config.optimizer, average=0.9))
+    run, batch = JaxlmRun(config, open_data(config)), next(val_batches(open_data(config).val, 16, 2))
+    run.compile()
+    run.train(3)
+    of_average, of_last = (
+        Decoder(run.config.model).apply({"params": params}, *batch, method="loss")
+        for params in (averaged(run.state.params, run.state.average), run.state.params)
+    )
+    assert run.loss_sum(*batch) == pytest.approx(float(of_average), rel=1e-6)
+    assert of_last != pytest.approx(float(of_average), rel=1e-4)
 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(12, 5), (400, 10), (7, 7)])

@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import Config, ModelConfig, OptimizerConfig
+from experiments.time_to_loss import JaxlmRun, TorchRun, alternate, measure
+from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from jaxlm.core.model import Decoder
 from jaxlm.core.optimizer import make_schedule
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.data.token_files import val_batches
+from jaxlm.prepare import prepare
+from tests import tiny_run
 
 torch = pytest.importorskip("torch")
 from experiments import torch_llama  # noqa: E402  (it needs PyTorch)
@@ -144,3 +147,20 @@ def test_compilation_changes_no_weight(uncompiled):
     assert not peer.optimizer.state
     assert all(parameter.grad is None for parameter in peer.model.parameters())
     jax.tree.map(np.testing.assert_array_equal, weights_of(peer.model), before)
+
+
+def test_from_equal_weights_the_comparison_measures_equal_losses(uncompiled, tmp_path, monkeypatch):
+    """Both programs read the same batches and the same validation text."""
+    monkeypatch.chdir(tmp_path)
+    tiny_run.write_text(tmp_path / "text.txt")
+    prepare("text.txt", tmp_path / "tokens", MODEL.vocab_size, 0.1)
+    config = replace(CONFIG, data=DataConfig(corpus="text.txt", dir="tokens", val_fraction=0.1))
+
+    def peer_from_equal_weights(c, tokens):
+        run = TorchRun(c, tokens)
+        copy_weights(run.peer.model, init_state(c).params)
+        return run
+
+    peer, ours = alternate([measure(program, config, 3) for program in (peer_from_equal_weights, JaxlmRun)])
+    assert peer["val_bits_per_byte"] == pytest.approx(ours["val_bits_per_byte"], rel=1e-4)
+    assert peer["val_loss"] < np.log(MODEL.vocab_size) - 0.5
