@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import layers
-from jaxlm.core.ops import hopper_rope, xla
+from jaxlm.core.ops import hopper_rope, hopper_rope_mosaic, xla
 from tests.core import float64
 from tests.core.ops.test_hopper import ROUNDING, draw, relative_error
 
@@ -23,6 +23,7 @@ def calls(monkeypatch):
     if jax.__version_info__ < (0, 11):
         pytest.skip("the kernels are for jax from 0.11 on")
     import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
 
     calls, pallas_call = [], pl.pallas_call
 
@@ -30,7 +31,14 @@ def calls(monkeypatch):
         calls.append(settings["grid"])
         return pallas_call(*args, **settings, interpret=True)
 
+    kernel = plgpu.kernel
+
+    def interpret_mosaic(*args, **settings):
+        calls.append(settings["grid"])
+        return kernel(*args, **settings, interpret=plgpu.InterpretGPUParams())
+
     monkeypatch.setattr(pl, "pallas_call", interpret)
+    monkeypatch.setattr(plgpu, "kernel", interpret_mosaic)
     return calls
 
 
@@ -68,9 +76,11 @@ def test_the_kernels_are_the_plain_form(calls, heads, kv_heads, head_width, leng
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
-def test_in_bfloat16():
-    x, *others = arguments(4, 2, 32, 64)
-    found = with_gradients(hopper_rope.query_key_value, x.astype(jnp.bfloat16), *others)
+@pytest.mark.parametrize("module", [hopper_rope, hopper_rope_mosaic])
+def test_in_bfloat16(calls, module):
+    x, *others = arguments(4, 2, 64, 64)
+    found = with_gradients(module.query_key_value, x.astype(jnp.bfloat16), *others)
+    assert len(calls) == 2
     assert [a.dtype for a in found] == [jnp.bfloat16] * 4 + [jnp.float32] * 5
     for a, b in zip(found, with_gradients(xla.query_key_value, x, *others), strict=True):
         assert relative_error(a, b) < 2 * ROUNDING
@@ -86,20 +96,19 @@ def test_the_definition():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_gradient_of_a_weighted_sum_by_differences():
-    """A second reference for the gradients: no formula, the definition in float64."""
+def test_a_directional_derivative_by_differences():
     x, weights, scales, d_qkv = arguments(2, 1, 32, 32)
-    *_, by_query_scale, by_key_scale = with_gradients(hopper_rope.query_key_value, x, weights, scales, d_qkv)
-    directions = [draw(32, seed=5 + i) for i in range(2)]
+    _, _, _, by_x, _, _, _, *by_scales = with_gradients(hopper_rope.query_key_value, x, weights, scales, d_qkv)
+    directions = [draw(2, 32, D, seed=7), *(draw(32, seed=5 + i) for i in range(2))]
 
     def value(step):
-        moved = [np.float64(scale) + step * np.float64(d) for scale, d in zip(scales, directions, strict=True)]
+        moved = [np.float64(a) + step * np.float64(d) for a, d in zip((x, *scales), directions, strict=True)]
         exact = [np.float64(w) for w in weights]
-        qkv = float64.query_key_value(np.float64(x), exact, moved, np.arange(32)[None], EPS, THETA)
+        qkv = float64.query_key_value(moved[0], exact, moved[1:], np.arange(32)[None], EPS, THETA)
         return sum(np.sum(a * np.float64(d)) for a, d in zip(qkv, d_qkv, strict=True))
 
     expected = (value(1e-4) - value(-1e-4)) / 2e-4
-    found = by_query_scale @ directions[0] + by_key_scale @ directions[1]
+    found = sum(np.vdot(a, d) for a, d in zip((by_x, *by_scales), directions, strict=True))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
