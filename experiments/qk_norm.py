@@ -4,7 +4,9 @@
     python -m experiments.qk_norm --forms plain triton-64-8-8 mosaic-64-8 --rounds 20
 
 Forms: `plain` is XLA's, and `saved-inverse` the same with the norms' inverses saved. `triton` and `mosaic` are kernels.
-In `triton-R-G-W` and `mosaic-R-G` a program of the kernel computes R tokens of G heads, the former with W warps.
+In `triton-R-G-W` and `mosaic-R-G` a program of the kernel computes R tokens of G heads, the former with W warps. The
+kernels (`qk_norm_triton.py`, `qk_norm_mosaic.py`) are candidates: tested in an interpreter, not yet timed on a GPU, so
+jaxlm computes the plain form.
 
 First the queries, keys and values of one layer and their gradients are timed in each of `--layer-forms`, and compared
 with the plain form in float32. Then the whole micro-steps of `--forms` alternate with the step without the norms in one
@@ -27,9 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import m2_60m
+from experiments import qk_norm_mosaic, qk_norm_triton
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.core import layers, ops
-from jaxlm.core.ops import hopper, hopper_rope, hopper_rope_mosaic, xla
+from jaxlm.core.ops import hopper, xla
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.device import backend
 
@@ -38,7 +41,7 @@ LAYER_FORMS = (
     *("triton-64-1-4", "triton-128-1-8", "mosaic", "mosaic-64-1", "mosaic-64-2", "mosaic-64-8", "mosaic-128-2"),
 )
 FORMS = ("plain", "triton", "triton-64-8-8", "triton-32-2-4", "mosaic", "mosaic-64-2")
-MODULES = {"triton": hopper_rope, "mosaic": hopper_rope_mosaic}
+MODULES = {"triton": qk_norm_triton, "mosaic": qk_norm_mosaic}
 SIZES = ("BLOCK_ROWS", "MAX_GROUP", "WARPS")
 
 

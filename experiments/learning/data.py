@@ -41,8 +41,9 @@ def held_out_corpus(files: Sequence[Path], held_out: int = HELD_OUT) -> Corpus:
 
 def prepare(config: Config, files: Sequence[Path] | None, directory: Path) -> TokenFiles:
     """The tokens of `files`, or (None) of the config's own corpus, in a part of `directory`; written if missing."""
-    corpus = open_corpus(config.data.corpus) if files is None else held_out_corpus(files)
-    part = directory / f"{corpus.source}-{config.model.vocab_size}"
+    data, vocab_size = config.data, config.model.vocab_size
+    corpus = open_corpus(data.corpus) if files is None else held_out_corpus(files)
+    part = directory / f"{corpus.source}-{data.tokenizer}-{vocab_size}"
     if read_meta(part) is None:
-        write_token_files(corpus, part, config.model.vocab_size, config.data.val_fraction)
-    return open_tokens(part, config.model.vocab_size, config.model.context)
+        write_token_files(corpus, part, vocab_size, data.val_fraction, tokenizer=data.tokenizer)
+    return open_tokens(part, vocab_size, config.model.context, data.tokenizer)

@@ -107,6 +107,7 @@ def flops(trial: Trial) -> float:
     return flops_per_step(trial.settings) * trial.settings["max_steps"]
 
 
+SHORT = round(N / 3.5)
 HALF = N // 2  # 600 steps of the user's batch
 ADAMW_TUNED = {  # the best of each of the trials of AdamW at 1,200 steps
     "optimizer__weight_decay": 0.3,
@@ -143,8 +144,8 @@ TABLES: dict[str, list[Trial]] = {
     ],
     # what the goals ask: whole schedules of fewer tokens, three seeds
     "goals": [
-        *seeds("ours 32k, N/3.5", muon(round(N / 3.5))),
-        *seeds("ours 16k, N/3.5", muon(round(N / 3.5), 16_384)),
+        *seeds("ours 32k, N/3.5", muon(SHORT)),
+        *seeds("ours 16k, N/3.5", muon(SHORT, 16_384)),
         *seeds("ours 32k, N/4.5", muon(round(N / 4.5))),
         *seeds("ours 16k, N/4.5", muon(round(N / 4.5), 16_384)),
         *seeds("ours 32k, 2N/4.5", muon(round(2 * N / 4.5))),
@@ -207,7 +208,32 @@ TABLES: dict[str, list[Trial]] = {
                 "momentum 0.9": {"optimizer__muon_momentum": 0.9},
                 "average 0.99, fall over 0.2": {"optimizer__average": 0.99, "optimizer__lr_decay_fraction": 0.2},
             }.items()
-            for trial in one(f"ours 32k, N/3.5, {change}", muon(round(N / 3.5), **setting))
+            for trial in one(f"ours 32k, N/3.5, {change}", muon(SHORT, **setting))
+        ],
+    ],
+    # the recipe tuned at the batch and the length of the goals
+    "tune": [
+        *[
+            trial
+            for change, settings in {
+                "rates x1.4": muon(SHORT, 16_384, 1.4),
+                "rates x0.7": muon(SHORT, 16_384, 0.7),
+                "8k, rates x0.7": muon(SHORT, 8192, 0.7),
+                "8k": muon(SHORT, 8192),
+                "Adam rate x2": muon(SHORT, 16_384, optimizer__learning_rate=1.2e-2),
+                "Adam rate x0.5": muon(SHORT, 16_384, optimizer__learning_rate=3e-3),
+                "Muon rate x1.5": muon(SHORT, 16_384, optimizer__muon_learning_rate=3.3e-3),
+                "fall over 0.6": muon(SHORT, 16_384, optimizer__lr_decay_fraction=0.6),
+                "fall over 0.8": muon(SHORT, 16_384, optimizer__lr_decay_fraction=0.8),
+                "b2 0.99": muon(SHORT, 16_384, optimizer__b2=0.99),
+                "decay 0.4": muon(SHORT, 16_384, optimizer__muon_weight_decay=0.4),
+                "momentum warm-up 400": muon(SHORT, 16_384, optimizer__muon_momentum_warmup=400),
+                "warm-up 20": muon(SHORT, 16_384, optimizer__warmup_steps=20),
+                "theta 1e5": muon(SHORT, 16_384, model__rope_theta=1e5),
+                "outputs from zero": muon(SHORT, 16_384, model__output_init="zero"),
+                "average 0.99": muon(SHORT, 16_384, optimizer__average=0.99),
+            }.items()
+            for trial in one(f"ours 16k, N/3.5, {change}", settings)
         ],
     ],
     "batch": [
@@ -221,17 +247,15 @@ TABLES: dict[str, list[Trial]] = {
     ],
     # at the arithmetic of N/3.5 tokens with GPT-2's vocabulary
     "vocabulary": [
-        *seeds("GPT-2", muon(round(N / 3.5))),
-        *seeds("own 8k", equal_arithmetic(muon(round(N / 3.5)) | own(8192))),
-        *one("own 4k", equal_arithmetic(muon(round(N / 3.5)) | own(4096))),
-        *one("own 16k", equal_arithmetic(muon(round(N / 3.5)) | own(16_384))),
-        *one(
-            "own 8k, width 640", equal_arithmetic(muon(round(N / 3.5)) | own(8192, model__width=640, model__heads=10))
-        ),
-        *one("own 8k, 11 layers", equal_arithmetic(muon(round(N / 3.5)) | own(8192, model__layers=11))),
-        *one("own 8k, 6 layers", equal_arithmetic(muon(round(N / 3.5)) | own(8192, model__layers=6))),
-        *one("own 8k, MLP 1536", equal_arithmetic(muon(round(N / 3.5)) | own(8192, model__mlp_width=1536))),
-        *one("own 8k, batch 16k", equal_arithmetic(muon(round(N / 3.5), 16_384) | own(8192))),
+        *seeds("GPT-2", muon(SHORT)),
+        *seeds("own 8k", equal_arithmetic(muon(SHORT) | own(8192))),
+        *one("own 4k", equal_arithmetic(muon(SHORT) | own(4096))),
+        *one("own 16k", equal_arithmetic(muon(SHORT) | own(16_384))),
+        *one("own 8k, width 640", equal_arithmetic(muon(SHORT) | own(8192, model__width=640, model__heads=10))),
+        *one("own 8k, 11 layers", equal_arithmetic(muon(SHORT) | own(8192, model__layers=11))),
+        *one("own 8k, 6 layers", equal_arithmetic(muon(SHORT) | own(8192, model__layers=6))),
+        *one("own 8k, MLP 1536", equal_arithmetic(muon(SHORT) | own(8192, model__mlp_width=1536))),
+        *one("own 8k, batch 16k", equal_arithmetic(muon(SHORT, 16_384) | own(8192))),
         *[
             t
             for part in (2, 4)

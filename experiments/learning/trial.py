@@ -115,9 +115,10 @@ def run(trial: Trial, phases: list[Phase], tokens: TokenFiles, device: jax.Devic
 
 def _evaluate(config: Config, eval_step: Any, state: Any, tokens: TokenFiles, limit: int) -> tuple[float, float]:
     """The validation loss over `limit` sequences (0: all), in nats a token and in bits a byte."""
+    weights = state.weights
     sums, count, text_bytes = [], 0, 0
     for inputs, targets in val_batches(tokens.val, config.model.context, config.batch_size, limit):
-        sums.append(eval_step(state.params, inputs, targets))
+        sums.append(eval_step(weights, inputs, targets))
         count += int((targets >= 0).sum())
         text_bytes += tokens.text_bytes(targets)
     loss = float(np.sum(jax.device_get(sums), dtype=np.float64)) / count

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.core.layers import linear
-from jaxlm.core.ops import hopper_rope, xla
+from jaxlm.core.ops import xla
 from jaxlm.core.ops.cuda import CUDA
 from jaxlm.core.ops.record import Ops
 
@@ -341,7 +341,6 @@ def _multiprocessors() -> int:
 HOPPER = replace(
     CUDA,
     fused_linear=fused_linear,
-    query_key_value=hopper_rope.query_key_value,
     swiglu=swiglu,
     cross_entropy=cross_entropy,
     cross_entropy_and_grad=cross_entropy_and_grad,
