@@ -1,6 +1,6 @@
 """Measures how much sooner a config reaches the loss of a tuned AdamW in PyTorch: on one GPU, in turns.
 
-    python -m experiments.time_to_loss --config configs/m2_60m.py --steps 400 600 800
+    python -m experiments.time_to_loss --config configs/m2_60m_fast.py --steps 600 700 800
 
 The peer is `experiments/torch_llama.py`: the model of `configs/m2_60m.py` and its batch, with TUNED_ADAMW, for
 `--peer-steps`. jaxlm trains the config, which `--config.NAME=VALUE` changes, for each of `--steps`. Every run is a
@@ -40,12 +40,13 @@ from jaxlm.main import open_data
 TUNED_ADAMW = OptimizerConfig(
     name="adamw",
     learning_rate=2e-3,
-    warmup_steps=100,
+    warmup_steps=300,
     lr_schedule="linear",
+    lr_decay_fraction=0.4,
     min_lr_ratio=0.0,
     b1=0.9,
     b2=0.98,
-    weight_decay=0.1,
+    weight_decay=0.3,
     clip_norm=1.0,
 )
 
@@ -302,7 +303,7 @@ def _median_and_range(values: list[float], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--config", default="configs/m2_60m.py", help="what jaxlm trains")
+    parser.add_argument("--config", default="configs/m2_60m_fast.py", help="what jaxlm trains")
     parser.add_argument("--steps", type=int, nargs="+", default=[400, 600, 800], help="schedules of jaxlm")
     parser.add_argument("--peer-steps", type=int, default=1200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
