@@ -129,8 +129,8 @@ def write_token_files(
     if tokenizer == "gpt2":
         encoder, vocabulary = load_tokenizer(vocab_size), b""
     else:
-        chunks = split(corpus, size, validation_fraction, flags.fraction)
-        encoder = learn_tokenizer(_sample(chunks, size, on_progress), vocab_size, flags.vocab_size)
+        texts = _training_texts(split(corpus, size, validation_fraction, flags.fraction), size, on_progress)
+        encoder = learn_tokenizer(sample(texts, min(1.0, SAMPLE_BYTES / size.bytes)), vocab_size, flags.vocab_size)
         vocabulary = encoder.to_bytes()
     chunks = split(corpus, size, validation_fraction, flags.fraction)
     source_sha256 = files_sha256(corpus.files)
@@ -152,19 +152,24 @@ def write_token_files(
     return meta
 
 
-def _sample(chunks: Iterable[tuple[str, TextChunk]], size: Size, on_progress: Progress) -> Iterator[str]:
-    """The chunks of TRAIN, or evenly spaced ones of them, at most SAMPLE_BYTES in all."""
-    share = min(1.0, SAMPLE_BYTES / size.bytes)
-    read = taken = done = 0
+def _training_texts(chunks: Iterable[tuple[str, TextChunk]], size: Size, on_progress: Progress) -> Iterator[str]:
+    done = 0
     for name, chunk in chunks:
-        text_bytes = len(chunk.text.encode())
-        done += text_bytes
         if name == TRAIN:
-            read += text_bytes
-            if taken + text_bytes <= share * read:
-                taken += text_bytes
-                yield chunk.text
-        on_progress("Learning", done, size.bytes)
+            yield chunk.text
+        done += len(chunk.text.encode())
+        on_progress("Learning the vocabulary", done, size.bytes)
+
+
+def sample(texts: Iterable[str], share: float) -> Iterator[str]:
+    """Evenly spaced ones of `texts`, with at most this share of their bytes."""
+    read = taken = 0
+    for text in texts:
+        text_bytes = len(text.encode())
+        read += text_bytes
+        if taken + text_bytes <= share * read:
+            taken += text_bytes
+            yield text
 
 
 @contextmanager
