@@ -397,8 +397,9 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
         yield Part(name, abs(float(value) / float(expected_loss) - 1), _LOSS_SHARE * limits.row)
     for name, mean, expected in _by_parameter(acc_grads, expected_grads):
-        actual, stacked = 2 * mean - _FIRST_GRADIENT * expected, name.startswith("blocks/")
-        yield from _compare(f"gradient of {name}", actual, expected, limits, stacked)
+        # in one layer these scales are too few for rounding to average out
+        stacked = name.startswith("blocks/") and name not in ("blocks/query_norm", "blocks/key_norm")
+        yield from _compare(f"gradient of {name}", 2 * mean - _FIRST_GRADIENT * expected, expected, limits, stacked)
 
     before_last = state._replace(opt_state=state.opt_state._replace(acc_grads=acc_grads))
     expected_state = _last_update(config, acc_grads, before_last)
