@@ -17,7 +17,9 @@ import pytest
 from experiments import interop
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core.model import Decoder
+from jaxlm.data.corpus import open_corpus
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.vocabulary import learn_tokenizer
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import ForeignTokenizer, read_params
 from jaxlm.main import open_data
@@ -55,7 +57,7 @@ def subject(request, tmp_path_factory, optimized_compilation):
         return interop.export(place, checkpoint.config, checkpoint.params, checkpoint.tokenizer), ids
     if request.param == "preset":
         config, params = interop.random_preset(qk_norm=False)
-        length = 512
+        length, tokenizer = 512, load_tokenizer(config.model.vocab_size)
     else:
         sizes = {
             "vocab_size": 4096,
@@ -69,9 +71,9 @@ def subject(request, tmp_path_factory, optimized_compilation):
         sizes |= {"tied": False, "qk_norm": request.param == "qk_norm"}
         model = ModelConfig(**sizes, rope_theta=5e5, norm_eps=1e-5, precision="float32", implementation="xla")
         config, params = Config(model=model), interop.random_params(model)
-        length = 256
+        length, tokenizer = 256, learn_tokenizer((chunk.text for chunk in open_corpus("novels").train()), 4096)
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, length)
-    return interop.export(place, config, params, load_tokenizer(config.model.vocab_size)), ids
+    return interop.export(place, config, params, tokenizer), ids
 
 
 @pytest.mark.parametrize("program", interop.PEERS)

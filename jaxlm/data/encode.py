@@ -18,7 +18,7 @@ import numpy as np
 from jaxlm.config import check_vocab_size
 from jaxlm.data.corpus import Corpus, files_sha256, same_corpus, source_changed
 from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
-from jaxlm.data.split import Size, measure, split
+from jaxlm.data.split import measure, split
 from jaxlm.data.token_files import META, TOKEN_DTYPE, TRAIN, VAL, VOCABULARY, FileMeta, Meta, read_meta
 from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from jaxlm.data.vocabulary import SAMPLE_BYTES, learn_tokenizer
@@ -129,7 +129,7 @@ def write_token_files(
     if tokenizer == "gpt2":
         encoder, vocabulary = load_tokenizer(vocab_size), b""
     else:
-        texts = _training_texts(split(corpus, size, validation_fraction, flags.fraction), size, on_progress)
+        texts = _training_texts(split(corpus, size, validation_fraction, flags.fraction), on_progress)
         encoder = learn_tokenizer(sample(texts, min(1.0, SAMPLE_BYTES / size.bytes)), vocab_size, flags.vocab_size)
         vocabulary = encoder.to_bytes()
     chunks = split(corpus, size, validation_fraction, flags.fraction)
@@ -152,13 +152,13 @@ def write_token_files(
     return meta
 
 
-def _training_texts(chunks: Iterable[tuple[str, TextChunk]], size: Size, on_progress: Progress) -> Iterator[str]:
+def _training_texts(chunks: Iterable[tuple[str, TextChunk]], on_progress: Progress) -> Iterator[str]:
     done = 0
     for name, chunk in chunks:
         if name == TRAIN:
             yield chunk.text
         done += len(chunk.text.encode())
-        on_progress("Learning the vocabulary", done, size.bytes)
+        on_progress("Learning the vocabulary", done, 0)
 
 
 def sample(texts: Iterable[str], share: float) -> Iterator[str]:

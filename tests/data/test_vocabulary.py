@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -178,3 +179,25 @@ def test_own_token_files_have_the_bytes_of_the_text(tmp_path):
     assert files.text_bytes(files.val[1:]) == meta.val.bytes
     text = files.tokenizer.decode(files.train[1:]) + files.tokenizer.decode(files.val[1:])
     assert text == Path(tmp_path / "a.txt").read_text()
+
+
+def test_an_error_in_the_text_is_raised():
+    def texts():
+        yield "the king went home"
+        raise UsageError("it cannot be read")
+
+    with pytest.raises(UsageError, match="it cannot be read"):
+        learn_tokenizer(texts(), 257)
+
+
+def test_the_library_runs_in_a_thread_that_no_exit_waits_for():
+    """In the main thread, it would delay Ctrl-C until it is done."""
+    threads = []
+
+    def texts():
+        threads.append(threading.current_thread())
+        yield "the king went home"
+
+    learn_tokenizer(texts(), 257)
+    assert threads[0] is not threading.main_thread()
+    assert threads[0].daemon
