@@ -1,12 +1,12 @@
 """Checks that the two JAX plugins for Apple GPUs can run every operation of the programs. Runs anywhere.
 
-    python -m experiments.audit
+    python -m experiments.audit [--config m2_60m]
 
-The programs of the 60M preset (a training step, an evaluation step, prefill, a decode step, the checksums of a
-checkpoint), without and with `model.qk_norm`, are lowered for each platform, and every operation is checked. Nothing is
-compiled or computed. `apple_operations.json` lists the operations that each plugin converts. jaxlib's own pass first
-decomposes CHLO into StableHLO, as XLA does before it gives a program to a plugin (SerializeUsingVersionedStablehlo in
-its pjrt/mlir_to_hlo.cc), except the operations that XLA passes on whole, `WHOLE`: the plugin must list those. So
+The programs of a preset (a training step, an evaluation step, prefill, a decode step, the checksums of a
+checkpoint) are lowered for each platform, and every operation is checked. Nothing is compiled or computed.
+`apple_operations.json` lists the operations that each plugin converts. jaxlib's own pass first decomposes CHLO into
+StableHLO, as XLA does before it gives a program to a plugin (SerializeUsingVersionedStablehlo in its
+pjrt/mlir_to_hlo.cc), except the operations that XLA passes on whole, `WHOLE`: the plugin must list those. So
 chlo.square, the only CHLO here (under jax 0.10.2; there is none under 0.4.34), is a multiplication when it reaches
 METAL, whose list lacks it. A violation names the line of jaxlm that it comes from. The program ends with 1 if there is
 one.
@@ -19,7 +19,6 @@ jax-mps registers lowerings of its own in Python, which run on Linux too:
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import re
@@ -28,6 +27,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,6 @@ from jaxlib.mlir import passmanager
 from jaxlib.mlir.dialects import stablehlo
 
 import jaxlm
-from configs import m2_60m
 from experiments import lowered
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.checksum import checksums
@@ -49,7 +48,7 @@ from jaxlm.device.backend import CONTRACTION_LIMIT
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
 # by XLA's ChloPreserveHighLevelOpsPass, and ChloLegalizeToHighLevelMhloPass in jaxlib 0.4.34
 WHOLE = {"acos", "acosh", "asin", "asinh", "atanh", "cosh", "erf", "ragged_dot", "scan", "sinh", "tan", "top_k"}
-NUMBERS = {"METAL": {"f32", "i32", "ui32", "i1"}, "mps": {"f32", "f16", "bf16", "i32", "ui32", "i1"}}
+NUMBERS = {"METAL": {"f32", "f16", "i32", "ui32", "i1"}, "mps": {"f32", "f16", "bf16", "i32", "ui32", "i1"}}
 CONDITIONAL = "a conditional: those that hand operands through are not converted (jax-ml/jax#21601)"
 AVOIDED = {
     "METAL": {"case": CONDITIONAL, "if": CONDITIONAL, "while": "a loop: scan crashes (jax-ml/jax#20750)"},
@@ -71,12 +70,10 @@ class Violation:
         return f"{self.line}: {self.operation}: {self.reason}"
 
 
-def preset(platform: str, qk_norm: bool = False) -> Config:
-    """The 60M preset as it runs on a platform, by jax's name; with norms of queries and keys if `qk_norm`."""
+def preset(platform: str, name: str = "m2_60m") -> Config:
+    """The preset `configs/NAME.py` as it runs on a platform, by jax's name."""
     device: Any = SimpleNamespace(platform=platform)
-    settings = m2_60m.get_config()
-    settings.model.qk_norm = qk_norm
-    return backend.resolve_run(from_config_dict(settings), device)
+    return backend.resolve_run(from_config_dict(import_module(f"configs.{name}").get_config()), device)
 
 
 @functools.cache  # both platforms share what is traced
@@ -90,7 +87,7 @@ def programs(config: Config) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
         "training step": [parts[name] for name in ("train_start", "train_chunk", "train_update")],
         "evaluation step": [parts["evaluation"]],
         "sampling": [(sequence_keys, (key, indices)), *sampling],
-        "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state),))],
+        "saving": [(checksums, ((state.params, state.opt_state.inner_opt_state, state.average),))],
     }
 
 
@@ -208,6 +205,7 @@ def main() -> int:
     parser.add_argument(
         "--lowerings-of-jax-mps", action="store_true", help="as on a Mac; jax_plugins.mps must be there"
     )
+    parser.add_argument("--config", default="m2_60m", help="the name of a preset")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_traceback_in_locations_limit", 100)
@@ -215,10 +213,9 @@ def main() -> int:
         use_lowerings_of_jax_mps()
     print(f"jax {jax.__version__}\n\n| program | platform | operations | kinds | violations |\n|---|---|---|---|---|")
     wrong: list[Violation] = []
-    for platform, qk_norm in itertools.product(backend.APPLE, (False, True)):
-        for name, counts, found in audit(preset(platform, qk_norm), platform):
-            program = f"{name}, qk_norm" if qk_norm else name
-            print(f"| {program} | {platform} | {counts.total():,} | {len(counts)} | {len(found)} |")
+    for platform in backend.APPLE:
+        for name, counts, found in audit(preset(platform, args.config), platform):
+            print(f"| {name} | {platform} | {counts.total():,} | {len(counts)} | {len(found)} |")
             wrong += found
     print("\n".join(["", *dict.fromkeys(map(str, wrong))]))
     return min(len(wrong), 1)

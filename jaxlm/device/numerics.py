@@ -11,7 +11,7 @@ entries (pytorch/pytorch#109457), matmuls that contract 32,767 or more numbers o
 | generation | prefill, then greedy tokens, with a cache | one pass of the CPU over the same tokens, without a cache |
 | losses | of a training and of an evaluation step | the CPU's losses |
 | gradients | accumulated by the training step | the CPU's gradients |
-| updates and moments | by the training step that ends an optimizer step | the CPU's, from the device's gradients |
+| updates, moments, average | by the training step that ends an optimizer step | the CPU's, from the device's gradients |
 
 The device runs the programs of the run: its precision, its implementation, its chunk size, its number of samples. Two
 things differ. A micro-batch has two chunks at most, one on a CPU, and a step has many micro-batches. The CPU computes
@@ -40,7 +40,7 @@ from jaxlm.core import ops, sampling
 from jaxlm.core.generate import PROMPT_BUCKET
 from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
-from jaxlm.core.parameters import Params, tree_of
+from jaxlm.core.parameters import Params, parameter_table, tree_of
 from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
 from jaxlm.device.backend import card, describe, identity, resolve
 from jaxlm.errors import RunError
@@ -132,7 +132,8 @@ def _cache_key(c: Config, device: jax.Device) -> list[Any]:
     """Everything that the result depends on."""
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "MLX_ENABLE_TF32")]
     shapes = [dataclasses.asdict(c.model), c.chunk_size, c.microbatch_chunks > 1, c.sample.texts, c.sample.tokens]
-    return [*identity(device), card(device), *flags, c.deterministic, c.optimizer.name, *shapes]
+    update = [c.optimizer.name, c.optimizer.muon_b2 > 0, c.optimizer.cautious, c.optimizer.average > 0]
+    return [*identity(device), card(device), *flags, c.deterministic, *update, *shapes]
 
 
 def table(parts: Sequence[Part]) -> str:
@@ -403,8 +404,8 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
 
     before_last = state._replace(opt_state=state.opt_state._replace(acc_grads=acc_grads))
     expected_state = _last_update(config, acc_grads, before_last)
-    has_matmuls = config.optimizer.name == "muon"
-    limit = allowed(device, "float32").row if has_matmuls else ALLOWED["float32"]
+    by_muon = {"/".join(parameter.path) for parameter in parameter_table(config.model) if parameter.optimizer == "muon"}
+    with_matmuls = by_muon if config.optimizer.name == "muon" else set()
     updates: dict[str, list[float]] = {}
     for name, actual, expected, before in _by_parameter(after.params, expected_state.params, state.params):
         updates[name] = [difference(actual, expected, before)]
@@ -414,6 +415,7 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
         updates.setdefault(name, []).append(float(actual != expected) if is_counter else difference(actual, expected))
     for name, differences in updates.items():
         what = f"update of {name}" if name else "counters of the optimizer"
+        limit = limits.row if name in with_matmuls else ALLOWED["float32"]
         yield Part(what, float(np.max(differences)), limit)
 
 

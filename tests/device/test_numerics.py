@@ -63,7 +63,9 @@ def with_model(**model):
             with_model(implementation="apple", remat=False, output_init="zero", tied=False, kv_heads=1, qk_norm=True),
             microbatch_chunks=1,
             grad_accum_steps=1,
-            optimizer=OptimizerConfig("muon", warmup_steps=0),
+            optimizer=OptimizerConfig(
+                "muon", warmup_steps=0, muon_momentum_warmup=9, muon_b2=0.9, cautious=True, average=0.9
+            ),
         ),
     ],
     ids=["bfloat16", "unrolled, muon"],
@@ -274,6 +276,19 @@ def optimizer(**changes):
         return lambda config: make_optimizer(replace(config, optimizer=replace(config.optimizer, **changes)))
 
     return partial(replaced, train_step, "make_optimizer", change)
+
+
+@pytest.mark.slow
+def test_a_wrong_average_or_momentum_is_found(monkeypatch, trained):
+    recipe = OptimizerConfig("muon", warmup_steps=3, muon_momentum_warmup=9, muon_b2=0.9, average=0.9)
+    config = replace(CONFIG, optimizer=recipe)
+    assert failing_parts(monkeypatch, trained, config, "training", contextlib.nullcontext) == set()
+    for fault, named in (
+        (optimizer(average=0.8), "update of embedding"),
+        (optimizer(muon_momentum=0.5), "update of blocks/query"),
+        (optimizer(muon_b2=0.999), "update of blocks/query"),
+    ):
+        assert named in failing_parts(monkeypatch, trained, config, "training", fault)
 
 
 BLOCKS = {f"gradient of blocks/{name}: scale" for name in ("query", "key", "value", "output", "gate", "up", "down")}

@@ -17,6 +17,7 @@ from jaxlm.core import layers, ops
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.device.backend import APPLE, CONTRACTION_LIMIT
 from jaxlm.run.checkpoint import checkpoint_bytes
+from jaxlm.run.memory import state_shapes
 
 
 def linear(x, w):
@@ -32,9 +33,9 @@ def array(*shape, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("platform", APPLE)
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform, qk_norm):
-    seen = list(audit(preset(platform, qk_norm), platform))
+@pytest.mark.parametrize("name", ["m2_60m", "m2_60m_fast"])
+def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform, name):
+    seen = list(audit(preset(platform, name), platform))
     assert [name for name, _, _ in seen] == ["training step", "evaluation step", "sampling", "saving"]
     for name, counts, wrong in seen:
         assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"
@@ -44,8 +45,14 @@ def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(pl
 
 @pytest.mark.slow
 def test_the_arrays_of_a_step_of_the_preset_and_of_a_checkpoints_copy_take_less_than_4_gigabytes():
-    config = preset(APPLE[0])
-    assert on_apple(config) + checkpoint_bytes(jax.eval_shape(lambda: init_state(config))) / 1e9 < 4
+    for name in ("m2_60m", "m2_60m_fast"):
+        config = preset(APPLE[0], name)
+        assert on_apple(config) + checkpoint_bytes(state_shapes(config)) / 1e9 < 4
+
+
+@pytest.mark.parametrize("name", ["m2_60m", "m2_60m_fast", "m2_8k_fast"])
+def test_a_checkpoint_of_a_preset_takes_at_most_720_megabytes(name):
+    assert checkpoint_bytes(state_shapes(preset(APPLE[0], name))) < 0.72e9
 
 
 @pytest.mark.parametrize("platform", ["METAL", pytest.param("mps", marks=pytest.mark.slow)])

@@ -154,8 +154,11 @@ def unrolled_search(condition: Callable, body: Callable[[Any], Any], carry: Any,
     return carry
 
 
-def train_step(start: Callable, accumulate_chunk: Callable, update: Callable, chunks: int) -> jax.stages.Wrapped:
+def train_step(
+    start: Callable, accumulate_chunk: Callable, update: Callable, chunks: int, compiler_options: Any = None
+) -> jax.stages.Wrapped:
     """`Ops.train_step` as one program, which reuses the buffers of the state it is given."""
+    options = {"compiler_options": compiler_options} if compiler_options else {}  # jax 0.4.34 takes none here
 
     def step(state: Any, ids_BT: jax.Array) -> tuple[Any, Any]:
         def body(accumulator: Any, _: None) -> tuple[Any, None]:
@@ -165,7 +168,7 @@ def train_step(start: Callable, accumulate_chunk: Callable, update: Callable, ch
         accumulator, _ = jax.lax.scan(body, accumulator, length=chunks) if chunks > 1 else body(accumulator, None)
         return update(state, accumulator)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, **options)
 
 
 XLA = Ops(
