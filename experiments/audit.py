@@ -48,7 +48,7 @@ from jaxlm.device.backend import CONTRACTION_LIMIT
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
 # by XLA's ChloPreserveHighLevelOpsPass, and ChloLegalizeToHighLevelMhloPass in jaxlib 0.4.34
 WHOLE = {"acos", "acosh", "asin", "asinh", "atanh", "cosh", "erf", "ragged_dot", "scan", "sinh", "tan", "top_k"}
-NUMBERS = {"METAL": {"f32", "f16", "i32", "ui32", "i1"}, "mps": {"f32", "f16", "bf16", "i32", "ui32", "i1"}}
+NUMBERS = {"METAL": {"f32", "i32", "ui32", "i1"}, "mps": {"f32", "f16", "bf16", "i32", "ui32", "i1"}}
 CONDITIONAL = "a conditional: those that hand operands through are not converted (jax-ml/jax#21601)"
 AVOIDED = {
     "METAL": {"case": CONDITIONAL, "if": CONDITIONAL, "while": "a loop: scan crashes (jax-ml/jax#20750)"},

@@ -4,7 +4,8 @@
 
 The peer is `experiments/torch_llama.py`: the model of `configs/m2_60m.py` and its batch, with TUNED_ADAMW, for
 `--peer-steps`. jaxlm trains the config, which `--config.NAME=VALUE` changes, for each of `--steps`. Every run is a
-whole schedule. Both programs read the same token files in the same order, and the whole validation file at the end.
+whole schedule. Both programs read the same token files in the same order, and the whole validation file at the end. If
+jaxlm's vocabulary is its own, the peer reads GPT-2's tokens of the same text.
 
 All runs are loaded and compiled first, each in its own process. Then they alternate: in each of `--rounds` rounds every
 run trains the same part of its steps, while the others wait. The table shows seconds of training; compilation (with one
@@ -32,7 +33,7 @@ import numpy as np
 
 from configs import m2_60m
 from jaxlm.cli import read_config
-from jaxlm.config import Config, OptimizerConfig, from_config_dict
+from jaxlm.config import Config, DataConfig, OptimizerConfig, from_config_dict
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.errors import UsageError
 from jaxlm.main import open_data
@@ -301,6 +302,12 @@ def _median_and_range(values: list[float], form: str) -> str:
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
+def peer_data(config: Config) -> DataConfig:
+    """The text of `config` in GPT-2's tokens, which the peer reads."""
+    data = config.data
+    return data if data.tokenizer == "gpt2" else replace(data, tokenizer="gpt2", dir="")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", default="configs/m2_60m_fast.py", help="what jaxlm trains")
@@ -315,7 +322,7 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the GPU
     try:
         config, _ = read_config([f"--config={args.config}", *overrides])
-        peer = replace(from_config_dict(m2_60m.get_config()), data=config.data, optimizer=TUNED_ADAMW)
+        peer = replace(from_config_dict(m2_60m.get_config()), data=peer_data(config), optimizer=TUNED_ADAMW)
         comparisons = [
             compare(
                 replace(peer, seed=seed, max_steps=args.peer_steps),

@@ -51,7 +51,7 @@ OLD_VALUES: dict[str, dict[str, str | None]] = {
     "model.loops": {"auto": None, "compiled": None, "unrolled": "apple"},
 }
 
-# Settings that were once another one, which gives their value in a checkpoint or a config file that lacks them.
+# Settings that Muon once shared with Adam, whose value they get in an old checkpoint of a run with Muon.
 ONCE_SHARED = {
     "optimizer.muon_momentum": "optimizer.b1",
     "optimizer.muon_weight_decay": "optimizer.weight_decay",
@@ -187,7 +187,7 @@ class OptimizerConfig:
     muon_b2: float = setting(0.0, low=0, below=1, fixed=True)  # decay of NorMuon's second moment, a neuron; 0: none
     muon_weight_decay: float = setting(0.1, low=0)  # decoupled; on the matrices that Muon updates
     cautious: bool = False  # weight decay only where the update moves a weight towards zero
-    average: float = setting(0.0, low=0, high=0.999)  # decay of the average of weights that is evaluated; 0: none
+    average: float = setting(0.0, low=0, high=0.99, fixed=True)  # decay of the average of the weights; 0: none
     clip_norm: float = setting(1.0, above=0)  # the largest global norm of a gradient; a larger one is scaled down
 
     def __post_init__(self):
@@ -199,7 +199,7 @@ class DataConfig:
     """The corpus, its token files and the validation split."""
 
     corpus: str = setting("novels", paths=True)  # a name, or paths and patterns between commas (`\,` in a name)
-    dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: data/CORPUS-VOCABULARY
+    dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: one under data/
     tokenizer: str = setting("gpt2", TOKENIZERS, fixed=True)  # gpt2 (its first tokens), or own: learnt from the corpus
     val_fraction: float = setting(0.01, above=0, below=1, fixed=True)  # of the text, held out for validation
     eval_sequences: int = setting(64, low=0)  # of `context` tokens, per evaluation, evenly spaced; 0: the whole text
@@ -368,7 +368,7 @@ def _with_new_names(settings: Mapping[str, Any], group: str) -> dict[str, Any]:
                 value = OLD_VALUES[old][value]
             if value is not None:
                 renamed[new.rpartition(".")[2]] = value
-    for new, old in ONCE_SHARED.items():
+    for new, old in ONCE_SHARED.items() if renamed.get("name") == "muon" else ():
         (new_group, _, new_name), old_name = new.rpartition("."), old.rpartition(".")[2]
         if new_group == group and new_name not in renamed and old_name in renamed:
             renamed[new_name] = renamed[old_name]

@@ -36,6 +36,7 @@ FIXED = {
     "model.tied",
     "optimizer.name",
     "optimizer.muon_b2",
+    "optimizer.average",
 }
 INTERVALS = ("eval_interval", "save_interval", "generation_interval")
 

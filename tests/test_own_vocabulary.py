@@ -172,7 +172,7 @@ def test_a_changed_vocabulary_in_a_checkpoint_is_detected(own, tmp_path):
 
 
 def test_tokens_of_another_tokenizer_are_refused():
-    assert "set --config.model.vocab_size and --config.data.tokenizer" in refused(
+    assert "set --config.data.tokenizer=gpt2 or prepare" in refused(
         "--config.data.tokenizer=own", "--config.data.dir=tokens", workdir="new"
     )
     assert "prepared with tokenizer own of 300 tokens, not gpt2 of 300" in refused(

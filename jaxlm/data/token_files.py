@@ -138,12 +138,13 @@ def open_tokens(directory: Path, vocab_size: int, context: int, tokenizer: str =
             " --config.data.dir to tokens that jaxlm.prepare --tokenizer own made"
         )
     if meta and (meta.tokenizer, meta.vocab_size) != (tokenizer, vocab_size):
-        flags = "--config.model.vocab_size" + " and --config.data.tokenizer" * (meta.tokenizer != tokenizer)
+        flags = [f"--config.data.tokenizer={meta.tokenizer}"] * (meta.tokenizer != tokenizer)
+        flags += [f"--config.model.vocab_size={meta.vocab_size}"] * (meta.vocab_size != vocab_size)
         raise UsageError(
             f"{directory} was prepared with tokenizer {meta.tokenizer} of {meta.vocab_size} tokens, not {tokenizer} of"
-            f" {vocab_size}: set {flags} to match or prepare the text again"
+            f" {vocab_size}: set {' '.join(flags)} or prepare the text again"
         )
-    own = _open_tokenizer(directory, vocab_size, meta)
+    opened = _open_tokenizer(directory, vocab_size, meta)
     sha256 = hashlib.sha256(train.data).hexdigest(), hashlib.sha256(val.data).hexdigest()
     if meta and (meta.train.sha256, meta.val.sha256) != sha256:
         raise UsageError(
@@ -162,8 +163,8 @@ def open_tokens(directory: Path, vocab_size: int, context: int, tokenizer: str =
                 f"{path} has token id {largest}, outside the vocabulary of {vocab_size}: "
                 + (f"set --config.model.vocab_size={GPT2_VOCAB_SIZE}" if in_gpt2 else PREPARE)
             )
-    token_bytes = np.array([*map(len, own.vocabulary[:-1]), 0], np.uint8)
-    files = TokenFiles(directory, own, train, val, token_bytes, sha256, meta)
+    token_bytes = np.array([*map(len, opened.vocabulary[:-1]), 0], np.uint8)
+    files = TokenFiles(directory, opened, train, val, token_bytes, sha256, meta)
     if not files.text_bytes(val[1:]):
         raise UsageError(f"{directory / VAL} holds no text after its first token: use more text")
     return files
@@ -180,7 +181,10 @@ def _open_tokenizer(directory: Path, vocab_size: int, meta: Meta | None) -> Toke
         raw = file.read_bytes()
         if hashlib.sha256(raw).hexdigest() != meta.tokenizer_sha256:
             raise ValueError("it does not match")
-        return from_bytes(raw)
+        tokenizer = from_bytes(raw)
+        if tokenizer.vocab_size != vocab_size:
+            raise ValueError("it has another size")
+        return tokenizer
     except OSError as error:
         raise UsageError(f"cannot read {file} ({error.strerror}): restore it, or prepare the text again") from error
     except ValueError as error:

@@ -11,7 +11,7 @@ entries (pytorch/pytorch#109457), matmuls that contract 32,767 or more numbers o
 | generation | prefill, then greedy tokens, with a cache | one pass of the CPU over the same tokens, without a cache |
 | losses | of a training and of an evaluation step | the CPU's losses |
 | gradients | accumulated by the training step | the CPU's gradients |
-| updates, moments, average | by the training step that ends an optimizer step | the CPU's, from the device's gradients |
+| updates, moments, average | by the step that ends an optimizer step | the CPU's, from the device's gradients |
 
 The device runs the programs of the run: its precision, its implementation, its chunk size, its number of samples. Two
 things differ. A micro-batch has two chunks at most, one on a CPU, and a step has many micro-batches. The CPU computes

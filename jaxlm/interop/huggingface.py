@@ -428,10 +428,13 @@ def check_init(config: Config, tokenizer: Tokenizer | None = None) -> None:
         raise UsageError(f"init_from {folder} is a model of other sizes: add {flags}")
     expected = load_tokenizer(model.vocab_size) if config.data.tokenizer == "gpt2" else tokenizer
     if expected and expected.vocabulary != saved.vocabulary:
-        raise UsageError(
-            f"init_from {folder} has another vocabulary than this run: set --config.data.tokenizer to its tokenizer,"
-            " and if that is own, use the text from which it was learnt"
+        is_gpt2 = model.vocab_size <= GPT2_VOCAB_SIZE and saved == load_tokenizer(model.vocab_size)
+        advice = (
+            "set --config.data.tokenizer=gpt2"
+            if is_gpt2
+            else ("set --config.data.tokenizer=own and the text from which it was learnt")
         )
+        raise UsageError(f"init_from {folder} has another vocabulary than this run: {advice}")
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:

@@ -47,12 +47,12 @@ def describe_run(config: Config, tokens: TokenFiles, seconds: float) -> dict[str
     """
     train, val = tokens.sha256
     fingerprint = {"tokenizer": config.data.tokenizer, "train_sha256": train, "val_sha256": val}
-    own, meta = {}, tokens.meta
+    vocabulary, meta = {}, tokens.meta
     if meta and meta.tokenizer_sha256:
         fingerprint["tokenizer_sha256"] = meta.tokenizer_sha256
-        own = {"vocabulary": tokens.tokenizer.to_bytes().decode()}
+        vocabulary = {"vocabulary": tokens.tokenizer.to_bytes().decode()}
     source = {"text": meta.source, "sha256": meta.source_sha256} if meta else {"tokens": str(tokens.directory)}
-    return {"config": to_dict(config), "tokens": fingerprint, "source": source, "seconds": seconds} | own
+    return {"config": to_dict(config), "tokens": fingerprint, "source": source, "seconds": seconds} | vocabulary
 
 
 def restore_or_init(

@@ -368,7 +368,6 @@ def test_the_scale_is_that_of_the_norm_or_of_the_projection():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize(
     ("change_scales", "named"),
@@ -390,6 +389,7 @@ def test_a_fault_of_the_norms_of_queries_and_keys_is_found(monkeypatch, trained,
     assert named in failing_parts(monkeypatch, trained, config, "training", fault)
 
 
+@pytest.mark.slow
 def test_a_fault_of_scale_in_one_of_many_layers_is_found(monkeypatch, trained):
     config = with_model(precision="bf16", layers=12)
     assert failing_parts(monkeypatch, trained, config, "training", last_layer(-0.1)) >= BLOCKS

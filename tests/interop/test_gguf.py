@@ -101,7 +101,7 @@ def test_the_tensors_are_the_parameters(written, params):
 def test_norms_of_queries_and_keys_make_a_qwen3(tmp_path):
     """It rotates the halves of a head, so no rows are reordered."""
     params = random_params(QWEN3)
-    write_gguf(tmp_path / "model.gguf", QWEN3, params, "f16")
+    write_gguf(tmp_path / "model.gguf", QWEN3, params, load_tokenizer(300), "f16")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     fields, tensors = metadata(reader), {tensor.name: tensor for tensor in reader.tensors}
     assert fields["general.architecture"] == "qwen3"
