@@ -7,7 +7,7 @@ costs about 0.38 GFLOP forward and backward, or 0.44 with remat. As an estimate,
 22 to 26 s per step and 13 to 15 days in all; 5,000 make 8 days. Nobody has run it on a Mac yet.
 
 Memory, as XLA analyses the compiled step (`python -m experiments.memory`): 2.91 GB on an Apple GPU, which reuses no
-buffer and needs no remat; 1.36 GB on a CPU. Of these, 0.95 GB are the weights, the moments and the accumulated
+buffer and needs no remat; 1.34 GB on a CPU. Of these, 0.95 GB are the weights, the moments and the accumulated
 gradients, and 0.24 GB the gradients of a micro-batch. During a save, a copy of the weights and moments takes 0.71 GB
 more. Disk: up to 5.0 GB for five checkpoints, a rolling one and the next, 0.24 GB for the model, 1.2 GB for the tokens.
 """

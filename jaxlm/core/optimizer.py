@@ -211,6 +211,8 @@ def orthogonalized_momentum(config: Config) -> optax.GradientTransformationExtra
 def newton_schulz(m_DF: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Five Newton-Schulz iterations towards the nearest orthogonal matrix, with the coefficients of Jordan (2024).
 
+    Matmuls read and write `dtype`, and what is between them is added in float32.
+
     Returns:
         [D, F] float32: the singular vectors of m, with singular values between about 0.7 and 1.2.
     """
@@ -219,7 +221,8 @@ def newton_schulz(m_DF: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     x = (x / (jnp.linalg.norm(x) + 1e-7)).astype(dtype)
     for _ in range(5):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        polynomial = -4.7750 * gram.astype(jnp.float32) + 2.0315 * (gram @ gram).astype(jnp.float32)
+        x = (3.4445 * x.astype(jnp.float32) + (polynomial.astype(dtype) @ x).astype(jnp.float32)).astype(dtype)
     x = x.astype(jnp.float32)
     return x.T if transpose else x
 

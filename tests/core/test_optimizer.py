@@ -320,7 +320,7 @@ def test_newton_schulz_in_bfloat16_is_close(shape):
     matrix = np.float32(np.random.default_rng(0).normal(size=shape))
     out, exact = (jax.jit(newton_schulz, static_argnums=1)(matrix, dtype) for dtype in ("bfloat16", "float32"))
     assert out.dtype == np.float32
-    assert 1e-4 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.1
+    assert 1e-4 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.04
 
 
 def test_muon_follows_nesterov_momentum_with_the_rms_of_adam():
