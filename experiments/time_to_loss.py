@@ -2,10 +2,10 @@
 
     python -m experiments.time_to_loss --config configs/m2_60m_fast.py --steps 600 700 800
 
-The peer is `experiments/torch_llama.py`: the model of `configs/m2_60m.py` and its batch, with TUNED_ADAMW, for
-`--peer-steps`. jaxlm trains the config, which `--config.NAME=VALUE` changes, for each of `--steps`. Every run is a
-whole schedule. Both programs read the same token files in the same order, and the whole validation file at the end. If
-jaxlm's vocabulary is its own, the peer reads GPT-2's tokens of the same text.
+The peer is `experiments/torch_llama.py`: the model of `configs/m2_60m.py` and its batch, with the tuned AdamW of
+`experiments/learning/tables.py`, for `--peer-steps`. jaxlm trains the config, which `--config.NAME=VALUE` changes, for
+each of `--steps`. Every run is a whole schedule. Both programs read the same token files in the same order, and the
+whole validation file at the end. If jaxlm's vocabulary is its own, the peer reads GPT-2's tokens of the same text.
 
 All runs are loaded and compiled first, each in its own process. Then they alternate: in each of `--rounds` rounds every
 run trains the same part of its steps, while the others wait. The table shows seconds of training; compilation (with one
@@ -32,24 +32,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from configs import m2_60m
+from experiments.learning.tables import ADAMW_TUNED, adamw
 from jaxlm.cli import read_config
-from jaxlm.config import Config, DataConfig, OptimizerConfig, from_config_dict
+from jaxlm.config import Config, DataConfig, from_config_dict
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.errors import UsageError
 from jaxlm.main import open_data
-
-TUNED_ADAMW = OptimizerConfig(
-    name="adamw",
-    learning_rate=2e-3,
-    warmup_steps=300,
-    lr_schedule="linear",
-    lr_decay_fraction=0.4,
-    min_lr_ratio=0.0,
-    b1=0.9,
-    b2=0.98,
-    weight_decay=0.3,
-    clip_norm=1.0,
-)
 
 Row = dict[str, Any]
 
@@ -322,10 +310,12 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the GPU
     try:
         config, _ = read_config([f"--config={args.config}", *overrides])
-        peer = replace(from_config_dict(m2_60m.get_config()), data=peer_data(config), optimizer=TUNED_ADAMW)
+        settings = m2_60m.get_config()
+        settings.update_from_flattened_dict(adamw(args.peer_steps, **ADAMW_TUNED))
+        peer = replace(from_config_dict(settings), data=peer_data(config))
         comparisons = [
             compare(
-                replace(peer, seed=seed, max_steps=args.peer_steps),
+                replace(peer, seed=seed),
                 [replace(config, seed=seed, max_steps=steps) for steps in sorted(args.steps)],
                 args.rounds,
                 args.results,

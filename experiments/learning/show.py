@@ -1,10 +1,11 @@
 """Shows results of the study: a table in Markdown, and a plot of validation losses.
 
     python -m experiments.learning.show experiments/learning/results/adamw.jsonl
-    python -m experiments.learning.show RESULTS... --plot docs/learning.svg --names "AdamW 2e-3" "ours 32k, N/3.5"
+    python -m experiments.learning.show RESULTS... --plot docs/learning.svg --names "AdamW tuned" "ours 16k, N/3.5"
 
 A row has the mean over the seeds of a recipe; the spread is the largest value less the smallest. The plot (which needs
 matplotlib) draws the loss of the named recipes, or of all, against tokens, steps and seconds: of the first seed each.
+A row that was recorded without a curve is not drawn.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def main() -> None:
     recipes = {name: recipes[name] for name in args.names or recipes}
     print(table(recipes))
     if args.plot:
-        plot(recipes, args.plot)
+        plot({name: rows for name, rows in recipes.items() if rows[0]["curve"]}, args.plot)
 
 
 if __name__ == "__main__":
