@@ -49,7 +49,7 @@ from jaxlm.device.backend import CONTRACTION_LIMIT
 CONVERTED = json.loads(Path(__file__).with_name("apple_operations.json").read_text())
 # by XLA's ChloPreserveHighLevelOpsPass, and ChloLegalizeToHighLevelMhloPass in jaxlib 0.4.34
 WHOLE = {"acos", "acosh", "asin", "asinh", "atanh", "cosh", "erf", "ragged_dot", "scan", "sinh", "tan", "top_k"}
-NUMBERS = {"METAL": {"f32", "f16", "i32", "ui32", "i1"}, "mps": {"f32", "f16", "bf16", "i32", "ui32", "i1"}}
+NUMBERS = {"METAL": {"f32", "i32", "ui32", "i1"}, "mps": {"f32", "f16", "bf16", "i32", "ui32", "i1"}}
 CONDITIONAL = "a conditional: those that hand operands through are not converted (jax-ml/jax#21601)"
 AVOIDED = {
     "METAL": {"case": CONDITIONAL, "if": CONDITIONAL, "while": "a loop: scan crashes (jax-ml/jax#20750)"},
@@ -72,9 +72,12 @@ class Violation:
 
 
 def preset(platform: str, name: str = "m2_60m") -> Config:
-    """The preset `configs/NAME.py` as it runs on a platform, by jax's name."""
+    """The preset `configs/NAME.py` as it runs on a platform, by jax's name; on METAL without an average of weights."""
     device: Any = SimpleNamespace(platform=platform)
-    return backend.resolve_run(from_config_dict(import_module(f"configs.{name}").get_config()), device)
+    settings = import_module(f"configs.{name}").get_config()
+    if platform == "METAL":
+        settings.optimizer.average = 0.0
+    return backend.resolve_run(from_config_dict(settings), device)
 
 
 @functools.cache  # both platforms share what is traced

@@ -268,7 +268,7 @@ def exported() -> dict[str, bytes]:
     """The files of an exported model."""
     config = Config(model=ModelConfig(**SIZES, layers=2, heads=2, width=8, mlp_width=8))
     with tempfile.TemporaryDirectory() as place:
-        folder = write_model(Path(place, "model"), config, zeros(config.model), "")
+        folder = write_model(Path(place, "model"), config, zeros(config.model), load_tokenizer(SIZES["vocab_size"]), "")
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

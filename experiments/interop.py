@@ -4,9 +4,10 @@
     CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36   # five minutes; optional
     python -m experiments.interop --workdir runs/quickstart
 
-It compares the run's last checkpoint, and random weights in the shape of the 60M preset, in float32 on the CPU. The
-difference of logits is the largest one at a position relative to the largest logit there, at the worst position. The
-difference of gradients is defined likewise for each parameter. Programs that are not installed are skipped.
+It compares the run's last checkpoint, and random weights in the shape of the 60M preset, as a Llama and as a Qwen3
+(`model.qk_norm`), in float32 on the CPU. The difference of logits is the largest one at a position relative to the
+largest logit there, at the worst position. The difference of gradients is defined likewise for each parameter. Programs
+that are not installed are skipped.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from jaxlm.core.generate import generate
 from jaxlm.core.model import Decoder, init_params, loss_and_gradient, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, val_batches
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import named_tensors, write_model
 from jaxlm.main import open_data
@@ -50,15 +51,16 @@ class Subject:
 
     config: ModelConfig
     params: Any
+    tokenizer: Tokenizer
     folder: Path  # in Hugging Face's format
     gguf: Path
 
 
-def export(directory: Path, config: Config, params: Any) -> Subject:
+def export(directory: Path, config: Config, params: Any, tokenizer: Tokenizer) -> Subject:
     """Writes `params` in both formats."""
-    folder, file = write_model(directory / "model", config, params, ""), directory / "model.gguf"
-    write_gguf(file, config.model, params, "f32")
-    return Subject(config.model, params, folder, file)
+    folder, file = write_model(directory / "model", config, params, tokenizer, ""), directory / "model.gguf"
+    write_gguf(file, config.model, params, tokenizer, "f32")
+    return Subject(config.model, params, tokenizer, folder, file)
 
 
 def worst(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -172,16 +174,22 @@ def differing(tokens: list[int], expected: list[int]) -> int:
 
 
 def texts_differing(subject: Subject, encode: Callable[[str], list[int]]) -> tuple[str, int]:
-    """The number of texts whose ids differ from tiktoken's: unusual ones, code, and every character of Unicode."""
-    folder = Path(__file__).parent
-    texts = [*json.loads((folder / "odd_texts.json").read_text()), *(path.read_text() for path in folder.glob("*.py"))]
-    assigned = [chr(code) for code in range(1, sys.maxunicode) if unicodedata.category(chr(code))[0] != "C"]
-    texts += ["".join(f"a{c}b {c}{c}" for c in assigned[first : first + 256]) for first in range(0, len(assigned), 256)]
-    tokenizer = load_tokenizer(subject.config.vocab_size)
-    wrong = [text for text in texts if list(encode(text)) != tokenizer.encode(text).tolist()]
+    """The number of `odd_texts` whose ids differ from tiktoken's."""
+    texts = odd_texts()
+    wrong = [text for text in texts if list(encode(text)) != subject.tokenizer.encode(text).tolist()]
     for text in wrong:
         print(f"different ids: {text[:70]!r}")
     return f"texts of {len(texts)} with different token ids", len(wrong)
+
+
+def odd_texts() -> list[str]:
+    """Unusual texts, code, and every character of Unicode."""
+    folder = Path(__file__).parent
+    texts = [*json.loads((folder / "odd_texts.json").read_text()), *(path.read_text() for path in folder.glob("*.py"))]
+    assigned = [chr(code) for code in range(1, sys.maxunicode) if unicodedata.category(chr(code))[0] != "C"]
+    return texts + [
+        "".join(f"a{c}b {c}{c}" for c in assigned[first : first + 256]) for first in range(0, len(assigned), 256)
+    ]
 
 
 PEERS = {
@@ -206,7 +214,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="of a finished run")
     args = parser.parse_args()
-    step, run, _, model, params = restore(args.workdir, None, "cpu")
+    checkpoint = restore(args.workdir, None, "cpu")
+    step, run, _, model, params = checkpoint
     config = replace(run, model=model)
     tokens = open_data(config)
     print("| model | program | compared | largest difference |\n|---|---|---|---|")
@@ -216,23 +225,35 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         name = f"{args.workdir.name}, step {step:,}"
-        trained = export(Path(directory, "trained"), config, params)
+        trained = export(Path(directory, "trained"), config, params, checkpoint.tokenizer)
         for row in compare(trained, np.array(tokens.val[: config.model.context], np.int64)):
             show(name, *row)
         if step == config.max_steps:  # only then, the run has read the whole validation text
             *_, last = rows_up_to(args.workdir / "metrics.jsonl", step)
             bits = bits_per_byte_of_transformers(trained.folder, tokens, config.model.context)
             show(name, "transformers", f"bits per byte of the validation text: {bits:.6f}", abs(bits - last[BITS]))
-        preset, params = random_preset()
-        ids = np.random.default_rng(0).integers(0, preset.model.vocab_size, preset.model.context)
-        for row in compare(export(Path(directory, "random"), preset, params), ids):
-            show("60M shape, random weights", *row)
+        for name, qk_norm in (("60M shape, random weights", False), ("60M shape, random weights, qk_norm", True)):
+            preset, params = random_preset(qk_norm)
+            tokenizer = load_tokenizer(preset.model.vocab_size)
+            ids = np.random.default_rng(0).integers(0, preset.model.vocab_size, preset.model.context)
+            for row in compare(export(Path(directory, name), preset, params, tokenizer), ids):
+                show(name, *row)
 
 
-def random_preset() -> tuple[Config, Any]:
+def random_preset(qk_norm: bool) -> tuple[Config, Any]:
     """The initial weights of a run of the preset."""
-    config = Config(model=ModelConfig(precision="float32", implementation="xla", remat=False))
-    return config, init_params(config.model, jax.random.key(0))
+    config = Config(model=ModelConfig(qk_norm=qk_norm, precision="float32", implementation="xla", remat=False))
+    return config, random_params(config.model)
+
+
+def random_params(model: ModelConfig) -> Any:
+    """The initial weights of a model. The norms of queries and keys, which begin at 1, get random scales."""
+    params = init_params(model, jax.random.key(0))
+    for seed, name in enumerate(("query_norm", "key_norm")):
+        if name in params["blocks"]:
+            scales_LK = np.random.default_rng(seed).uniform(0.5, 2, params["blocks"][name].shape)
+            params["blocks"][name] = jnp.float32(scales_LK)
+    return params
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.core.generate import generate
 from jaxlm.core.model import init_params, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device import backend
 from jaxlm.interop.gguf import write_gguf
 
@@ -70,7 +71,7 @@ def llama_cpp_generate(config: ModelConfig, params: Any, dtype: str, folder: Pat
     import llama_cpp
 
     file = folder / f"{dtype}.gguf"
-    write_gguf(file, config, params, dtype)
+    write_gguf(file, config, params, load_tokenizer(config.vocab_size), dtype)
     threads = os.cpu_count()
     model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
 

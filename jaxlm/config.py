@@ -24,6 +24,8 @@ PRECISIONS = ("auto", "float32", "bf16", "bf16_matmul")
 OPTIMIZERS = ("adamw", "muon")  # the functions are in core/optimizer.py
 LR_SCHEDULES = ("cosine", "linear")  # likewise
 IMPLEMENTATIONS = ("auto", "xla", "cpu", "cuda", "hopper", "apple")
+SMALLEST_VOCABULARY = 257  # the 256 bytes and end-of-text
+TOKENIZERS = {"gpt2": 50_257, "own": 65_536}  # and the largest vocabulary of each; an id has 16 bits
 
 # Names of settings in old config files and checkpoints, and their present names. If several old names are of
 # one setting, the last of them wins.
@@ -49,7 +51,7 @@ OLD_VALUES: dict[str, dict[str, str | None]] = {
     "model.loops": {"auto": None, "compiled": None, "unrolled": "apple"},
 }
 
-# Settings that were once another one, which gives their value in a checkpoint or a config file that lacks them.
+# Settings that Muon once shared with Adam, whose value they get in an old checkpoint of a run with Muon.
 ONCE_SHARED = {
     "optimizer.muon_momentum": "optimizer.b1",
     "optimizer.muon_weight_decay": "optimizer.weight_decay",
@@ -129,7 +131,7 @@ def _nearest(name: str, names: Collection[str]) -> str:
 class ModelConfig:
     """The decoder: sizes, initialisation and how it is computed."""
 
-    vocab_size: int = setting(50_257, low=1, fixed=True)  # tokens; a smaller vocabulary has GPT-2's first ones
+    vocab_size: int = setting(50_257, low=1, fixed=True)  # tokens of the vocabulary
     context: int = setting(1024, low=1, fixed=True)  # tokens in a sequence
     layers: int = setting(8, low=1, fixed=True)  # blocks, each of attention and an MLP
     heads: int = setting(8, low=1, fixed=True)  # attention heads, each of width / heads numbers
@@ -138,6 +140,7 @@ class ModelConfig:
     mlp_width: int = setting(2048, low=1, fixed=True)  # numbers per position inside the MLP
     rope_theta: float = setting(10_000.0, above=0, fixed=True)  # base of RoPE's frequencies
     norm_eps: float = setting(1e-6, above=0, fixed=True)  # RMSNorm adds it to the mean square
+    qk_norm: bool = setting(False, fixed=True)  # RMSNorm of each head's queries and keys before RoPE, as in Qwen3
     tied: bool = setting(True, fixed=True)  # the head reads the input embedding; False: one of its own
     output_init: str = setting("scaled", ("scaled", "zero"), fixed=True)  # output matrices; scaled: 0.02/sqrt(2 layers)
     precision: str = setting("auto", PRECISIONS)  # float32, bf16 (mixed precision) or bf16_matmul; weights are float32
@@ -184,7 +187,7 @@ class OptimizerConfig:
     muon_b2: float = setting(0.0, low=0, below=1, fixed=True)  # decay of NorMuon's second moment, a neuron; 0: none
     muon_weight_decay: float = setting(0.1, low=0)  # decoupled; on the matrices that Muon updates
     cautious: bool = False  # weight decay only where the update moves a weight towards zero
-    average: float = setting(0.0, low=0, high=0.999)  # decay of the average of weights that is evaluated; 0: none
+    average: float = setting(0.0, low=0, high=0.99, fixed=True)  # decay of the average of the weights; 0: none
     clip_norm: float = setting(1.0, above=0)  # the largest global norm of a gradient; a larger one is scaled down
 
     def __post_init__(self):
@@ -196,7 +199,8 @@ class DataConfig:
     """The corpus, its token files and the validation split."""
 
     corpus: str = setting("novels", paths=True)  # a name, or paths and patterns between commas (`\,` in a name)
-    dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: data/CORPUS-VOCABULARY
+    dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: one under data/
+    tokenizer: str = setting("gpt2", TOKENIZERS, fixed=True)  # gpt2 (its first tokens), or own: learnt from the corpus
     val_fraction: float = setting(0.01, above=0, below=1, fixed=True)  # of the text, held out for validation
     eval_sequences: int = setting(64, low=0)  # of `context` tokens, per evaluation, evenly spaced; 0: the whole text
 
@@ -258,11 +262,7 @@ class Config:
             raise UsageError(
                 f"keep_every {self.keep_every} is no multiple of save_interval {self.save_interval}: choose one, or 0"
             )
-        if not 257 <= self.model.vocab_size <= 50_257:
-            raise UsageError(
-                f"model.vocab_size is {self.model.vocab_size}: the tokenizer (GPT-2's) has prefixes of 257 to 50257"
-                " tokens"
-            )
+        check_vocab_size(self.data.tokenizer, self.model.vocab_size, "model.vocab_size")
         if self.optimizer.warmup_steps >= self.max_steps:
             raise UsageError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of max_steps {self.max_steps}:"
@@ -278,6 +278,15 @@ class Config:
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step."""
         return self.batch_size * self.grad_accum_steps * self.model.context
+
+
+def check_vocab_size(tokenizer: str, vocab_size: int, name: str) -> None:
+    """Raises UsageError, which names the setting or flag, if this tokenizer cannot have so many tokens."""
+    largest = TOKENIZERS[tokenizer]
+    if not SMALLEST_VOCABULARY <= vocab_size <= largest:
+        raise UsageError(
+            f"{name} is {vocab_size}: choose {SMALLEST_VOCABULARY} to {largest} for the tokenizer {tokenizer}"
+        )
 
 
 def check_name(name: str) -> None:
@@ -359,7 +368,7 @@ def _with_new_names(settings: Mapping[str, Any], group: str) -> dict[str, Any]:
                 value = OLD_VALUES[old][value]
             if value is not None:
                 renamed[new.rpartition(".")[2]] = value
-    for new, old in ONCE_SHARED.items():
+    for new, old in ONCE_SHARED.items() if renamed.get("name") == "muon" else ():
         (new_group, _, new_name), old_name = new.rpartition("."), old.rpartition(".")[2]
         if new_group == group and new_name not in renamed and old_name in renamed:
             renamed[new_name] = renamed[old_name]

@@ -37,11 +37,13 @@ def main(argv: list[str]) -> None:
     from jaxlm.core.model import parameter_count  # jax: imported after the quick checks
     from jaxlm.run.load import restore
 
-    step, config, meta, _, params = restore(args.workdir, args.step, "cpu")
+    checkpoint = restore(args.workdir, args.step, "cpu")
+    step, config, meta, _, params = checkpoint
     if args.format == "gguf":
-        write_gguf(out, config.model, params, dtype)
+        write_gguf(out, config.model, params, checkpoint.tokenizer, dtype)
     else:
-        write_model(out, config, params, model_card(args.workdir, config, step, meta, parameter_count(params)))
+        card = model_card(args.workdir, config, step, meta, parameter_count(params))
+        write_model(out, config, params, checkpoint.tokenizer, card)
         for name in huggingface.edited_texts(out):
             print(f"{out / name} stays as it was edited")
     print(f"{out} holds the model of step {step:,}")

@@ -14,7 +14,7 @@ from jaxlm.data.corpus import source_changed
 from jaxlm.data.directories import check_named_directory, data_directory, own_directory
 from jaxlm.data.encode import TRAINING_FLAGS
 from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
-from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
+from jaxlm.data.tokenizer import encode_prompts
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init
 from jaxlm.prepare import prepare
@@ -44,8 +44,8 @@ def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = F
             line = f"{data.corpus} has changed: the run resumes with the tokens that it began with, in {own}"
             print(printable(line))
     else:
-        prepare(data.corpus, directory, vocab_size, data.val_fraction, TRAINING_FLAGS)
-    return open_tokens(directory, vocab_size, config.model.context)
+        prepare(data.corpus, directory, vocab_size, data.val_fraction, TRAINING_FLAGS, data.tokenizer)
+    return open_tokens(directory, vocab_size, config.model.context, data.tokenizer)
 
 
 def _has_changed(corpus: str, sha256: str | None) -> bool:
@@ -97,7 +97,7 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
     from jaxlm.run.resume import check_room
     from jaxlm.run.trainer import Trainer
 
-    encode_prompts(load_tokenizer(config.model.vocab_size), config.sample.prompts, config.model.context)
+    encode_prompts(tokens.tokenizer, config.sample.prompts, config.model.context)
     device = backend.start(config.platform, config.deterministic)
     resolved = backend.resolve_run(config, device)
     check_room(workdir, resolved)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxlm.cli import ArgumentParser, expand_homes, path, run
+from jaxlm.config import TOKENIZERS
 from jaxlm.data.corpus import joined, open_corpus
 from jaxlm.data.encode import PREPARE_FLAGS, Flags, find_prepared, write_token_files
 from jaxlm.data.token_files import FileMeta, Meta
@@ -14,14 +15,19 @@ from jaxlm.terminal import console, printable
 
 
 def prepare(
-    source: str, directory: Path, vocab_size: int, validation_fraction: float, flags: Flags = PREPARE_FLAGS
+    source: str,
+    directory: Path,
+    vocab_size: int,
+    validation_fraction: float,
+    flags: Flags = PREPARE_FLAGS,
+    tokenizer: str = "gpt2",
 ) -> Meta:
     """Prepares the token files of a corpus and shows progress; does nothing if `directory` already holds them.
 
     Raises UsageError, which names `flags`, if the corpus or the contents of `directory` do not fit, RunError if the
     disk fails.
     """
-    if meta := find_prepared(source, directory, vocab_size, validation_fraction, flags):
+    if meta := find_prepared(source, directory, vocab_size, validation_fraction, flags, tokenizer):
         return meta
     terminal = console()
     terminal.out(printable(f"Preparing {source} in {directory}"), highlight=False)
@@ -33,10 +39,10 @@ def prepare(
     ) as bar:
         task = bar.add_task("Reading", total=None)
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, description="Encoding" if total else "Reading", completed=done, total=total or None)
+        def show(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total or None)
 
-        meta = write_token_files(corpus, directory, vocab_size, validation_fraction, show, flags)
+        meta = write_token_files(corpus, directory, vocab_size, validation_fraction, show, flags, tokenizer)
     seconds, size = time.monotonic() - started, (meta.train.bytes + meta.val.bytes) / 1e6
     terminal.out(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)", highlight=False)
     return meta
@@ -63,8 +69,11 @@ def main(argv: list[str]) -> None:
         default=0.01,
         help="fraction held out for validation (%(default)s)",
     )
+    parser.add_argument(
+        "--tokenizer", choices=TOKENIZERS, default="gpt2", help="gpt2, or own: learnt from the text (%(default)s)"
+    )
     args = parser.parse_args(argv)
-    meta = prepare(joined(args.corpus), args.out, args.vocab_size, args.val_fraction)
+    meta = prepare(joined(args.corpus), args.out, args.vocab_size, args.val_fraction, tokenizer=args.tokenizer)
     print(printable(f"{args.out}: {_describe(meta.train)} for training, {_describe(meta.val)} for validation"))
 
 

@@ -1,7 +1,7 @@
 """Generates text: python -m jaxlm.sample --workdir DIR --prompt "Once upon a time" [--step N]
 
-`--model DIR` loads the Hugging Face folder of a Llama instead of a run. Without a prompt, on a terminal, it starts a
-session that completes each line typed. The texts go to stdout, everything else to stderr.
+`--model DIR` loads the Hugging Face folder of a Llama or a Qwen3 instead of a run. Without a prompt, on a terminal, it
+starts a session that completes each line typed. The texts go to stdout, everything else to stderr.
 """
 
 import copy
@@ -22,7 +22,7 @@ from jaxlm.config import PLATFORMS, PRECISIONS, Config, SampleConfig
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import sampling_params
-from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
+from jaxlm.data.tokenizer import encode_prompts
 from jaxlm.errors import RunError, UsageError
 from jaxlm.run.load import LoadedModel, load, restore
 from jaxlm.run.quiet import quiet_libraries
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     else:
         checkpoint = restore(args.workdir, args.step, args.platform, args.precision)
         weights = prepare_decode_params(checkpoint.model, checkpoint.params)
-        loaded = LoadedModel(checkpoint.model, weights, load_tokenizer(checkpoint.model.vocab_size))
+        loaded = LoadedModel(checkpoint.model, weights, checkpoint.tokenizer)
         print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
     if args.stdin:
         _print_all(loaded, _from_stdin(loaded), args)
@@ -62,7 +62,9 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m jaxlm.sample", description=description, parents=[sampling])
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", type=path, help="a run's work directory")
-    model.add_argument("--model", type=path, help="the Hugging Face folder of a Llama, as jaxlm.export writes it")
+    model.add_argument(
+        "--model", type=path, help="the Hugging Face folder of a Llama or a Qwen3, as jaxlm.export writes it"
+    )
     parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", help="beginning of the text; repeat for several texts")

@@ -51,6 +51,14 @@ def small_shared_model():
     return config, strong_params(config)
 
 
+@pytest.fixture(scope="session")
+def small_qk_norm_model():
+    """As `small_model`, with norms of queries and keys, and keys and values that two query heads share."""
+    sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 4, "kv_heads": 2, "width": 24, "mlp_width": 20}
+    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, qk_norm=True, precision="float32")
+    return config, strong_params(config)
+
+
 def strong_params(config):
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(0)

@@ -21,6 +21,7 @@ FIXED = {
     "seed",
     "init_from",
     "data.val_fraction",
+    "data.tokenizer",
     "model.output_init",
     "model.vocab_size",
     "model.context",
@@ -30,10 +31,12 @@ FIXED = {
     "model.mlp_width",
     "model.rope_theta",
     "model.norm_eps",
+    "model.qk_norm",
     "model.kv_heads",
     "model.tied",
     "optimizer.name",
     "optimizer.muon_b2",
+    "optimizer.average",
 }
 INTERVALS = ("eval_interval", "save_interval", "generation_interval")
 

@@ -11,14 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import interop
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core.model import Decoder
+from jaxlm.data.corpus import open_corpus
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.vocabulary import learn_tokenizer
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import ForeignTokenizer, read_params
 from jaxlm.main import open_data
@@ -46,17 +47,17 @@ def run(tmp_path_factory, optimized_compilation):
     os.chdir(before)
 
 
-@pytest.fixture(scope="module", params=["quickstart", "preset", "shared"])
+@pytest.fixture(scope="module", params=["quickstart", "preset", "shared", "qk_norm"])
 def subject(request, tmp_path_factory, optimized_compilation):
     """An exported model, and input ids for it."""
     place = tmp_path_factory.mktemp("subject")
     if request.param == "quickstart":
         _, checkpoint, tokens = request.getfixturevalue("run")
         ids = np.array(tokens.val[: checkpoint.config.model.context], np.int64)
-        return interop.export(place, checkpoint.config, checkpoint.params), ids
+        return interop.export(place, checkpoint.config, checkpoint.params, checkpoint.tokenizer), ids
     if request.param == "preset":
-        config, params = interop.random_preset()
-        length = 512
+        config, params = interop.random_preset(qk_norm=False)
+        length, tokenizer = 512, load_tokenizer(config.model.vocab_size)
     else:
         sizes = {
             "vocab_size": 4096,
@@ -67,13 +68,12 @@ def subject(request, tmp_path_factory, optimized_compilation):
             "width": 128,
             "mlp_width": 320,
         }
-        model = ModelConfig(
-            **sizes, tied=False, rope_theta=5e5, norm_eps=1e-5, precision="float32", implementation="xla"
-        )
-        config, params = Config(model=model), interop.init_params(model, jax.random.key(1))
-        length = 256
+        sizes |= {"tied": False, "qk_norm": request.param == "qk_norm"}
+        model = ModelConfig(**sizes, rope_theta=5e5, norm_eps=1e-5, precision="float32", implementation="xla")
+        config, params = Config(model=model), interop.random_params(model)
+        length, tokenizer = 256, learn_tokenizer((chunk.text for chunk in open_corpus("novels").train()), 4096)
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, length)
-    return interop.export(place, config, params), ids
+    return interop.export(place, config, params, tokenizer), ids
 
 
 @pytest.mark.parametrize("program", interop.PEERS)
@@ -91,11 +91,12 @@ def test_logits_gradients_texts_and_token_ids_are_those_of_jaxlm(subject, progra
 def test_llama_cpp_reads_the_smaller_files(run, tmp_path, dtype, tolerance):
     llama_cpp = pytest.importorskip("llama_cpp")
     _, checkpoint, tokens = run
-    write_gguf(tmp_path / "model.gguf", checkpoint.model, checkpoint.params, dtype)
+    write_gguf(tmp_path / "model.gguf", checkpoint.model, checkpoint.params, checkpoint.tokenizer, dtype)
     model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, logits_all=True, verbose=False)
     ids = np.array(tokens.val[:128], np.int64)
     model.eval(ids.tolist())
-    ours = interop.logits(interop.Subject(checkpoint.model, checkpoint.params, Path(), Path()), ids)
+    subject = interop.Subject(checkpoint.model, checkpoint.params, checkpoint.tokenizer, Path(), Path())
+    ours = interop.logits(subject, ids)
     assert interop.worst(model.scores[:128], ours) < tolerance
 
 
@@ -129,9 +130,9 @@ def test_lm_eval_gives_the_bits_per_byte_of_jaxlm(run):
     assert bits == pytest.approx(float(loss_sum) / np.log(2) / len(tokenizer.decode_bytes(ids)), abs=1e-4)
 
 
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    """A random Llama saved by transformers in bfloat16 and several files, with its own tokenizer."""
+@pytest.fixture(scope="module", params=["Llama", "Qwen3"])
+def foreign(request, tmp_path_factory):
+    """A random Llama or Qwen3 saved by transformers in bfloat16 and several files, with its own tokenizer."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import tokenizers
 
@@ -145,22 +146,28 @@ def foreign(tmp_path_factory):
     tokenizer.post_processor = first
     sizes = {"vocab_size": 400, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    config = transformers.LlamaConfig(**sizes, **heads, rope_theta=1e5, rms_norm_eps=1e-5, initializer_range=0.1)
+    heads |= {"head_dim": 16, "rope_theta": 1e5, "eos_token_id": 2}
+    config_class, model_class = (getattr(transformers, request.param + name) for name in ("Config", "ForCausalLM"))
+    config = config_class(**sizes, **heads, rms_norm_eps=1e-5, initializer_range=0.1)
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model_class(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 2)
     model.save_pretrained(folder, max_shard_size="200KB")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").exists()
-    return folder, transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return folder, model_class.from_pretrained(folder, dtype=torch.float32)
 
 
-def test_a_foreign_llama_has_the_logits_of_transformers(foreign):
+def test_a_foreign_model_has_the_logits_of_transformers(foreign):
     import torch
 
     folder, theirs = foreign
     config, _, tokenizer = load(folder, "cpu")
     params = read_params(folder, config)
     assert (config.kv_heads, config.tied, config.rope_theta) == (2, False, 1e5)
+    assert config.qk_norm == (theirs.config.model_type == "qwen3")
     assert isinstance(tokenizer, ForeignTokenizer)
     ids = np.random.default_rng(0).integers(0, 400, (1, 64))
     with torch.no_grad():
@@ -168,7 +175,7 @@ def test_a_foreign_llama_has_the_logits_of_transformers(foreign):
     assert interop.worst(np.asarray(Decoder(config).apply({"params": params}, ids)), expected) < 1e-4
 
 
-def test_a_foreign_llama_writes_the_text_of_transformers(foreign, capsys):
+def test_a_foreign_model_writes_the_text_of_transformers(foreign, capsys):
     import torch
     from transformers import AutoTokenizer
 

@@ -83,8 +83,9 @@ def place(tmp_path_factory):
         for step in (60, 120):
             checkpoints.save(step, zeros._replace(params=spelling_params(step)), meta)
         checkpoints.wait()
-        write_model(Path("run/final_model"), CONFIG, spelling_params(120), "")
-        write_model(Path("diverged"), CONFIG, jax.tree.map(lambda leaf: leaf * np.nan, spelling_params(120)), "")
+        params, tokenizer = spelling_params(120), load_tokenizer(300)
+        write_model(Path("run/final_model"), CONFIG, params, tokenizer, "")
+        write_model(Path("diverged"), CONFIG, jax.tree.map(lambda leaf: leaf * np.nan, params), tokenizer, "")
         yield
 
 

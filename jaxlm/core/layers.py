@@ -63,6 +63,28 @@ def rope(x_BTHK: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def rms_norm_rope(x_BTHK: jax.Array, scale_K: jax.Array, cos_sin: tuple[jax.Array, jax.Array], eps: float) -> jax.Array:
+    """`rope` of `rms_norm` for each head's queries or keys (Henry et al. 2020, with a learned scale as in Qwen3).
+
+    The result is rounded once. Backward saves only x; the cosines and sines have no gradient.
+    """
+    return rope(rms_norm(x_BTHK.astype(jnp.float32), scale_K, eps), cos_sin).astype(x_BTHK.dtype)
+
+
+def _rms_norm_rope_forward(x_BTHK, scale_K, cos_sin, eps):
+    return rms_norm_rope(x_BTHK, scale_K, cos_sin, eps), (x_BTHK, scale_K, cos_sin)
+
+
+def _rms_norm_rope_backward(eps, residuals, d_out_BTHK):
+    x_BTHK, scale_K, (cos, sin) = residuals
+    d_normed_BTHK = rope(d_out_BTHK.astype(jnp.float32), (cos, -sin))  # the transpose of a rotation is its inverse
+    return *_rms_norm_backward(eps, (x_BTHK, scale_K), d_normed_BTHK), None
+
+
+rms_norm_rope.defvjp(_rms_norm_rope_forward, _rms_norm_rope_backward)
+
+
 def split_heads(x_BTHK: jax.Array) -> jax.Array:
     """[G, T, K] with G = B H: each head of each sequence is a batch entry of the matmuls. A cache has this layout."""
     B, T, H, K = x_BTHK.shape

@@ -1,8 +1,8 @@
 """The decoder: a flax module that holds the parameters and calls the layers.
 
-Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases). The input embedding and the output head are tied unless
-the configuration says otherwise. `parameters.parameter_table` lists the parameters; those of all blocks are stacked
-along a leading axis L, so that one scan runs them.
+Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases), or Qwen3's with `qk_norm`. The input embedding and the
+output head are tied unless the configuration says otherwise. `parameters.parameter_table` lists the parameters; those
+of all blocks are stacked along a leading axis L, so that one scan runs them.
 """
 
 import math
@@ -97,15 +97,29 @@ def block(
     """
     B, T, D = x_BTD.shape
     h_BTD = layers.rms_norm(x_BTD, p["attention_norm"], c.norm_eps)
-    q_BTHK, k_BTHK, v_BTHK = (
-        array.reshape(B, T, -1, D // c.heads) for array in fused_linear(p, "query_key_value", h_BTD, c)
-    )
-    q_BTHK, k_BTHK = layers.rope(q_BTHK, rope_cos_sin), layers.rope(k_BTHK, rope_cos_sin)
+    q_BTHK, k_BTHK, v_BTHK = query_key_value(p, h_BTD, rope_cos_sin, c)
     if c.kv_heads:
         k_BTHK, v_BTHK = (jnp.repeat(x, c.heads // c.kv_heads, axis=2) for x in (k_BTHK, v_BTHK))
     out_BTHK, residuals = attend(q_BTHK, k_BTHK, v_BTHK, saved)
     x_BTD = x_BTD + linear(out_BTHK.reshape(B, T, D), p["output"], c)
     return x_BTD + mlp(p, layers.rms_norm(x_BTD, p["mlp_norm"], c.norm_eps), c), residuals
+
+
+def query_key_value(
+    p: Mapping[str, Any], x_BTD: jax.Array, rope_cos_sin: tuple[jax.Array, jax.Array], c: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, K], and keys and values with the heads of `c.kv_heads`; RoPE has rotated the first two."""
+    name = "query_key_value"
+    if c.qk_norm and name not in p:
+        device_ops, weights = ops.get(c.implementation), [p[part] for part in FUSED[name]]
+        scales = p["query_norm"], p["key_norm"]
+        return device_ops.query_key_value(device_ops, x_BTD, weights, scales, rope_cos_sin, c.norm_eps, c.matmul_dtype)
+    heads = (*x_BTD.shape[:2], -1, c.width // c.heads)
+    q_BTHK, k_BTHK, v_BTHK = (array.reshape(heads) for array in fused_linear(p, name, x_BTD, c))
+    if not c.qk_norm:
+        return layers.rope(q_BTHK, rope_cos_sin), layers.rope(k_BTHK, rope_cos_sin), v_BTHK
+    q_BTHK = layers.rms_norm_rope(q_BTHK, p["query_norm"], rope_cos_sin, c.norm_eps)
+    return q_BTHK, layers.rms_norm_rope(k_BTHK, p["key_norm"], rope_cos_sin, c.norm_eps), v_BTHK
 
 
 def mlp(p: Mapping[str, Any], x_BTD: jax.Array, c: ModelConfig) -> jax.Array:

@@ -28,7 +28,7 @@ class Parameter:
     init_std: float | None  # standard deviation of the initial values; None: they are 1
     hf_name: str  # of its tensor in a Hugging Face folder; `{layer}` in it stands for the index of the layer
     gguf_name: str  # likewise in a GGUF file
-    rope_heads: int = 0  # heads whose outputs RoPE rotates: GGUF orders these rows differently
+    rope_heads: int = 0  # heads whose outputs RoPE rotates: GGUF's Llama orders these rows differently
 
     @property
     def weight_decay(self) -> bool:
@@ -68,14 +68,15 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     """
     L, D, F, V = config.layers, config.width, config.mlp_width, config.vocab_size
     kv_heads = config.kv_heads or config.heads
-    KV = D // config.heads * kv_heads
+    K = D // config.heads
+    KV = K * kv_heads
     output_std = 0.0 if config.output_init == "zero" else 0.02 / math.sqrt(2 * L)
 
     def matrix(name: str, inputs: int, outputs: int, part: str, hf: str, gguf: str, std: float = 0.02, heads: int = 0):
         return Parameter(("blocks", name), (L, inputs, outputs), "matrix", part, std, *in_layer(hf, gguf), heads)
 
-    def block_norm(name: str, hf: str, gguf: str):
-        return Parameter(("blocks", name), (L, D), "norm_scale", "norms", None, *in_layer(hf, gguf))
+    def block_norm(name: str, size: int, hf: str, gguf: str):
+        return Parameter(("blocks", name), (L, size), "norm_scale", "norms", None, *in_layer(hf, gguf))
 
     def in_layer(hf: str, gguf: str) -> tuple[str, str]:
         return f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
@@ -83,6 +84,10 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     def embedding(name: str, hf: str, gguf: str):
         return Parameter((name,), (V, D), "embedding", name, 0.02, hf, gguf)
 
+    query_and_key_norms = (
+        block_norm("query_norm", K, "self_attn.q_norm", "attn_q_norm"),
+        block_norm("key_norm", K, "self_attn.k_norm", "attn_k_norm"),
+    )
     table = (
         embedding("embedding", "model.embed_tokens.weight", "token_embd.weight"),
         matrix("query", D, D, "attention", "self_attn.q_proj", "attn_q", heads=config.heads),
@@ -92,8 +97,9 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
         matrix("gate", D, F, "feed-forward", "mlp.gate_proj", "ffn_gate"),
         matrix("up", D, F, "feed-forward", "mlp.up_proj", "ffn_up"),
         matrix("down", F, D, "feed-forward", "mlp.down_proj", "ffn_down", output_std),
-        block_norm("attention_norm", "input_layernorm", "attn_norm"),
-        block_norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+        block_norm("attention_norm", D, "input_layernorm", "attn_norm"),
+        block_norm("mlp_norm", D, "post_attention_layernorm", "ffn_norm"),
+        *(query_and_key_norms if config.qk_norm else ()),
         Parameter(("norm",), (D,), "norm_scale", "norms", None, "model.norm.weight", "output_norm.weight"),
     )
     return table if config.tied else (*table, embedding("head", "lm_head.weight", "output.weight"))

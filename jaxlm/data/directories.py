@@ -17,7 +17,7 @@ from jaxlm.errors import UsageError
 
 
 def data_directory(config: Config) -> Path:
-    """The directory of the config's token files: `data.dir`, or one under data/ named after corpus and vocabulary.
+    """The directory of the config's token files: `data.dir`, or one under data/ named after corpus, tokenizer and size.
 
     The name gets a hash of corpus and split if the corpus's is shortened, or if the directory without it holds another
     corpus or split. Raises UsageError if the meta.json of that directory is damaged.
@@ -26,7 +26,8 @@ def data_directory(config: Config) -> Path:
     if data.dir:
         return Path(data.dir)
     name = re.sub(r"\W+", "-", data.corpus).strip("-")
-    directory = Path("data", f"{name[:60]}-{config.model.vocab_size}")
+    own = "own-" * (data.tokenizer == "own")
+    directory = Path("data", f"{name[:60]}-{own}{config.model.vocab_size}")
     meta = read_meta(directory)
     if len(name) > 60 or (meta and not meta.is_of(data.corpus, data.val_fraction)):
         digest = hashlib.sha256(os.fsencode(f"{data.corpus} {data.val_fraction}")).hexdigest()
@@ -45,7 +46,8 @@ def check_named_directory(config: Config, corpus_is_named: bool) -> None:
         siblings = [path.parent.name for path in parent.glob(f"*/{TRAIN}")] if os.path.isdir(parent) else []
         nearest = difflib.get_close_matches(directory.name, siblings, 1)
         hint = f"did you mean {parent / nearest[0]}? This command prepares" if nearest else "prepare"
-        command = prepare_command(data.corpus or "TEXT", directory, config.model.vocab_size, data.val_fraction)
+        text = data.corpus or "TEXT"
+        command = prepare_command(text, directory, config.model.vocab_size, data.val_fraction, data.tokenizer)
         raise UsageError(f"data.dir {directory} has no {' and no '.join(missing)}: {hint} them: {command}")
     if corpus_is_named and (meta := read_meta(directory)) and not same_corpus(meta.source, data.corpus):
         raise UsageError(

@@ -7,7 +7,7 @@ import os
 import shlex
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,17 +15,21 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jaxlm.config import check_vocab_size
 from jaxlm.data.corpus import Corpus, files_sha256, same_corpus, source_changed
 from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
 from jaxlm.data.split import measure, split
-from jaxlm.data.token_files import META, TOKEN_DTYPE, TOKENIZER_NAME, TRAIN, VAL, FileMeta, Meta, read_meta
+from jaxlm.data.token_files import META, TOKEN_DTYPE, TRAIN, VAL, VOCABULARY, FileMeta, Meta, read_meta
 from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from jaxlm.data.vocabulary import SAMPLE_BYTES, learn_tokenizer
 from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 
+_FILES = (TRAIN, VAL, VOCABULARY, META)
 _MAX_WORKERS = 12  # one thread reads; more workers than this wait for it
 
+Progress = Callable[[str, int, int], None]
 _Encoded = tuple[bytes, Counter[str]]  # the ids, and the numbers of FileMeta
 
 
@@ -36,40 +40,53 @@ class Flags(NamedTuple):
     directory: str = "--out"
     vocab_size: str = "--vocab_size"
     fraction: str = "--val_fraction"
+    tokenizer: str = "--tokenizer"
 
 
 PREPARE_FLAGS = Flags()
 TRAINING_FLAGS = Flags(
-    "--config.data.corpus", "--config.data.dir", "--config.model.vocab_size", "--config.data.val_fraction"
+    "--config.data.corpus",
+    "--config.data.dir",
+    "--config.model.vocab_size",
+    "--config.data.val_fraction",
+    "--config.data.tokenizer",
 )
 
 
-def prepare_command(source: str, directory: Path, vocab_size: int, validation_fraction: float) -> str:
+def prepare_command(
+    source: str, directory: Path, vocab_size: int, validation_fraction: float, tokenizer: str = "gpt2"
+) -> str:
     """The command that prepares a corpus in `directory`, or beside it if that is a file or has a token file or META."""
-    is_used = os.path.isfile(directory) or any(os.path.lexists(directory / name) for name in (TRAIN, VAL, META))
+    is_used = os.path.isfile(directory) or any(os.path.lexists(directory / name) for name in _FILES)
     words = ["--corpus", source, "--out", f"{directory}{'-new' * is_used}", "--vocab_size", str(vocab_size)]
+    words += ["--tokenizer", tokenizer] * (tokenizer != "gpt2")
     return shlex.join(["python", "-m", "jaxlm.prepare", *words, "--val_fraction", str(validation_fraction)])
 
 
 def find_prepared(
-    source: str, directory: Path, vocab_size: int, validation_fraction: float, flags: Flags = PREPARE_FLAGS
+    source: str,
+    directory: Path,
+    vocab_size: int,
+    validation_fraction: float,
+    flags: Flags = PREPARE_FLAGS,
+    tokenizer: str = "gpt2",
 ) -> Meta | None:
     """The meta.json of `directory` if it holds exactly these token files; None if they are missing or incomplete.
 
     Raises UsageError, which names the flags, if a setting is out of bounds, or `directory` holds token files of another
     source, of other settings or of another program.
     """
-    load_tokenizer(vocab_size)
+    check_vocab_size(tokenizer, vocab_size, flags.vocab_size)
     elsewhere = f"choose another {flags.directory}"
     if flags is TRAINING_FLAGS:  # whose directory is not made
         elsewhere = f"set {flags.directory} to what this prepares: "
-        elsewhere += prepare_command(source, directory, vocab_size, validation_fraction)
+        elsewhere += prepare_command(source, directory, vocab_size, validation_fraction, tokenizer)
     if not 0 < validation_fraction < 1:
         raise UsageError(f"{flags.fraction} is {validation_fraction}: choose one between 0 and 1, such as 0.01")
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise UsageError(f"{directory} is a file: {elsewhere}")
     meta = read_meta(directory)
-    for path in (directory / name for name in (TRAIN, VAL, META)):
+    for path in (directory / name for name in _FILES):
         if os.path.isdir(path):
             raise UsageError(f"{path} is a directory: {elsewhere}")
         if meta is None and os.path.exists(path):
@@ -78,7 +95,7 @@ def find_prepared(
         return None
     for flag, prepared, requested, fits in (
         (flags.corpus, meta.source, source, same_corpus(meta.source, source)),
-        ("tokenizer", meta.tokenizer, TOKENIZER_NAME, meta.tokenizer == TOKENIZER_NAME),
+        (flags.tokenizer, meta.tokenizer, tokenizer, meta.tokenizer == tokenizer),
         (flags.vocab_size, meta.vocab_size, vocab_size, meta.vocab_size == vocab_size),
         (flags.fraction, meta.validation_fraction, validation_fraction, meta.is_of(source, validation_fraction)),
     ):
@@ -96,43 +113,74 @@ def write_token_files(
     directory: Path,
     vocab_size: int,
     validation_fraction: float,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = lambda stage, done, total: None,
     flags: Flags = PREPARE_FLAGS,
+    tokenizer: str = "gpt2",
 ) -> Meta:
     """Encodes a corpus into `directory`, which must have passed `find_prepared`.
 
-    `on_progress` is called with the bytes of text encoded and their total; the total is 0 while they are counted.
+    `on_progress` is called with what is done, the bytes of text that it has done and their total; the total is 0 if it
+    is not known.
 
-    Raises UsageError if the corpus cannot be read or split, RunError if the disk fails.
+    Raises UsageError if the corpus cannot be read or split, or is too small to learn such a vocabulary from; RunError
+    if the disk fails.
     """
-    tokenizer = load_tokenizer(vocab_size)
-    size = measure(corpus, lambda counted: on_progress(counted, 0))
+    size = measure(corpus, lambda counted: on_progress("Reading", counted, 0))
+    if tokenizer == "gpt2":
+        encoder, vocabulary = load_tokenizer(vocab_size), b""
+    else:
+        texts = _training_texts(split(corpus, size, validation_fraction, flags.fraction), on_progress)
+        encoder = learn_tokenizer(sample(texts, min(1.0, SAMPLE_BYTES / size.bytes)), vocab_size, flags.vocab_size)
+        vocabulary = encoder.to_bytes()
     chunks = split(corpus, size, validation_fraction, flags.fraction)
     source_sha256 = files_sha256(corpus.files)
     hashes = {TRAIN: hashlib.sha256(), VAL: hashlib.sha256()}
     counts: dict[str, Counter[str]] = {TRAIN: Counter(), VAL: Counter()}
-    with _new_files(directory) as files:
-        for name, (ids, group_counts) in _encode_all(chunks, tokenizer, min(os.cpu_count() or 1, _MAX_WORKERS)):
+    with _new_files(directory, [TRAIN, VAL, *[VOCABULARY] * bool(vocabulary), META]) as files:
+        for name, (ids, group_counts) in _encode_all(chunks, encoder, min(os.cpu_count() or 1, _MAX_WORKERS)):
             files[name].write(ids)
             hashes[name].update(ids)
             counts[name].update(group_counts)
-            on_progress(counts[TRAIN]["bytes"] + counts[VAL]["bytes"], size.bytes)
+            on_progress("Encoding", counts[TRAIN]["bytes"] + counts[VAL]["bytes"], size.bytes)
         train, val = (FileMeta(**counts[name], sha256=hashes[name].hexdigest()) for name in (TRAIN, VAL))
         fraction = None if corpus.validation else validation_fraction
-        meta = Meta(TOKENIZER_NAME, vocab_size, corpus.source, source_sha256, fraction, train, val)
+        sha256 = hashlib.sha256(vocabulary).hexdigest() if vocabulary else None
+        meta = Meta(tokenizer, vocab_size, corpus.source, source_sha256, fraction, train, val, sha256)
+        if vocabulary:
+            files[VOCABULARY].write(vocabulary)
         files[META].write((json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
     return meta
 
 
-@contextmanager
-def _new_files(directory: Path) -> Iterator[dict[str, BinaryIO]]:
-    """Opens TRAIN, VAL and META, which appear at the end, or not at all on failure.
+def _training_texts(chunks: Iterable[tuple[str, TextChunk]], on_progress: Progress) -> Iterator[str]:
+    done = 0
+    for name, chunk in chunks:
+        if name == TRAIN:
+            yield chunk.text
+        done += len(chunk.text.encode())
+        on_progress("Learning the vocabulary", done, 0)
 
-    META appears first, so that an incomplete set is never mistaken for token files without META.
+
+def sample(texts: Iterable[str], share: float) -> Iterator[str]:
+    """Evenly spaced ones of `texts`, with at most this share of their bytes."""
+    read = taken = 0
+    for text in texts:
+        text_bytes = len(text.encode())
+        read += text_bytes
+        if taken + text_bytes <= share * read:
+            taken += text_bytes
+            yield text
+
+
+@contextmanager
+def _new_files(directory: Path, names: Sequence[str]) -> Iterator[dict[str, BinaryIO]]:
+    """Opens files that appear at the end, or not at all on failure.
+
+    The last, META, appears first, so that an incomplete set is never mistaken for token files without META.
     """
     try:
         with atomic.new_directory(directory), only_writer(directory), ExitStack() as stack:
-            paths = {name: stack.enter_context(atomic.new_file(directory / name)) for name in (TRAIN, VAL, META)}
+            paths = {name: stack.enter_context(atomic.new_file(directory / name)) for name in names}
             yield {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
     except OSError as error:
         raise RunError(f"cannot write to {directory} ({error.strerror}): {disk_advice(error)}") from error

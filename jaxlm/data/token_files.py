@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from jaxlm.data.corpus import WITH_OWN_VALIDATION, same_corpus
 from jaxlm.data.foreign import PREPARE, refuse_foreign
-from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_bytes, load_tokenizer
 from jaxlm.errors import UsageError
 
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
+VOCABULARY = "tokenizer.tiktoken"  # of an own tokenizer
 TOKEN_DTYPE = np.dtype("<u2")
-TOKENIZER_NAME = "gpt2"
 IGNORED_TARGET = -1
 _EPOCHS = 2**31  # practically endless, and within grain's integers for any batch size
 
@@ -40,7 +40,11 @@ class FileMeta:
 
 @dataclass(frozen=True)
 class Meta:
-    """The contents of meta.json. `validation_fraction` is None if the corpus has its own validation text."""
+    """The contents of meta.json.
+
+    `validation_fraction` is None if the corpus has its own validation text. `tokenizer_sha256` is that of VOCABULARY,
+    None for GPT-2's.
+    """
 
     tokenizer: str
     vocab_size: int
@@ -49,6 +53,7 @@ class Meta:
     validation_fraction: float | None
     train: FileMeta
     val: FileMeta
+    tokenizer_sha256: str | None = None
 
     def is_of(self, source: str, validation_fraction: float) -> bool:
         """Whether the files were made of this corpus with this split."""
@@ -56,9 +61,11 @@ class Meta:
         return same_corpus(self.source, source) and self.validation_fraction == fraction
 
     def fits_files(self, directory: Path) -> bool:
-        """Whether both token files exist and have the recorded size."""
+        """Whether both token files exist and have the recorded size, and there is the vocabulary that they need."""
         files = {directory / TRAIN: self.train, directory / VAL: self.val}
         size = TOKEN_DTYPE.itemsize
+        if self.tokenizer != "gpt2" and not (directory / VOCABULARY).is_file():
+            return False
         return all(path.is_file() and path.stat().st_size == size * file.tokens for path, file in files.items())
 
 
@@ -70,7 +77,7 @@ def read_meta(directory: Path) -> Meta | None:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         files = {name: _typed(FileMeta, fields[name]) for name in ("train", "val")}
-        return _typed(Meta, fields | files)
+        return _typed(Meta, {"tokenizer_sha256": None} | fields | files)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -97,6 +104,7 @@ class TokenFiles:
     """
 
     directory: Path
+    tokenizer: Tokenizer
     train: Ids
     val: Ids
     token_bytes: npt.NDArray[np.uint8]
@@ -113,8 +121,8 @@ def bits_per_byte(loss: float, targets: int, text_bytes: int) -> float:
     return float(loss / np.log(2) * targets / max(text_bytes, 1))
 
 
-def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
-    """Opens and checks train.bin and val.bin. Without meta.json, they are taken as GPT-2 tokens of `vocab_size`.
+def open_tokens(directory: Path, vocab_size: int, context: int, tokenizer: str = "gpt2") -> TokenFiles:
+    """Opens and checks the files of `directory`. Without meta.json, they are taken as GPT-2 tokens of `vocab_size`.
 
     Raises UsageError if a file is missing, does not fit `vocab_size` or its meta.json, holds fewer than `context` + 1
     tokens, holds no text to validate on, or is known to be something else (see `refuse_foreign`).
@@ -124,11 +132,19 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
             raise UsageError(f"{path} is missing: {PREPARE}")
     meta = read_meta(directory)
     train, val = (_open_ids(directory / name, vocab_size, meta) for name in (TRAIN, VAL))
-    if meta and (meta.tokenizer, meta.vocab_size) != (TOKENIZER_NAME, vocab_size):
+    if meta is None and tokenizer != "gpt2":
         raise UsageError(
-            f"{directory} was prepared with tokenizer {meta.tokenizer} of {meta.vocab_size} tokens, not "
-            f"{TOKENIZER_NAME} of {vocab_size}: set --config.model.vocab_size to match or prepare the text again"
+            f"{directory} has no {META}, so its tokens are GPT-2's: set --config.data.tokenizer=gpt2, or"
+            " --config.data.dir to tokens that jaxlm.prepare --tokenizer own made"
         )
+    if meta and (meta.tokenizer, meta.vocab_size) != (tokenizer, vocab_size):
+        flags = [f"--config.data.tokenizer={meta.tokenizer}"] * (meta.tokenizer != tokenizer)
+        flags += [f"--config.model.vocab_size={meta.vocab_size}"] * (meta.vocab_size != vocab_size)
+        raise UsageError(
+            f"{directory} was prepared with tokenizer {meta.tokenizer} of {meta.vocab_size} tokens, not {tokenizer} of"
+            f" {vocab_size}: set {' '.join(flags)} or prepare the text again"
+        )
+    opened = _open_tokenizer(directory, vocab_size, meta)
     sha256 = hashlib.sha256(train.data).hexdigest(), hashlib.sha256(val.data).hexdigest()
     if meta and (meta.train.sha256, meta.val.sha256) != sha256:
         raise UsageError(
@@ -147,12 +163,34 @@ def open_tokens(directory: Path, vocab_size: int, context: int) -> TokenFiles:
                 f"{path} has token id {largest}, outside the vocabulary of {vocab_size}: "
                 + (f"set --config.model.vocab_size={GPT2_VOCAB_SIZE}" if in_gpt2 else PREPARE)
             )
-    vocabulary = load_tokenizer(vocab_size).vocabulary
-    token_bytes = np.array([*map(len, vocabulary[:-1]), 0], np.uint8)
-    files = TokenFiles(directory, train, val, token_bytes, sha256, meta)
+    token_bytes = np.array([*map(len, opened.vocabulary[:-1]), 0], np.uint8)
+    files = TokenFiles(directory, opened, train, val, token_bytes, sha256, meta)
     if not files.text_bytes(val[1:]):
         raise UsageError(f"{directory / VAL} holds no text after its first token: use more text")
     return files
+
+
+def _open_tokenizer(directory: Path, vocab_size: int, meta: Meta | None) -> Tokenizer:
+    """The tokenizer of the files in `directory`. Raises UsageError if VOCABULARY is not what `meta` says."""
+    file = directory / VOCABULARY
+    if meta is None and os.path.lexists(file):
+        raise UsageError(f"{file} is not GPT-2's vocabulary, and {META} is missing beside it: restore it, or {PREPARE}")
+    if meta is None or meta.tokenizer == "gpt2":
+        return load_tokenizer(vocab_size)
+    try:
+        raw = file.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != meta.tokenizer_sha256:
+            raise ValueError("it does not match")
+        tokenizer = from_bytes(raw)
+        if tokenizer.vocab_size != vocab_size:
+            raise ValueError("it has another size")
+        return tokenizer
+    except OSError as error:
+        raise UsageError(f"cannot read {file} ({error.strerror}): restore it, or prepare the text again") from error
+    except ValueError as error:
+        raise UsageError(
+            f"{file} is not the vocabulary of {META}: restore it, or delete it and prepare the text again"
+        ) from error
 
 
 def _open_ids(path: Path, vocab_size: int, meta: Meta | None) -> Ids:

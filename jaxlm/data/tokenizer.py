@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding, from the vocabulary file in this package. Its first tokens are a smaller vocabulary."""
+"""Byte-level BPE tokenizers. GPT-2's is in this package, and its first tokens are a smaller vocabulary."""
 
 import base64
 import copy
@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Protocol
 
@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
+from jaxlm.config import SMALLEST_VOCABULARY, TOKENIZERS, check_vocab_size
 from jaxlm.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
-GPT2_VOCAB_SIZE = 50257
-_SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
+GPT2_VOCAB_SIZE = TOKENIZERS["gpt2"]
 _VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # Equivalent to tiktoken's pattern for GPT-2, but faster: everything without a lookahead is one group, which the regex
 # engine compiles to an automaton.
@@ -28,6 +28,7 @@ _LONG_RUN = 1 << 18  # blanks in a row; tiktoken's regex engine fails on a milli
 _BLANK = r"[^\S\x1c-\x1f]"  # the engine's \s, in Python's syntax
 _INVISIBLE = [byte for byte in range(256) if byte == 0x20 or not chr(byte).isprintable()]
 _BYTE_CHARACTERS = {byte: 0x100 + i for i, byte in enumerate(_INVISIBLE)}  # the other bytes are spelled in Latin-1
+_CHARACTER_BYTES = {character: byte for byte, character in _BYTE_CHARACTERS.items()}
 
 
 class TokenizerProtocol(Protocol):
@@ -43,7 +44,11 @@ class TokenizerProtocol(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A byte-level BPE tokenizer. `vocabulary[i]` holds the bytes of id i; the last id is END_OF_TEXT."""
+    """A byte-level BPE tokenizer with GPT-2's pattern.
+
+    `vocabulary[i]` holds the bytes of id i. The single bytes come first, then each merge of two tokens before it, in
+    the order in which text is merged; the last id is END_OF_TEXT.
+    """
 
     vocabulary: tuple[bytes, ...]
     encoding: tiktoken.Encoding
@@ -93,7 +98,11 @@ class Tokenizer:
         """The lines of GPT-2's merges.txt: the names of two tokens that are merged into the next one."""
         names = self.names()
         ids = {token: index for index, token in enumerate(self.vocabulary[:-1])}
-        return [" ".join([names[i] for i in _parents(token, ids)]) for token in ids if len(token) > 1]
+        return [" ".join([names[ids[part]] for part in merged_from(token, ids)]) for token in ids if len(token) > 1]
+
+    def to_bytes(self) -> bytes:
+        """The vocabulary as tiktoken's text format has it: a line for each id but the last, its bytes in base64."""
+        return _to_text(self.vocabulary[:-1])
 
 
 def _cuts(text: str, marked: bool) -> list[int]:
@@ -108,14 +117,19 @@ def _cuts(text: str, marked: bool) -> list[int]:
     return [run.end() for run in runs if not (marked and text.startswith(END_OF_TEXT, run.end() + 1))]
 
 
-def _parents(token: bytes, ids: dict[bytes, int]) -> tuple[int, int]:
-    """The two tokens that merge into `token`: its byte-pair encoding by the tokens before it."""
+def merged_from(token: bytes, ids: Mapping[bytes, int]) -> list[bytes]:
+    """The two tokens that merge into `token`, its byte-pair encoding by the tokens before it; empty if there are none.
+
+    `ids` are the tokens before it, or all tokens of a vocabulary that has it.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         ranks = [ids.get(left + right, len(ids)) for left, right in itertools.pairwise(parts)]
         first = ranks.index(min(ranks))
+        if ranks[first] == len(ids):
+            return []
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
-    return ids[parts[0]], ids[parts[1]]
+    return parts
 
 
 @functools.cache
@@ -124,25 +138,49 @@ def load_tokenizer(vocab_size: int = GPT2_VOCAB_SIZE) -> Tokenizer:
 
     Raises UsageError if `vocab_size` is not 257 to 50257 or the packaged vocabulary is damaged.
     """
-    if not _SMALLEST_VOCAB_SIZE <= vocab_size <= GPT2_VOCAB_SIZE:
-        raise UsageError(f"vocab_size is {vocab_size}: choose {_SMALLEST_VOCAB_SIZE} to {GPT2_VOCAB_SIZE}")
-    tokens = _read_vocabulary()[: vocab_size - 1]
+    check_vocab_size("gpt2", vocab_size, "vocab_size")
+    return make_tokenizer(_gpt2_tokens()[: vocab_size - 1])
+
+
+def make_tokenizer(tokens: Sequence[bytes]) -> Tokenizer:
+    """The tokenizer of these tokens, which are those of `Tokenizer.vocabulary` but for END_OF_TEXT."""
     encoding = tiktoken.Encoding(
-        f"gpt2-{vocab_size}",
+        f"jaxlm-{len(tokens) + 1}",
         pat_str=_WORD_PATTERN,
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={END_OF_TEXT: vocab_size - 1},
+        special_tokens={END_OF_TEXT: len(tokens)},
     )
     return Tokenizer((*tokens, END_OF_TEXT.encode()), encoding)
 
 
-def _read_vocabulary() -> list[bytes]:
+def token_of(name: str) -> bytes:
+    """The token that `Tokenizer.names` spells so. Raises ValueError if `name` has a character above them."""
+    return name.translate(_CHARACTER_BYTES).encode("latin-1")
+
+
+def from_bytes(raw: bytes) -> Tokenizer:
+    """The tokenizer whose `to_bytes` is `raw`. Raises ValueError if there is none."""
+    tokens = _from_text(raw)
+    if len(tokens) < SMALLEST_VOCABULARY - 1 or _to_text(tokens) != raw:
+        raise ValueError("it is not a vocabulary as jaxlm writes it")
+    return make_tokenizer(tokens)
+
+
+def _to_text(tokens: Sequence[bytes]) -> bytes:
+    return b"".join([b"%b %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)])
+
+
+def _from_text(raw: bytes) -> list[bytes]:
+    return [base64.b64decode(line.partition(b" ")[0]) for line in raw.splitlines()]
+
+
+def _gpt2_tokens() -> list[bytes]:
     """GPT-2's 50,256 mergeable tokens in the order of their ids, which is the order of the merges."""
     packaged = resources.files("jaxlm.data").joinpath("gpt2.tiktoken")
     raw = packaged.read_bytes() if packaged.is_file() else b""
     if hashlib.sha256(raw).hexdigest() != _VOCABULARY_SHA256:
         raise UsageError(f"the vocabulary {packaged} is missing or damaged: reinstall jaxlm")
-    return [base64.b64decode(line.split()[0]) for line in raw.splitlines()]
+    return _from_text(raw)
 
 
 def encode_prompts(tokenizer: TokenizerProtocol, prompts: Sequence[str], context: int) -> list[list[int]]:

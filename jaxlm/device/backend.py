@@ -233,6 +233,8 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
 
     Raises UsageError as `resolve`.
     """
+    if device.platform == "METAL" and config.optimizer.average:
+        raise UsageError("jax-metal computes nothing in float16, as optimizer.average needs: set it to 0")
     model, chunks = resolve(config.model, device), config.microbatch_chunks
     if chunks == 0:
         on_cuda, B = device.platform == "gpu", config.batch_size

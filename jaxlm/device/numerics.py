@@ -11,7 +11,7 @@ entries (pytorch/pytorch#109457), matmuls that contract 32,767 or more numbers o
 | generation | prefill, then greedy tokens, with a cache | one pass of the CPU over the same tokens, without a cache |
 | losses | of a training and of an evaluation step | the CPU's losses |
 | gradients | accumulated by the training step | the CPU's gradients |
-| updates, moments, average | by the training step that ends an optimizer step | the CPU's, by the device's gradients |
+| updates, moments, average | by the step that ends an optimizer step | the CPU's, from the device's gradients |
 
 The device runs the programs of the run: its precision, its implementation, its chunk size, its number of samples. Two
 things differ. A micro-batch has two chunks at most, one on a CPU, and a step has many micro-batches. The CPU computes
@@ -398,8 +398,9 @@ def _training(config: Config, device: jax.Device, state: TrainState) -> Iterator
     for name, value in (("training loss", loss), ("evaluation loss", eval_loss)):
         yield Part(name, abs(float(value) / float(expected_loss) - 1), _LOSS_SHARE * limits.row)
     for name, mean, expected in _by_parameter(acc_grads, expected_grads):
-        actual, stacked = 2 * mean - _FIRST_GRADIENT * expected, name.startswith("blocks/")
-        yield from _compare(f"gradient of {name}", actual, expected, limits, stacked)
+        # in one layer these scales are too few for rounding to average out
+        stacked = name.startswith("blocks/") and name not in ("blocks/query_norm", "blocks/key_norm")
+        yield from _compare(f"gradient of {name}", 2 * mean - _FIRST_GRADIENT * expected, expected, limits, stacked)
 
     before_last = state._replace(opt_state=state.opt_state._replace(acc_grads=acc_grads))
     expected_state = _last_update(config, acc_grads, before_last)

@@ -1,7 +1,7 @@
 """Export to a GGUF file, which llama.cpp runs.
 
-RoPE rotates the pairs (x[2i], x[2i + 1]) in GGUF's Llama and (x[i], x[i + K/2]) in jaxlm's model, so the rows of the
-query and key matrices are reordered.
+RoPE rotates the pairs (x[i], x[i + K/2]) in jaxlm's model, and in GGUF's Qwen3, which has norms of queries and keys. In
+GGUF's Llama it rotates (x[2i], x[2i + 1]), so there the rows of the query and key matrices are reordered.
 """
 
 import importlib.util
@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.core.parameters import Params
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import RunError, UsageError, disk_advice
-from jaxlm.interop.huggingface import layer_tensors
+from jaxlm.interop.huggingface import layer_tensors, model_type
 from jaxlm.interop.mark import KEY, Mark, tensors_sha256
 from jaxlm.storage import atomic
 
@@ -26,7 +26,7 @@ def require_gguf() -> None:
         raise UsageError("a GGUF file needs the gguf package: pip install gguf")
 
 
-def write_gguf(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
+def write_gguf(file: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str) -> None:
     """Writes the model and its tokenizer, matrices in one of DTYPES and norms in float32; replaces the file atomically.
 
     Raises:
@@ -35,7 +35,7 @@ def write_gguf(file: Path, config: ModelConfig, params: Params, dtype: str) -> N
     """
     try:
         with atomic.new_directory(file.parent), atomic.new_file(file) as temporary:
-            _write(temporary, config, params, dtype)
+            _write(temporary, config, params, tokenizer, dtype)
     except OSError as error:
         raise RunError(f"cannot write {file} ({error}): {disk_advice(error)}, run the same command again") from error
 
@@ -53,10 +53,10 @@ def read_mark(file: Path) -> Mark:
         return Mark()
 
 
-def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
+def _write(file: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, model_type(config))
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context)
@@ -65,11 +65,12 @@ def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
     writer.add_feed_forward_length(config.mlp_width)
     writer.add_head_count(config.heads)
     writer.add_head_count_kv(config.kv_heads or config.heads)
+    writer.add_key_length(config.width // config.heads)
+    writer.add_value_length(config.width // config.heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.width // config.heads)
     writer.add_rope_freq_base(config.rope_theta)
 
-    tokenizer = load_tokenizer(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokenizer.names())
@@ -85,7 +86,7 @@ def _write(file: Path, config: ModelConfig, params: Params, dtype: str) -> None:
         if tensors[0].shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F16  # q8_0 needs rows of a multiple of 32
         for name, tensor in zip(parameter.names(parameter.gguf_name), tensors, strict=True):
-            if parameter.rope_heads:
+            if parameter.rope_heads and not config.qk_norm:
                 tensor = interleave_rope_rows(tensor, parameter.rope_heads)
             written[name] = gguf.quantize(tensor, kind)
             writer.add_tensor(name, written[name], raw_dtype=kind)

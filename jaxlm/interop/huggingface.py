@@ -1,8 +1,8 @@
 """Export to and import from a Hugging Face folder, which transformers, mlx-lm and llama.cpp's converter read.
 
-The architecture is Llama's, so the conversion is exact in both directions. Hugging Face stores one [out, in] matrix
-per layer; jaxlm stores all layers stacked, [layers, in, out]. Both rotate the same half-split pairs in RoPE, so the
-rows of query and key matrices have the same order.
+The architecture is Llama's, or Qwen3's with `model.qk_norm`, so the conversion is exact in both directions. Hugging
+Face stores one [out, in] matrix per layer; jaxlm stores all layers stacked, [layers, in, out]. Both rotate the same
+half-split pairs in RoPE, so the rows of query and key matrices have the same order.
 """
 
 import dataclasses
@@ -20,9 +20,17 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from jaxlm.config import Config, ModelConfig, SampleConfig, model_config
+from jaxlm.config import SMALLEST_VOCABULARY, TOKENIZERS, Config, ModelConfig, SampleConfig, model_config
 from jaxlm.core.parameters import Parameter, Params, check_tree, leaves_by_path, parameter_table, tree_of
-from jaxlm.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, Tokenizer, TokenizerProtocol, load_tokenizer
+from jaxlm.data.tokenizer import (
+    END_OF_TEXT,
+    GPT2_VOCAB_SIZE,
+    Tokenizer,
+    TokenizerProtocol,
+    load_tokenizer,
+    make_tokenizer,
+    token_of,
+)
 from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.interop.mark import KEY as MARK_KEY
 from jaxlm.interop.mark import TEXTS_KEY, Mark, is_sealed, seal, tensors_sha256
@@ -53,11 +61,20 @@ _SIZES = {
     "tied": "tie_word_embeddings",
     "rope_theta": "rope_theta",
 }
+_OTHER_MERGING = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 _DTYPES = ("float32", "float16", "bfloat16")
-_REQUIRED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-_DEFAULTS = _REQUIRED | {
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+}
+_DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen3": {"max_position_embeddings": 32_768, "head_dim": 128},
+}
+_COMMON_DEFAULTS = {
+    "model_type": "llama",
     "quantization_config": None,
-    "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
@@ -80,7 +97,7 @@ class ForeignTokenizer:
         return self.tokenizer.decode([int(i) for i in ids])
 
 
-def write_model(folder: Path, config: Config, params: Params, card: str) -> Path:
+def write_model(folder: Path, config: Config, params: Params, tokenizer: Tokenizer, card: str) -> Path:
     """Writes the model in float32, its tokenizer and the model card into `folder`, and returns it.
 
     Other files of the folder stay, and so do the texts that a person wrote or edited (see `edited_texts`). If the
@@ -96,7 +113,7 @@ def write_model(folder: Path, config: Config, params: Params, card: str) -> Path
     tensors = named_tensors(config.model, params)
     try:
         with atomic.new_directory(folder):
-            _update(folder, tensors, _texts(config, card))
+            _update(folder, tensors, _texts(config, tokenizer, card))
     except OSError as error:
         raise RunError(f"cannot write {folder} ({error}): {disk_advice(error)}, run the same command again") from error
     return folder
@@ -186,9 +203,8 @@ def _write_weights(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapp
             out.write(tensor.astype("<f4", order="C", copy=False).data)
 
 
-def _texts(config: Config, card: str) -> dict[str, bytes]:
+def _texts(config: Config, tokenizer: Tokenizer, card: str) -> dict[str, bytes]:
     """The folder's files but for the weights."""
-    tokenizer = load_tokenizer(config.model.vocab_size)
     tokenizer_json = _tokenizer_json(tokenizer)
     files = {
         CONFIG: _config_json(config.model, tokenizer),
@@ -233,11 +249,17 @@ def layer_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[Paramet
         yield parameter, [np.ascontiguousarray(each.T) if parameter.hf_transposed else each for each in tensors]
 
 
+def model_type(model: ModelConfig) -> str:
+    """The name of the architecture in other formats."""
+    return "qwen3" if model.qk_norm else "llama"
+
+
 def _config_json(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     sizes = {hf_name: getattr(model, name) for name, hf_name in _SIZES.items()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        **_REQUIRED,
+        "architectures": [_CLASSES[model_type(model)]],
+        "model_type": model_type(model),
+        **_REQUIRED[model_type(model)],
         **sizes,
         "num_key_value_heads": model.kv_heads or model.heads,
         "head_dim": model.width // model.heads,
@@ -284,26 +306,31 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def read_sizes(folder: Path) -> ModelConfig:
-    """The sizes of the Llama in `folder`, without the rows of a padded vocabulary, which no token has.
+    """The sizes of the model in `folder`, without the rows of a padded vocabulary, which no token has.
 
     Raises UsageError if it is not a Hugging Face folder, or jaxlm does not support its model.
     """
     file = folder / "config.json"
-    fields = _DEFAULTS | _read_json(file)
+    fields = _COMMON_DEFAULTS | _read_json(file)
+    kind = fields["model_type"]
+    if kind not in list(_REQUIRED):
+        raise UsageError(f"{file}: model_type is {kind!r:.100}, but jaxlm supports only {' and '.join(_REQUIRED)}")
+    fields = _REQUIRED[kind] | _DEFAULTS[kind] | fields
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise UsageError(f"{file} is damaged: rope_parameters must be a group")
     fields["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
-    for name, value in (_REQUIRED | {"quantization_config": None, "rope_type": "default"}).items():
+    for name, value in (_REQUIRED[kind] | {"quantization_config": None, "rope_type": "default"}).items():
         if fields[name] != value:
             raise UsageError(f"{file}: {name} is {fields[name]!r:.100}, but jaxlm supports only {value!r}")
     try:
         sizes = {name: fields[hf_name] for name, hf_name in _SIZES.items() if name != "kv_heads"}
         kv_heads = fields.get(_SIZES["kv_heads"]) or 0
-        model = model_config(sizes | {"kv_heads": 0 if kv_heads == sizes["heads"] else kv_heads})
+        sizes |= {"kv_heads": 0 if kv_heads == sizes["heads"] else kv_heads, "qk_norm": kind == "qwen3"}
+        model = model_config(sizes)
     except KeyError as error:
-        raise UsageError(f"{file} has no {error}: choose the folder of a Llama") from error
+        raise UsageError(f"{file} has no {error}: choose the folder of a Llama or a Qwen3") from error
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
     if fields.get("head_dim") not in (None, model.width // model.heads):
@@ -349,7 +376,7 @@ def _take(parameter: Parameter, tensors: dict[str, np.ndarray], folder: Path, ro
     layers = []
     for name in parameter.names(parameter.hf_name):
         if name not in tensors:
-            raise UsageError(f"{folder} has no tensor {name}: it is incomplete, or not a Llama")
+            raise UsageError(f"{folder} has no tensor {name}: it is incomplete, or of another model")
         tensor = tensors.pop(name)
         if tensor.shape != shape:
             raise UsageError(
@@ -380,12 +407,16 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def check_init(config: Config) -> None:
-    """Raises UsageError, with the flags to add, if a run cannot start from the model in `init_from`."""
+def check_init(config: Config, tokenizer: Tokenizer | None = None) -> None:
+    """Raises UsageError, with the flags to add, if a run cannot start from the model in `init_from`.
+
+    `tokenizer` is that of the run's tokens, None if they are not prepared yet.
+    """
     folder = Path(config.init_from)
     model = read_sizes(folder)
-    if not _own_tokenizer(_read_json(folder / "tokenizer.json"), model.vocab_size):
-        raise UsageError(f"init_from {folder} has another tokenizer: training supports only GPT-2's")
+    saved = _own_tokenizer(_read_json(folder / "tokenizer.json"), model.vocab_size)
+    if not saved:
+        raise UsageError(f"init_from {folder} has another tokenizer: training supports only GPT-2's and own ones")
     names = [
         field.name
         for field in dataclasses.fields(model)
@@ -395,21 +426,28 @@ def check_init(config: Config) -> None:
     if different:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in different.items())
         raise UsageError(f"init_from {folder} is a model of other sizes: add {flags}")
+    expected = load_tokenizer(model.vocab_size) if config.data.tokenizer == "gpt2" else tokenizer
+    if expected and expected.vocabulary != saved.vocabulary:
+        is_gpt2 = model.vocab_size <= GPT2_VOCAB_SIZE and saved == load_tokenizer(model.vocab_size)
+        advice = (
+            "set --config.data.tokenizer=gpt2"
+            if is_gpt2
+            else ("set --config.data.tokenizer=own and the text from which it was learnt")
+        )
+        raise UsageError(f"init_from {folder} has another vocabulary than this run: {advice}")
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
-    """The tokenizer of the model in `folder`; jaxlm's own if it is the same.
+    """The tokenizer of the model in `folder`; a `Tokenizer` if one gives the same ids.
 
-    Raises UsageError if there is none, or it needs `tokenizers`, which is not installed.
+    Raises UsageError if there is none.
     """
+    import tokenizers  # only now, because training does not need it
+
     file = folder / "tokenizer.json"
     content = _read_json(file)
-    if gpt2 := _own_tokenizer(content, vocab_size):
-        return gpt2
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UsageError(f"{file} is not GPT-2's tokenizer: pip install tokenizers to sample with it") from error
+    if own := _own_tokenizer(content, vocab_size):
+        return own
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
@@ -422,20 +460,43 @@ def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:
 
 
 def _own_tokenizer(content: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
-    """jaxlm's tokenizer, if a tokenizer.json has its tokens and no other processing of the text."""
-    if not 256 < vocab_size <= GPT2_VOCAB_SIZE:
-        return None
-    gpt2 = load_tokenizer(vocab_size)
+    """The `Tokenizer` of a tokenizer.json: GPT-2's or a learnt one. None if no `Tokenizer` gives the same ids."""
     model, before, after = (content.get(name) or {} for name in ("model", "pre_tokenizer", "post_processor"))
-    same = (
+    same_processing = (
         all(isinstance(part, dict) for part in (model, before, after))
-        and model.get("vocab") == _vocabulary(gpt2)
         and content.get("normalizer") is None
         and (before.get("type"), before.get("add_prefix_space")) == ("ByteLevel", False)
         and before.get("use_regex", True) is True
         and after.get("type", "ByteLevel") == "ByteLevel"
     )
-    return gpt2 if same else None
+    vocab = model.get("vocab") if same_processing else None
+    if not isinstance(vocab, dict) or len(vocab) != vocab_size or vocab_size < SMALLEST_VOCABULARY:
+        return None
+    if vocab_size <= GPT2_VOCAB_SIZE and vocab == _vocabulary(gpt2 := load_tokenizer(vocab_size)):
+        return gpt2
+    return _learnt_tokenizer(content, vocab)
+
+
+def _learnt_tokenizer(content: Mapping[str, Any], vocab: Mapping[str, Any]) -> Tokenizer | None:
+    """The `Tokenizer` with the vocabulary and the merges of a tokenizer.json, if one has them."""
+    try:
+        *names, last = sorted(vocab, key=vocab.__getitem__)
+        tokens = [token_of(name) for name in names]
+        added = [token["content"] for token in content.get("added_tokens", [])]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges", [])]
+    except (TypeError, ValueError, LookupError):
+        return None
+    if {*tokens[:256]} != {bytes([byte]) for byte in range(256)} or len({*tokens}) < len(tokens):
+        return None
+    own = make_tokenizer(tokens)
+    same = (
+        len(vocab) <= TOKENIZERS["own"]
+        and [last, *added] == [END_OF_TEXT, END_OF_TEXT]
+        and not any(content["model"].get(name) for name in _OTHER_MERGING)
+        and _vocabulary(own) == vocab
+        and merges == own.merges()
+    )
+    return own if same else None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ tags:
 
 # A language model of {parameters:,} parameters
 
-Llama's architecture, trained with jaxlm. Load this folder with `transformers`:
+{architecture}'s architecture, trained with jaxlm. Load this folder with `transformers`:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 | | |
 |---|---|
 | sizes | {model.layers} layers, {model.heads} heads, width {model.width}, MLP width {model.mlp_width}, \
-context {model.context}, vocabulary {model.vocab_size:,} (GPT-2's) |
+context {model.context}, vocabulary {model.vocab_size:,} ({tokenizer}) |
 | initialised from | {start} |
 | text | {text} |
 | trained | {step:,} of {steps:,} steps, {tokens:,} tokens |
@@ -62,8 +62,10 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
     config = dataclasses.replace(config, data=data, init_from=_base_name(config.init_from))
     return _CARD.format(
         parameters=parameters,
+        architecture="Qwen3" if config.model.qk_norm else "Llama",
         config=config,
         model=config.model,
+        tokenizer="GPT-2's" if config.data.tokenizer == "gpt2" else "learnt from the text",
         start=config.init_from or f"random weights, seed {config.seed}",
         text=_text(meta),
         step=step,

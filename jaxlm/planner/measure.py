@@ -7,6 +7,7 @@ micro-batch, and the optimizer's update separately.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from jaxlm.config import Config, from_config_dict, to_dict
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.train_step import TrainState
 from jaxlm.data.token_files import TokenFiles
+from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.device import backend
 from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import write_model
@@ -265,7 +267,7 @@ def _measure(plan: _ShortRun, workdir: Path, call_time: float, show: Callable[[f
         run.run_steps(last)
     export_start = time.monotonic()
     card = model_card(workdir, config, run.step, {}, 0)
-    folder = write_model(workdir / "final_model", config, run.state.params, card)
+    folder = write_model(workdir / "final_model", config, run.state.params, tokens.tokenizer, card)
     end = time.monotonic() - export_start
     peak = peak_bytes(device)
     pauses = {kind: mean(seconds[1:] or seconds) for kind, seconds in stopwatch.pauses.items()}
@@ -296,7 +298,14 @@ def _random_tokens(config: Config, workdir: Path) -> TokenFiles:
     rng, vocab, context = np.random.default_rng(0), config.model.vocab_size, config.model.context
     train = rng.integers(vocab, size=max(TOKENS, 2 * context), dtype=np.uint16)
     val = rng.integers(vocab, size=config.data.eval_sequences * context + 1, dtype=np.uint16)
-    return TokenFiles(workdir, train, val, np.ones(vocab, np.uint8), ("", ""), None)
+    return TokenFiles(workdir, _stand_in(vocab), train, val, np.ones(vocab, np.uint8), ("", ""), None)
+
+
+def _stand_in(vocab_size: int) -> Tokenizer:
+    """A tokenizer of this size: an own one is not learnt yet."""
+    tokens = dict.fromkeys(load_tokenizer(min(vocab_size, GPT2_VOCAB_SIZE)).vocabulary[:-1])
+    tokens |= dict.fromkeys(map(bytes, itertools.product(range(256), repeat=2)))
+    return make_tokenizer(list(tokens)[: vocab_size - 1])
 
 
 def _step_seconds(stopwatch: _Stopwatch, plan: _ShortRun, last: int) -> tuple[list[float], float]:

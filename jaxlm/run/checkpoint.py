@@ -42,6 +42,7 @@ from jaxlm.run.workdir import CHECKPOINTS, NEVER_SAVED, saved_steps
 from jaxlm.storage import atomic
 
 FILES = "files.json"
+META_BYTES = 2**21  # at most, of the files beside the arrays; the largest own vocabulary takes two thirds
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 # parts of the state, as regular expressions
 SAVED = r"params|average|batches|opt_state\.(inner_opt_state|gradient_step)"
@@ -117,21 +118,19 @@ class Checkpoints:
         this process or machine, such as its memory or a permission.
         """
         average = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, AVERAGE_DTYPE), like)
-        items = self._arrays(step, sharding, **self._saved_items(step, {"params": like, "average": average}))
+        like_items = {"params": like} | ({"average": average} if "average" in self.meta(step)["checksums"] else {})
+        items = self._arrays(step, sharding, **like_items)
         return averaged(items["params"], items.get("average"))
 
     def state(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
-        """The training state; arguments and errors as for `weights`. An average that is not saved starts here."""
-        items = self._arrays(step, sharding, **self._saved_items(step, _items(like)))
+        """The training state; arguments and errors as for `weights`."""
+        items = self._arrays(step, sharding, **_items(like))
         optimizer = items["optimizer"]
-        rest = like._replace(params={}, opt_state=like.opt_state._replace(inner_opt_state=()))
-        if "average" in items:
-            rest = rest._replace(average=None)
+        rest = like._replace(params={}, opt_state=like.opt_state._replace(inner_opt_state=()), average=None)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), rest)
         opt_state = zeros.opt_state._replace(gradient_step=optimizer["step"], inner_opt_state=optimizer["moments"])
-        average = items.get("average", zeros.average)
         zeros = zeros._replace(opt_state=opt_state, batches=optimizer["batches"])
-        return zeros._replace(params=items["params"], average=average)
+        return zeros._replace(params=items["params"], average=items.get("average"))
 
     def newest(self, load: Callable[[int], T], steps: Sequence[int]) -> tuple[T, list[str]]:
         """Calls `load` with the last of `steps` whose checkpoint is whole.
@@ -288,11 +287,6 @@ class Checkpoints:
                     raise CorruptCheckpointError(f"{name}{path} does not match its checksum")
         return items
 
-    def _saved_items(self, step: int, items: dict[str, Arrays]) -> dict[str, Arrays]:
-        """`items`, without an average that the checkpoint does not have."""
-        saved = self.meta(step)["checksums"]
-        return {name: item for name, item in items.items() if name != "average" or name in saved}
-
     def _restore(self, step: int, **items: Any) -> Any:
         checkpoint = self.directory / str(step)
         _check_files(checkpoint, set(items))
@@ -356,7 +350,7 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def _size(items: Arrays) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)) + 2**20
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(items)) + META_BYTES
 
 
 def _check_files(checkpoint: Path, items: set[str]) -> None:

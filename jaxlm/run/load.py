@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.core.model import init_params, prepare_decode_params
 from jaxlm.core.parameters import Params
-from jaxlm.data.tokenizer import TokenizerProtocol
+from jaxlm.data.tokenizer import Tokenizer, TokenizerProtocol, from_bytes, load_tokenizer
 from jaxlm.device import backend
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer
@@ -27,6 +27,12 @@ class Checkpoint(NamedTuple):
     meta: dict[str, Any]  # from `resume.describe_run`
     model: ModelConfig  # resolved for the device
     params: Params  # their average, if the run keeps one
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """An own tokenizer is in the checkpoint, so that it needs no token files."""
+        vocabulary = self.meta.get("vocabulary")
+        return from_bytes(vocabulary.encode()) if vocabulary else load_tokenizer(self.model.vocab_size)
 
 
 class LoadedModel(NamedTuple):
@@ -67,7 +73,7 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
 
 
 def load(folder: Path, platform: str, precision: str = "auto") -> LoadedModel:
-    """Loads the Llama in a Hugging Face folder. Raises UsageError if the folder has none.
+    """Loads the Llama or Qwen3 in a Hugging Face folder. Raises UsageError if the folder has none.
 
     `platform` and `precision` are those of the computation.
     """

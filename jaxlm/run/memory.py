@@ -12,7 +12,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.core.ops.apple import HostLoopStep
 from jaxlm.core.train_step import TrainState, init_state, make_train_step
-from jaxlm.run.checkpoint import checkpoint_bytes
+from jaxlm.run.checkpoint import META_BYTES, checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def min_memory(config: Config) -> Memory:
     state = state_shapes(config)
     weights = _size(state.params)
     moments, accumulated = _size((state.opt_state.inner_opt_state, state.average)), _size(state.opt_state.acc_grads)
-    return Memory(weights, moments, accumulated, weights, 0, checkpoint_bytes(state) - 2**20)
+    return Memory(weights, moments, accumulated, weights, 0, checkpoint_bytes(state) - META_BYTES)
 
 
 def compile_step(config: Config) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm.config import Config, differences, from_config_dict, to_dict
 from jaxlm.core.optimizer import make_schedule
 from jaxlm.core.train_step import TrainState, init_state
-from jaxlm.data.token_files import TOKENIZER_NAME, TokenFiles
+from jaxlm.data.token_files import TokenFiles
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import WEIGHTS, check_init, read_params
 from jaxlm.run.checkpoint import Checkpoints, checkpoint_bytes
@@ -41,12 +41,18 @@ def check_room(workdir: Path, config: Config) -> None:
 
 
 def describe_run(config: Config, tokens: TokenFiles, seconds: float) -> dict[str, Any]:
-    """The item `meta` of a checkpoint: the settings, fingerprints of the tokens and their source, seconds trained."""
+    """The item `meta` of a checkpoint: the settings, fingerprints of the tokens and their source, seconds trained.
+
+    It has the vocabulary of an own tokenizer.
+    """
     train, val = tokens.sha256
-    fingerprint = {"tokenizer": TOKENIZER_NAME, "train_sha256": train, "val_sha256": val}
-    meta = tokens.meta
+    fingerprint = {"tokenizer": config.data.tokenizer, "train_sha256": train, "val_sha256": val}
+    vocabulary, meta = {}, tokens.meta
+    if meta and meta.tokenizer_sha256:
+        fingerprint["tokenizer_sha256"] = meta.tokenizer_sha256
+        vocabulary = {"vocabulary": tokens.tokenizer.to_bytes().decode()}
     source = {"text": meta.source, "sha256": meta.source_sha256} if meta else {"tokens": str(tokens.directory)}
-    return {"config": to_dict(config), "tokens": fingerprint, "source": source, "seconds": seconds}
+    return {"config": to_dict(config), "tokens": fingerprint, "source": source, "seconds": seconds} | vocabulary
 
 
 def restore_or_init(
@@ -74,7 +80,7 @@ def restore_or_init(
         with jax.default_device(jax.devices("cpu")[0]):
             state = init_state(config)
         if config.init_from:
-            check_init(config)
+            check_init(config, tokens.tokenizer)
             state = state._replace(params=read_params(Path(config.init_from), config.model))
         return jax.device_put(state, device), 0.0, checkpoints.clean_up(0)
     (state, meta), skipped = checkpoints.newest(load, steps)

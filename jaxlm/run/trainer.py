@@ -18,7 +18,7 @@ from jaxlm.core.model import parameter_count, prepare_decode_params
 from jaxlm.core.sampling import sampling_params
 from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
-from jaxlm.data.tokenizer import encode_prompts, load_tokenizer
+from jaxlm.data.tokenizer import encode_prompts
 from jaxlm.device import backend
 from jaxlm.errors import RunError, Stopped
 from jaxlm.interop.huggingface import edited_texts, write_model
@@ -85,7 +85,7 @@ class Trainer:
         """
         self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
         self._ready = ready
-        self._tokenizer = load_tokenizer(config.model.vocab_size)
+        self._tokenizer = tokens.tokenizer
         self._prompts = encode_prompts(self._tokenizer, config.sample.prompts, config.model.context)
         checkpoints = Checkpoints(workdir, config.max_checkpoints, config.keep_every)
         self.state, seconds, self._notes = restore_or_init(checkpoints, config, tokens, device)
@@ -129,7 +129,7 @@ class Trainer:
             self._stop_if_signalled()
             parameters = parameter_count(self.state.params)
             card = model_card(self.workdir, self.config, self.step, self._describe(0), parameters)
-            folder = write_model(self.workdir / "final_model", self.config, self.state.weights, card)
+            folder = write_model(self.workdir / "final_model", self.config, self.state.weights, self._tokenizer, card)
             lines = [f"{folder / name} stays as it was edited" for name in edited_texts(folder)]
             self._emit(MessageEvent("\n".join([*lines, f"Done: {self.step:,} steps, the model is in {folder}"])))
 

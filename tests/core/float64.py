@@ -30,6 +30,12 @@ def rope(x, positions, theta):
     return rotated
 
 
+def query_key_value(x, weights, scales, positions, eps, theta):
+    head_width = len(scales[0])
+    q, k, v = ((x @ w).reshape(*x.shape[:2], -1, head_width) for w in weights)
+    return *(rope(rms_norm(a, scale, eps), positions, theta) for a, scale in zip((q, k), scales, strict=True)), v
+
+
 def attention(q, k, v, mask):
     """For one query at a time, over only the keys that it may attend to."""
     out = np.empty((*q.shape[:3], v.shape[-1]))
@@ -67,7 +73,9 @@ def logits(params, ids, config):
     def normed(x, scale):
         return scale * x / np.sqrt(x @ x / len(x) + config.norm_eps)
 
-    def rotated(x, position):
+    def rotated(x, position, scale=None):
+        if config.qk_norm:
+            x = np.concatenate([normed(head, scale) for head in x.reshape(-1, 2 * half)])
         angles = position / config.rope_theta ** (np.arange(half) / half)
         pairs = np.exp(1j * angles) * (x.reshape(-1, 2, half)[:, 0] + 1j * x.reshape(-1, 2, half)[:, 1])
         return np.concatenate([pairs.real, pairs.imag], axis=1)
@@ -78,9 +86,9 @@ def logits(params, ids, config):
         keys, values = [], []
         for position, x in enumerate(stream):
             h = normed(x, b["attention_norm"])
-            keys.append(rotated(h @ b["key"], position))
+            keys.append(rotated(h @ b["key"], position, b.get("key_norm")))
             values.append((h @ b["value"]).reshape(-1, 2 * half))
-            queries = rotated(h @ b["query"], position)
+            queries = rotated(h @ b["query"], position, b.get("query_norm"))
             mixed = []
             for head in range(config.heads):
                 weights = np.exp([queries[head] @ key[head // sharing] / np.sqrt(2 * half) for key in keys])

@@ -98,7 +98,9 @@ def test_padding_rows_delay_no_end(padded_model, both, monkeypatch):
     assert slots == [generate_module.PROMPT_BUCKET + 1]  # one token, not the whole chunk
 
 
-@pytest.mark.parametrize("name", ["padded_model", pytest.param("small_shared_model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["padded_model", "small_qk_norm_model", pytest.param("small_shared_model", marks=pytest.mark.slow)]
+)
 def test_greedy_tokens_fill_the_context(name, request):
     model = config, params = request.getfixturevalue(name)
     forward = jax.jit(Decoder(config).apply)

@@ -42,6 +42,38 @@ def test_rope(shape):
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 6), pytest.param((1, 1, 1, 2), marks=pytest.mark.slow)])
+def test_rms_norm_rope(shape):
+    positions = np.random.default_rng(0).integers(0, 1024, shape[:2])
+    cos_sin = layers.rope_cos_sin(jnp.asarray(positions), shape[-1], 100.0)
+    assert_matches(
+        lambda x, scale: layers.rms_norm_rope(x, scale, cos_sin, 0.1),
+        lambda x, scale: float64.rope(float64.rms_norm(x, scale, 0.1), positions, 100.0),
+        draw(*shape),
+        draw(shape[-1]),
+    )
+
+
+def test_rms_norm_rope_of_bfloat16_rounds_only_its_results_and_saves_only_its_input():
+    x, d_out = (jnp.asarray(draw(1, 40, 2, 64, seed=seed), jnp.bfloat16) for seed in range(2))
+    scale, positions = jnp.float32(draw(64)), np.arange(40)[None]
+    cos_sin = layers.rope_cos_sin(jnp.asarray(positions), 64, 100.0)
+
+    def run(x):
+        return jax.vjp(lambda x, scale: layers.rms_norm_rope(x, scale, cos_sin, 1e-6), x, scale)
+
+    out, vjp_fn = jax.jit(run)(x)
+    exact = float64.rope(float64.rms_norm(np.float64(x), np.float64(scale), 1e-6), positions, 100.0)
+    _, exact_vjp = run(x.astype(jnp.float32))
+    assert out.dtype == jnp.bfloat16
+    # a half of the last place; numbers near zero are differences of larger ones
+    np.testing.assert_allclose(np.float64(out), exact, rtol=2**-8, atol=1e-5)
+    for found, expected in zip(vjp_fn(d_out), exact_vjp(d_out.astype(jnp.float32)), strict=True):
+        np.testing.assert_allclose(np.float64(found), expected, rtol=2**-8, atol=1e-4)
+    saved = {leaf.dtype for leaf in jax.tree.leaves(vjp_fn) if leaf.size == x.size}
+    assert saved == {jnp.dtype("bfloat16")}
+
+
 def test_rope_scores_depend_on_the_distance_of_positions_alone():
     q, k = jnp.float32(draw(1, 1, 1, 64, seed=1)), jnp.float32(draw(1, 1, 1, 64, seed=2))
 

@@ -25,7 +25,7 @@ def fresh(**settings):
     return config, init_params(config, jax.random.key(0))
 
 
-@pytest.mark.parametrize("model", ["small_model", "small_shared_model"])
+@pytest.mark.parametrize("model", ["small_model", "small_shared_model", "small_qk_norm_model"])
 def test_logits_and_loss_equal_the_float64_forward_pass(request, model):
     config, params = request.getfixturevalue(model)
     targets = np.roll(IDS, 3, axis=1)
@@ -76,6 +76,7 @@ def test_default_model_is_the_preset():
         mlp_width=2048,
         rope_theta=10_000.0,
         norm_eps=1e-6,
+        qk_norm=False,
         tied=True,
         output_init="scaled",
     )
@@ -108,7 +109,7 @@ def loss_and_gradients(small_model):
     return of
 
 
-@pytest.mark.parametrize("model", ["small_model", "small_shared_model"])
+@pytest.mark.parametrize("model", ["small_model", "small_shared_model", "small_qk_norm_model"])
 def test_scaled_gradients_of_the_loss_are_added_to_the_accumulator(request, model):
     config, params = request.getfixturevalue(model)
     batch = IDS[:, :-1], IDS[:, 1:]
@@ -169,6 +170,29 @@ def test_bfloat16_computes_the_same_to_its_rounding(small_model, loss_and_gradie
         assert found.dtype == jnp.float32
         error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
         assert 1e-4 < error < 0.03
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "apple"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "bf16_matmul"])
+def test_norms_of_queries_and_keys_without_remat(small_qk_norm_model, implementation, precision):
+    """Compared with remat, and plain operations in float32."""
+    config, params = small_qk_norm_model
+    batch = IDS[:, :-1], IDS[:, 1:], 1.0, jax.tree.map(jnp.zeros_like, params)
+    other = replace(config, implementation=implementation, precision=precision, remat=False)
+    allowed = 1e-5 if precision == "float32" else 0.03
+    loss, gradients = jitted(other)(params, *batch)
+    exact_loss, exact_gradients = jitted(config)(params, *batch)
+    assert loss == pytest.approx(float(exact_loss), rel=allowed)
+    for found, exact in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact_gradients), strict=True):
+        assert found.dtype == jnp.float32
+        assert np.linalg.norm(found - exact) < allowed * np.linalg.norm(exact)
+
+
+def test_norms_of_queries_and_keys_leave_what_else_is_drawn():
+    drawn, other = fresh(qk_norm=True)[1], fresh()[1]
+    norms = [drawn["blocks"].pop(name) for name in ("query_norm", "key_norm")]
+    assert all((leaf == 1).all() and leaf.shape == (3, 32) for leaf in norms)
+    jax.tree.map(np.testing.assert_array_equal, drawn, other)
 
 
 def test_initial_spread_of_every_matrix():

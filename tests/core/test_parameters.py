@@ -36,8 +36,25 @@ def test_the_presets_table():
     assert sum(p.size for p in table) == 59_294_720
 
 
+def test_the_norms_of_queries_and_keys():
+    table, plain = (parameter_table(ModelConfig(qk_norm=qk_norm, kv_heads=2)) for qk_norm in (True, False))
+    added = [p for p in table if p not in plain]
+    assert [p for p in table if p in plain] == list(plain)
+    assert [(p.path, p.shape, p.hf_name, p.gguf_name) for p in added] == [
+        (
+            ("blocks", f"{name}_norm"),
+            (8, 64),
+            f"model.layers.{{layer}}.self_attn.{name[0]}_norm.weight",
+            f"blk.{{layer}}.attn_{name[0]}_norm.weight",
+        )
+        for name in ("query", "key")
+    ]
+    assert {(p.kind, p.part, p.init_std, p.rope_heads) for p in added} == {("norm_scale", "norms", None, 0)}
+
+
 @pytest.mark.parametrize(
-    "settings", [{"tied": False, "kv_heads": 2, "output_init": "zero"}, pytest.param({}, marks=pytest.mark.slow)]
+    "settings",
+    [{"tied": False, "kv_heads": 2, "output_init": "zero", "qk_norm": True}, pytest.param({}, marks=pytest.mark.slow)],
 )
 def test_the_tree_that_is_drawn_is_the_tables(settings):
     config = ModelConfig(**TINY, **settings)

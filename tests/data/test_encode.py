@@ -57,7 +57,7 @@ def fiction():
 
 def test_the_last_twentieth_of_the_novels_is_for_validation(tmp_path, fiction):
     progress = []
-    meta = write_token_files(open_corpus("novels"), tmp_path, 4096, 0.05, lambda *done: progress.append(done))
+    meta = write_token_files(open_corpus("novels"), tmp_path, 4096, 0.05, lambda *done: progress.append(done[1:]))
     sherlock, war_and_peace = fiction
     text = sherlock + war_and_peace
     train_size = int(len(text) * 0.95)
@@ -254,7 +254,7 @@ import sys
 from pathlib import Path
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import write_token_files
-def wait(done, total):
+def wait(stage, done, total):
     if total:
         print("writing", flush=True)
         sys.stdin.read()
@@ -347,7 +347,7 @@ def test_a_second_process_is_refused_and_the_first_is_not_disturbed(tmp_path):
     corpus, out = open_corpus(str(tmp_path / "a.txt")), tmp_path / "out"
     refusals = []
 
-    def again(done, total):
+    def again(stage, done, total):
         if total and not refusals:
             with pytest.raises(UsageError, match="in use") as caught:
                 write_token_files(corpus, out, 300, 0.1)

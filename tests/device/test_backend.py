@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxlm.config import Config, ModelConfig
+from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.device import backend
 from jaxlm.device.backend import APPLE, CHUNK_TOKENS, available_memory, identity, resolve_run
 from jaxlm.errors import UsageError
@@ -191,6 +191,14 @@ def test_jax_metal_refuses_bfloat16(precision):
         resolve_run(config, SimpleNamespace(platform="METAL"))
     assert is_one_line(caught.value)
     assert resolve_run(config, SimpleNamespace(platform="mps")).model.precision == precision
+
+
+def test_jax_metal_refuses_the_float16_of_an_average():
+    config = Config(optimizer=OptimizerConfig(average=0.9))
+    with pytest.raises(UsageError, match=r"optimizer\.average needs: set it to 0") as caught:
+        resolve_run(config, SimpleNamespace(platform="METAL"))
+    assert is_one_line(caught.value)
+    assert resolve_run(config, SimpleNamespace(platform="mps")).optimizer.average == 0.9
 
 
 @pytest.mark.parametrize("remat", [True, False])

@@ -60,7 +60,7 @@ def with_model(**model):
     [
         with_model(precision="bf16"),
         replace(
-            with_model(implementation="apple", remat=False, output_init="zero", tied=False, kv_heads=1),
+            with_model(implementation="apple", remat=False, output_init="zero", tied=False, kv_heads=1, qk_norm=True),
             microbatch_chunks=1,
             grad_accum_steps=1,
             optimizer=OptimizerConfig(
@@ -75,7 +75,7 @@ def test_the_cpu_passes_and_every_parameter_is_compared(config):
     assert [part for part in parts if not part.ok] == []
     names = {part.name for part in parts}
     weights = ["embedding", "norm", *(f"blocks/{name}" for name in ("query", "down", "mlp_norm"))]
-    weights += ["head"] * (not config.model.tied)
+    weights += ["head"] * (not config.model.tied) + ["blocks/query_norm", "blocks/key_norm"] * config.model.qk_norm
     assert names > {f"{what} of {name}" for what in ("gradient", "update") for name in weights}
     assert numerics.table(parts).count("\n") == len(parts)
     assert max(len(line) for line in numerics.table(parts).splitlines()) <= 80
@@ -365,6 +365,28 @@ def test_the_scale_is_that_of_the_norm_or_of_the_projection():
     assert scale_error(0 * right, 0 * right) == 0
     assert scale_error(right, 0 * right) == np.inf
     assert not Part("gradient", scale_error(np.nan * right, right), 1.0).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("change_scales", "named"),
+    [
+        (lambda query_K, key_K: (query_K, 1.1 * key_K), "gradient of blocks/query_norm: scale"),
+        (lambda query_K, key_K: (query_K[::-1], key_K), "gradient of blocks/query_norm"),
+    ],
+    ids=["keys x 1.1", "scales reversed"],
+)
+def test_a_fault_of_the_norms_of_queries_and_keys_is_found(monkeypatch, trained, precision, change_scales, named):
+    def change(record):
+        def changed(ops, x_BTD, weights, scales, *others):
+            return record.query_key_value(ops, x_BTD, weights, change_scales(*scales), *others)
+
+        return replace(record, query_key_value=changed)
+
+    config, fault = with_model(precision=precision, qk_norm=True), partial(replaced, ops.IMPLEMENTATIONS, "cpu", change)
+    assert failing_parts(monkeypatch, trained, config, "training", contextlib.nullcontext) == set()
+    assert named in failing_parts(monkeypatch, trained, config, "training", fault)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The GGUF file, read back by llama.cpp's own package."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,9 @@ SIZES = {"vocab_size": 300, "context": 16, "layers": 2, "heads": 4, "kv_heads": 
 CONFIG = ModelConfig(**SIZES, rope_theta=500.0, norm_eps=1e-5)
 
 
+QWEN3 = replace(CONFIG, qk_norm=True)
+
+
 def random_params(config):
     rng = np.random.default_rng(0)
     return tree_of(config, lambda parameter: rng.normal(size=parameter.shape).astype(np.float32))
@@ -31,7 +36,7 @@ def params():
 @pytest.fixture(scope="module", params=["f32", "f16", "q8_0"])
 def written(request, tmp_path_factory, params):
     file = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    write_gguf(file, CONFIG, params, request.param)
+    write_gguf(file, CONFIG, params, load_tokenizer(300), request.param)
     return request.param, gguf.GGUFReader(file)
 
 
@@ -52,6 +57,8 @@ def test_the_metadata_are_those_that_llama_cpp_reads(written):
         "llama.feed_forward_length": 96,
         "llama.attention.head_count": 4,
         "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
         "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
         "llama.rope.dimension_count": 16,
         "llama.rope.freq_base": 500.0,
@@ -91,12 +98,29 @@ def test_the_tensors_are_the_parameters(written, params):
         np.testing.assert_allclose(values, value, rtol=0, atol=atol)
 
 
+def test_norms_of_queries_and_keys_make_a_qwen3(tmp_path):
+    """It rotates the halves of a head, so no rows are reordered."""
+    params = random_params(QWEN3)
+    write_gguf(tmp_path / "model.gguf", QWEN3, params, load_tokenizer(300), "f16")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    fields, tensors = metadata(reader), {tensor.name: tensor for tensor in reader.tensors}
+    assert fields["general.architecture"] == "qwen3"
+    assert [fields[f"qwen3.attention.{name}_length"] for name in ("key", "value")] == [16, 16]
+    assert (fields["qwen3.rope.freq_base"], fields["qwen3.attention.head_count_kv"]) == (500.0, 2)
+    assert not any(name.startswith("llama.") for name in fields)
+    for name in ("query", "key"):
+        norm, matrix = tensors[f"blk.1.attn_{name[0]}_norm.weight"], tensors[f"blk.1.attn_{name[0]}.weight"]
+        assert norm.tensor_type.name == "F32"
+        np.testing.assert_array_equal(norm.data, params["blocks"][f"{name}_norm"][1])
+        np.testing.assert_array_equal(matrix.data, params["blocks"][name][1].T.astype(np.float16))
+
+
 def test_the_mark_is_that_of_the_tensors(tmp_path, params):
     file = tmp_path / "model.gguf"
-    write_gguf(file, CONFIG, params, "q8_0")
+    write_gguf(file, CONFIG, params, load_tokenizer(300), "q8_0")
     assert read_mark(file).sound
     first = file.read_bytes()
-    write_gguf(file, CONFIG, params, "q8_0")
+    write_gguf(file, CONFIG, params, load_tokenizer(300), "q8_0")
     assert file.read_bytes() == first
     for content in (first[:-1] + bytes([first[-1] ^ 1]), first[: len(first) // 2], b"", b"GGUF"):
         file.write_bytes(content)
@@ -114,7 +138,7 @@ def test_rotating_adjacent_reordered_rows_is_rotating_halves():
 
 def test_rows_that_do_not_fill_a_block_of_32_are_float16(tmp_path):
     narrow = ModelConfig(vocab_size=300, context=16, layers=1, heads=2, width=16, mlp_width=32)
-    write_gguf(tmp_path / "model.gguf", narrow, random_params(narrow), "q8_0")
+    write_gguf(tmp_path / "model.gguf", narrow, random_params(narrow), load_tokenizer(300), "q8_0")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert kinds["blk.0.ffn_up.weight"] == "F16"
     assert kinds["blk.0.ffn_down.weight"] == "Q8_0"

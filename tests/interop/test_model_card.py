@@ -39,6 +39,12 @@ def test_the_card_describes_the_training_up_to_its_step(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("qk_norm", "architecture"), [(False, "Llama"), (True, "Qwen3")])
+def test_the_card_names_the_architecture(tmp_path, qk_norm, architecture):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, qk_norm=qk_norm))
+    assert f"\n{architecture}'s architecture, trained" in model_card(tmp_path, config, 1101, META, 1)
+
+
 def test_losses_without_metrics_are_not_recorded(tmp_path):
     table = table_of(tmp_path, CONFIG)
     assert (table["training loss"], table["validation loss"]) == ("not recorded", "not recorded")

@@ -33,6 +33,13 @@ def test_an_untied_head_is_a_part_and_its_embedding_needs_no_flops():
     assert estimate.flops_per_token(untied) == estimate.flops_per_token(tied)
 
 
+def test_norms_of_queries_and_keys_are_counted_and_need_no_flops_of_matmuls():
+    model = dataclasses.replace(SMALL.model, qk_norm=True)
+    parts, plain = estimate.parameters_by_part(model), estimate.parameters_by_part(SMALL.model)
+    assert parts == plain | {"norms": plain["norms"] + 2 * 2 * 8}
+    assert estimate.flops_per_token(model) == estimate.flops_per_token(SMALL.model)
+
+
 SECONDS = Timings(5.0, 0.75, 0.5, 4.0, 0.25, 0.125, 2.0, 1.5)
 SCHEDULES = [(50, 100, 300, 1000, 5), (7, 5, 3, 40, 2), (10, 10, 10, 60, 3), (4, 6, 9, 9, 1), (50, 60, 70, 20, 5)]
 

@@ -175,3 +175,10 @@ def test_a_measurement_is_valid_for_other_intervals_but_not_for_other_shapes(con
         dataclasses.replace(config, sample=dataclasses.replace(config.sample, tokens=6)),
     ):
         assert measure.key(other, device) != key
+
+
+@pytest.mark.parametrize("size", [257, 300, 50_257, 50_258, 65_536])
+def test_the_stand_in_of_an_own_tokenizer_has_its_size(size):
+    tokenizer = measure._stand_in(size)
+    assert tokenizer.vocab_size == size == len({*tokenizer.vocabulary})
+    assert tokenizer.decode(tokenizer.encode("Once upon a time")) == "Once upon a time"

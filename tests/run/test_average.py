@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm.core.train_step import make_eval_step
 from jaxlm.data.token_files import TokenFiles, val_batches
+from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import read_params
 from jaxlm.main import open_data
 from jaxlm.run.load import restore
@@ -63,9 +64,6 @@ def test_a_run_that_resumes_ends_with_the_bits_of_an_uninterrupted_one(place, st
 
 
 @pytest.mark.usefixtures("place")
-def test_an_average_may_begin_in_a_run_that_had_none():
-    flags = [*FLAGS[:-1], "--config.max_steps=6", "--config.optimizer.lr_schedule=linear"]
-    train("late", *flags)
-    console = train("late", *flags, "--config.max_steps=9", "--config.optimizer.average=0.5")
-    assert "optimizer.average is 0.5, was 0.0 up to step 6" in console
-    assert np.abs(saved_state("late", 9).average["embedding"]).max() > 0
+def test_a_run_keeps_its_average():
+    with pytest.raises(UsageError, match=r"optimizer\.average is 0\.0, the saved run has 0\.8"):
+        train("average", *FLAGS[:-1])

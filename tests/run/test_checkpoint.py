@@ -131,19 +131,6 @@ def test_the_average_of_the_weights_alone_is_restored(checkpoints, trained):
     assert_same_bits(weights, jax.tree.map(lambda p, d: p + np.float32(d) / 256, trained.params, trained.average))
 
 
-def test_an_average_may_begin_and_end_when_a_run_resumes(tmp_path, checkpoints, trained):
-    without = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(OPTIMIZER, average=0.0))
-    restored = checkpoints.state(3, like(without), CPU)
-    assert restored.average is None
-    later = Checkpoints(tmp_path / "later")
-    later.save(3, restored, META)
-    later.wait()
-    assert_same_bits(later.weights(3, like().params, CPU), trained.params)
-    state = later.state(3, like(), CPU)
-    assert not any(leaf.any() for leaf in jax.tree.leaves(state.average))
-    assert_same_bits(state._replace(average=None), trained._replace(average=None))
-
-
 def test_meta_is_restored(checkpoints):
     assert META.items() <= checkpoints.meta(3).items()
 

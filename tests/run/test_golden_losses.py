@@ -1,7 +1,7 @@
 """The losses of the quickstart's first steps, compared with committed ones: a refactoring must not change them.
 
-`recipe` is the quickstart with all settings of Muon and an average of the weights; its last number is the average's
-loss on the last batch, per token.
+The runs are the quickstart, and the quickstart with other settings. `recipe` has all settings of Muon and an average of
+the weights; its last number is the average's loss on the last batch, per token.
 
 `python -m tests.run.test_golden_losses` writes those of the installed version of jax. A version that has none is
 compared with the newest one that has.
@@ -26,22 +26,22 @@ GOLDEN = Path(__file__).parents[1] / "golden_losses"
 STEPS = 50
 TOLERANCE = 2e-3  # relative; CPUs sum in different orders, which shows in the fourth digit after 50 steps
 
-
 RECIPE = {"muon_momentum": 0.95, "muon_momentum_warmup": 30, "muon_b2": 0.95, "muon_weight_decay": 0.4}
 RECIPE |= {"weight_decay": 0.0, "cautious": True, "average": 0.9}
-CHANGES: dict[str, dict] = {
+CHANGES: dict[str, dict] = {  # by the start of the file's name
     "jax": {},
-    "recipe-jax": RECIPE,
-}  # by the start of the file's name: the optimizer's settings
+    "qk_norm-jax": {"model": {"qk_norm": True}},
+    "recipe-jax": {"optimizer": RECIPE},
+}
 
 
 def first_losses(directory, changes):
-    """The losses [STEPS] of the quickstart with other settings of its optimizer; its data is prepared in `directory`.
+    """The losses [STEPS] of the quickstart with other settings; its data is prepared in `directory`.
 
     With an average of the weights, its loss on the last batch follows.
     """
     settings = quickstart.get_config()
-    settings.optimizer.update(changes)
+    settings.update(changes)
     settings.data.dir = str(directory)
     config = from_config_dict(settings)
     prepare(config.data.corpus, directory, config.model.vocab_size, config.data.val_fraction)

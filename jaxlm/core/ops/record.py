@@ -14,6 +14,9 @@ class Ops:
     attention: Callable[..., Any]
     weight_gradient: Callable[..., Any]  # (a [N, D], b [N, F]) -> a^T b [D, F] float32, the gradient of a weight
     fused_linear: Callable[..., Any]  # (ops, x [B, T, D], weights [D, F] each, matmul_dtype) -> list of [B, T, F]
+    # (ops, x [B, T, D], weights [D, F] of queries, keys and values, scales [K] of queries and keys, the pair of
+    # `layers.rope_cos_sin`, eps, matmul_dtype) -> q, k, v [B, T, H, K], q and k by `layers.rms_norm_rope`
+    query_key_value: Callable[..., Any]
     # (ops, x [B, T, D], gate, up [D, F], down [F, D], matmul_dtype) -> (silu(x gate) * (x up)) down (Shazeer 2020)
     swiglu: Callable[..., Any]
     cross_entropy: Callable[..., Any]  # as `loss.cross_entropy`

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.layers import MASK_VALUE, linear, merge_heads, split_heads, swiglu_activation
+from jaxlm.core.layers import MASK_VALUE, linear, merge_heads, rms_norm_rope, split_heads, swiglu_activation
 from jaxlm.core.loss import cross_entropy, cross_entropy_and_grad
 from jaxlm.core.ops.record import Ops
 
@@ -104,6 +104,25 @@ def fused_linear(ops: Ops, x_BTD: jax.Array, weights: Sequence[jax.Array], matmu
     return [linear(x_BTD, w_DF, matmul_dtype, ops.weight_gradient) for w_DF in weights]
 
 
+def query_key_value(
+    ops: Ops,
+    x_BTD: jax.Array,
+    weights: Sequence[jax.Array],
+    scales: Sequence[jax.Array],
+    rope_cos_sin: tuple[jax.Array, jax.Array],
+    eps: float,
+    matmul_dtype: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`Ops.query_key_value` by a matmul for each, then the norms."""
+    query_scale_K, key_scale_K = scales
+    q_BTHK, k_BTHK, v_BTHK = (
+        array.reshape(*x_BTD.shape[:2], -1, len(query_scale_K))
+        for array in ops.fused_linear(ops, x_BTD, weights, matmul_dtype)
+    )
+    q_BTHK = rms_norm_rope(q_BTHK, query_scale_K, rope_cos_sin, eps)
+    return q_BTHK, rms_norm_rope(k_BTHK, key_scale_K, rope_cos_sin, eps), v_BTHK
+
+
 def swiglu(
     ops: Ops, x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, matmul_dtype: Any
 ) -> jax.Array:
@@ -156,6 +175,7 @@ XLA = Ops(
     attention=causal_attention,
     weight_gradient=weight_gradient,
     fused_linear=fused_linear,
+    query_key_value=query_key_value,
     swiglu=swiglu,
     cross_entropy=cross_entropy,
     cross_entropy_and_grad=cross_entropy_and_grad,

@@ -180,6 +180,31 @@ def test_fused_linear_of_whole_tiles_for_a_hopper_gpu():
     assert program.count("dot_general[") == 1
 
 
+@different("query_key_value")
+@pytest.mark.parametrize("kv_heads", [3, 1])
+def test_query_key_value(device_ops, kv_heads):
+    positions = np.array([[0, 1, 2], [5, 3, 900]])
+    cos_sin = layers.rope_cos_sin(jnp.asarray(positions), 4, 100.0)
+    widths = 12, 4 * kv_heads, 4 * kv_heads
+
+    def joined(qkv):
+        return np.concatenate([a.reshape(2, 3, -1) for a in qkv], axis=-1)
+
+    def run(x, *p):
+        qkv = device_ops.query_key_value(device_ops, x, p[:3], p[3:], cos_sin, 0.1, "float32")
+        assert [a.shape for a in qkv] == [(2, 3, 3, 4), *[(2, 3, kv_heads, 4)] * 2]
+        return jnp.concatenate([a.reshape(2, 3, -1) for a in qkv], axis=-1)
+
+    assert_matches(
+        run,
+        lambda x, *p: joined(float64.query_key_value(x, p[:3], p[3:], positions, 0.1, 100.0)),
+        draw(2, 3, 5),
+        *(draw(5, width, seed=seed) for seed, width in enumerate(widths)),
+        draw(4, seed=1),
+        draw(4, seed=2),
+    )
+
+
 @different("swiglu")
 def test_swiglu(device_ops):
     arrays = draw(2, 3, 4), draw(4, 7, seed=1), draw(4, 7, seed=2), draw(7, 4, seed=3)

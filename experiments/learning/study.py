@@ -1,0 +1,83 @@
+"""The study of learning: runs a table of `tables.py`, trial by trial.
+
+    python -m experiments.learning.study TABLE --texts NOVELS.txt.xz MORE.txt.xz --out results.jsonl
+
+Each finished trial is a line of the results, and a trial that has one is not run again: the same command continues an
+interrupted table. Several processes, each with a GPU of its own, may share one: each claims a trial by a file beside
+the tokens. With `--seconds`, none begins a trial that would end later than so many seconds from the start.
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from experiments.learning.data import prepare
+from experiments.learning.tables import TABLES, flops
+from experiments.learning.trial import Phase, Trial, compile_phases, run
+from jaxlm.data.token_files import TokenFiles
+from jaxlm.device import backend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="the files of novels")
+    parser.add_argument("--data", type=Path, default=Path("data/study"), help="directory of the tokens")
+    parser.add_argument("--out", type=Path, required=True, help="file of the results")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="when to end, counted from the start")
+    parser.add_argument("--prepare-only", action="store_true", help="prepare the tokens, train nothing")
+    args = parser.parse_args()
+    ends = time.monotonic() + args.seconds
+    device = backend.start("auto")
+    trials = [trial for trial in TABLES[args.table] if trial.key not in finished(args.out)]
+
+    def tokens_of(trial: Trial) -> TokenFiles:
+        return prepare(trial.config(device), args.texts if trial.preset == "m2_60m" else None, args.data)
+
+    if args.prepare_only:
+        for trial in trials:
+            tokens_of(trial)
+        return
+    rates: list[float] = []  # FLOP/s of the trials so far
+
+    def claim() -> tuple[Trial, list[Phase]] | None:
+        for trial in trials:
+            late = rates and time.monotonic() + 1.3 * flops(trial) / min(rates) > ends
+            if not late and _claim(args.data / "claims", trial.key):
+                return trial, compile_phases(trial, device)
+        return None
+
+    with ThreadPoolExecutor(1) as pool:  # compiles the next trial while one trains
+        pending: Future[tuple[Trial, list[Phase]] | None] = pool.submit(claim)
+        while claimed := pending.result():
+            pending = pool.submit(claim)
+            trial, phases = claimed
+            started = time.monotonic()
+            row = run(trial, phases, tokens_of(trial), device)
+            rates.append(flops(trial) / (time.monotonic() - started))
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                f"{trial.key:56} {row['val_loss']:.4f} {row['val_bits_per_byte']:.4f} {row['step_ms']:7.2f}", flush=True
+            )
+
+
+def finished(results: Path) -> set[str]:
+    """The keys of the trials that the file of results has."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {json.loads(line)["trial"] for line in lines}
+
+
+def _claim(directory: Path, key: str) -> bool:
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        (directory / key.replace("/", ":")).open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The tables of the study: which recipes it compares, with which seeds.
+
+A recipe is what differs from `configs/m2_60m.py`. Rates are peaks. A batch is in tokens a step, a length in steps or in
+tokens. All trials are whole schedules.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from configs import m2_60m_fast
+from experiments.learning.trial import Trial
+
+CONTEXT = 1024
+USERS_BATCH = 65_536
+N = 1200 * USERS_BATCH  # tokens of the tuned AdamW that the goals name
+SEEDS = (0, 1, 2)
+
+Settings = dict[str, Any]
+
+
+def batch(tokens: int) -> Settings:
+    """The settings for so many tokens a step."""
+    sequences = tokens // CONTEXT
+    micro = min(sequences, 32)
+    return {"batch_size": micro, "grad_accum_steps": sequences // micro}
+
+
+def as_written(steps: int) -> Settings:
+    """The user's recipe: AdamW, 3e-4, cosine to a tenth."""
+    return {"max_steps": steps}
+
+
+def adamw(steps: int, rate: float = 2e-3, tokens: int = USERS_BATCH, **changes: Any) -> Settings:
+    """AdamW with a linear schedule to zero."""
+    settings = {
+        "max_steps": steps,
+        **batch(tokens),
+        "optimizer.learning_rate": rate,
+        "optimizer.b2": 0.98,
+        "optimizer.lr_schedule": "linear",
+        "optimizer.min_lr_ratio": 0.0,
+    }
+    return settings | _dotted(changes)
+
+
+def muon(tokens: int, batch_tokens: int = 32_768, scale: float = 1.0, **changes: Any) -> Settings:
+    """The recipe of `configs/m2_60m_fast.py` for a length in tokens, with its rates times `scale`."""
+    recipe = m2_60m_fast.get_config().optimizer
+    settings = {f"optimizer.{name}": value for name, value in recipe.items()} | {
+        "max_steps": round(tokens / batch_tokens),
+        **batch(batch_tokens),
+        "model.qk_norm": True,
+        "optimizer.learning_rate": recipe.learning_rate * scale,
+        "optimizer.muon_learning_rate": recipe.muon_learning_rate * scale,
+        "optimizer.warmup_steps": max(20, round(20 * USERS_BATCH / batch_tokens)),
+    }
+    return settings | _dotted(changes)
+
+
+def own(vocab_size: int, **changes: Any) -> Settings:
+    """A vocabulary trained on the text, and sizes of the model."""
+    return {"data.tokenizer": "own", "model.vocab_size": vocab_size} | _dotted(changes)
+
+
+def _dotted(changes: Settings) -> Settings:
+    return {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def seeds(name: str, settings: Settings, which: Sequence[int] = SEEDS) -> list[Trial]:
+    return [Trial(name, settings, seed) for seed in which]
+
+
+def one(name: str, settings: Settings) -> list[Trial]:
+    return seeds(name, settings, (0,))
+
+
+def equal_arithmetic(settings: Settings, budget: Settings | None = None) -> Settings:
+    """The settings with so many steps that their arithmetic is that of `budget`, or of themselves with GPT-2's
+    vocabulary and the preset's sizes."""
+    sizes = ("model.vocab_size", "model.layers", "model.width", "model.mlp_width")
+    budget = budget or {name: value for name, value in settings.items() if name not in sizes}
+    return settings | {"max_steps": round(budget["max_steps"] * flops_per_step(budget) / flops_per_step(settings))}
+
+
+def flops_per_step(settings: Settings) -> float:
+    """6 for each number in a matrix and each token, attention over half the context, and Newton-Schulz."""
+    sizes = {"vocab_size": 50_257, "layers": 8, "width": 512, "mlp_width": 2048, "context": CONTEXT}
+    V, L, D, F, T = (settings.get(f"model.{name}", size) for name, size in sizes.items())
+    tokens = settings.get("batch_size", 32) * settings.get("grad_accum_steps", 2) * T
+    per_token = 6 * (V * D + L * (4 * D * D + 3 * D * F)) + 6 * L * T * D
+    iteration = L * (4 * 6 * D**3 + 3 * (4 * D * D * F + 2 * D**3))
+    return per_token * tokens + (5 * iteration if settings.get("optimizer.name") == "muon" else 0)
+
+
+def flops(trial: Trial) -> float:
+    """The arithmetic of a whole trial."""
+    return flops_per_step(trial.settings) * trial.settings["max_steps"]
+
+
+SHORT = round(N / 3.5)
+HALF = N // 2  # 600 steps of the user's batch
+ADAMW_TUNED = {  # better than the recipe without each, at 1,200 steps
+    "optimizer__weight_decay": 0.3,
+    "optimizer__warmup_steps": 300,
+    "optimizer__lr_decay_fraction": 0.4,
+}
+
+TABLES: dict[str, list[Trial]] = {
+    # the baseline: AdamW tuned at the user's batch, then with the batch tuned too
+    "adamw": [
+        *seeds("AdamW 2e-3", adamw(1200)),
+        *one("as written", as_written(1200)),
+        *[t for rate in (1e-3, 1.5e-3, 3e-3) for t in one(f"AdamW {rate:g}", adamw(1200, rate))],
+        *one("AdamW 2e-3, b2 0.95", adamw(1200, optimizer__b2=0.95)),
+        *one("AdamW 2e-3, b2 0.99", adamw(1200, optimizer__b2=0.99)),
+        *one("AdamW 2e-3, decay 0.3", adamw(1200, optimizer__weight_decay=0.3)),
+        *one("AdamW 2e-3, decay 0.03", adamw(1200, optimizer__weight_decay=0.03)),
+        *one("AdamW 2e-3, warm-up 300", adamw(1200, optimizer__warmup_steps=300)),
+        *one(
+            "AdamW 2e-3, cosine to a tenth", adamw(1200, optimizer__lr_schedule="cosine", optimizer__min_lr_ratio=0.1)
+        ),
+        *one("AdamW 2e-3, linear over the last 0.4", adamw(1200, optimizer__lr_decay_fraction=0.4)),
+        *one("AdamW 3e-3, warm-up 300", adamw(1200, 3e-3, optimizer__warmup_steps=300)),
+        *[t for rate in (1e-3, 1.4e-3, 2e-3) for t in one(f"AdamW 32k {rate:g}", adamw(2400, rate, 32_768))],
+        *[t for rate in (7e-4, 1e-3, 1.4e-3) for t in one(f"AdamW 16k {rate:g}", adamw(4800, rate, 16_384))],
+        *one("AdamW 131k 3e-3", adamw(600, 3e-3, 131_072)),
+        *seeds("AdamW 2e-3, 600 steps", adamw(600), (0, 1)),
+        *seeds("AdamW tuned", adamw(1200, **ADAMW_TUNED)),
+        *one("AdamW tuned, 3e-3", adamw(1200, 3e-3, **ADAMW_TUNED)),
+        *seeds("AdamW tuned, 2,400 steps", adamw(2400, **ADAMW_TUNED), (0, 1)),
+        *one("AdamW tuned, 16k 1.4e-3", adamw(4800, 1.4e-3, 16_384, **ADAMW_TUNED)),
+        *one("AdamW tuned, 16k 2e-3", adamw(4800, 2e-3, 16_384, **ADAMW_TUNED)),
+        *one("as written, 2,400 steps", as_written(2400)),
+    ],
+    # what the goals ask: whole schedules of fewer tokens, three seeds
+    "goals": [
+        *seeds("ours 32k, N/3.5", muon(SHORT)),
+        *seeds("ours 16k, N/3.5", muon(SHORT, 16_384)),
+        *seeds("ours 32k, N/4.5", muon(round(N / 4.5))),
+        *seeds("ours 16k, N/4.5", muon(round(N / 4.5), 16_384)),
+        *seeds("ours 32k, 2N/4.5", muon(round(2 * N / 4.5))),
+        *seeds("ours 16k, 2N/4.5", muon(round(2 * N / 4.5), 16_384)),
+        *seeds("ours 16k, 2N/6", muon(round(2 * N / 6), 16_384)),
+        *seeds("ours 16k, N/5.5", muon(round(N / 5.5), 16_384)),
+        *seeds("ours 16k, N/8", muon(round(N / 8), 16_384)),
+    ],
+    # each change on top of the ones before, at the user's batch and 600 steps; then the recipe without each
+    "parts": [
+        *one("AdamW 2e-3 and QK-norm", adamw(600, model__qk_norm=True)),
+        *one(
+            "Muon as Jordan's, no QK-norm",
+            muon(
+                HALF,
+                USERS_BATCH,
+                model__qk_norm=False,
+                **(
+                    plain := {
+                        "optimizer__muon_momentum_warmup": 0,
+                        "optimizer__muon_b2": 0.0,
+                        "optimizer__cautious": False,
+                        "optimizer__muon_weight_decay": 0.1,
+                        "optimizer__average": 0.0,
+                    }
+                ),
+            ),
+        ),
+        *one("and QK-norm", muon(HALF, USERS_BATCH, **plain)),
+        *one("and NorMuon", muon(HALF, USERS_BATCH, **plain | {"optimizer__muon_b2": 0.95})),
+        *one(
+            "and momentum warm-up",
+            muon(HALF, USERS_BATCH, **plain | {"optimizer__muon_b2": 0.95, "optimizer__muon_momentum_warmup": 200}),
+        ),
+        *one("and cautious decay 0.8", muon(HALF, USERS_BATCH, optimizer__average=0.0)),
+        *one("and the average: ours 64k", muon(HALF, USERS_BATCH)),
+        *seeds("ours 32k", muon(HALF)),
+        *seeds("ours 16k", muon(HALF, 16_384)),
+        *[
+            trial
+            for change, setting in {
+                "without QK-norm": {"model__qk_norm": False},
+                "without NorMuon": {"optimizer__muon_b2": 0.0},
+                "without momentum warm-up": {"optimizer__muon_momentum_warmup": 0},
+                "decay not cautious": {"optimizer__cautious": False},
+                "without average": {"optimizer__average": 0.0},
+                "average 0.99": {"optimizer__average": 0.99},
+                "decay 0.4": {"optimizer__muon_weight_decay": 0.4},
+                "decay 1.6": {"optimizer__muon_weight_decay": 1.6},
+                "Adam rate 3e-3": {"optimizer__learning_rate": 3e-3},
+                "Adam rate 1.2e-2": {"optimizer__learning_rate": 1.2e-2},
+                "Muon rate 1.1e-3": {"optimizer__muon_learning_rate": 1.1e-3},
+                "Muon rate 4.4e-3": {"optimizer__muon_learning_rate": 4.4e-3},
+                "decay over the last 0.6": {"optimizer__lr_decay_fraction": 0.6},
+                "decay over the last 0.8": {"optimizer__lr_decay_fraction": 0.8},
+                "theta 1e5": {"model__rope_theta": 1e5},
+                "untied head": {"model__tied": False},
+                "outputs from zero": {"model__output_init": "zero"},
+                "b2 0.95": {"optimizer__b2": 0.95},
+                "momentum 0.9": {"optimizer__muon_momentum": 0.9},
+                "average 0.99, decay over the last 0.2": {
+                    "optimizer__average": 0.99,
+                    "optimizer__lr_decay_fraction": 0.2,
+                },
+            }.items()
+            for trial in one(f"ours 32k, N/3.5, {change}", muon(SHORT, **setting))
+        ],
+    ],
+    # the recipe tuned at the batch and the length of the goals
+    "tune": [
+        *[
+            trial
+            for change, settings in {
+                "rates times 1.4": muon(SHORT, 16_384, 1.4),
+                "rates times 0.7": muon(SHORT, 16_384, 0.7),
+                "8k, rates times 0.7": muon(SHORT, 8192, 0.7),
+                "8k": muon(SHORT, 8192),
+                "Adam rate times 2": muon(SHORT, 16_384, optimizer__learning_rate=1.2e-2),
+                "Adam rate times 0.5": muon(SHORT, 16_384, optimizer__learning_rate=3e-3),
+                "Muon rate times 1.5": muon(SHORT, 16_384, optimizer__muon_learning_rate=3.3e-3),
+                "decay over the last 0.6": muon(SHORT, 16_384, optimizer__lr_decay_fraction=0.6),
+                "decay over the last 0.8": muon(SHORT, 16_384, optimizer__lr_decay_fraction=0.8),
+                "b2 0.99": muon(SHORT, 16_384, optimizer__b2=0.99),
+                "decay 0.4": muon(SHORT, 16_384, optimizer__muon_weight_decay=0.4),
+                "momentum warm-up 400": muon(SHORT, 16_384, optimizer__muon_momentum_warmup=400),
+                "warm-up 20": muon(SHORT, 16_384, optimizer__warmup_steps=20),
+                "theta 1e5": muon(SHORT, 16_384, model__rope_theta=1e5),
+                "outputs from zero": muon(SHORT, 16_384, model__output_init="zero"),
+                "average 0.99": muon(SHORT, 16_384, optimizer__average=0.99),
+            }.items()
+            for trial in one(f"ours 16k, N/3.5, {change}", settings)
+        ],
+    ],
+    "batch": [
+        *one("ours 8k, rates times 0.7", muon(HALF, 8192, 0.7)),
+        *one("ours 8k", muon(HALF, 8192)),
+        *one("ours 16k, rates times 0.7", muon(HALF, 16_384, 0.7)),
+        *one("ours 64k, rates times 1.4", muon(HALF, USERS_BATCH, 1.4)),
+        *one("ours 131k, rates times 1.4", muon(HALF, 131_072, 1.4)),
+        *[Trial("ours, from 8k to 16k", muon(round(HALF * 4 / 3), 16_384), 0, True)],
+        *[Trial("ours, from 16k to 32k", muon(round(HALF * 4 / 3)), 0, True)],
+    ],
+    # at the arithmetic of N/3.5 tokens with GPT-2's vocabulary
+    "vocabulary": [
+        *seeds("GPT-2", muon(SHORT)),
+        *seeds("own 8k", equal_arithmetic(muon(SHORT) | own(8192))),
+        *one("own 4k", equal_arithmetic(muon(SHORT) | own(4096))),
+        *one("own 16k", equal_arithmetic(muon(SHORT) | own(16_384))),
+        *one("own 8k, width 640", equal_arithmetic(muon(SHORT) | own(8192, model__width=640, model__heads=10))),
+        *one("own 8k, 11 layers", equal_arithmetic(muon(SHORT) | own(8192, model__layers=11))),
+        *one("own 8k, 6 layers", equal_arithmetic(muon(SHORT) | own(8192, model__layers=6))),
+        *one("own 8k, MLP 1536", equal_arithmetic(muon(SHORT) | own(8192, model__mlp_width=1536))),
+        *one("own 8k, batch 16k", equal_arithmetic(muon(SHORT, 16_384) | own(8192))),
+        *[
+            t
+            for part in (2, 4)
+            for t in one(f"own 8k, 1/{part} of it", equal_arithmetic(muon(round(N / 3.5 / part)) | own(8192)))
+        ],
+    ],
+    "robust": [
+        *one("ours 32k, rates times 2", muon(HALF, scale=2.0)),
+        *one("ours 32k, rates times 0.5", muon(HALF, scale=0.5)),
+        *one("ours 32k, width 256", muon(HALF, scale=1.4, model__width=256, model__heads=4, model__mlp_width=1024)),
+        *one(
+            "ours 32k, width 1024",
+            muon(HALF // 2, scale=0.7, model__width=1024, model__heads=16, model__mlp_width=4096),
+        ),
+    ],
+}

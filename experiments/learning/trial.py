@@ -1,0 +1,125 @@
+"""One trial: a whole schedule of training by a recipe, and its validation loss."""
+
+import time
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from itertools import islice
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm.config import Config, from_config_dict
+from jaxlm.core.model import parameter_count
+from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
+from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
+from jaxlm.device import backend
+
+CURVE_POINTS = 40  # of each trial
+CURVE_SEQUENCES = 64  # of the validation text, for each point
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe and a seed."""
+
+    name: str
+    settings: dict[str, Any] = field(hash=False)  # those that differ from the preset
+    seed: int = 0
+    grows: bool = False  # whether the first half of the steps has half the batch
+    preset: str = "m2_60m"  # a file in configs/
+
+    @property
+    def key(self) -> str:
+        """Names the trial in a file of results."""
+        return f"{self.name}, seed {self.seed}"
+
+    def config(self, device: jax.Device) -> Config:
+        """The settings of the run, resolved for `device`."""
+        settings = import_module(f"configs.{self.preset}").get_config()
+        settings.update_from_flattened_dict(self.settings | {"seed": self.seed})
+        return backend.resolve_run(from_config_dict(settings), device)
+
+
+class Phase(NamedTuple):
+    """Steps of one batch size."""
+
+    config: Config
+    train_step: Any  # compiled
+    steps: int
+    first_batch: int  # index in the stream of batches of this size
+
+
+def compile_phases(trial: Trial, device: jax.Device) -> list[Phase]:
+    """The trial's phases, with their compiled steps."""
+    config = trial.config(device)
+    half = config.max_steps // 2
+    plans = [(config, config.max_steps, 0)]
+    if trial.grows:
+        smaller = replace(config, batch_size=config.batch_size // 2)
+        plans = [(smaller, half, 0), (config, config.max_steps - half, half // 2 * config.grad_accum_steps)]
+    phases = []
+    for c, steps, first in plans:
+        ids = jax.ShapeDtypeStruct((c.batch_size, c.model.context + 1), np.int32)
+        shapes = jax.eval_shape(lambda c=c: init_state(c))
+        phases.append(Phase(c, make_train_step(c).lower(shapes, ids).compile(), steps, first))
+    return phases
+
+
+def run(trial: Trial, phases: list[Phase], tokens: TokenFiles, device: jax.Device) -> dict[str, Any]:
+    """Trains through the phases; returns the trial's row of the results.
+
+    The time of a step is the median over the points of the curve in the second half of the run.
+    """
+    config = phases[-1].config
+    state = jax.device_put(init_state(config), device)
+    eval_step = make_eval_step(config)
+    every = max(1, config.max_steps // CURVE_POINTS)
+    curve: list[dict[str, float]] = []
+    seconds: list[float] = []
+    norms: list[jax.Array] = []
+    step = trained = 0
+    for c, train_step, steps, first in phases:
+        batches = train_batch_stream(tokens.train, c.model.context, c.batch_size, c.seed, first)
+        started = time.perf_counter()
+        for _ in range(steps):
+            for ids in islice(batches, c.grad_accum_steps):
+                state, metrics = train_step(state, jax.device_put(ids, device))
+            step, trained = step + 1, trained + c.tokens_per_step
+            norms.append(metrics.grad_norm)
+            if step % every == 0:
+                jax.block_until_ready(metrics)
+                seconds.append((time.perf_counter() - started) / every)
+                point = {"loss": metrics.loss, "grad_norm": np.median(jax.device_get(norms))}
+                point["val_loss"] = _evaluate(config, eval_step, state, tokens, CURVE_SEQUENCES)[0]
+                curve.append({"step": step, "tokens": trained} | {k: round(float(v), 4) for k, v in point.items()})
+                norms, started = [], time.perf_counter()
+    loss, bits = _evaluate(config, eval_step, state, tokens, 0)
+    return {
+        "trial": trial.key,
+        "name": trial.name,
+        "seed": trial.seed,
+        "settings": trial.settings,
+        "val_loss": round(loss, 4),
+        "val_bits_per_byte": round(bits, 4),
+        "steps": step,
+        "tokens": trained,
+        "step_ms": round(1e3 * median(seconds[len(seconds) // 2 :]), 2),
+        "parameters": parameter_count(state.params),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "curve": curve,
+    }
+
+
+def _evaluate(config: Config, eval_step: Any, state: Any, tokens: TokenFiles, limit: int) -> tuple[float, float]:
+    """The validation loss over `limit` sequences (0: all), in nats a token and in bits a byte."""
+    weights = state.weights
+    sums, count, text_bytes = [], 0, 0
+    for inputs, targets in val_batches(tokens.val, config.model.context, config.batch_size, limit):
+        sums.append(eval_step(weights, inputs, targets))
+        count += int((targets >= 0).sum())
+        text_bytes += tokens.text_bytes(targets)
+    loss = float(np.sum(jax.device_get(sums), dtype=np.float64)) / count
+    return loss, bits_per_byte(loss, count, text_bytes)
