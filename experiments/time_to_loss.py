@@ -1,4 +1,4 @@
-"""Measures how much sooner a config reaches the loss of a tuned AdamW in PyTorch: on one GPU, in turns.
+"""Measures how much sooner a config reaches the loss of a tuned AdamW in PyTorch: on one GPU, alternating.
 
     python -m experiments.time_to_loss --config configs/m2_60m_fast.py --steps 600 700 800
 
