@@ -99,7 +99,11 @@ def test_padding_rows_delay_no_end(padded_model, both, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["padded_model", "small_qk_norm_model", pytest.param("small_shared_model", marks=pytest.mark.slow)]
+    "name",
+    [
+        "padded_model",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("small_qk_norm_model", "small_shared_model")),
+    ],
 )
 def test_greedy_tokens_fill_the_context(name, request):
     model = config, params = request.getfixturevalue(name)

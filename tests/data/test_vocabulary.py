@@ -125,6 +125,7 @@ print(write_token_files(open_corpus(sys.argv[1]), Path(sys.argv[2]), 400, 0.1, t
 """
 
 
+@pytest.mark.slow
 def test_every_number_of_threads_gives_the_same_vocabulary(tmp_path):
     lines = [json.dumps({"text": some_text(40, seed)}) + "\n" for seed in range(300)]
     (tmp_path / "a.jsonl").write_text("".join(lines))

@@ -32,7 +32,7 @@ def array(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-@pytest.mark.parametrize("platform", APPLE)
+@pytest.mark.parametrize("platform", [pytest.param("mps", marks=pytest.mark.slow), "METAL"])
 @pytest.mark.parametrize("name", ["m2_60m", "m2_60m_fast"])
 def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform, name):
     seen = list(audit(preset(platform, name), platform))

@@ -51,6 +51,7 @@ def test_a_run_that_lost_steps_has_no_loss(place):
         run.loss_sum(*next(val_batches(open_data(config).val, 16, 2)))
 
 
+@pytest.mark.slow
 def test_the_average_of_weights_is_evaluated(place):
     config = tiny_run.config_of("run")
     config = replace(config, max_steps=3, optimizer=replace(config.optimizer, average=0.9))

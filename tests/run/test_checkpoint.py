@@ -199,9 +199,9 @@ def saved_with(config):
     ("keep", "keep_every", "left"),
     [
         (2, 0, [[4], [7], [10], [10, 15], [10, 20], [20, 30], [30, 33]]),  # 15 does not displace 10
-        (1, 0, [[4], [7], [10], [10, 15], [20], [30], [33]]),
+        pytest.param(1, 0, [[4], [7], [10], [10, 15], [20], [30], [33]], marks=pytest.mark.slow),
         (1, 20, [[4], [7], [10], [10, 15], [20], [20, 30], [20, 33]]),
-        (None, 0, [[4], [4, 7], [4, 7, 10], [4, 7, 10, 15]]),
+        pytest.param(None, 0, [[4], [4, 7], [4, 7, 10], [4, 7, 10, 15]], marks=pytest.mark.slow),
     ],
 )
 def test_a_rolling_checkpoint_is_replaced_by_the_next_and_displaces_none(tmp_path, trained, keep, keep_every, left):

@@ -70,7 +70,7 @@ def test_a_checkpoint_of_another_version_or_chunking_trains_on_with_the_same_los
     assert saved == CONFIG
 
 
-@pytest.mark.parametrize("version", ["muon-jax-0.4.34", "muon-jax-0.10.2"])
+@pytest.mark.parametrize("version", [pytest.param("muon-jax-0.4.34", marks=pytest.mark.slow), "muon-jax-0.10.2"])
 def test_an_old_checkpoint_of_muon_trains_on_with_the_same_losses(version):
     config = from_config_dict(Checkpoints(SAVED / version).meta(SAVED_AT)["config"])
     assert (config.optimizer.muon_momentum, config.optimizer.muon_weight_decay) == (0.8, 0.3)

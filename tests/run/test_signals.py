@@ -44,7 +44,12 @@ def test_ctrl_c_twice_leaves_at_once_though_python_is_deep_in_other_code(signals
 
 @pytest.mark.parametrize(
     ("signals", "lines"),
-    [((SIGTERM, SIGINT), TWICE + AGAIN), ((SIGTERM, SIGTERM), TWICE), ((SIGINT, SIGTERM), AGAIN), ((SIGHUP,), TWICE)],
+    [
+        ((SIGTERM, SIGINT), TWICE + AGAIN),
+        pytest.param((SIGTERM, SIGTERM), TWICE, marks=pytest.mark.slow),
+        pytest.param((SIGINT, SIGTERM), AGAIN, marks=pytest.mark.slow),
+        ((SIGHUP,), TWICE),
+    ],
 )
 def test_other_signals_never_leave_without_saving(signals, lines):
     done = receive(signals, "time.sleep(2)")

@@ -218,6 +218,7 @@ def test_samples_have_different_prompts_in_each_block(console):
     assert all(row["text"].startswith(row["prompt"]) and len(row["text"]) > len(row["prompt"]) for row in samples)
 
 
+@pytest.mark.slow
 def test_samples_of_logits_that_are_not_finite_say_so_and_end_no_run(console, monkeypatch):
     monkeypatch.setattr(
         trainer, "generate", lambda *_: iter([np.array([[72, -1, 299], [72, 73, 299], [-1, 299, 299]])])
@@ -825,8 +826,8 @@ def stop_in_micro_batch(number, workdir, *flags):
     [
         pytest.param("third", 13, 3, marks=pytest.mark.slow),
         pytest.param("second", 21, 6, marks=pytest.mark.slow),
-        ("skipped", 11, 3),
-        pytest.param("end", 24, 7, marks=pytest.mark.slow),
+        pytest.param("skipped", 11, 3, marks=pytest.mark.slow),
+        ("end", 24, 7),
     ],
 )
 def test_a_stop_within_a_step_saves_the_step_before_and_resumes_exactly(monkeypatch, workdir, number, step):
@@ -885,7 +886,9 @@ def board(workdir, tmp_path):
     return sorted(values)
 
 
-@pytest.mark.parametrize(("step", "due"), [(6, [SamplesEvent]), (8, [EvaluationEvent]), (LAST, None)])
+@pytest.mark.parametrize(
+    ("step", "due"), [(6, [SamplesEvent]), (8, [EvaluationEvent]), pytest.param(LAST, None, marks=pytest.mark.slow)]
+)
 def test_after_a_signal_nothing_is_computed_and_the_next_session_does_it_first(
     console, monkeypatch, tmp_path, step, due
 ):
