@@ -7,7 +7,7 @@ tokens. All trials are whole schedules.
 from collections.abc import Sequence
 from typing import Any
 
-from configs import m2_60m_fast
+from configs import m2_60m_fast, quickstart
 from experiments.learning.trial import Trial
 
 CONTEXT = 1024
@@ -104,6 +104,28 @@ ADAMW_TUNED = {  # better than the recipe without each, at 1,200 steps
     "optimizer__warmup_steps": 300,
     "optimizer__lr_decay_fraction": 0.4,
 }
+
+
+def of_quickstart(**changes: Any) -> Settings:
+    """`configs/quickstart.py` with changes, and as many steps as take the arithmetic of its 680."""
+    config = quickstart.get_config()
+    sizes = ("vocab_size", "context", "layers", "width", "mlp_width")
+    budget = {name: config[name] for name in ("max_steps", "batch_size", "grad_accum_steps")}
+    budget |= {f"model.{name}": config.model[name] for name in sizes} | {"optimizer.name": config.optimizer.name}
+    return equal_arithmetic(budget | _dotted(changes), budget)
+
+
+QUICKSTART_RECIPE = {
+    "data__tokenizer": "own",
+    "model__qk_norm": True,
+    "optimizer__b1": 0.9,
+    "optimizer__weight_decay": 0.0,
+    "optimizer__muon_momentum": 0.9,
+    "optimizer__muon_b2": 0.95,
+    "optimizer__cautious": True,
+    "optimizer__average": 0.98,
+}
+
 
 TABLES: dict[str, list[Trial]] = {
     # the baseline: AdamW tuned at the user's batch, then with the batch tuned too
@@ -263,5 +285,17 @@ TABLES: dict[str, list[Trial]] = {
             "ours 32k, width 1024",
             muon(HALF // 2, scale=0.7, model__width=1024, model__heads=16, model__mlp_width=4096),
         ),
+    ],
+    # the quickstart at the arithmetic of its 680 steps
+    "quickstart": [
+        Trial(name, of_quickstart(**changes), preset="quickstart")
+        for name, changes in {
+            "own 4k": {"data__tokenizer": "own"},
+            "own 4k, the recipe": QUICKSTART_RECIPE,
+            "own 4k, the recipe, batch 8, rates times 0.7": QUICKSTART_RECIPE
+            | {"batch_size": 8, "optimizer__learning_rate": 7e-3, "optimizer__muon_learning_rate": 4.5e-3},
+            "own 4k, the recipe, Muon rate times 2": QUICKSTART_RECIPE | {"optimizer__muon_learning_rate": 1.3e-2},
+            "own 8k, the recipe": QUICKSTART_RECIPE | {"model__vocab_size": 8192},
+        }.items()
     ],
 }
