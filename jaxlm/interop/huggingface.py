@@ -432,7 +432,7 @@ def check_init(config: Config, tokenizer: Tokenizer | None = None) -> None:
         advice = (
             "set --config.data.tokenizer=gpt2"
             if is_gpt2
-            else ("set --config.data.tokenizer=own and the text from which it was learnt")
+            else "set --config.data.tokenizer=own and the text from which it was learnt"
         )
         raise UsageError(f"init_from {folder} has another vocabulary than this run: {advice}")
 

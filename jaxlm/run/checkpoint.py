@@ -118,13 +118,14 @@ class Checkpoints:
         this process or machine, such as its memory or a permission.
         """
         average = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, AVERAGE_DTYPE), like)
-        like_items = {"params": like} | ({"average": average} if "average" in self.meta(step)["checksums"] else {})
-        items = self._arrays(step, sharding, **like_items)
+        saved_sums = self.meta(step)["checksums"]
+        like_items = {"params": like} | ({"average": average} if "average" in saved_sums else {})
+        items = self._arrays(step, sharding, saved_sums, like_items)
         return averaged(items["params"], items.get("average"))
 
     def state(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
         """The training state; arguments and errors as for `weights`."""
-        items = self._arrays(step, sharding, **_items(like))
+        items = self._arrays(step, sharding, self.meta(step)["checksums"], _items(like))
         optimizer = items["optimizer"]
         rest = like._replace(params={}, opt_state=like.opt_state._replace(inner_opt_state=()), average=None)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), rest)
@@ -276,13 +277,14 @@ class Checkpoints:
     def _unfinished(self) -> list[Path]:
         return sorted(self.directory.glob(f"*{_UNFINISHED}*"))
 
-    def _arrays(self, step: int, sharding: jax.sharding.Sharding, **like: Arrays) -> dict[str, Arrays]:
-        """Restores items and compares their checksums."""
-        expected = self.meta(step)["checksums"]
+    def _arrays(
+        self, step: int, sharding: jax.sharding.Sharding, saved_sums: dict[str, list[int]], like: dict[str, Arrays]
+    ) -> dict[str, Arrays]:
+        """Restores the items of `like` and compares their checksums with those of the checkpoint."""
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
         items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in placed.items()})
         for name, item in items.items():
-            for path, actual, saved in zip(_paths(item), checksums(item).tolist(), expected[name], strict=True):
+            for path, actual, saved in zip(_paths(item), checksums(item).tolist(), saved_sums[name], strict=True):
                 if actual != saved:
                     raise CorruptCheckpointError(f"{name}{path} does not match its checksum")
         return items
