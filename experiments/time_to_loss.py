@@ -16,6 +16,7 @@ Each run is a JSON line in `--results`. A seed whose runs are all in that file i
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -33,9 +34,10 @@ import numpy as np
 
 from configs import m2_60m
 from experiments.learning.tables import ADAMW_TUNED, adamw
+from experiments.learning.trial import validation_loss
 from jaxlm.cli import read_config
 from jaxlm.config import Config, DataConfig, from_config_dict
-from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
+from jaxlm.data.token_files import TokenFiles, train_batch_stream
 from jaxlm.errors import UsageError
 from jaxlm.main import open_data
 
@@ -94,7 +96,12 @@ class JaxlmRun:
     def loss_sum(self, inputs: np.ndarray, targets: np.ndarray) -> float:
         if self.state.step != self.config.max_steps:
             raise RuntimeError(f"{self.state.step} of {self.config.max_steps} steps: some gradients were not finite")
-        return float(self._eval_step(self.state.weights, inputs, targets))
+        return float(self._eval_step(self._weights, inputs, targets))
+
+    @functools.cached_property
+    def _weights(self) -> Any:
+        """What is evaluated, after the last step."""
+        return self.state.weights
 
 
 class TorchRun:
@@ -135,13 +142,7 @@ def measure(make_run: Callable[[Config, TokenFiles], Run], config: Config, round
         run.train(steps)
         yield {"part_seconds": [time.perf_counter() - start]}
     start = time.perf_counter()
-    loss_sum, count, text_bytes = 0.0, 0, 0
-    for inputs, targets in val_batches(tokens.val, c.model.context, c.batch_size):
-        loss_sum += run.loss_sum(inputs, targets)
-        count += int((targets >= 0).sum())
-        text_bytes += tokens.text_bytes(targets)
-    loss = loss_sum / count
-    bits = bits_per_byte(loss, count, text_bytes)
+    loss, bits = validation_loss(run.loss_sum, c, tokens)
     yield {"eval_seconds": time.perf_counter() - start, "val_loss": loss, "val_bits_per_byte": bits}
 
 

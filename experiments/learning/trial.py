@@ -1,7 +1,9 @@
 """One trial: a whole schedule of training by a recipe, and its validation loss."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from statistics import median
@@ -114,11 +116,19 @@ def run(trial: Trial, phases: list[Phase], tokens: TokenFiles, device: jax.Devic
 
 
 def _evaluate(config: Config, eval_step: Any, state: Any, tokens: TokenFiles, limit: int) -> tuple[float, float]:
-    """The validation loss over `limit` sequences (0: all), in nats a token and in bits a byte."""
-    weights = state.weights
+    return validation_loss(partial(eval_step, state.weights), config, tokens, limit)
+
+
+def validation_loss(
+    loss_sum: Callable[[np.ndarray, np.ndarray], Any], config: Config, tokens: TokenFiles, limit: int = 0
+) -> tuple[float, float]:
+    """The validation loss over `limit` sequences (0: all), in nats a token and in bits a byte.
+
+    `loss_sum` takes the inputs and the targets of a batch, [B, T] each, and gives its loss in nats.
+    """
     sums, count, text_bytes = [], 0, 0
     for inputs, targets in val_batches(tokens.val, config.model.context, config.batch_size, limit):
-        sums.append(eval_step(weights, inputs, targets))
+        sums.append(loss_sum(inputs, targets))
         count += int((targets >= 0).sum())
         text_bytes += tokens.text_bytes(targets)
     loss = float(np.sum(jax.device_get(sums), dtype=np.float64)) / count
