@@ -1022,8 +1022,15 @@ def test_no_rolling_checkpoint_comes_before_its_time_or_where_save_minutes_is_0(
 def test_a_run_whose_checkpoints_are_gone_stops_and_resumes_once_they_are_back(console, monkeypatch):
     monkeypatch.setattr("jaxlm.run.saver.LOOK_SECONDS", 0.0)
     folder, moved = Path("torn/checkpoints"), Path("torn/moved")
-    at_step(monkeypatch, 10, lambda: folder.exists() and folder.rename(moved))
-    with pytest.raises(RunError, match=rf"{folder} was .*step [69] is .*: put it back, and the same") as caught:
+    record = Records.__call__
+
+    def record_and_take_away(self, event):
+        record(self, event)
+        if event == SavedEvent(6):
+            folder.rename(moved)
+
+    monkeypatch.setattr(Records, "__call__", record_and_take_away)
+    with pytest.raises(RunError, match=rf"{folder} was .*step 6 is .*: put it back, and the same") as caught:
         train("torn")
     assert is_one_line(caught.value)
     assert not folder.exists()
