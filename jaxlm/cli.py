@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -121,13 +121,30 @@ def find_config(name: str) -> Path:
     raise UsageError(f"there is no config file or preset {name}: {advice}")
 
 
+class Flags(NamedTuple):
+    """What the flags of jaxlm.main choose."""
+
+    config: Config
+    workdir: Path
+    force: bool  # start a run that does not fit
+    show: bool  # print the settings instead
+    config_file: Path
+    overridden: list[str]  # settings that have their value from a flag
+
+
 def read_config(argv: list[str]) -> tuple[Config, Path]:
-    """The settings and the work directory that the flags choose. Raises UsageError as `read_flags`."""
-    return read_flags(argv)[:2]
+    """The settings and the work directory, for a command that takes the flags of jaxlm.main.
+
+    Raises UsageError as `read_flags`, and for `--show`.
+    """
+    flags = read_flags(argv)
+    if flags.show:
+        raise UsageError("--show is a flag of python -m jaxlm.main only")
+    return flags.config, flags.workdir
 
 
-def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
-    """The settings and the work directory that the flags choose, and whether to start a run that does not fit.
+def read_flags(argv: list[str]) -> Flags:
+    """Reads the flags of jaxlm.main and the config file.
 
     Raises UsageError for an unknown flag, a config file that is missing or fails, or a wrong setting.
     """
@@ -135,7 +152,7 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
     parser.add_argument("--config", "-config", type=expand_home, default=str(QUICKSTART))
     args, others = parser.parse_known_args(argv)
     config_file = find_config(args.config)
-    overridden = re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(others))
+    overridden = re.findall(r"(?m)^--?(?:no)?config\.([\w.]+)", "\n".join(others))
     for setting in overridden:
         check_name(setting)
     words = ["jaxlm.main", f"--config={config_file}", *others]
@@ -151,7 +168,8 @@ def read_flags(argv: list[str]) -> tuple[Config, Path, bool]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags begin with --")
     settings = _without_old_names_of(overridden, settings)
     workdir = path(values.workdir) if values.workdir else Path("runs", config_file.stem)
-    return _with_homes(from_config_dict(settings)), workdir, values.force
+    config = _with_homes(from_config_dict(settings))
+    return Flags(config, workdir, values.force, values.show, config_file, overridden)
 
 
 def _with_homes(config: Config) -> Config:
@@ -186,4 +204,5 @@ def define_flags(words: list[str]) -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", "", "work directory; empty: runs/NAME-OF-THE-CONFIG", flag_values=values)
     flags.DEFINE_bool("force", False, "start a run even if it does not fit in memory", flag_values=values)
+    flags.DEFINE_bool("show", False, "print every setting and what set it, and start nothing", flag_values=values)
     return values

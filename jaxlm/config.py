@@ -1,15 +1,15 @@
-"""The settings of a run: names, defaults, bounds.
+"""The settings of a run: names, defaults, meanings, bounds.
 
 A config file returns an `ml_collections.ConfigDict` (from `default_config()`), flags override it, and
 `from_config_dict` checks the result and builds the frozen dataclasses that the rest of the program takes.
-`python -m experiments.document_config` makes docs/configuration.md from the comments here.
+`python -m jaxlm.main --show` and docs/configuration.md (`python -m experiments.document_config`) show the meanings.
 """
 
 import dataclasses
 import difflib
 import operator
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,19 +89,26 @@ _BOUNDS = {
 
 
 def setting(
-    default: Any, choices: Collection[str] = (), *, fixed: bool = False, paths: bool = False, **bounds: float
+    default: Any,
+    meaning: str,
+    choices: Collection[str] = (),
+    *,
+    fixed: bool = False,
+    paths: bool = False,
+    **bounds: float,
 ) -> Any:
     """Declares a setting.
 
     Args:
         default: its default.
+        meaning: what it is for, in a few words.
         choices: all its values; empty: any.
         fixed: a run cannot resume with another value, because it defines what the checkpoint means
             or how the run began.
         paths: it names files; values that name the same files are equal.
         **bounds: `low` and `high` are the least and the largest value; `above` and `below` are themselves excluded.
     """
-    metadata = {"choices": choices, "fixed": fixed, "paths": paths, "bounds": bounds}
+    metadata = {"meaning": meaning, "choices": choices, "fixed": fixed, "paths": paths, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -131,21 +138,21 @@ def _nearest(name: str, names: Collection[str]) -> str:
 class ModelConfig:
     """The decoder: sizes, initialisation and how it is computed."""
 
-    vocab_size: int = setting(50_257, low=1, fixed=True)  # tokens of the vocabulary
-    context: int = setting(1024, low=1, fixed=True)  # tokens in a sequence
-    layers: int = setting(8, low=1, fixed=True)  # blocks, each of attention and an MLP
-    heads: int = setting(8, low=1, fixed=True)  # attention heads, each of width / heads numbers
-    kv_heads: int = setting(0, low=0, fixed=True)  # heads of keys and values, shared by the queries'; 0: as many
-    width: int = setting(512, low=1, fixed=True)  # numbers per position in the residual stream
-    mlp_width: int = setting(2048, low=1, fixed=True)  # numbers per position inside the MLP
-    rope_theta: float = setting(10_000.0, above=0, fixed=True)  # base of RoPE's frequencies
-    norm_eps: float = setting(1e-6, above=0, fixed=True)  # RMSNorm adds it to the mean square
-    qk_norm: bool = setting(False, fixed=True)  # RMSNorm of each head's queries and keys before RoPE, as in Qwen3
-    tied: bool = setting(True, fixed=True)  # the head reads the input embedding; False: one of its own
-    output_init: str = setting("scaled", ("scaled", "zero"), fixed=True)  # output matrices; scaled: 0.02/sqrt(2 layers)
-    precision: str = setting("auto", PRECISIONS)  # float32, bf16 (mixed precision) or bf16_matmul; weights are float32
-    implementation: str = setting("auto", IMPLEMENTATIONS)  # xla (plain JAX), cpu, cuda, hopper (H100, H200) or apple
-    remat: bool = True  # recompute each block backward: less memory, a fifth more work. GPU: needs microbatch_chunks
+    vocab_size: int = setting(50_257, "tokens of the vocabulary", low=1, fixed=True)
+    context: int = setting(1024, "tokens in a sequence", low=1, fixed=True)
+    layers: int = setting(8, "blocks, each of attention and an MLP", low=1, fixed=True)
+    heads: int = setting(8, "attention heads, each of width / heads numbers", low=1, fixed=True)
+    kv_heads: int = setting(0, "heads of keys and values, shared by the queries'; 0: as many", low=0, fixed=True)
+    width: int = setting(512, "numbers per position in the residual stream", low=1, fixed=True)
+    mlp_width: int = setting(2048, "numbers per position inside the MLP", low=1, fixed=True)
+    rope_theta: float = setting(10_000.0, "base of RoPE's frequencies", above=0, fixed=True)
+    norm_eps: float = setting(1e-6, "RMSNorm adds it to the mean square", above=0, fixed=True)
+    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys before RoPE, as in Qwen3", fixed=True)
+    tied: bool = setting(True, "the head reads the input embedding; False: one of its own", fixed=True)
+    output_init: str = setting("scaled", "output matrices; scaled: 0.02/sqrt(2 layers)", ("scaled", "zero"), fixed=True)
+    precision: str = setting("auto", "float32, bf16 (mixed precision) or bf16_matmul; weights are float32", PRECISIONS)
+    implementation: str = setting("auto", "xla (plain JAX), cpu, cuda, hopper (H100, H200) or apple", IMPLEMENTATIONS)
+    remat: bool = setting(True, "recompute blocks backward: less memory, a fifth more work. GPU: set microbatch_chunks")
 
     def __post_init__(self):
         check_values(self, "model.")
@@ -172,23 +179,23 @@ class ModelConfig:
 class OptimizerConfig:
     """AdamW, or Muon on the blocks' matrices and AdamW on the rest. Both follow one schedule."""
 
-    name: str = setting("adamw", OPTIMIZERS, fixed=True)  # adamw, or muon: Muon on the matrices of the blocks
-    learning_rate: float = setting(3e-4, above=0)  # peak
-    muon_learning_rate: float = setting(6e-3, above=0)  # peak, of the matrices that Muon updates
-    warmup_steps: int = setting(100, low=0)  # optimizer steps over which the learning rate rises to its peak
-    lr_schedule: str = setting("cosine", LR_SCHEDULES)  # how the learning rate falls: cosine or linear
-    lr_decay_fraction: float = setting(1.0, low=0, high=1)  # the fall takes this last part of the steps after warm-up
-    min_lr_ratio: float = setting(0.1, low=0, high=1)  # learning rate at max_steps, as a fraction of the peak
-    b1: float = setting(0.9, low=0, below=1)  # decay of Adam's first moment
-    b2: float = setting(0.95, low=0, below=1)  # decay of Adam's second moment
-    weight_decay: float = setting(0.1, low=0)  # decoupled; on all that Adam updates but norm scales
-    muon_momentum: float = setting(0.9, low=0, below=1)  # decay of Muon's momentum, in Nesterov's form
-    muon_momentum_warmup: int = setting(0, low=0)  # optimizer steps over which it rises from 0.85; 0: none
-    muon_b2: float = setting(0.0, low=0, below=1, fixed=True)  # decay of NorMuon's second moment, a neuron; 0: none
-    muon_weight_decay: float = setting(0.1, low=0)  # decoupled; on the matrices that Muon updates
-    cautious: bool = False  # weight decay only where the update moves a weight towards zero
-    average: float = setting(0.0, low=0, high=0.99, fixed=True)  # decay of the average of the weights; 0: none
-    clip_norm: float = setting(1.0, above=0)  # the largest global norm of a gradient; a larger one is scaled down
+    name: str = setting("adamw", "adamw, or muon: Muon on the matrices of the blocks", OPTIMIZERS, fixed=True)
+    learning_rate: float = setting(3e-4, "peak", above=0)
+    muon_learning_rate: float = setting(6e-3, "peak, of the matrices that Muon updates", above=0)
+    warmup_steps: int = setting(100, "optimizer steps over which the learning rate rises to its peak", low=0)
+    lr_schedule: str = setting("cosine", "how the learning rate falls: cosine or linear", LR_SCHEDULES)
+    lr_decay_fraction: float = setting(1.0, "the fall takes this last part of the steps after warm-up", low=0, high=1)
+    min_lr_ratio: float = setting(0.1, "learning rate at max_steps, as a fraction of the peak", low=0, high=1)
+    b1: float = setting(0.9, "decay of Adam's first moment", low=0, below=1)
+    b2: float = setting(0.95, "decay of Adam's second moment", low=0, below=1)
+    weight_decay: float = setting(0.1, "decoupled; on all that Adam updates but norm scales", low=0)
+    muon_momentum: float = setting(0.9, "decay of Muon's momentum, in Nesterov's form", low=0, below=1)
+    muon_momentum_warmup: int = setting(0, "optimizer steps over which it rises from 0.85; 0: none", low=0)
+    muon_b2: float = setting(0.0, "decay of NorMuon's second moment, a neuron; 0: none", low=0, below=1, fixed=True)
+    muon_weight_decay: float = setting(0.1, "decoupled; on the matrices that Muon updates", low=0)
+    cautious: bool = setting(False, "weight decay only where the update moves a weight towards zero")
+    average: float = setting(0.0, "decay of the average of the weights; 0: none", low=0, high=0.99, fixed=True)
+    clip_norm: float = setting(1.0, "the largest global norm of a gradient; a larger one is scaled down", above=0)
 
     def __post_init__(self):
         check_values(self, "optimizer.")
@@ -198,11 +205,11 @@ class OptimizerConfig:
 class DataConfig:
     """The corpus, its token files and the validation split."""
 
-    corpus: str = setting("novels", paths=True)  # a name, or paths and patterns between commas (`\,` in a name)
-    dir: str = setting("", paths=True)  # directory of prepared train.bin and val.bin; empty: one under data/
-    tokenizer: str = setting("gpt2", TOKENIZERS, fixed=True)  # gpt2 (its first tokens), or own: learnt from the corpus
-    val_fraction: float = setting(0.01, above=0, below=1, fixed=True)  # of the text, held out for validation
-    eval_sequences: int = setting(64, low=0)  # of `context` tokens, per evaluation, evenly spaced; 0: the whole text
+    corpus: str = setting("novels", r"a name, or paths and patterns between commas (`\,` in a name)", paths=True)
+    dir: str = setting("", "directory of prepared train.bin and val.bin; empty: one under data/", paths=True)
+    tokenizer: str = setting("gpt2", "gpt2 (its first tokens), or own: learnt from the corpus", TOKENIZERS, fixed=True)
+    val_fraction: float = setting(0.01, "of the text, held out for validation", above=0, below=1, fixed=True)
+    eval_sequences: int = setting(64, "of `context` tokens, per evaluation, evenly spaced; 0: the whole text", low=0)
 
     def __post_init__(self):
         check_values(self, "data.")
@@ -214,12 +221,12 @@ class DataConfig:
 class SampleConfig:
     """The samples that a run writes while it trains."""
 
-    prompts: tuple[str, ...] = PROMPTS  # each block of samples draws from these at random
-    texts: int = setting(10, low=1)  # samples at a time
-    tokens: int = setting(60, low=1)  # of each sample
-    temperature: float = setting(0.8, low=0, high=1_000_000)  # 0: greedy
-    top_k: int = setting(50, low=0, high=INT32_MAX)  # sample from the k most likely tokens; 0: from all
-    top_p: float = setting(1.0, above=0, high=1)  # sample from the fewest tokens of this probability together; 1: all
+    prompts: tuple[str, ...] = setting(PROMPTS, "each block of samples draws from these at random")
+    texts: int = setting(10, "samples at a time", low=1)
+    tokens: int = setting(60, "of each sample", low=1)
+    temperature: float = setting(0.8, "0: greedy", low=0, high=1_000_000)
+    top_k: int = setting(50, "sample from the k most likely tokens; 0: from all", low=0, high=INT32_MAX)
+    top_p: float = setting(1.0, "sample from the fewest tokens of this probability together; 1: all", above=0, high=1)
 
     def __post_init__(self):
         check_values(self, "sample.")
@@ -231,21 +238,21 @@ class SampleConfig:
 class Config:
     """One run. Steps are optimizer steps. An interval of n acts after steps n, 2n, 3n and so on."""
 
-    batch_size: int = setting(32, low=1, fixed=True)  # sequences per micro-batch
-    grad_accum_steps: int = setting(2, low=1, fixed=True)  # micro-batches per optimizer step
-    microbatch_chunks: int = setting(0, low=0)  # sequential parts of a micro-batch, to save memory; 0: automatic
-    max_steps: int = setting(50_000, low=1)  # optimizer steps of the whole run
-    eval_interval: int = setting(100, low=1)  # steps between evaluations, each with a line on the console
-    save_interval: int = setting(300, low=1)  # steps between checkpoints
-    save_minutes: float = setting(30.0, low=0)  # minutes from a save to a rolling checkpoint; 0: never
-    generation_interval: int = setting(50, low=1)  # steps between blocks of samples
-    max_checkpoints: int = setting(5, low=1)  # regular checkpoints that are kept; older ones are deleted
-    keep_every: int = setting(0, low=0)  # steps between checkpoints that are never deleted; 0: none
-    max_nonfinite_microbatches: int = setting(10, low=1)  # non-finite micro-batches in a row that stop the run
-    seed: int = setting(0, low=0, high=INT32_MAX, fixed=True)  # of the initial weights, the data order and the samples
-    init_from: str = setting("", fixed=True, paths=True)  # Hugging Face folder with the initial weights; empty: random
-    platform: str = setting("auto", PLATFORMS)  # auto (the best that works), cpu, cuda, mps or metal
-    deterministic: bool = False  # bitwise reproducible across sessions on an NVIDIA GPU, but slower
+    batch_size: int = setting(32, "sequences per micro-batch", low=1, fixed=True)
+    grad_accum_steps: int = setting(2, "micro-batches per optimizer step", low=1, fixed=True)
+    microbatch_chunks: int = setting(0, "sequential parts of a micro-batch, to save memory; 0: automatic", low=0)
+    max_steps: int = setting(50_000, "optimizer steps of the whole run", low=1)
+    eval_interval: int = setting(100, "steps between evaluations, each with a line on the console", low=1)
+    save_interval: int = setting(300, "steps between checkpoints", low=1)
+    save_minutes: float = setting(30.0, "minutes from a save to a rolling checkpoint; 0: never", low=0)
+    generation_interval: int = setting(50, "steps between blocks of samples", low=1)
+    max_checkpoints: int = setting(5, "regular checkpoints that are kept; older ones are deleted", low=1)
+    keep_every: int = setting(0, "steps between checkpoints that are never deleted; 0: none", low=0)
+    max_nonfinite_microbatches: int = setting(10, "non-finite micro-batches in a row that stop the run", low=1)
+    seed: int = setting(0, "of the initial weights, the data order and the samples", low=0, high=INT32_MAX, fixed=True)
+    init_from: str = setting("", "Hugging Face folder with the initial weights; empty: random", fixed=True, paths=True)
+    platform: str = setting("auto", "auto (the best that works), cpu, cuda, mps or metal", PLATFORMS)
+    deterministic: bool = setting(False, "bitwise reproducible across sessions on an NVIDIA GPU, but slower")
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
@@ -296,13 +303,37 @@ def check_name(name: str) -> None:
     types, above = _types(Config), ""
     for part in name.split("."):
         if part not in types:
-            raise UsageError(f"unknown setting {above}{part}: {_nearest(part, types)}see jaxlm/config.py")
+            raise UsageError(f"unknown setting {above}{part}: {_nearest(part, types)}jaxlm.main --show prints all")
         types, above = _types(types[part]), f"{above}{part}."
 
 
 def _types(kind: Any) -> dict[str, Any]:
     """The type of each setting of a group; nothing for other types."""
     return {field.name: field.type for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+
+
+class Setting(NamedTuple):
+    """A setting of a run."""
+
+    name: str  # with its group
+    value: Any
+    default: Any
+    meaning: str
+    fixed: bool
+
+
+def groups(config: Config) -> dict[str, Any]:
+    """The groups of settings by the prefix of their names, which is empty for the settings in no group."""
+    inner = {f"{field.name}.": getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {"": config} | {prefix: group for prefix, group in inner.items() if dataclasses.is_dataclass(group)}
+
+
+def settings_of(group: Any, prefix: str) -> Iterator[Setting]:
+    """The settings of a group."""
+    for field in dataclasses.fields(group):
+        if data := field.metadata:
+            value = getattr(group, field.name)
+            yield Setting(prefix + field.name, value, field.default, data["meaning"], data["fixed"])
 
 
 def default_config() -> ml_collections.ConfigDict:

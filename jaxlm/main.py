@@ -2,14 +2,16 @@
 
 --config is a config file or the name of a shipped preset (m2_60m, quickstart). Training resumes from the newest
 checkpoint in the work directory. If the data is missing, the corpus that the config names is prepared first.
+--show prints every setting with its value, what set it and what it is for, and starts nothing.
 """
 
 import json
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from jaxlm.cli import define_flags, read_flags, run, run_errors
-from jaxlm.config import Config, DataConfig, to_dict
+from jaxlm.cli import Flags, define_flags, read_flags, run, run_errors
+from jaxlm.config import Config, DataConfig, groups, settings_of, to_dict
 from jaxlm.data.corpus import source_changed
 from jaxlm.data.directories import check_named_directory, data_directory, own_directory
 from jaxlm.data.encode import TRAINING_FLAGS
@@ -22,7 +24,7 @@ from jaxlm.run.quiet import log_libraries, quiet_libraries
 from jaxlm.run.workdir import check_workdir, saved_source, saved_steps
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
-from jaxlm.terminal import printable
+from jaxlm.terminal import console, printable
 
 
 def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = False) -> TokenFiles:
@@ -59,9 +61,13 @@ def _has_changed(corpus: str, sha256: str | None) -> bool:
 def main(argv: list[str]) -> None:
     """Runs the command; `argv` is the command-line arguments. Raises UsageError, RunError and Stopped."""
     if {"--help", "-h"} & set(argv):
-        print(f"{__doc__}{define_flags([]).get_help()}\nThe settings are those of jaxlm/config.py.")
+        print(f"{__doc__}{define_flags([]).get_help()}")
         return
-    config, workdir, force = read_flags(argv)
+    flags = read_flags(argv)
+    if flags.show:
+        _show(flags)
+        return
+    config, workdir = flags.config, flags.workdir
     saved = check_workdir(workdir, config)
     resumes = bool(saved_steps(workdir))
     if config.init_from and not resumes:
@@ -69,7 +75,28 @@ def main(argv: list[str]) -> None:
     own = own_directory(saved, config) if resumes else None
     if own and not config.data.dir:
         _check_text(own, workdir, config)
-    _train(config, workdir, force, open_data(config, own, _names_corpus(argv, config)))
+    _train(config, workdir, flags.force, open_data(config, own, _names_corpus(argv, config)))
+
+
+def _show(flags: Flags) -> None:
+    """Prints every setting: what set it (its default, the file or a flag), its name, its value and its meaning.
+
+    A value in the file that equals the default counts as the default.
+    """
+    terminal = console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    terminal.print(printable(f"{flags.config_file}, work directory {flags.workdir}"))
+    for prefix, group in groups(flags.config).items():
+        terminal.print("\n" + fill(group.__doc__, 80))
+        for name, value, default, meaning, _ in settings_of(group, prefix):
+            source = "flag" if name in flags.overridden else "default" if value == default else "file"
+            usual = "" if value == default or isinstance(value, tuple) else f" (default {default!r})"
+            terminal.print(_lines(f"{source:9}{name} = {value!r}{usual}"), style="" if source == "default" else "bold")
+            terminal.print(_lines(f"{'':9}{meaning}"), style="dim")
+
+
+def _lines(text: str) -> str:
+    """The text in lines of at most 80 columns, all but the first indented. A longer word, as of a path, stays whole."""
+    return fill(text, 80, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
 
 
 def _check_text(own: Path, workdir: Path, config: Config) -> None:

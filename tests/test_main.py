@@ -91,16 +91,16 @@ def test_run_prepares_its_corpus_once():
     assert listing(Path("data")) == before
 
 
-def test_help_and_usage_errors_need_no_jax():
+def test_help_show_and_usage_errors_need_no_jax():
     code = (
         "import sys\nfrom jaxlm.cli import status\nfrom jaxlm.main import main\n"
         "print([status(main, argv.split()) for argv in sys.argv[1:]], 'jax' in sys.modules)"
     )
     errors = ("--config nowhere", "--config tiny.py --config.batch_sise=4", "--config.data.corpus=novel")
-    words = [sys.executable, "-c", code, "--help", "-h", *errors]
+    words = [sys.executable, "-c", code, "--help", "-h", "--show", *errors]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
-    assert ended.stdout.splitlines()[-1] == "[0, 0, 2, 2, 2] False"
+    assert ended.stdout.splitlines()[-1] == "[0, 0, 0, 2, 2, 2] False"
     assert ended.stderr.count("\n") == 3
 
 
@@ -574,7 +574,7 @@ def test_fewer_steps_than_are_done_end_at_once_with_the_model_of_the_last():
 def test_help_names_the_flags(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
-    for flag in ("--workdir", "--config", "--[no]force"):
+    for flag in ("--workdir", "--config", "--[no]force", "--[no]show"):
         assert flag in shown
 
 

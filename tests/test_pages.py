@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxlm.cli import read_config
+from jaxlm.cli import read_flags
 from jaxlm.config import OLD_NAMES, check_name
 from jaxlm.errors import UsageError
 
@@ -90,7 +90,7 @@ def test_commands_and_flags_exist(page, monkeypatch):
     for words in commands(page.read_text()):
         program = words[2] if words[1] == "-m" else words[1]
         if program == "jaxlm.main":
-            read_config(words[3:])
+            read_flags(words[3:])
         declared = flags(program)
         for word in words[2:]:
             if word.startswith("--") and not word.startswith("--config."):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_a_terminal_can_be_declared_plain(monkeypatch):
     with contextlib.redirect_stdout(Terminal()) as stream:
         console().print("[bold]word")
     assert stream.getvalue() == "word\n"
+
+
+def test_a_closed_pipe_raises_as_print_does():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with contextlib.suppress(BrokenPipeError), open(writing, "w") as stream, contextlib.redirect_stdout(stream):
+        shown = console()
+        with pytest.raises(BrokenPipeError):
+            shown.print("word")
+        shown.print("dropped")
 
 
 def test_all_consoles_are_made_here():

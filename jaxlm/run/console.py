@@ -118,5 +118,5 @@ class Console:
 
     def _print(self, text: str) -> None:
         """Prints lines above the bar. Neither a closed pipe nor a full disk ends the run."""
-        with contextlib.suppress(SystemExit, OSError):  # rich exits on a closed pipe and then stays quiet
+        with contextlib.suppress(OSError):
             self._terminal.print(text)
