@@ -12,10 +12,11 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
+
+from experiments.cleanup import temporary_folder
 
 STEPS, TIME_LIMIT = 24, 300  # seconds
 SETTINGS = (
@@ -71,21 +72,26 @@ def compare(label: str, workdir: Path, other: Path) -> str:
     return f"| {label} | {rates[0]:,.0f}, {rates[1]:,.0f} | {first} | {same[0]} | {same[1]} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    folder, rng = Path(tempfile.mkdtemp(prefix="deterministic-")), random.Random(args.seed)
+def measure(folder: Path, kills: int, rng: random.Random) -> None:
+    """Trains all runs, and prints the table."""
     for name in ("default", "default again", "deterministic", "deterministic again"):
         train(folder / name, name.startswith("deterministic"))
-    for after_step in sorted(rng.randint(0, STEPS - 2) for _ in range(args.kills)):
+    for after_step in sorted(rng.randint(0, STEPS - 2) for _ in range(kills)):
         kill(folder / "killed", after_step, rng.uniform(0, 0.15))
     train(folder / "killed", True)
     print("| two runs | tokens/s | first step that differs | weights | samples |\n|---|---|---|---|---|")
     print(compare("default", folder / "default", folder / "default again"))
     print(compare("deterministic", folder / "deterministic", folder / "deterministic again"))
-    print(compare(f"deterministic, the second killed {args.kills} times", folder / "deterministic", folder / "killed"))
+    print(compare(f"deterministic, the second killed {kills} times", folder / "deterministic", folder / "killed"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with temporary_folder("deterministic") as folder:
+        measure(folder, args.kills, random.Random(args.seed))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.fault_child import Ended, Fault, ended, expect, start
+from experiments.fault_child import Ended, Failed, Fault, ended, expect, start
 
 STEPS, ACCUMULATED, SAVE_INTERVAL = 24, 2, 3
 TIMES = ("seconds", "tokens_per_second")  # what may differ in a row of metrics.jsonl
@@ -51,6 +52,7 @@ class Place:
     events: list[str] = field(default_factory=list)  # its events
     text: str = ""
     reference: dict[str, bytes] = field(default_factory=dict)  # what an undisturbed run leaves
+    stopped: Event = field(default_factory=Event)  # no session may start any more
 
     def prepare(self) -> None:
         """Trains twice without faults (the first run fills the compilation cache), then stops a run half-way."""
@@ -86,6 +88,8 @@ class Place:
 
     def start(self, home: Path, *faults: Fault, **options: Any) -> subprocess.Popen:
         """Starts a session in `home`, which is furnished if it is new."""
+        if self.stopped.is_set():
+            raise Failed("the program is stopped")
         if not home.exists():
             self.furnish(home)
         return start(home, *faults, **options)

@@ -33,6 +33,7 @@ import numpy as np
 from experiments import fault_damage
 from experiments import fault_surroundings as surroundings
 from experiments import fault_trials as trials
+from experiments.cleanup import kill_children, no_child_left
 from experiments.fault_child import CHANGE, Failed
 from experiments.fault_place import Place, contents, lost
 from experiments.fault_trials import killed, stopped
@@ -118,6 +119,30 @@ def become_root() -> None:
         os.execvp("unshare", [*words, sys.executable, "-m", "experiments.faults", *sys.argv[1:]])
 
 
+def try_all(place: Place, args: argparse.Namespace) -> bool:
+    """Tries the chosen faults and prints the table; returns whether the run survived them."""
+    times = dict.fromkeys(KILLS, math.ceil(args.kills / len(KILLS))) | dict.fromkeys(OTHERS, args.damage)
+    place.prepare()
+    chosen = {name: trial for name, trial in (KILLS | OTHERS).items() if args.only in name}
+
+    def row(name: str) -> tuple[str, bool]:
+        seeded_place = dataclasses.replace(place, rng=random.Random(f"{args.seed} {name}"))
+        return try_fault(seeded_place, name, chosen[name], 1 if args.short else times[name])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            ends = list(pool.map(row, chosen))
+        except BaseException:  # a signal; the rows that are being tried fail, the others are not begun
+            place.stopped.set()
+            kill_children()
+            raise
+    print(
+        "| fault | trials | survived | steps repeated: mean, largest | bytes lost |", "|---|---|---|---|---|", sep="\n"
+    )
+    print(*dict(ends), sep="\n")
+    return all(well for _, well in ends)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--short", action="store_true", help="each fault once")
@@ -127,24 +152,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="faults whose name holds this")
     args = parser.parse_args()
     become_root()
-    times = dict.fromkeys(KILLS, math.ceil(args.kills / len(KILLS))) | dict.fromkeys(OTHERS, args.damage)
-    place = Place(Path(tempfile.mkdtemp(prefix="faults-")).resolve(), random.Random(args.seed), 1 if args.short else 3)
-    place.prepare()
-    chosen = {name: trial for name, trial in (KILLS | OTHERS).items() if args.only in name}
-
-    def row(name: str) -> tuple[str, bool]:
-        seeded_place = dataclasses.replace(place, rng=random.Random(f"{args.seed} {name}"))
-        return try_fault(seeded_place, name, chosen[name], 1 if args.short else times[name])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ends = list(pool.map(row, chosen))
-    print(
-        "| fault | trials | survived | steps repeated: mean, largest | bytes lost |", "|---|---|---|---|---|", sep="\n"
-    )
-    print(*dict(ends), sep="\n")
-    if not all(well for _, well in ends):
+    root = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
+    place = Place(root, random.Random(args.seed), 1 if args.short else 3)
+    try:
+        with no_child_left():
+            well = try_all(place, args)
+    except SystemExit:  # by a signal
+        shutil.rmtree(root)
+        raise
+    if not well:
         sys.exit(1)
-    shutil.rmtree(place.root)
+    shutil.rmtree(root)
 
 
 if __name__ == "__main__":

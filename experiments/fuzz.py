@@ -25,6 +25,7 @@ from random import Random
 from typing import Any
 
 from experiments import fuzz_belongings, fuzz_cases
+from experiments.cleanup import temporary_folder
 from jaxlm import cli
 from jaxlm.errors import RunError, UsageError
 
@@ -129,4 +130,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with temporary_folder("fuzz"):
+        sys.exit(main(sys.argv[1:]))

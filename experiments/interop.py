@@ -16,7 +16,6 @@ import importlib.util
 import json
 import math
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.cleanup import temporary_folder
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core.generate import generate
 from jaxlm.core.model import Decoder, init_params, loss_and_gradient, prepare_decode_params
@@ -223,9 +223,9 @@ def main() -> None:
     def show(model: str, program: str, compared: str, difference: float) -> None:
         print(f"| {model} | {program} | {compared} | {difference:.2g} |", flush=True)
 
-    with tempfile.TemporaryDirectory() as directory:
+    with temporary_folder("interop") as directory:
         name = f"{args.workdir.name}, step {step:,}"
-        trained = export(Path(directory, "trained"), config, params, checkpoint.tokenizer)
+        trained = export(directory / "trained", config, params, checkpoint.tokenizer)
         for row in compare(trained, np.array(tokens.val[: config.model.context], np.int64)):
             show(name, *row)
         if step == config.max_steps:  # only then, the run has read the whole validation text
@@ -236,7 +236,7 @@ def main() -> None:
             preset, params = random_preset(qk_norm)
             tokenizer = load_tokenizer(preset.model.vocab_size)
             ids = np.random.default_rng(0).integers(0, preset.model.vocab_size, preset.model.context)
-            for row in compare(export(Path(directory, name), preset, params, tokenizer), ids):
+            for row in compare(export(directory / name, preset, params, tokenizer), ids):
                 show(name, *row)
 
 

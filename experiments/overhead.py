@@ -18,13 +18,13 @@ import dataclasses
 import io
 import itertools
 import os
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 import jax
 
+from experiments.cleanup import temporary_folder
 from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.core.train_step import TrainState, make_train_step
@@ -93,9 +93,9 @@ def bare_step(config: Config, state: TrainState, tokens: TokenFiles, device: jax
 
 def looped_step(config: Config, tokens: TokenFiles, device: jax.Device) -> tuple[float, dict[str, float], TrainState]:
     """Seconds of a step in the third period, without pauses; the median pause of each kind; the final state."""
-    with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
+    with temporary_folder("overhead") as workdir, contextlib.redirect_stdout(io.StringIO()):
         stopwatch = Stopwatch(config.save_interval)
-        run = trainer.Trainer(config, Path(workdir), tokens, device, listeners=[stopwatch])
+        run = trainer.Trainer(config, workdir, tokens, device, listeners=[stopwatch])
         with contextlib.closing(run):
             run.run_steps(3 * config.save_interval)
     _, start, end = stopwatch.ends

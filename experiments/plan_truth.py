@@ -16,12 +16,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments.cleanup import temporary_folder
 
 STEPS = 200
 INTERVALS = {"eval_interval": 40, "generation_interval": 50, "save_interval": 40, "max_checkpoints": 3}
@@ -89,14 +90,9 @@ def has_nvidia(platform: str) -> bool:
     return answer.stdout.split()[-1:] == ["gpu"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--platform", default="auto")
-    parser.add_argument("--tokens", type=Path, help="directory of train.bin and val.bin")
-    parser.add_argument("--repeat", type=int, default=1)
-    args = parser.parse_args()
+def compare_all(place: Path, args: argparse.Namespace) -> None:
+    """Makes each comparison, and prints its table."""
     name, vocab_size = ("m2_60m", 50257) if has_nvidia(args.platform) else ("quickstart", 4096)
-    place = Path(tempfile.mkdtemp(prefix="plan-truth-"))
     tokens = args.tokens or random_tokens(place / "tokens", vocab_size)
     settings = INTERVALS | {"max_steps": STEPS, "platform": args.platform, "data.dir": tokens, "data.corpus": ""}
     words = ["--config", name, *(f"--config.{key}={value}" for key, value in settings.items())]
@@ -112,6 +108,16 @@ def main() -> None:
                 f"| {what} | {predicted:,.1f} {unit} | {real:,.1f} {unit} | {error} | {BOUNDS[what]:.0%} |", flush=True
             )
         print(json.dumps(plan["speed"] | plan["memory"]), file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--platform", default="auto")
+    parser.add_argument("--tokens", type=Path, help="directory of train.bin and val.bin")
+    parser.add_argument("--repeat", type=int, default=1)
+    args = parser.parse_args()
+    with temporary_folder("plan-truth") as place:
+        compare_all(place, args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.cleanup import temporary_folder
 from jaxlm.data.corpus import open_corpus
 
 VALIDATION = 0.05
@@ -153,10 +153,10 @@ def bits_per_byte(model: CharacterModel, s: Settings, val: torch.Tensor, val_byt
 
 def train_jaxlm() -> Curve:
     """Runs the quickstart as a user does; returns the curve that it recorded."""
-    with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-m", "jaxlm.main", "--config", "configs/quickstart.py", "--workdir", workdir]
+    with temporary_folder("quickstart-peer") as workdir:
+        command = [sys.executable, "-m", "jaxlm.main", "--config", "configs/quickstart.py", "--workdir", str(workdir)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
-        rows = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [(row["seconds"], row["val_bits_per_byte"]) for row in rows if "val_bits_per_byte" in row]
 
 

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.cleanup import temporary_folder
 from jaxlm.config import ModelConfig
 from jaxlm.core.generate import generate
 from jaxlm.core.model import init_params, prepare_decode_params
@@ -93,12 +93,12 @@ def main() -> None:
     params = init_params(config, jax.random.key(0))
     names = ("float32", "bf16_matmul")
     programs = {f"jaxlm {name}": jaxlm_generate(dataclasses.replace(config, precision=name), params) for name in names}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("sampling") as folder:
         with contextlib.suppress(ImportError):
             programs["transformers float32"] = transformers_generate(config)
         with contextlib.suppress(ImportError):
             for dtype in ("f32", "f16"):
-                programs[f"llama.cpp {dtype}"] = llama_cpp_generate(config, params, dtype, Path(folder))
+                programs[f"llama.cpp {dtype}"] = llama_cpp_generate(config, params, dtype, folder)
     print(f"jax {jax.__version__} on {backend.describe(device)}; tokens/s")
     for case, (sequences, tokens, sampling) in CASES.items():
         compared = {name: run for name, run in programs.items() if sequences == 1 or "llama.cpp" not in name}

@@ -14,12 +14,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from experiments.cleanup import temporary_folder
 
 CONFIG = ("--config", "configs/m2_60m.py", "--config.data.corpus=novels")
 SMALL = (
@@ -111,13 +112,8 @@ def table(title: str, rounds: list[tuple[dict[str, float], dict[str, float]]]) -
         print(f"| {stage} | " + " | ".join(f"{median(pair[i][stage] for pair in rounds):.2f}" for i in (0, 1)) + " |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--computed", action="store_true")
-    parser.add_argument("--platform", default="auto")
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="startup-"))
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    """Starts all commands, and prints the two tables."""
     last = "first step computed" if args.computed else "micro-batch 1 dispatched"
     small = [f"--config.{setting}" for setting in SMALL]
     # prepares the data and leaves a checkpoint
@@ -134,6 +130,16 @@ def main() -> None:
     table("python -m jaxlm.main --config configs/m2_60m.py", starts)
     samples = [tuple(sample(folder / "small", cache, args.platform) for _ in (0, 1)) for cache in caches]
     table("python -m jaxlm.sample --tokens 1", samples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--computed", action="store_true")
+    parser.add_argument("--platform", default="auto")
+    args = parser.parse_args()
+    with temporary_folder("startup") as folder:
+        compare(folder, args)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.cleanup import no_child_left
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -160,4 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with no_child_left():
+        main()

@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from configs import m2_60m
+from experiments.cleanup import no_child_left
 from experiments.learning.tables import ADAMW_TUNED, adamw
 from experiments.learning.trial import validation_loss
 from jaxlm.cli import read_config
@@ -329,4 +330,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with no_child_left():
+        main()
