@@ -42,9 +42,9 @@ other settings may change between sessions. The data may not change either: its 
 
 def default_text(value: Any) -> str:
     """A default as the page shows it."""
-    if isinstance(value, tuple):
+    if value and isinstance(value, tuple):
         return f"{len(value)} strings"
-    return "empty" if value == "" else f"`{value}`"
+    return "empty" if value in ("", ()) else f"`{value}`"
 
 
 def table(group: Any, prefix: str) -> Iterator[str]:

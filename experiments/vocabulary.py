@@ -9,7 +9,8 @@ learning, without reading the text.
 import argparse
 import time
 
-from jaxlm.data.corpus import joined, open_corpus
+from jaxlm.config import join_paths
+from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import sample
 from jaxlm.data.vocabulary import learn_tokenizer
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--corpus", nargs="+", required=True)
     parser.add_argument("--sizes", nargs="+", type=int, default=[8192])
     args = parser.parse_args()
-    texts = [chunk.text for chunk in open_corpus(joined(args.corpus)).train()]
+    texts = [chunk.text for chunk in open_corpus(join_paths(args.corpus)).train()]
     held_out = texts[EVERY // 2 :: EVERY]
     others = [text for number, text in enumerate(texts) if number % EVERY != EVERY // 2]
     held_out_bytes, total = (sum(len(text.encode()) for text in each) for each in (held_out, others))

@@ -148,11 +148,14 @@ def read_flags(argv: list[str]) -> Flags:
 
     Raises UsageError for an unknown flag, a config file that is missing or fails, or a wrong setting.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m jaxlm.main", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-config", type=expand_home, default=str(QUICKSTART))
+    for name in ("corpus", "exclude"):  # absl takes one word for a flag
+        flag = f"-config.data.{name}"
+        parser.add_argument(f"-{flag}", flag, dest=name, type=expand_homes, nargs="+", action="extend")
     args, others = parser.parse_known_args(argv)
     config_file = find_config(args.config)
-    overridden = re.findall(r"(?m)^--?(?:no)?config\.([\w.]+)", "\n".join(others))
+    overridden = re.findall(r"(?m)^--?(?:no)?config\.([\w.]+)", "\n".join(argv))
     for setting in overridden:
         check_name(setting)
     words = ["jaxlm.main", f"--config={config_file}", *others]
@@ -165,8 +168,12 @@ def read_flags(argv: list[str]) -> Flags:
         reason = " ".join((text[text.rindex('File "') :] if "Traceback" in text else text).split())
         raise UsageError(f"{reason} (python -m jaxlm.main --help shows the flags)") from error
     if rest[1:]:
-        raise UsageError(f"unexpected argument {rest[1]!r}: flags begin with --")
+        several_paths = "; several paths follow --config.data.corpus after a blank, not after =" * bool(args.corpus)
+        raise UsageError(f"unexpected argument {rest[1]!r}: flags begin with --{several_paths}")
     settings = _without_old_names_of(overridden, settings)
+    several = {name: value for name in ("corpus", "exclude") if (value := getattr(args, name)) is not None}
+    if several and isinstance(settings, dict) and isinstance(settings.setdefault("data", {}), dict):
+        settings["data"] |= several
     workdir = path(values.workdir) if values.workdir else Path("runs", config_file.stem)
     config = _with_homes(from_config_dict(settings))
     return Flags(config, workdir, values.force, values.show, config_file, overridden)

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import operator
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,6 +95,7 @@ def setting(
     *,
     fixed: bool = False,
     paths: bool = False,
+    several: bool = False,
     **bounds: float,
 ) -> Any:
     """Declares a setting.
@@ -106,9 +107,11 @@ def setting(
         fixed: a run cannot resume with another value, because it defines what the checkpoint means
             or how the run began.
         paths: it names files; values that name the same files are equal.
+        several: it is a string that also takes a list of paths, which `join_paths` joins.
         **bounds: `low` and `high` are the least and the largest value; `above` and `below` are themselves excluded.
     """
     metadata = {"meaning": meaning, "choices": choices, "fixed": fixed, "paths": paths, "bounds": bounds}
+    metadata |= {"several": several}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -205,7 +208,8 @@ class OptimizerConfig:
 class DataConfig:
     """The corpus, its token files and the validation split."""
 
-    corpus: str = setting("novels", r"a name, or paths and patterns between commas (`\,` in a name)", paths=True)
+    corpus: str = setting("novels", "a name, or a list of files, folders and patterns", paths=True, several=True)
+    exclude: tuple[str, ...] = setting((), "patterns of files and folders of the corpus that are not read")
     dir: str = setting("", "directory of prepared train.bin and val.bin; empty: one under data/", paths=True)
     tokenizer: str = setting("gpt2", "gpt2 (its first tokens), or own: learnt from the corpus", TOKENIZERS, fixed=True)
     val_fraction: float = setting(0.01, "of the text, held out for validation", above=0, below=1, fixed=True)
@@ -338,7 +342,10 @@ def settings_of(group: Any, prefix: str) -> Iterator[Setting]:
 
 def default_config() -> ml_collections.ConfigDict:
     """All settings with their defaults, for a config file to change."""
-    return ml_collections.ConfigDict(to_dict(Config()))
+    settings = to_dict(Config())
+    corpus = settings["data"]["corpus"]
+    settings["data"]["corpus"] = ml_collections.FieldReference(corpus, field_type=(str, tuple, list))
+    return ml_collections.ConfigDict(settings)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -368,12 +375,15 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
 
 def _build(cls: Any, settings: Mapping[str, Any], group: str = "") -> Any:
     types, prefix = _types(cls), group and f"{group}."
+    several = [field.name for field in dataclasses.fields(cls) if field.metadata.get("several")]
     arguments = {}
     for name, value in _with_new_names(settings, group).items():
         if name not in types:
             check_name(prefix + name)
             raise UsageError(f"unknown setting {name}: put it into its group")
-        if not dataclasses.is_dataclass(types[name]):
+        if name in several and isinstance(value, list | tuple):
+            arguments[name] = join_paths(_converted(prefix + name, tuple[str, ...], value))
+        elif not dataclasses.is_dataclass(types[name]):
             arguments[name] = _converted(prefix + name, types[name], value)
         elif isinstance(value, Mapping):
             arguments[name] = _build(types[name], value, name)
@@ -420,6 +430,14 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
         described = {int: "an integer", float: "a number that float32 holds", bool: "True or False", str: "a string"}
         raise UsageError(f"{name} is {value!r:.100}: it must be {described[kind]}")
     return value
+
+
+def join_paths(names: Sequence[str]) -> str:
+    """One string for several paths and patterns, between commas. A path that exists gets a backslash before its own."""
+    if len(names) == 1:
+        return names[0]
+    separator = ", " if os.path.exists(",".join(names)) else ","
+    return separator.join(name.replace(",", r"\,") if os.path.exists(name) else name for name in names)
 
 
 class Difference(NamedTuple):

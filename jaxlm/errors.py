@@ -38,12 +38,15 @@ def disk_advice(error: BaseException) -> str:
     return _DISK_ADVICE.get((cause and cause.errno) or 0, "check the disk, or choose another place")
 
 
+LONGEST_LINE = 1000  # characters of an error
+
+
 class _OneLine(Exception):
-    """Its text is one line of at most 1,000 characters, whatever names and values the message repeats."""
+    """Its text is one line of at most LONGEST_LINE characters, whatever names and values the message repeats."""
 
     def __str__(self) -> str:
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
-        return line if len(line) <= 1000 else f"{line[:600]} ... {line[-395:]}"
+        return line if len(line) <= LONGEST_LINE else f"{line[:600]} ... {line[-395:]}"
 
 
 class UsageError(_OneLine):

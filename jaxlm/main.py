@@ -5,12 +5,16 @@ checkpoint in the work directory. If the data is missing, the corpus that the co
 --show prints every setting with its value, what set it and what it is for, and starts nothing.
 """
 
+import itertools
 import json
+import os
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from jaxlm.cli import Flags, define_flags, read_flags, run, run_errors
+from jaxlm.cli import ArgumentParser, Flags, define_flags, read_flags, run, run_errors
 from jaxlm.config import Config, DataConfig, groups, settings_of, to_dict
 from jaxlm.data.corpus import source_changed
 from jaxlm.data.directories import check_named_directory, data_directory, own_directory
@@ -18,10 +22,10 @@ from jaxlm.data.encode import TRAINING_FLAGS
 from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
 from jaxlm.data.tokenizer import encode_prompts
 from jaxlm.errors import UsageError
-from jaxlm.interop.huggingface import check_init
+from jaxlm.interop.huggingface import check_init, own_vocabulary
 from jaxlm.prepare import prepare
 from jaxlm.run.quiet import log_libraries, quiet_libraries
-from jaxlm.run.workdir import check_workdir, saved_source, saved_steps
+from jaxlm.run.workdir import FINAL_MODEL, check_workdir, saved_hashes, saved_steps
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 from jaxlm.terminal import console, printable
@@ -37,23 +41,33 @@ def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = F
 
     Raises UsageError if the files do not fit the config, or the corpus cannot be read.
     """
-    data, vocab_size, directory = config.data, config.model.vocab_size, data_directory(config)
+    data, size = config.data, config.model
     if data.dir:
         check_named_directory(config, corpus_is_named)
+        directory = Path(data.dir)
     elif own and (meta := read_meta(own)) and meta.fits_files(own):
         directory = own
-        if _has_changed(data.corpus, meta.source_sha256):
-            line = f"{data.corpus} has changed: the run resumes with the tokens that it began with, in {own}"
-            print(printable(line))
     else:
-        prepare(data.corpus, directory, vocab_size, data.val_fraction, TRAINING_FLAGS, data.tokenizer)
-    return open_tokens(directory, vocab_size, config.model.context, data.tokenizer)
+        vocabulary = own_vocabulary(config)
+        directory = data_directory(config, vocabulary)
+        prepare(
+            data.corpus,
+            directory,
+            size.vocab_size,
+            data.val_fraction,
+            TRAINING_FLAGS,
+            data.tokenizer,
+            data.exclude,
+            vocabulary,
+            size.context,
+        )
+    return open_tokens(directory, size.vocab_size, size.context, data.tokenizer)
 
 
-def _has_changed(corpus: str, sha256: str | None) -> bool:
+def _has_changed(data: DataConfig, sha256: str | None) -> bool:
     """Whether the hash of the corpus is no longer `sha256`; an older checkpoint has none."""
     try:
-        return sha256 is not None and source_changed(corpus, sha256)
+        return sha256 is not None and source_changed(data.corpus, sha256, data.exclude)
     except UsageError:  # it cannot be read
         return True
 
@@ -72,9 +86,7 @@ def main(argv: list[str]) -> None:
     resumes = bool(saved_steps(workdir))
     if config.init_from and not resumes:
         check_init(config)
-    own = own_directory(saved, config) if resumes else None
-    if own and not config.data.dir:
-        _check_text(own, workdir, config)
+    own = _own_tokens(argv, workdir, saved, config) if resumes else None
     _train(config, workdir, flags.force, open_data(config, own, _names_corpus(argv, config)))
 
 
@@ -99,15 +111,36 @@ def _lines(text: str) -> str:
     return fill(text, 80, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
 
 
-def _check_text(own: Path, workdir: Path, config: Config) -> None:
-    """Raises UsageError if the run's tokens are gone and its text has changed: no checkpoint fits what it gives now."""
+def _own_tokens(argv: list[str], workdir: Path, saved: Mapping[str, Any], config: Config) -> Path | None:
+    """The directory of the tokens of the run that is resumed, None for that of a corpus that it names.
+
+    It says if the text has changed. Raises UsageError if the tokens are gone too: no checkpoint fits what it gives now.
+    """
+    text, train = saved_hashes(workdir)
+    own = own_directory(saved, config, train)
+    if not own or config.data.dir or not _has_changed(config.data, text):
+        return own
     meta = read_meta(own)
-    source = saved_source(workdir)
-    if not (meta and meta.fits_files(own)) and _has_changed(config.data.corpus, source.get("sha256")):
+    if not (meta and meta.fits_files(own) and meta.train.sha256 == train):
         raise UsageError(
             f"{own} has lost the tokens of this run, and {config.data.corpus} has changed: restore one of them, or"
             " choose another --workdir"
         )
+    print(printable(f"{config.data.corpus} has changed: the run resumes with the tokens that it began with, in {own}"))
+    print(printable(f"To train its model on the new text: {_command_for_new_text(argv, workdir)}"))
+    return own
+
+
+def _command_for_new_text(argv: list[str], workdir: Path) -> str:
+    """The command of a new run that starts from the final model of `workdir`."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("workdir", "config.init_from"):
+        parser.add_argument(f"--{name}", f"-{name}")
+    rest = parser.parse_known_args(argv)[1]
+    new = next(path for n in itertools.count(2) if not os.path.lexists(path := f"{workdir}-{n}"))
+    model = workdir / FINAL_MODEL
+    words = ["python", "-m", "jaxlm.main", *rest, "--workdir", new, f"--config.init_from={model}"]
+    return shlex.join(words) + " (once this run has ended)" * (not model.exists())
 
 
 def _names_corpus(argv: list[str], config: Config) -> bool:

@@ -1,16 +1,18 @@
 """Encodes text into token files: python -m jaxlm.prepare --corpus NAME-OR-PATHS --out DIR"""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxlm.cli import ArgumentParser, expand_homes, path, run
-from jaxlm.config import TOKENIZERS
-from jaxlm.data.corpus import joined, open_corpus
+from jaxlm.config import TOKENIZERS, join_paths
+from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import PREPARE_FLAGS, Flags, find_prepared, write_token_files
+from jaxlm.data.text_files import skipped_line, some_names
 from jaxlm.data.token_files import FileMeta, Meta
-from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
+from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE, Tokenizer
 from jaxlm.terminal import console, printable
 
 
@@ -21,17 +23,29 @@ def prepare(
     validation_fraction: float,
     flags: Flags = PREPARE_FLAGS,
     tokenizer: str = "gpt2",
+    exclude: Sequence[str] = (),
+    vocabulary: Tokenizer | None = None,
+    context: int = 0,
 ) -> Meta:
     """Prepares the token files of a corpus and shows progress; does nothing if `directory` already holds them.
+
+    It also shows which files are skipped, and which are not UTF-8. `exclude`, `vocabulary` and `context` are those of
+    `find_files` and `write_token_files`.
 
     Raises UsageError, which names `flags`, if the corpus or the contents of `directory` do not fit, RunError if the
     disk fails.
     """
-    if meta := find_prepared(source, directory, vocab_size, validation_fraction, flags, tokenizer):
+    if meta := find_prepared(source, directory, vocab_size, validation_fraction, flags, tokenizer, exclude, vocabulary):
         return meta
     terminal = console()
-    terminal.out(printable(f"Preparing {source} in {directory}"), highlight=False)
-    corpus = open_corpus(source)  # a download shows its own progress bar
+
+    def say(line: str) -> None:
+        terminal.out(printable(line), highlight=False)
+
+    say(f"Preparing {source} in {directory}")
+    corpus = open_corpus(source, exclude)  # a download shows its own progress bar
+    if line := skipped_line(corpus.skipped):
+        say(line)
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
@@ -42,9 +56,15 @@ def prepare(
         def show(stage: str, done: int, total: int) -> None:
             bar.update(task, description=stage, completed=done, total=total or None)
 
-        meta = write_token_files(corpus, directory, vocab_size, validation_fraction, show, flags, tokenizer)
+        meta = write_token_files(
+            corpus, directory, vocab_size, validation_fraction, show, flags, tokenizer, vocabulary, context
+        )
+    if corpus.windows:
+        words = ", ".join(list(dict.fromkeys(corpus.windows.values()))[:3])
+        files = f"{len(corpus.windows)} file{'s' * (len(corpus.windows) > 1)} ({some_names(corpus.windows)})"
+        say(f"Read {files} as Windows-1252, because not all of it is UTF-8; check some words: {words}")
     seconds, size = time.monotonic() - started, (meta.train.bytes + meta.val.bytes) / 1e6
-    terminal.out(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)", highlight=False)
+    say(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)")
     return meta
 
 
@@ -54,9 +74,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--corpus",
         nargs="+",
+        action="extend",
         type=expand_homes,
         required=True,
-        help="novels, tinystories, or paths or patterns of text files",
+        help="novels, tinystories, or files, folders and patterns",
+    )
+    parser.add_argument(
+        "--exclude", nargs="+", action="extend", default=[], help="patterns of files and folders to leave out"
     )
     parser.add_argument("--out", type=path, required=True, help="directory for train.bin, val.bin and meta.json")
     parser.add_argument(
@@ -73,7 +97,14 @@ def main(argv: list[str]) -> None:
         "--tokenizer", choices=TOKENIZERS, default="gpt2", help="gpt2, or own: learnt from the text (%(default)s)"
     )
     args = parser.parse_args(argv)
-    meta = prepare(joined(args.corpus), args.out, args.vocab_size, args.val_fraction, tokenizer=args.tokenizer)
+    meta = prepare(
+        join_paths(args.corpus),
+        args.out,
+        args.vocab_size,
+        args.val_fraction,
+        tokenizer=args.tokenizer,
+        exclude=args.exclude,
+    )
     print(printable(f"{args.out}: {_describe(meta.train)} for training, {_describe(meta.val)} for validation"))
 
 

@@ -463,6 +463,6 @@ def test_the_page_has_every_setting_with_its_default_and_a_meaning():
     for name, value in all_settings():
         (line,) = (line for line in lines if line.startswith(f"| `{name}`"))
         assert ("*fixed*" in line) == (name in FIXED)
-        assert name == "sample.prompts" or f"`{value}`" in line or (value == "" and "| empty |" in line)
+        assert name == "sample.prompts" or f"`{value}`" in line or (value in ("", ()) and "| empty |" in line)
         assert re.search(r"\| [^|]{4,} \|$", line)
     assert "| `save_interval` | `300` | steps between checkpoints |" in lines

@@ -7,15 +7,14 @@ import hashlib
 import importlib.util
 import io
 import os
-import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jaxlm.data.readers import READABLE, TextChunk, read_chunks, read_text
+from jaxlm.data.text_files import find_files, matches, same_files, skipped_line
 from jaxlm.errors import RunError, UsageError, disk_advice
 
 WITH_OWN_VALIDATION = frozenset({"tinystories"})
@@ -29,50 +28,61 @@ _TINYSTORIES = "roneneldan/TinyStories"
 class Corpus:
     """Readers of the training documents and, if the corpus has its own, the validation documents.
 
-    Each call of a reader starts from the beginning.
+    Each call of a reader starts from the beginning. `skipped` are files that are not read, by their reason. Reading
+    fills `windows`, as `read_chunks` does.
     """
 
     source: str
     files: tuple[Path, ...]
     train: Callable[[], Iterator[TextChunk]]
     validation: Callable[[], Iterator[TextChunk]] | None = None
+    skipped: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    windows: Mapping[Path, str] = field(default_factory=dict)
 
 
-def open_corpus(source: str) -> Corpus:
-    """Opens the corpus `source`: a name, or paths and patterns as `_expand` reads them. Downloads it if needed.
+def open_corpus(source: str, exclude: Sequence[str] = ()) -> Corpus:
+    """Opens the corpus `source`: a name, or paths and patterns as `find_files` reads them. Downloads it if needed.
 
-    Raises UsageError if there is no such name or file, or the corpus is not available.
+    Raises UsageError if there is no such name or file, nothing but skipped files, or the corpus is not available, or if
+    a pattern of `exclude` matches nothing.
     """
     if source in _NAMED:
         return _NAMED[source]()
-    paths = tuple(_expand(source).values())
-    for path in paths:
-        if os.path.isdir(path):
-            pattern = os.path.join(glob.escape(str(path)), "*.txt")
-            raise UsageError(f"{path} is a directory: name its files, for example {shlex.quote(pattern)}")
-        if not os.path.isfile(path):
-            beside = _matches(os.path.join(glob.escape(str(path.parent)), "*"))
-            nearest = difflib.get_close_matches(str(path), [*_NAMED, *map(os.path.normpath, beside)], n=1)
-            hint = f"did you mean '{nearest[0]}'? Choose" if nearest else "choose"
-            comma = r" (a comma in a name is \,)" * ("," in source)
-            choices = f"{', '.join(_NAMED)}, or {READABLE} files"
-            raise UsageError(f"there is no corpus or file '{path}'{comma}: {hint} {choices}")
-    return Corpus(source, paths, partial(read_chunks, paths))
+    found = find_files(source, exclude)
+    if found.missing:
+        comma = r" (a comma in a name is \,)" * ("," in source)
+        others = f" and {len(found.missing) - 1} more" * (len(found.missing) > 1)
+        hint, choices = _nearest(found.missing[0]), f"{', '.join(_NAMED)}, or folders or {READABLE} files"
+        raise UsageError(f"there is no corpus or file '{found.missing[0]}'{comma}{others}: {hint} {choices}")
+    if found.unused:
+        raise UsageError(f"exclude {shlex.join(found.unused)} matches no file of {source}: correct or remove it")
+    if not found.files:
+        skipped = f" ({skipped_line(found.skipped)})" * bool(found.skipped)
+        raise UsageError(f"there is no text in {source}{skipped}: choose folders or {READABLE} files")
+    windows: dict[Path, str] = {}
+    return Corpus(source, found.files, partial(read_chunks, found.files, windows), None, found.skipped, windows)
+
+
+def _nearest(name: str) -> str:
+    beside = matches(os.path.join(glob.escape(os.path.dirname(name)), "*"))
+    nearest = difflib.get_close_matches(name, [*_NAMED, *map(os.path.normpath, beside)], n=1)
+    return f"did you mean {shlex.quote(nearest[0])}? Choose" if nearest else "choose"
 
 
 def same_corpus(source: str, other: str) -> bool:
     """Whether two sources are the same name, or name the same files in the same order."""
-    if source in _NAMED or other in _NAMED:
-        return source == other
-    return list(_expand(source)) == list(_expand(other))
+    return source == other or (not {source, other} & set(_NAMED) and same_files(source, other))
 
 
-def source_changed(source: str, sha256: str) -> bool:
+def source_changed(source: str, sha256: str, exclude: Sequence[str] = ()) -> bool:
     """Whether the user's files have another hash now. False for named corpora and for missing files."""
-    if source in _NAMED:
-        return False
-    paths = _expand(source).values()
-    return all(os.path.isfile(path) for path in paths) and sha256 != files_sha256(paths)
+    return source_sha256(source, exclude) not in ("", sha256)
+
+
+def source_sha256(source: str, exclude: Sequence[str] = ()) -> str:
+    """The hash of the user's files; empty for named corpora and if one is missing. Raises UsageError if unreadable."""
+    found = None if source in _NAMED else find_files(source, exclude)
+    return files_sha256(found.files) if found and not found.missing else ""
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
@@ -86,45 +96,6 @@ def files_sha256(paths: Iterable[Path]) -> str:
         except OSError as error:
             raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
     return digest.hexdigest()
-
-
-def joined(names: Sequence[str]) -> str:
-    """The source of these paths and patterns. In a list, a path that exists gets a backslash before its commas."""
-    if len(names) == 1:
-        return names[0]
-    separator = ", " if os.path.exists(",".join(names)) else ","
-    return separator.join(name.replace(",", r"\,") if os.path.exists(name) else name for name in names)
-
-
-def _expand(source: str) -> dict[Any, Path]:
-    r"""The files in `source`: a path that exists, or paths and patterns separated by commas (`\,` is one in a name).
-
-    What exists is a path. A pattern is replaced by what it matches, in alphabetical order. A file that is named twice,
-    also by another spelling or a link, counts where it is named first. The keys are the files' identities.
-    """
-    names = [source]
-    if not os.path.exists(source):
-        names = [name.strip().replace(r"\,", ",") for name in re.split(r"(?<!\\),", source)]
-    paths = [path for name in names for path in ([name] if os.path.exists(name) else _matches(name) or [name])]
-    files: dict[Any, Path] = {}
-    for path in paths:
-        files.setdefault(_identity(path), Path(path))
-    return files
-
-
-def _matches(pattern: str) -> list[str]:
-    return [] if "\0" in pattern else sorted(glob.glob(pattern, recursive=True))
-
-
-def _identity(path: str) -> Any:
-    """Equal for two paths of one file, as for `os.path.samefile`; for a missing file, its real path."""
-    try:
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-    except OSError:
-        return os.path.realpath(path)
-    except ValueError:  # no file can have that name
-        return path
 
 
 def _novels() -> Corpus:

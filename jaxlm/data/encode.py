@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shlex
 import threading
@@ -18,7 +19,8 @@ import numpy as np
 from jaxlm.config import check_vocab_size
 from jaxlm.data.corpus import Corpus, files_sha256, same_corpus, source_changed
 from jaxlm.data.readers import CHUNK_CHARACTERS, TextChunk
-from jaxlm.data.split import measure, split
+from jaxlm.data.split import Size, measure, split
+from jaxlm.data.text_files import names_of
 from jaxlm.data.token_files import META, TOKEN_DTYPE, TRAIN, VAL, VOCABULARY, FileMeta, Meta, read_meta
 from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from jaxlm.data.vocabulary import SAMPLE_BYTES, learn_tokenizer
@@ -54,12 +56,17 @@ TRAINING_FLAGS = Flags(
 
 
 def prepare_command(
-    source: str, directory: Path, vocab_size: int, validation_fraction: float, tokenizer: str = "gpt2"
+    source: str,
+    directory: Path,
+    vocab_size: int,
+    validation_fraction: float,
+    tokenizer: str = "gpt2",
+    exclude: Sequence[str] = (),
 ) -> str:
     """The command that prepares a corpus in `directory`, or beside it if that is a file or has a token file or META."""
     is_used = os.path.isfile(directory) or any(os.path.lexists(directory / name) for name in _FILES)
-    words = ["--corpus", source, "--out", f"{directory}{'-new' * is_used}", "--vocab_size", str(vocab_size)]
-    words += ["--tokenizer", tokenizer] * (tokenizer != "gpt2")
+    words = ["--corpus", *names_of(source), "--out", f"{directory}{'-new' * is_used}", "--vocab_size", str(vocab_size)]
+    words += ["--exclude", *exclude] * bool(exclude) + ["--tokenizer", tokenizer] * (tokenizer != "gpt2")
     return shlex.join(["python", "-m", "jaxlm.prepare", *words, "--val_fraction", str(validation_fraction)])
 
 
@@ -70,8 +77,12 @@ def find_prepared(
     validation_fraction: float,
     flags: Flags = PREPARE_FLAGS,
     tokenizer: str = "gpt2",
+    exclude: Sequence[str] = (),
+    vocabulary: Tokenizer | None = None,
 ) -> Meta | None:
     """The meta.json of `directory` if it holds exactly these token files; None if they are missing or incomplete.
+
+    `vocabulary` is that of an own tokenizer which is not learnt from the text.
 
     Raises UsageError, which names the flags, if a setting is out of bounds, or `directory` holds token files of another
     source, of other settings or of another program.
@@ -80,7 +91,7 @@ def find_prepared(
     elsewhere = f"choose another {flags.directory}"
     if flags is TRAINING_FLAGS:  # whose directory is not made
         elsewhere = f"set {flags.directory} to what this prepares: "
-        elsewhere += prepare_command(source, directory, vocab_size, validation_fraction, tokenizer)
+        elsewhere += prepare_command(source, directory, vocab_size, validation_fraction, tokenizer, exclude)
     if not 0 < validation_fraction < 1:
         raise UsageError(f"{flags.fraction} is {validation_fraction}: choose one between 0 and 1, such as 0.01")
     if os.path.exists(directory) and not os.path.isdir(directory):
@@ -103,7 +114,9 @@ def find_prepared(
             raise UsageError(f"{directory} was prepared with {flag} {prepared}, not {requested}: {elsewhere}")
     if not meta.fits_files(directory):
         return None
-    if source_changed(source, meta.source_sha256):
+    if vocabulary and meta.tokenizer_sha256 != hashlib.sha256(vocabulary.to_bytes()).hexdigest():
+        raise UsageError(f"{directory} was prepared with another vocabulary: {elsewhere}")
+    if source_changed(source, meta.source_sha256, exclude):
         raise UsageError(f"{source} has changed since {directory} was prepared: {elsewhere}")
     return meta
 
@@ -116,27 +129,32 @@ def write_token_files(
     on_progress: Progress = lambda stage, done, total: None,
     flags: Flags = PREPARE_FLAGS,
     tokenizer: str = "gpt2",
+    vocabulary: Tokenizer | None = None,
+    context: int = 0,
 ) -> Meta:
-    """Encodes a corpus into `directory`, which must have passed `find_prepared`.
+    """Encodes a corpus into `directory`, which must have passed `find_prepared` with the same `vocabulary`.
 
     `on_progress` is called with what is done, the bytes of text that it has done and their total; the total is 0 if it
     is not known.
 
-    Raises UsageError if the corpus cannot be read or split, or is too small to learn such a vocabulary from; RunError
-    if the disk fails.
+    Raises UsageError if the corpus cannot be read or split, is too small to learn such a vocabulary from, or gives no
+    sequence of `context` tokens and the next one to validate on; RunError if the disk fails.
     """
     size = measure(corpus, lambda counted: on_progress("Reading", counted, 0))
+    encoder = vocabulary
     if tokenizer == "gpt2":
-        encoder, vocabulary = load_tokenizer(vocab_size), b""
-    else:
+        encoder = load_tokenizer(vocab_size)
+    elif not encoder:
         texts = _training_texts(split(corpus, size, validation_fraction, flags.fraction), on_progress)
         encoder = learn_tokenizer(sample(texts, min(1.0, SAMPLE_BYTES / size.bytes)), vocab_size, flags.vocab_size)
-        vocabulary = encoder.to_bytes()
+    own = encoder.to_bytes() if tokenizer != "gpt2" else b""
+    if context and not corpus.validation:
+        _check_share(corpus, size, encoder, validation_fraction, context, flags)
     chunks = split(corpus, size, validation_fraction, flags.fraction)
     source_sha256 = files_sha256(corpus.files)
     hashes = {TRAIN: hashlib.sha256(), VAL: hashlib.sha256()}
     counts: dict[str, Counter[str]] = {TRAIN: Counter(), VAL: Counter()}
-    with _new_files(directory, [TRAIN, VAL, *[VOCABULARY] * bool(vocabulary), META]) as files:
+    with _new_files(directory, [TRAIN, VAL, *[VOCABULARY] * bool(own), META]) as files:
         for name, (ids, group_counts) in _encode_all(chunks, encoder, min(os.cpu_count() or 1, _MAX_WORKERS)):
             files[name].write(ids)
             hashes[name].update(ids)
@@ -144,12 +162,32 @@ def write_token_files(
             on_progress("Encoding", counts[TRAIN]["bytes"] + counts[VAL]["bytes"], size.bytes)
         train, val = (FileMeta(**counts[name], sha256=hashes[name].hexdigest()) for name in (TRAIN, VAL))
         fraction = None if corpus.validation else validation_fraction
-        sha256 = hashlib.sha256(vocabulary).hexdigest() if vocabulary else None
+        sha256 = hashlib.sha256(own).hexdigest() if own else None
         meta = Meta(tokenizer, vocab_size, corpus.source, source_sha256, fraction, train, val, sha256)
-        if vocabulary:
-            files[VOCABULARY].write(vocabulary)
+        if own:
+            files[VOCABULARY].write(own)
         files[META].write((json.dumps(dataclasses.asdict(meta), indent=2) + "\n").encode())
     return meta
+
+
+def _check_share(corpus: Corpus, size: Size, encoder: Tokenizer, fraction: float, context: int, flags: Flags) -> None:
+    """Raises UsageError, with the share that would do, if there is too little text to validate on.
+
+    The tokens are estimated from those of the first chunk.
+    """
+    text = next(corpus.train()).text
+    tokens = size.documents + int(size.bytes * len(encoder.encode(text)) / len(text.encode()))
+    if tokens < 2 * (context + 1):
+        raise UsageError(
+            f"{corpus.source} has about {tokens:,} tokens, too few to train and to validate on sequences of"
+            f" {context + 1}: use more text or a smaller --config.model.context"
+        )
+    if tokens * fraction < context + 1:
+        share = math.ceil(110 * (context + 1) / tokens) / 100  # a tenth more than that
+        raise UsageError(
+            f"{fraction} of {corpus.source} is about {int(tokens * fraction):,} tokens, fewer than a sequence of"
+            f" {context + 1} to validate on: use {flags.fraction}={min(share, 0.5)}"
+        )
 
 
 def _training_texts(chunks: Iterable[tuple[str, TextChunk]], on_progress: Progress) -> Iterator[str]:

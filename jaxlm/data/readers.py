@@ -7,18 +7,19 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from jaxlm.data.tokenizer import END_OF_TEXT
-from jaxlm.errors import UsageError
+from jaxlm.errors import LONGEST_LINE, UsageError
 
-READABLE = ".txt, .jsonl (each also as .gz, .xz or .zst) and .parquet"
+READABLE = ".txt, .md, .jsonl (each also as .gz, .xz or .zst) and .parquet"
 CHUNK_CHARACTERS = 1 << 18
 _LONGEST_CHUNK = 1 << 19  # characters; bounds the memory that text without spaces takes
 _ENCODINGS = {  # by the mark at the start; that of UTF-32 can start with that of UTF-16
@@ -29,6 +30,11 @@ _ENCODINGS = {  # by the mark at the start; that of UTF-32 can start with that o
 }
 _HEAD_BYTES = 1 << 12
 _UNPACKERS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+_PLAIN_KINDS = (".txt", ".md")
+_WINDOWS_SHARE = 8  # at most one character in so many is beyond ASCII in text of a Latin alphabet
+_OTHERS = re.compile(r"[\udc80-\udcff]+")  # bytes that are not UTF-8, as "surrogateescape" decodes them
+_OTHER_WORD = re.compile(r"\S{,20}[\udc80-\udcff]\S{,20}")
+_CONTROL = re.compile(r"[\0-\x08\x0e-\x19\x1b-\x1f]")  # not in text, but for white space and DOS's end of file
 _LAST_BREAK = re.compile(r".*\S(?=[ \r\n])", re.DOTALL)
 
 
@@ -43,35 +49,63 @@ class TextChunk(NamedTuple):
     starts_document: bool
 
 
-def read_chunks(paths: Iterable[Path]) -> Iterator[TextChunk]:
+def is_readable(path: Path) -> bool:
+    """Whether `read_chunks` reads files of this kind, by the end of the name. Upper and lower case are the same."""
+    kind, packer = _kind(path)
+    return kind in (*_PLAIN_KINDS, ".jsonl") or (kind == ".parquet" and not packer)
+
+
+def read_chunks(paths: Iterable[Path], windows: dict[Path, str] | None = None) -> Iterator[TextChunk]:
     """The documents of all files, in order.
 
-    A .txt file is one document, or several separated by END_OF_TEXT and the line breaks around it. Each line of a
-    .jsonl file or row of a .parquet file is a document, with its text under the key or in the column `text`. Files are
-    UTF-8. A byte order mark at the start is skipped; all else, including line ends, is preserved. A stray NUL is too,
-    but text in which more than one character in a hundred is NUL is another encoding or no text.
+    A .txt or .md file is one document, or several separated by END_OF_TEXT and the line breaks around it. Each line of
+    a .jsonl file or row of a .parquet file is a document, with its text under the key or in the column `text`. Files
+    are UTF-8. In .txt and .md files the bytes that are not UTF-8 are read as Windows-1252, unless they are too many for
+    that; `windows` gets the first word with such a byte of each of these files. A byte order mark at the start is
+    skipped; all else, including line ends, is preserved. A stray NUL is too, but text in which more than one character
+    in a hundred is NUL is another encoding or no text.
 
-    Raises UsageError for a file that cannot be read, is of another kind, is not UTF-8 or contains no text.
+    Raises UsageError, after the last file, if files cannot be read, are of another kind or encoding or contain no text.
+    It names each of them.
     """
+    problems = {}
     for path in paths:
-        characters = nulls = 0
         try:
-            for chunk in _read_file(path):
-                characters += len(chunk.text)
-                nulls += chunk.text.count("\0")
-                yield chunk
-        except UsageError:
-            raise
-        except UnicodeDecodeError as error:
-            other = "if it has another encoding than Latin-1, name that in place of latin1"
-            raise UsageError(f"{path} is not UTF-8 text: {other}, and {_conversion(path, 'latin1')}") from error
-        except _reading_errors(path) as error:
-            reason = getattr(error, "strerror", None) or f"damaged or incomplete, {error}"
-            raise UsageError(f"cannot read {path} ({reason}): check the file") from error
-        if not characters:
-            raise UsageError(f"{path} contains no text: choose another file")
-        if _many(nulls, characters):
-            raise UsageError(f"{path} has {nulls:,} NUL characters of {characters:,}: remove them or choose other text")
+            yield from _read_whole(path, {} if windows is None else windows)
+        except UsageError as error:
+            problems[path] = str(error)
+    if problems:
+        raise UsageError(*problems.values()) if len(problems) == 1 else UsageError(_all_of(problems))
+
+
+def _all_of(problems: Mapping[Path, str]) -> str:
+    """The problems of several files in one message, without the advice for each if it would be too long."""
+    line = f"{len(problems)} files cannot be read: {'; '.join(problems.values())}"
+    if len(line) <= LONGEST_LINE:
+        return line
+    short = [text[: text.find(": ", text.find(str(path)) + len(str(path)))] for path, text in problems.items()]
+    return f"{len(problems)} files cannot be read, each alone gives the advice for it: {'; '.join(short)}"
+
+
+def _read_whole(path: Path, windows: dict[Path, str]) -> Iterator[TextChunk]:
+    characters = nulls = 0
+    try:
+        for chunk in _read_file(path, windows):
+            characters += len(chunk.text)
+            nulls += chunk.text.count("\0")
+            yield chunk
+    except UsageError:
+        raise
+    except UnicodeDecodeError as error:
+        other = "if it has another encoding than Latin-1, name that in place of latin1"
+        raise UsageError(f"{path} is not UTF-8 text: {other}, and {_conversion(path, 'latin1')}") from error
+    except _reading_errors(path) as error:
+        reason = getattr(error, "strerror", None) or f"damaged or incomplete, {error}"
+        raise UsageError(f"cannot read {path} ({reason}): check the file") from error
+    if not characters:
+        raise UsageError(f"{path} contains no text: choose another file")
+    if _many(nulls, characters):
+        raise UsageError(f"{path} has {nulls:,} NUL characters of {characters:,}: remove them or choose other text")
 
 
 def read_text(stream: TextIO) -> Iterator[TextChunk]:
@@ -117,11 +151,14 @@ def _many(nulls: int, size: int) -> bool:
 
 
 def _conversion(path: Path, encoding: str) -> str:
-    """The advice to convert a file, with the command."""
-    packed, old, convert = path.suffix in _UNPACKERS, shlex.quote(str(path)), f"iconv -f {encoding} -t UTF-8"
-    command = f"{_UNPACKERS[path.suffix]} -dc < {old} | {convert}" if packed else f"{convert} < {old}"
-    new = path.with_name(f"utf8-{path.stem if packed else path.name}")
-    return f"convert it with {command} > {shlex.quote(str(new))}"
+    """The advice to convert a file, with the command, which keeps the original under another name."""
+    kept = next(
+        name for n in itertools.count(1) if not os.path.lexists(name := f"{path}.{encoding}{-n if n > 1 else ''}")
+    )
+    new, old, convert = shlex.quote(str(path)), shlex.quote(kept), f"iconv -f {encoding} -t UTF-8"
+    packer = _UNPACKERS.get(_kind(path)[1])
+    command = f"{packer} -dc < {old} | {convert} | {packer} > {new}" if packer else f"{convert} < {old} > {new}"
+    return f"convert it with mv {new} {old} && {command}"
 
 
 def _refuse_encoding(path: Path, stream: BinaryIO) -> None:
@@ -140,25 +177,79 @@ def _refuse_encoding(path: Path, stream: BinaryIO) -> None:
         )
 
 
-def _read_file(path: Path) -> Iterator[TextChunk]:
-    kind = path.with_suffix("").suffix if path.suffix in _UNPACKERS else path.suffix
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    elif kind in (".txt", ".jsonl"):
-        with _open_text(path) as stream:
-            _refuse_encoding(path, stream.buffer)
-            yield from read_text(stream) if kind == ".txt" else _read_jsonl(path, stream)
-    else:
+def _kind(path: Path) -> tuple[str, str]:
+    """The ends of a file's name that say what it holds and how it is compressed, in lower case."""
+    lower = Path(path.name.lower())
+    return (Path(lower.stem).suffix, lower.suffix) if lower.suffix in _UNPACKERS else (lower.suffix, "")
+
+
+def _read_file(path: Path, windows: dict[Path, str]) -> Iterator[TextChunk]:
+    kind, packer = _kind(path)
+    if not is_readable(path):
         raise UsageError(f"{path} is not a file type that can be read: use {READABLE}")
-
-
-def _open_text(path: Path) -> TextIO:
+    if kind == ".parquet":
+        yield from _read_parquet(path)
+        return
     openers: dict[str, Callable[[Path], Any]] = {
         ".gz": gzip.open,
         ".xz": lzma.open,
         ".zst": lambda path: _zstd_module(path).open(path),
     }
-    return io.TextIOWrapper(openers.get(path.suffix, io.FileIO)(path), encoding="utf-8-sig", newline="\n")
+    with openers.get(packer, io.FileIO)(path) as stream:
+        _refuse_encoding(path, stream)
+        if kind == ".jsonl":
+            yield from _read_jsonl(path, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n"))
+            return
+        text = _WindowsText(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+        yield from read_text(text)
+        text.check()
+        if text.example:
+            windows[path] = text.example
+
+
+class _WindowsText(io.TextIOWrapper):
+    """Text in UTF-8 whose other bytes are read as Windows-1252. It is opened with `errors="surrogateescape"`.
+
+    `example` is the first word with such a byte; empty if there is none.
+    """
+
+    characters = others = 0
+    example = ""
+
+    def read(self, size: int | None = -1, /) -> str:
+        """As for any text. Raises UnicodeDecodeError for a byte that is not in Windows-1252 either."""
+        text = super().read(size)
+        self.characters += len(text)
+        if _is_utf8(text):
+            return text
+        others = "".join(_OTHERS.findall(text)).encode(errors="surrogateescape")
+        if _CONTROL.search(text):
+            raise UnicodeDecodeError("utf-8", others, 0, 1, "control characters are beside it")
+        self.others += len(others)
+        if not self.example and (word := _OTHER_WORD.search(text)):
+            self.example = _windows(word[0])
+        if 2 * len(others) >= len(text) - len(text.encode("ascii", "ignore")):  # the rest is UTF-8 by chance
+            return _windows(text)
+        return _OTHERS.sub(lambda match: _windows(match[0]), text)
+
+    def check(self) -> None:
+        """Raises UnicodeDecodeError if there were more such bytes than Windows-1252 explains."""
+        if self.others > 1 + self.characters // _WINDOWS_SHARE:
+            raise UnicodeDecodeError("utf-8", b"", 0, 0, "too many bytes are not UTF-8")
+
+
+def _windows(text: str) -> str:
+    """The text again, with all bytes read as Windows-1252. Raises UnicodeDecodeError for one that it lacks."""
+    return text.encode(errors="surrogateescape").decode("cp1252")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether all of a text that was read with "surrogateescape" was UTF-8."""
+    try:
+        text.encode()  # much faster than a search
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _zstd_module(path: Path) -> ModuleType:
@@ -172,7 +263,7 @@ def _zstd_module(path: Path) -> ModuleType:
 
 def _reading_errors(path: Path) -> tuple[type[Exception], ...]:
     errors = (OSError, EOFError, lzma.LZMAError, zlib.error)
-    return (*errors, _zstd_module(path).ZstdError) if path.suffix == ".zst" else errors
+    return (*errors, _zstd_module(path).ZstdError) if _kind(path)[1] == ".zst" else errors
 
 
 def _read_jsonl(path: Path, stream: TextIO) -> Iterator[TextChunk]:

@@ -1,5 +1,6 @@
 """The split of a corpus into training and validation text."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
 from typing import NamedTuple
@@ -49,7 +50,8 @@ def split(
         return chain(zip(repeat(TRAIN), corpus.train()), zip(repeat(VAL), corpus.validation()))
     if size.documents >= _MANY_DOCUMENTS:
         if int(size.documents * fraction) == 0:
-            raise UsageError(f"{fraction} of {size.documents} documents is 0: choose a larger {fraction_flag}")
+            share = f"{fraction_flag}={math.ceil(1000 / size.documents) / 1000}"
+            raise UsageError(f"{fraction} of {size.documents} documents is 0: use at least {share}")
         return _split_documents(corpus.train(), fraction)
     train_characters = int(size.characters * (1 - fraction))
     if not 0 < train_characters < size.characters:

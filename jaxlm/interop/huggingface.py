@@ -426,15 +426,18 @@ def check_init(config: Config, tokenizer: Tokenizer | None = None) -> None:
     if different:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in different.items())
         raise UsageError(f"init_from {folder} is a model of other sizes: add {flags}")
-    expected = load_tokenizer(model.vocab_size) if config.data.tokenizer == "gpt2" else tokenizer
-    if expected and expected.vocabulary != saved.vocabulary:
-        is_gpt2 = model.vocab_size <= GPT2_VOCAB_SIZE and saved == load_tokenizer(model.vocab_size)
-        advice = (
-            "set --config.data.tokenizer=gpt2"
-            if is_gpt2
-            else "set --config.data.tokenizer=own and the text from which it was learnt"
-        )
+    is_gpt2 = model.vocab_size <= GPT2_VOCAB_SIZE and saved.vocabulary == load_tokenizer(model.vocab_size).vocabulary
+    fits = is_gpt2 == (config.data.tokenizer == "gpt2")
+    if not fits or (tokenizer and tokenizer.vocabulary != saved.vocabulary):
+        advice = f"set --config.data.tokenizer={'gpt2' if is_gpt2 else 'own'}{' and no --config.data.dir' * fits}"
         raise UsageError(f"init_from {folder} has another vocabulary than this run: {advice}")
+
+
+def own_vocabulary(config: Config) -> Tokenizer | None:
+    """The tokenizer of the model in `init_from`, if the run's is an own one. Raises UsageError if it cannot be read."""
+    if config.data.tokenizer != "own" or not config.init_from:
+        return None
+    return _own_tokenizer(_read_json(Path(config.init_from) / "tokenizer.json"), config.model.vocab_size)
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> TokenizerProtocol:

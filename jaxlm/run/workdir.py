@@ -26,13 +26,14 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-def saved_source(workdir: Path) -> Mapping[str, Any]:
-    """What the newest checkpoint says of the text it was trained on; empty if it does not or cannot be read."""
+def saved_hashes(workdir: Path) -> tuple[str | None, str | None]:
+    """The hashes of the text and of train.bin in the newest checkpoint; None if it has none or cannot be read."""
     file = workdir / CHECKPOINTS / str(max(saved_steps(workdir), default=0)) / "meta" / "metadata"
     try:
-        return dict(json.loads(file.read_text())["source"])
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
-        return {}
+        meta = json.loads(file.read_text())
+        return dict(meta.get("source", {})).get("sha256"), dict(meta["tokens"]).get("train_sha256")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None, None
 
 
 def existing_parent(path: Path) -> Path:

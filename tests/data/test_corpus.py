@@ -18,8 +18,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from jaxlm.config import join_paths
 from jaxlm.data import corpus
-from jaxlm.data.corpus import files_sha256, joined, open_corpus, same_corpus, source_changed
+from jaxlm.data.corpus import files_sha256, open_corpus, same_corpus, source_changed
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import RunError, UsageError
 from jaxlm.prepare import prepare
@@ -102,15 +103,15 @@ def test_names_with_commas(tmp_path, monkeypatch):
     assert open_corpus(r"a\,b.txt,c.txt").files == (Path("a,b.txt"), Path("c.txt"))
     assert open_corpus(r"c.txt, a\,*.txt").files == (Path("c.txt"), Path("a,b.txt"))
     for names in (["a,b.txt", "c.txt"], ["a,b.txt"], ["c.txt", "a,b.txt", "b.txt"]):
-        assert open_corpus(joined(names)).files == tuple(map(Path, names))
+        assert open_corpus(join_paths(names)).files == tuple(map(Path, names))
     Path("a").rename("a.txt")
     Path("a.txt,b.txt").touch()
-    assert open_corpus(joined(["a.txt", "b.txt"])).files == (Path("a.txt"), Path("b.txt"))
-    assert open_corpus(joined(["b.txt,a.txt", "c.txt"])).files == (Path("b.txt"), Path("a.txt"), Path("c.txt"))
+    assert open_corpus(join_paths(["a.txt", "b.txt"])).files == (Path("a.txt"), Path("b.txt"))
+    assert open_corpus(join_paths(["b.txt,a.txt", "c.txt"])).files == (Path("b.txt"), Path("a.txt"), Path("c.txt"))
 
 
 def test_a_list_with_a_missing_file_says_how_a_comma_is_written():
-    with pytest.raises(UsageError, match=r"'g/c' \(a comma in a name is \\,\): "):
+    with pytest.raises(UsageError, match=r"'g/c' \(a comma in a name is \\,\) and 2 more: "):
         open_corpus("g/c,d.txt,g/book1.txt")
     with pytest.raises(UsageError, match=r"'missing\.txt': "):
         open_corpus("missing.txt")
@@ -149,17 +150,18 @@ def test_changed_files_are_detected(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("novel", "did you mean 'novels'.*novels, tinystories"),
-        ("tiny_stories", "did you mean 'tinystories'"),
+        ("novel", "did you mean novels.*novels, tinystories"),
+        ("tiny_stories", "did you mean tinystories"),
+        ("it [1]", re.escape("did you mean " + shlex.quote("it's [1]"))),
         ("missing.txt", "there is no corpus or file 'missing.txt'"),
         ("*.txt", r"file '\*.txt'"),
         ("x" * 5000, "there is no corpus or file"),
-        ("", "no corpus or file|is a directory"),
-        (".", "is a directory: name its files"),
-        ("boks.jsonl", "did you mean 'books.jsonl'"),
+        ("", "no corpus or file"),
+        (".", r"no text in \. \(Skipped 1 empty \(books.jsonl\)\): choose folders or .txt"),
+        ("boks.jsonl", "did you mean books.jsonl"),
         ("a\0b", "no corpus or file"),
         ("a\0b/*", "no corpus or file"),
-        ("it's [1]", re.escape("for example " + shlex.quote("it's [[]1]/*.txt"))),
+        ("it's [1]", re.escape("no text in it's [1]: choose")),
     ],
 )
 def test_unknown_names_are_refused(tmp_path, monkeypatch, source, message):

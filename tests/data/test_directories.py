@@ -128,7 +128,7 @@ def test_another_split_or_corpus_of_that_name_has_a_directory_of_its_own(tmp_pat
     monkeypatch.chdir(tmp_path)
 
     def directory(corpus, fraction):
-        return data_directory(Config(data=DataConfig(corpus=corpus, val_fraction=fraction)))
+        return data_directory(Config(model=ModelConfig(vocab_size=300), data=DataConfig(corpus, val_fraction=fraction)))
 
     first = directory("a b.txt", 0.1)
     first.parent.mkdir()

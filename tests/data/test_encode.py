@@ -330,7 +330,7 @@ def test_a_fraction_out_of_bounds_is_refused(tmp_path, fraction):
 def test_the_flag_of_the_caller_is_named_when_the_text_is_too_short(tmp_path):
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(["text"] * 200))
     for flags in (PREPARE_FLAGS, TRAINING_FLAGS):
-        with pytest.raises(UsageError, match=f"choose a larger {re.escape(flags.fraction)}$"):
+        with pytest.raises(UsageError, match=f"use at least {re.escape(flags.fraction)}=0.005$"):
             write_token_files(open_corpus(str(tmp_path / "a.txt")), tmp_path / "o", 300, 0.001, flags=flags)
 
 

@@ -126,8 +126,8 @@ GOOD_LINE = b'{"text": "good"}\n'
         ("a.txt", b"", "contains no text"),
         ("a.txt", b"\xef\xbb\xbf", "contains no text"),
         ("a.txt", f"\n{MARK}\n".encode(), "contains no text"),
-        ("a.txt", "café".encode("latin1"), "not UTF-8"),
-        ("a.txt.gz", gzip.compress("café".encode("latin1"), mtime=0), "not UTF-8"),
+        ("a.txt", "тёплый".encode("koi8-r"), "not UTF-8"),
+        ("a.txt.gz", gzip.compress("тёплый".encode("koi8-r"), mtime=0), "not UTF-8"),
         ("a.jsonl", b"", "contains no text"),
         ("a.jsonl", GOOD_LINE + b"\n" + b'{"body": "x"}\n', "line 3 has no text"),
         ("a.jsonl", GOOD_LINE + b'{"text": null}\n', "line 2 has no text"),
@@ -174,13 +174,15 @@ def test_other_encodings_are_named_and_the_command_converts_them(tmp_path, monke
     text = words * 200
     path = Path(f"it's a $file{kind}{packer}")
     content = text if kind == ".txt" else json.dumps({"text": text}, ensure_ascii=False)
-    path.write_bytes(PACKERS[packer](content.encode(encoding)))
+    original = PACKERS[packer](content.encode(encoding))
+    path.write_bytes(original)
     with pytest.raises(UsageError, match=rf"{ENCODINGS[encoding]}\b") as refused:
         list(read_chunks([path]))
     command = str(refused.value).split("convert it with ")[1]
     subprocess.run(command, shell=True, check=True)
-    (new,) = set(Path().iterdir()) - {path}
-    assert as_documents(read_chunks([new])) == [text]
+    assert as_documents(read_chunks([path])) == [text]
+    (kept,) = set(Path().iterdir()) - {path}
+    assert kept.read_bytes() == original and not readers.is_readable(kept)
 
 
 def test_big_endian_marks_are_known(tmp_path):
@@ -191,12 +193,71 @@ def test_big_endian_marks_are_known(tmp_path):
 
 
 def test_a_file_that_is_not_utf8_is_converted_by_the_command(tmp_path):
-    path = tmp_path / "it's.txt"
-    path.write_bytes("café".encode("latin1"))
+    path, before = tmp_path / "it's.txt", tmp_path / "it's.txt.latin1"
+    path.write_bytes("тёплый".encode("koi8-r"))
+    before.write_text("a person's")
     with pytest.raises(UsageError, match="another encoding than Latin-1, name that in place of latin1") as refused:
         list(read_chunks([path]))
-    subprocess.run(str(refused.value).split("convert it with ")[1], shell=True, check=True)
-    assert as_documents(read_chunks([tmp_path / "utf8-it's.txt"])) == ["café"]
+    command = str(refused.value).split("convert it with ")[1].replace("-f latin1", "-f KOI8-R")
+    subprocess.run(command, shell=True, check=True)
+    assert as_documents(read_chunks([path])) == ["тёплый"]
+    assert before.read_text() == "a person's"
+
+
+@given(st.text(st.sampled_from("abc \n,é€ßÿ“”"), max_size=60), st.sampled_from([".txt", ".md", ".TXT", ".Txt.Gz"]))
+def test_windows_text_is_read_and_the_files_are_given_with_a_word(tmp_path_factory, text, ending):
+    path = tmp_path_factory.mktemp("windows") / f"a{ending}"
+    content = f"{'plain words ' * 300}{text}{' Überraschung.' * 30}".encode("cp1252")
+    path.write_bytes(gzip.compress(content) if ending.endswith("Gz") else content)
+    windows = {}
+    assert as_documents(read_chunks([path], windows)) == [content.decode("cp1252")]  # „Spaß“ ends in UTF-8 by chance
+    (word,) = windows.values()
+    assert word in content.decode("cp1252") and not word.isascii()
+
+
+def test_text_that_is_neither_utf8_nor_plausible_windows_text_is_refused(tmp_path):
+    contents = {
+        "koi8.txt": ("Быть или не быть. " * 50).encode("koi8-r"),
+        "undefined.txt": b"plain words " * 50 + b"\x81",  # no character of Windows-1252
+        "lines.jsonl": b'{"text": "caf\xe9 and more words"}\n',  # JSON is UTF-8
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=f"{name} is not UTF-8 text"):
+            list(read_chunks([tmp_path / name]))
+
+
+def test_utf8_with_a_few_windows_bytes_keeps_its_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes("日本 é ".encode() * 20 + b"caf\xe9")
+    windows = {}
+    assert as_documents(read_chunks([tmp_path / "a.txt"], windows)) == ["日本 é " * 20 + "café"]
+    assert windows == {tmp_path / "a.txt": "café"}
+    (tmp_path / "b.txt").write_bytes("日本 é ".encode() * 20)
+    list(read_chunks([tmp_path / "b.txt"], windows))
+    assert len(windows) == 1
+
+
+def test_every_unreadable_file_is_named_after_all_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("good.txt").write_text("good words")
+    Path("a b.txt").write_bytes("words".encode("utf-16"))
+    Path("c.txt.gz").write_bytes(b"no gzip")
+    Path("d.jsonl").write_text("{")
+    names = ["a b.txt", "c.txt.gz", "good.txt", "d.jsonl"]
+    texts = []
+    with pytest.raises(UsageError) as refused:
+        texts.extend(chunk.text for chunk in read_chunks(map(Path, names)))
+    message = str(refused.value)
+    assert "".join(texts) == "good words"
+    for said in ("3 files", "a b.txt is UTF-16", "iconv", "read c.txt.gz (", "d.jsonl, line 1 is not JSON"):
+        assert said in message
+    for number in range(20):
+        names.append(f"{number}: 1.txt")
+        Path(names[-1]).write_bytes("words".encode("utf-16"))
+    with pytest.raises(UsageError) as refused:
+        list(read_chunks(map(Path, names)))
+    for said in ("23 files", *(f"{number}: 1.txt is UTF-16" for number in range(20))):
+        assert said in str(refused.value)
 
 
 def test_text_in_an_encoding_without_a_mark_is_converted_by_the_command_with_its_name(tmp_path):
@@ -205,7 +266,7 @@ def test_text_in_an_encoding_without_a_mark_is_converted_by_the_command_with_its
         list(read_chunks([tmp_path / "a.txt"]))
     command = str(refused.value).split("convert it with ")[1].replace("latin1", "UTF-16LE")
     subprocess.run(command, shell=True, check=True)
-    assert as_documents(read_chunks([tmp_path / "utf8-a.txt"])) == ["床前明月光疑是地上霜。"]
+    assert as_documents(read_chunks([tmp_path / "a.txt"])) == ["床前明月光疑是地上霜。"]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
