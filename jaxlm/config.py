@@ -468,7 +468,8 @@ def differences(saved: Any, config: Any, group: str = "") -> list[Difference]:
             continue
         saved_value = saved.get(field.name, field.default)
         equal = same_paths if metadata.get("paths") else operator.eq
-        if not equal(tuple(saved_value) if isinstance(saved_value, list) else saved_value, value):
+        saved_value = tuple(saved_value) if isinstance(saved_value, list) else saved_value
+        if not equal(saved_value, value):
             changes.append(Difference(prefix + field.name, value, saved_value, metadata.get("fixed", False)))
     return changes
 

@@ -1,7 +1,8 @@
 """The command that trains: python -m jaxlm.main [--config m2_60m] [--workdir DIR] [--config.batch_size=16]
 
 --config is a config file or the name of a shipped preset (m2_60m, quickstart). Training resumes from the newest
-checkpoint in the work directory. If the data is missing, the corpus that the config names is prepared first.
+checkpoint in the work directory. If the data is missing, the corpus that the config names is prepared first:
+--config.data.corpus takes files, folders and patterns, each as a word of its own.
 --show prints every setting with its value, what set it and what it is for, and starts nothing.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 from jaxlm.cli import ArgumentParser, Flags, define_flags, read_flags, run, run_errors
 from jaxlm.config import Config, DataConfig, groups, settings_of, to_dict
 from jaxlm.data.corpus import source_changed
-from jaxlm.data.directories import check_named_directory, data_directory, own_directory
+from jaxlm.data.directories import check_named_directory, data_directory, own_directory, plain_directory
 from jaxlm.data.encode import TRAINING_FLAGS
 from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
 from jaxlm.data.tokenizer import encode_prompts
@@ -50,6 +51,8 @@ def open_data(config: Config, own: Path | None = None, corpus_is_named: bool = F
     else:
         vocabulary = own_vocabulary(config)
         directory = data_directory(config, vocabulary)
+        if directory != (plain := plain_directory(config)[0]) and plain.exists() and not directory.exists():
+            print(printable(f"{plain} has the tokens of another text, split or vocabulary, and stays"))
         prepare(
             data.corpus,
             directory,
@@ -126,8 +129,9 @@ def _own_tokens(argv: list[str], workdir: Path, saved: Mapping[str, Any], config
             f"{own} has lost the tokens of this run, and {config.data.corpus} has changed: restore one of them, or"
             " choose another --workdir"
         )
+    when = "" if (workdir / FINAL_MODEL).exists() else ", once this run has ended"
     print(printable(f"{config.data.corpus} has changed: the run resumes with the tokens that it began with, in {own}"))
-    print(printable(f"To train its model on the new text: {_command_for_new_text(argv, workdir)}"))
+    print(printable(f"To train its model on the new text{when}: {_command_for_new_text(argv, workdir)}"))
     return own
 
 
@@ -138,9 +142,8 @@ def _command_for_new_text(argv: list[str], workdir: Path) -> str:
         parser.add_argument(f"--{name}", f"-{name}")
     rest = parser.parse_known_args(argv)[1]
     new = next(path for n in itertools.count(2) if not os.path.lexists(path := f"{workdir}-{n}"))
-    model = workdir / FINAL_MODEL
-    words = ["python", "-m", "jaxlm.main", *rest, "--workdir", new, f"--config.init_from={model}"]
-    return shlex.join(words) + " (once this run has ended)" * (not model.exists())
+    start = f"--config.init_from={workdir / FINAL_MODEL}"
+    return shlex.join(["python", "-m", "jaxlm.main", *rest, "--workdir", new, start])
 
 
 def _names_corpus(argv: list[str], config: Config) -> bool:

@@ -10,7 +10,7 @@ from jaxlm.cli import ArgumentParser, expand_homes, path, run
 from jaxlm.config import TOKENIZERS, join_paths
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.encode import PREPARE_FLAGS, Flags, find_prepared, write_token_files
-from jaxlm.data.text_files import skipped_line, some_names
+from jaxlm.data.text_files import describe_skipped, names_of, some_names
 from jaxlm.data.token_files import FileMeta, Meta
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE, Tokenizer
 from jaxlm.terminal import console, printable
@@ -42,10 +42,10 @@ def prepare(
     def say(line: str) -> None:
         terminal.out(printable(line), highlight=False)
 
-    say(f"Preparing {source} in {directory}")
+    say(f"Preparing {some_names(names_of(source))} in {directory}")
     corpus = open_corpus(source, exclude)  # a download shows its own progress bar
-    if line := skipped_line(corpus.skipped):
-        say(line)
+    if corpus.skipped:
+        say(f"Skipped {describe_skipped(corpus.skipped)}")
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
@@ -60,9 +60,9 @@ def prepare(
             corpus, directory, vocab_size, validation_fraction, show, flags, tokenizer, vocabulary, context
         )
     if corpus.windows:
-        words = ", ".join(list(dict.fromkeys(corpus.windows.values()))[:3])
-        files = f"{len(corpus.windows)} file{'s' * (len(corpus.windows) > 1)} ({some_names(corpus.windows)})"
-        say(f"Read {files} as Windows-1252, because not all of it is UTF-8; check some words: {words}")
+        words = ", ".join([*dict.fromkeys(corpus.windows.values())][:3])
+        files = f"{len(corpus.windows)} not in UTF-8 ({some_names(corpus.windows)})"
+        say(f"Read {files} as Windows-1252, with words such as {words}: if they look wrong, convert the text")
     seconds, size = time.monotonic() - started, (meta.train.bytes + meta.val.bytes) / 1e6
     say(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)")
     return meta

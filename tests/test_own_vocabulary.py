@@ -230,7 +230,11 @@ def test_a_run_starts_from_a_model_of_its_own_vocabulary_only(own):
     assert another in refused(*flags, workdir="new")
     assert another in refused(*OWN, "--config.init_from=run/final_model", workdir="other")
     tiny_run.write_text(Path("other.txt"), "some words that others do not have, such as elephant and giraffe", seed=3)
-    assert another in refused(*OWN, *flags, "--config.data.corpus=other.txt", workdir="other2")
+    train("other2", *OWN, *flags, "--config.data.corpus=other.txt", share="plain")  # with the model's vocabulary
+    assert Path("data/other-txt-own-300/tokenizer.tiktoken").read_bytes() == VOCABULARY.read_bytes()
+    train("other3", *OWN, "--config.max_steps=3", "--config.data.corpus=other.txt", share="plain")
+    (beside,) = Path("data").glob("other-txt-own-300-*/tokenizer.tiktoken")
+    assert beside.read_bytes() != VOCABULARY.read_bytes()
 
 
 def test_losses_are_in_bits_per_byte_of_the_same_text(own):

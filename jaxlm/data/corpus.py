@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxlm.data.readers import READABLE, TextChunk, read_chunks, read_text
-from jaxlm.data.text_files import find_files, matches, same_files, skipped_line
+from jaxlm.data.text_files import describe_skipped, find_files, matches, names_of, same_files, some_names
 from jaxlm.errors import RunError, UsageError, disk_advice
 
 WITH_OWN_VALIDATION = frozenset({"tinystories"})
@@ -22,6 +22,7 @@ WITH_OWN_VALIDATION = frozenset({"tinystories"})
 _NOVELS_SHA256 = "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b"
 _NOVELS_CHARACTERS = ((1247, 563530), (3128363, 6331179))  # the Sherlock Holmes stories; War and Peace
 _TINYSTORIES = "roneneldan/TinyStories"
+_FILES = f"a folder, or {READABLE} files"
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ def open_corpus(source: str, exclude: Sequence[str] = ()) -> Corpus:
         return _NAMED[source]()
     found = find_files(source, exclude)
     if found.missing:
-        comma = r" (a comma in a name is \,)" * ("," in source)
-        others = f" and {len(found.missing) - 1} more" * (len(found.missing) > 1)
-        hint, choices = _nearest(found.missing[0]), f"{', '.join(_NAMED)}, or folders or {READABLE} files"
-        raise UsageError(f"there is no corpus or file '{found.missing[0]}'{comma}{others}: {hint} {choices}")
+        hint = _nearest(found.missing[0])
+        raise UsageError(
+            f"there is no corpus or file {some_names(found.missing)}: {hint} {', '.join(_NAMED)}, {_FILES}"
+        )
     if found.unused:
-        raise UsageError(f"exclude {shlex.join(found.unused)} matches no file of {source}: correct or remove it")
+        raise UsageError(f"exclude {shlex.join(found.unused)} matches no file: correct or remove it")
     if not found.files:
-        skipped = f" ({skipped_line(found.skipped)})" * bool(found.skipped)
-        raise UsageError(f"there is no text in {source}{skipped}: choose folders or {READABLE} files")
+        skipped = f" but {describe_skipped(found.skipped)}" * bool(found.skipped)
+        raise UsageError(f"there is no text in {some_names(names_of(source))}{skipped}: choose {_FILES}")
     windows: dict[Path, str] = {}
     return Corpus(source, found.files, partial(read_chunks, found.files, windows), None, found.skipped, windows)
 

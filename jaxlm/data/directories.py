@@ -24,7 +24,7 @@ def data_directory(config: Config, vocabulary: Tokenizer | None = None) -> Path:
     The name gets a hash of text, split and `vocabulary` (see `find_prepared`) if the corpus's is shortened, or if the
     directory without it holds other tokens, which stay. Raises UsageError if the text cannot be read.
     """
-    data, (directory, is_shortened) = config.data, _plain_directory(config)
+    data, (directory, is_shortened) = config.data, plain_directory(config)
     if data.dir:
         return Path(data.dir)
     if not is_shortened and _fits(directory, config, vocabulary):
@@ -35,7 +35,7 @@ def data_directory(config: Config, vocabulary: Tokenizer | None = None) -> Path:
     return directory.with_name(f"{directory.name}-{digest[:8]}")
 
 
-def _plain_directory(config: Config) -> tuple[Path, bool]:
+def plain_directory(config: Config) -> tuple[Path, bool]:
     """The directory under data/ without a hash, and whether the name of the corpus is shortened in it."""
     name = re.sub(r"\W+", "-", config.data.corpus).strip("-")
     own = "own-" * (config.data.tokenizer == "own")
@@ -85,7 +85,7 @@ def own_directory(saved: Mapping[str, Any], config: Config, train_sha256: str | 
         return None
     as_saved = dataclasses.replace(config.data, corpus=data["corpus"], dir=str(data.get("dir", "")))
     config = dataclasses.replace(config, data=as_saved)
-    directory = _plain_directory(config)[0]
+    directory = plain_directory(config)[0]
     hashed = directory.parent.glob(f"{glob.escape(directory.name)}-{'[0-9a-f]' * 8}")
     places = [] if as_saved.dir else [directory, *sorted(hashed)]
     return next((place for place in places if _train_sha256(place) == train_sha256), None) or data_directory(config)

@@ -10,6 +10,7 @@ import lzma
 import os
 import re
 import shlex
+import string
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -152,9 +153,8 @@ def _many(nulls: int, size: int) -> bool:
 
 def _conversion(path: Path, encoding: str) -> str:
     """The advice to convert a file, with the command, which keeps the original under another name."""
-    kept = next(
-        name for n in itertools.count(1) if not os.path.lexists(name := f"{path}.{encoding}{-n if n > 1 else ''}")
-    )
+    names = itertools.chain([f"{path}.{encoding}"], (f"{path}.{encoding}-{n}" for n in itertools.count(2)))
+    kept = next(name for name in names if not os.path.lexists(name))
     new, old, convert = shlex.quote(str(path)), shlex.quote(kept), f"iconv -f {encoding} -t UTF-8"
     packer = _UNPACKERS.get(_kind(path)[1])
     command = f"{packer} -dc < {old} | {convert} | {packer} > {new}" if packer else f"{convert} < {old} > {new}"
@@ -227,7 +227,7 @@ class _WindowsText(io.TextIOWrapper):
             raise UnicodeDecodeError("utf-8", others, 0, 1, "control characters are beside it")
         self.others += len(others)
         if not self.example and (word := _OTHER_WORD.search(text)):
-            self.example = _windows(word[0])
+            self.example = _windows(word[0]).strip(string.punctuation)
         if 2 * len(others) >= len(text) - len(text.encode("ascii", "ignore")):  # the rest is UTF-8 by chance
             return _windows(text)
         return _OTHERS.sub(lambda match: _windows(match[0]), text)

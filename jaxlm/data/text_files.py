@@ -6,7 +6,8 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +40,9 @@ def find_files(source: str, exclude: Sequence[str] = ()) -> Found:
     skipped: dict[str, list[Path]] = {}
     missing, used, seen = [], set(), set()
     for name in names_of(source):
-        paths = [name] if os.path.lexists(name) else matches(name)
-        missing += [name] * (not paths)
-        for path, below in (found for path in paths for found in _walk(path)):
+        matched = [name] if os.path.lexists(name) else matches(name)
+        missing += [name] * (not matched)
+        for path, below in chain.from_iterable(map(_walk, matched)):
             if (identity := _identity(path)) in seen:
                 continue
             seen.add(identity)
@@ -62,16 +63,15 @@ def same_files(source: str, other: str) -> bool:
     return identities[0] == identities[1]
 
 
-def some_names(paths: Iterable[Path], most: int = 5) -> str:
+def some_names(paths: Collection[str | Path], most: int = 5) -> str:
     """The paths as a shell takes them; of more than `most` the first ones and how many others there are."""
-    first, rest = [*map(str, paths)][:most], len([*paths]) - most
-    return ", ".join(map(shlex.quote, first)) + f" and {rest} more" * (rest > 0)
+    names, rest = [shlex.quote(str(path)) for path in paths], len(paths) - most
+    return ", ".join(names[:most]) + f" and {rest} more" * (rest > 0)
 
 
-def skipped_line(found: Mapping[str, Sequence[Path]]) -> str:
-    """What is skipped, counted and named; empty if nothing is."""
-    reasons = [f"{len(paths)} {reason} ({some_names(paths)})" for reason, paths in found.items()]
-    return f"Skipped {', '.join(reasons)}" if reasons else ""
+def describe_skipped(skipped: Mapping[str, Sequence[Path]]) -> str:
+    """The files that are skipped, counted and named by their reason."""
+    return ", ".join(f"{len(paths)} {reason} ({some_names(paths)})" for reason, paths in skipped.items())
 
 
 def names_of(source: str) -> list[str]:
