@@ -17,6 +17,7 @@ import pytest
 from configs import quickstart
 from jaxlm.cli import ArgumentParser, expand_homes, find_config, path, read_config, run_errors, status
 from jaxlm.config import differences, from_config_dict, to_dict
+from jaxlm.data.text_files import names_of
 from jaxlm.errors import RunError, Stopped, UsageError
 
 CONFIGS = Path(quickstart.__file__).parent
@@ -219,6 +220,25 @@ def test_every_path_of_a_command_line_may_begin_with_the_home_directory(home):
     assert read_config(["--config=~/mine.py"])[1] == Path("runs/mine")
     assert expand_homes("novels") == "novels"
     assert path("") == Path()
+
+
+def test_the_texts_of_a_run_are_words_of_their_own(home):
+    (home / "a,b.txt").touch()
+    (home / "mine.py").write_text(
+        "from jaxlm.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+        "    config.data.corpus = ('x.txt', 'my texts')\n    config.data.exclude = ['*.md']\n    return config\n"
+    )
+    flags = ["--config=~/mine.py", "--config.data.corpus", "~/a,b.txt", "my texts", "--config.seed=3"]
+    flags += ["--config.data.exclude=drafts", "-config.data.exclude", "*.md", "b c", "--config.data.corpus=c*.txt"]
+    config = read_config(flags)[0]
+    assert names_of(config.data.corpus) == [f"{home}/a,b.txt", "my texts", "c*.txt"]
+    assert (config.data.exclude, config.seed) == (("drafts", "*.md", "b c"), 3)
+    config = read_config(flags[:1])[0]
+    assert (names_of(config.data.corpus), config.data.exclude) == (["x.txt", "my texts"], ("*.md",))
+    assert read_config(["--config.data.corpus="] + ["--config.data.dir=x"])[0].data.corpus == ""
+    for wrong in (["--config.data.corpus=a", "b"], ["--config.data.corpus"], ["--config.data.corpora", "a"]):
+        with pytest.raises(UsageError, match=r"config\.data\.corpus|did you mean corpus"):
+            read_config(wrong)
 
 
 def test_flags_may_have_one_dash(home):

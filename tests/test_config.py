@@ -310,6 +310,18 @@ def test_paths_differ_only_if_they_lead_elsewhere(name, tmp_path, monkeypatch):
     assert [found.name for found in differences(settings(name, "."), from_config_dict(settings("data.dir", "")))]
 
 
+def test_a_corpus_may_be_a_list_of_paths():
+    for value in (("a.txt", "b c"), ["a.txt", "b c"]):
+        config = default_config()
+        config.data.corpus = value
+        assert from_config_dict(config) == from_config_dict(settings("data.corpus", "a.txt,b c"))
+    assert from_config_dict(settings("data.corpus", ["a.txt"])) == from_config_dict(settings("data.corpus", "a.txt"))
+    for wrong in (["a", 3], 3, None, {"a": 1}):
+        assert_refused(settings("data.corpus", wrong), "data.corpus")
+    with pytest.raises(TypeError):
+        default_config().data.corpus = 3
+
+
 def test_corpora_of_the_same_files_in_the_same_order_are_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = from_config_dict(settings("data.corpus", "a.txt, b/*.txt"))

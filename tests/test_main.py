@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -476,8 +477,30 @@ def test_run_resumes_with_its_own_tokens_whatever_became_of_the_corpus(fate, mon
     assert rows(f"{workdir}/metrics.jsonl")[-1]["loss"] == loss
     assert listing(Path("data")) == files
     assert len(re.findall(r"(?m)^own.txt has changed: .* data/own-txt-300$", shown)) == (fate != "removed")
+    assert shown.count("To train its model on the new text, once this run has ended: python -m") == (fate != "removed")
     assert "Preparing" not in shown
     assert "delete" not in shown
+
+
+def test_command_for_a_text_that_grew_starts_from_the_model_and_the_old_run_keeps_its_tokens():
+    copy_of_own("diary 1")
+    resume_own("diary 1")  # to its end
+    text, files = Path("own.txt").read_text(), listing(Path("data/own-txt-300"))
+    Path("own.txt").write_text(text * 2)
+    try:
+        command = re.search(
+            r"(?m)^To train its model on the new text: python -m jaxlm\.main (.*)$", resume_own("diary 1")
+        )
+        words = shlex.split(command[1])
+        shown = train(words[words.index("--workdir") + 1], *words, share="plain")
+        resumed = resume_own("diary 1")
+    finally:
+        Path("own.txt").write_text(text)
+    assert "data/own-txt-300 has the tokens of another text" in shown
+    assert "Done: 12 steps, the model is in diary 1-2/final_model" in shown
+    assert rows("diary 1-2/metrics.jsonl")[0]["loss"] < rows("diary 1/metrics.jsonl")[0]["loss"] - 0.1
+    assert "in data/own-txt-300\n" in resumed
+    assert listing(Path("data/own-txt-300")) == files
 
 
 def test_run_resumes_if_its_tokens_are_prepared_again():

@@ -32,6 +32,28 @@ def test_the_output_describes_the_files_and_a_second_run_does_nothing(tmp_path, 
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_what_is_skipped_or_not_utf8_is_one_line_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my diary"
+    folder.mkdir()
+    (folder / "one.txt").write_text("Some text of one's own. " * 50)
+    for name in ("two", "three"):
+        (folder / f"{name}.md").write_bytes(("plain words " * 50 + "„Größe“").encode("cp1252"))
+    for name in ("photo.jpg", ".hidden", "b.md"):
+        (folder / name).touch()
+    main(["--corpus", "my diary", "--exclude", "b.*", "--out", "out", "--vocab_size", "300", "--val_fraction", "0.1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "Preparing 'my diary' in out",
+        "Skipped 1 hidden ('my diary/.hidden'), 1 excluded ('my diary/b.md'), 1 of another kind ('my diary/photo.jpg')",
+        "Read 2 not in UTF-8 ('my diary/three.md', 'my diary/two.md') as Windows-1252, with words such as „Größe“: if"
+        " they look wrong, convert the text",
+    ]
+    assert len(lines) == 5
+    with pytest.raises(UsageError, match=r"exclude 'pivat\*' matches no file"):
+        main(["--corpus", "my diary", "--exclude", "pivat*", "--out", "out2", "--vocab_size", "300"])
+
+
 def test_forced_colours_bring_no_bar_into_a_log(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 50)

@@ -183,7 +183,7 @@ def _check_share(corpus: Corpus, size: Size, encoder: Tokenizer, fraction: float
             f" {context + 1}: use more text or a smaller --config.model.context"
         )
     if tokens * fraction < context + 1:
-        share = math.ceil(110 * (context + 1) / tokens) / 100  # a tenth more than that
+        share = math.ceil(1100 * (context + 1) / tokens) / 1000  # a tenth more than that
         raise UsageError(
             f"{fraction} of {corpus.source} is about {int(tokens * fraction):,} tokens, fewer than a sequence of"
             f" {context + 1} to validate on: use {flags.fraction}={min(share, 0.5)}"

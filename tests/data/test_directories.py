@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ import pytest
 from jaxlm import prepare
 from jaxlm.config import Config, DataConfig, ModelConfig, from_config_dict, to_dict
 from jaxlm.data.directories import check_named_directory, data_directory, own_directory
-from jaxlm.data.token_files import open_tokens
+from jaxlm.data.encode import TRAINING_FLAGS
+from jaxlm.data.token_files import open_tokens, read_meta
 from jaxlm.errors import UsageError
 from tests import tiny_run
 from tests.data.test_token_files import GOOD, write
-from tests.tiny_run import is_one_line
+from tests.tiny_run import is_one_line, listing
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +125,38 @@ def test_long_names_of_the_same_beginning_have_directories_of_their_own():
     configs = [Config(data=DataConfig(corpus=name)) for name in names]
     assert len({data_directory(config) for config in configs}) == len(names)
     assert all(len(data_directory(config).name.encode()) < 255 for config in configs)
+
+
+def test_what_was_prepared_under_data_is_prepared_again_beside_it():
+    """A changed text, share or exclusion, and files of a person's, leave what is there."""
+    config = config_of("texts", "")
+    Path("texts").mkdir()
+    tiny_run.write_text(Path("texts/a.txt"))
+    tiny_run.write_text(Path("texts/b.txt"), seed=1)
+    made = []
+
+    def prepared(config):
+        directory, data = data_directory(config), config.data
+        prepare.prepare(data.corpus, directory, 300, data.val_fraction, TRAINING_FLAGS, exclude=data.exclude)
+        assert data_directory(config) == directory  # and it is found again
+        made.append(directory)
+        return read_meta(directory)
+
+    first = prepared(config)
+    before = listing(made[0])
+    prepared(replace(config, data=replace(config.data, val_fraction=0.2)))
+    excluded = prepared(replace(config, data=replace(config.data, exclude=("b.txt",))))
+    tiny_run.write_text(Path("texts/c.txt"), seed=2)
+    grown = prepared(config)
+    assert excluded.train.bytes < first.train.bytes < grown.train.bytes
+    assert len(set(made)) == 4 and listing(made[0]) == before
+    for directory, meta in ((made[0], first), (made[3], grown)):
+        assert own_directory(to_dict(config), config, meta.train.sha256) == directory
+    assert own_directory(to_dict(config), config, "of no tokens") == made[3]
+    Path(made[0], "meta.json").unlink()  # as if a person had put the files there
+    assert data_directory(config) == made[3]
+    shutil.rmtree(made[0])
+    assert data_directory(config) == made[0]
 
 
 def test_another_split_or_corpus_of_that_name_has_a_directory_of_its_own(tmp_path, monkeypatch):

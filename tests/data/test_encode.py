@@ -334,6 +334,25 @@ def test_the_flag_of_the_caller_is_named_when_the_text_is_too_short(tmp_path):
             write_token_files(open_corpus(str(tmp_path / "a.txt")), tmp_path / "o", 300, 0.001, flags=flags)
 
 
+def test_too_little_text_to_validate_on_is_refused_with_the_share_that_does(tmp_path):
+    """With one document and with many, of which whole ones are taken."""
+    for number, text in enumerate(
+        ("some words of a text. " * 900, "<|endoftext|>".join(["some words of a text."] * 900))
+    ):
+        path, out = tmp_path / f"{number}.txt", tmp_path / str(number)
+        path.write_text(text)
+        corpus = open_corpus(str(path))
+        with pytest.raises(UsageError, match=r"to validate on: use --config\.data\.val_fraction=0\.\d+$") as refused:
+            write_token_files(corpus, out, 400, 0.002, flags=TRAINING_FLAGS, context=300)
+        assert not out.exists()
+        share = float(str(refused.value).rpartition("=")[2])
+        meta = write_token_files(corpus, out, 400, share, context=300)
+        assert 301 <= meta.val.tokens <= 400
+        assert len(open_tokens(out, 400, 300).val) == meta.val.tokens
+        with pytest.raises(UsageError, match="too few to train and to validate on sequences of 20001: use more text"):
+            write_token_files(corpus, tmp_path / "tiny", 400, 0.1, context=20_000)
+
+
 def test_bad_text_at_the_end_leaves_nothing(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n' * 500 + "{}\n")
