@@ -235,7 +235,7 @@ def test_the_texts_of_a_run_are_words_of_their_own(home):
     assert (config.data.exclude, config.seed) == (("drafts", "*.md", "b c"), 3)
     config = read_config(flags[:1])[0]
     assert (names_of(config.data.corpus), config.data.exclude) == (["x.txt", "my texts"], ("*.md",))
-    assert read_config(["--config.data.corpus="] + ["--config.data.dir=x"])[0].data.corpus == ""
+    assert read_config(["--config.data.corpus=", "--config.data.dir=x"])[0].data.corpus == ""
     for wrong in (["--config.data.corpus=a", "b"], ["--config.data.corpus"], ["--config.data.corpora", "a"]):
         with pytest.raises(UsageError, match=r"config\.data\.corpus|did you mean corpus"):
             read_config(wrong)

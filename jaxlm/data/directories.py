@@ -43,14 +43,13 @@ def plain_directory(config: Config) -> tuple[Path, bool]:
 
 
 def _fits(directory: Path, config: Config, vocabulary: Tokenizer | None) -> bool:
-    """Whether a directory holds exactly the tokens of the config, or none."""
+    """Whether a directory holds exactly the tokens of the config, or none and is for a vocabulary learnt from them."""
     data, size = config.data, config.model.vocab_size
     request = data.corpus, directory, size, data.val_fraction, TRAINING_FLAGS, data.tokenizer, data.exclude, vocabulary
     try:
-        find_prepared(*request)
+        return find_prepared(*request) is not None or vocabulary is None
     except UsageError:
         return False
-    return True
 
 
 def check_named_directory(config: Config, corpus_is_named: bool) -> None:

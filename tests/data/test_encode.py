@@ -336,9 +336,8 @@ def test_the_flag_of_the_caller_is_named_when_the_text_is_too_short(tmp_path):
 
 def test_too_little_text_to_validate_on_is_refused_with_the_share_that_does(tmp_path):
     """With one document and with many, of which whole ones are taken."""
-    for number, text in enumerate(
-        ("some words of a text. " * 900, "<|endoftext|>".join(["some words of a text."] * 900))
-    ):
+    many = "<|endoftext|>".join(["some words of a text."] * 900)
+    for number, text in enumerate(("some words of a text. " * 900, many)):
         path, out = tmp_path / f"{number}.txt", tmp_path / str(number)
         path.write_text(text)
         corpus = open_corpus(str(path))
