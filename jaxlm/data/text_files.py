@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.data.readers import is_readable
+from jaxlm.errors import UsageError
 
 _BLANK_BYTES = 1 << 12  # a larger file has text
 
@@ -35,6 +36,8 @@ def find_files(source: str, exclude: Sequence[str] = ()) -> Found:
     pattern is replaced by what it matches, in alphabetical order. A file that is named twice, also by another spelling
     or a link, counts where it is named first. Hidden files in a folder, empty files and those of other kinds are
     skipped, and those of which `exclude` matches the name, the path, or a folder below the named one.
+
+    Raises UsageError if a folder cannot be read.
     """
     files: dict[Any, Path] = {}
     skipped: dict[str, list[Path]] = {}
@@ -89,18 +92,23 @@ def matches(pattern: str) -> list[str]:
 def _walk(path: str) -> Iterator[tuple[Path, int]]:
     """A file, or the files in a folder in order, with how many of the last parts of their path are below it.
 
-    A hidden folder is given as it is, and none of its files.
+    A hidden folder and a link to a folder are given as they are, and none of their files. Raises UsageError if a folder
+    cannot be read.
     """
     if not os.path.isdir(path):
         yield Path(path), 0
         return
     found = []
-    for folder, folders, names in os.walk(path):
-        hidden = [name for name in folders if name.startswith(".")]
-        folders[:] = [name for name in folders if name not in hidden]
-        found += [Path(folder, name) for name in hidden + names]
+    for folder, folders, names in os.walk(path, onerror=_refuse_folder):
+        closed = [name for name in folders if name.startswith(".") or os.path.islink(os.path.join(folder, name))]
+        folders[:] = [name for name in folders if name not in closed]
+        found += [Path(folder, name) for name in closed + names]
     depth = len(Path(path).parts)
     yield from ((file, len(file.parts) - depth) for file in sorted(found))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UsageError(f"cannot read {error.filename} ({error.strerror}): check the folder") from error
 
 
 def _matches_part(pattern: str, path: Path, below: int) -> bool:

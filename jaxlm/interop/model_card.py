@@ -58,7 +58,7 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
     """
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
     corpus = "" if config.data.dir else _base_names(config.data.corpus)  # `dir` may be of another
-    data = dataclasses.replace(config.data, corpus=corpus, dir=_base_name(config.data.dir))
+    data = dataclasses.replace(config.data, corpus=corpus, exclude=(), dir=_base_name(config.data.dir))
     config = dataclasses.replace(config, data=data, init_from=_base_name(config.init_from))
     return _CARD.format(
         parameters=parameters,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.data.text_files import describe_skipped, find_files, some_names
+from jaxlm.errors import UsageError
 
 DIARY = {
     "diary/B day.txt": "b",
@@ -42,14 +43,28 @@ ALL = ["B day.txt", "LOUD.TXT", "a.md", "drafts/x.md", "lines.jsonl.gz", "old ye
 
 def test_a_folder_is_read_in_order_and_what_is_not_text_is_skipped_by_its_reason():
     os.mkfifo("diary/pipe.txt")
+    Path("diary/link").symlink_to("..")
     found = find_files("diary")
     assert [str(path) for path in found.files] == [f"diary/{name}" for name in ALL]
     assert {reason: {path.name for path in paths} for reason, paths in found.skipped.items()} == {
         "empty": {"empty.txt", "blank.txt"},
         "hidden": {".hidden.txt", ".git"},
-        "of another kind": {"photo.jpg", "no ending", "pipe.txt"},
+        "of another kind": {"photo.jpg", "no ending", "pipe.txt", "link"},
     }
     assert (found.missing, found.unused) == ((), ())
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("drafts"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"cannot read diary/drafts \(Permission denied\)"):
+        find_files("diary")
 
 
 def test_folders_files_and_patterns_mix_and_each_file_is_read_once():

@@ -77,7 +77,7 @@ def test_the_card_names_the_text_of_the_tokens_and_not_of_the_config(tmp_path, s
 
 
 def test_the_card_has_no_folders(tmp_path):
-    data = DataConfig(corpus="/home/john/a.txt,/home/john/b/", dir="/home/john/tokens")
+    data = DataConfig(corpus="/home/john/a.txt,/home/john/b/", exclude=("/home/john/c",), dir="/home/john/tokens")
     config = dataclasses.replace(CONFIG, data=data, init_from="/home/john/llama/")
     meta = {"tokens": TOKENS, "source": {"text": "/home/john/a.txt,/home/john/b/", "sha256": "ef"}}
     card = model_card(tmp_path, config, 1101, meta, 59_294_720)
