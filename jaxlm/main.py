@@ -121,10 +121,12 @@ def _own_tokens(argv: list[str], workdir: Path, saved: Mapping[str, Any], config
     """
     text, train = saved_hashes(workdir)
     own = own_directory(saved, config, train)
-    if not own or config.data.dir or not _has_changed(config.data, text):
+    if not own or config.data.dir:
         return own
     meta = read_meta(own)
-    if not (meta and meta.fits_files(own) and meta.train.sha256 == train):
+    if not _has_changed(config.data, text or (meta and meta.source_sha256)):
+        return own
+    if not (meta and meta.fits_files(own) and train in (None, meta.train.sha256)):
         raise UsageError(
             f"{own} has lost the tokens of this run, and {config.data.corpus} has changed: restore one of them, or"
             " choose another --workdir"

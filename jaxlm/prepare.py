@@ -61,8 +61,8 @@ def prepare(
         )
     if corpus.windows:
         words = ", ".join([*dict.fromkeys(corpus.windows.values())][:3])
-        files = f"{len(corpus.windows)} not in UTF-8 ({some_names(corpus.windows)})"
-        say(f"Read {files} as Windows-1252, with words such as {words}: if they look wrong, convert the text")
+        files = some_names(corpus.windows)
+        say(f"Not UTF-8, so read as Windows-1252: {files}; if words such as {words} look wrong, convert the files")
     seconds, size = time.monotonic() - started, (meta.train.bytes + meta.val.bytes) / 1e6
     say(f"Prepared {size:.1f} MB in {seconds:.1f} s ({size / seconds:.1f} MB/s)")
     return meta

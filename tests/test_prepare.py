@@ -46,10 +46,12 @@ def test_what_is_skipped_or_not_utf8_is_one_line_each(tmp_path, monkeypatch, cap
     assert lines[:3] == [
         "Preparing 'my diary' in out",
         "Skipped 1 hidden ('my diary/.hidden'), 1 excluded ('my diary/b.md'), 1 of another kind ('my diary/photo.jpg')",
-        "Read 2 not in UTF-8 ('my diary/three.md', 'my diary/two.md') as Windows-1252, with words such as „Größe“: if"
-        " they look wrong, convert the text",
+        "Not UTF-8, so read as Windows-1252: 'my diary/three.md', 'my diary/two.md'; if words such as „Größe“ look"
+        " wrong, convert the files",
     ]
     assert len(lines) == 5
+    with pytest.raises(UsageError, match="novels has no files to exclude"):
+        main(["--corpus", "novels", "--exclude", "b.*", "--out", "out2"])
     with pytest.raises(UsageError, match=r"exclude 'pivat\*' matches no file"):
         main(["--corpus", "my diary", "--exclude", "pivat*", "--out", "out2", "--vocab_size", "300"])
 

@@ -48,6 +48,8 @@ def open_corpus(source: str, exclude: Sequence[str] = ()) -> Corpus:
     a pattern of `exclude` matches nothing.
     """
     if source in _NAMED:
+        if exclude:
+            raise UsageError(f"{source} has no files to exclude: leave {shlex.join(exclude)} out")
         return _NAMED[source]()
     found = find_files(source, exclude)
     if found.missing:
@@ -58,7 +60,7 @@ def open_corpus(source: str, exclude: Sequence[str] = ()) -> Corpus:
     if found.unused:
         raise UsageError(f"exclude {shlex.join(found.unused)} matches no file: correct or remove it")
     if not found.files:
-        skipped = f" but {describe_skipped(found.skipped)}" * bool(found.skipped)
+        skipped = f"; skipped {describe_skipped(found.skipped)}" * bool(found.skipped)
         raise UsageError(f"there is no text in {some_names(names_of(source))}{skipped}: choose {_FILES}")
     windows: dict[Path, str] = {}
     return Corpus(source, found.files, partial(read_chunks, found.files, windows), None, found.skipped, windows)

@@ -157,7 +157,7 @@ def test_changed_files_are_detected(tmp_path, monkeypatch):
         ("*.txt", r"file '\*.txt'"),
         ("x" * 5000, "there is no corpus or file"),
         ("", "no corpus or file"),
-        (".", r"no text in \. but 1 empty \(books.jsonl\): choose a folder, or .txt"),
+        (".", r"no text in \.; skipped 1 empty \(books.jsonl\): choose a folder, or .txt"),
         ("boks.jsonl", "did you mean books.jsonl"),
         ("a\0b", "no corpus or file"),
         ("a\0b/*", "no corpus or file"),
