@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -52,7 +53,17 @@ def kill_children() -> None:
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    psutil.wait_procs(children, timeout=TIME_LIMIT)
+    deadline = time.monotonic() + TIME_LIMIT
+    while any(map(_is_running, children)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    """Whether it still runs. It is not reaped: what started it would wait for its end forever."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _stop(number: int, _: object) -> NoReturn:

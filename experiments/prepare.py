@@ -15,6 +15,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from experiments.cleanup import temporary_folder
+from experiments.cleanup import no_child_left
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.readers import read_chunks
 from jaxlm.data.tokenizer import load_tokenizer
@@ -42,8 +43,8 @@ class Cost(NamedTuple):
 
 def prepare(paths: list[Path]) -> Cost:
     """Runs the command."""
-    with temporary_folder("prepare") as out:
-        command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", *map(str, paths), "--out", str(out)]
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "jaxlm.prepare", "--corpus", *map(str, paths), "--out", out]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -104,4 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with no_child_left():
+        main()

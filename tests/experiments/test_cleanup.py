@@ -61,6 +61,19 @@ def test_a_program_that_is_stopped_or_fails_leaves_nothing(stop, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_killed_child_still_has_its_status():
+    """So that what started it, such as a pool of processes, sees its end."""
+    code = """
+import subprocess
+from experiments.cleanup import kill_children
+child = subprocess.Popen(["sleep", "60"])
+kill_children()
+print(child.wait())
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment).stdout == b"-9\n"
+
+
 def test_the_signals_and_the_environment_are_as_before_afterwards():
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers], dict(os.environ)
