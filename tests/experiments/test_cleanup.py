@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import psutil
-import pytest
 
 from experiments.cleanup import temporary_folder
 
@@ -39,25 +38,22 @@ def is_running(process):
     return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
-def test_a_program_that_is_stopped_or_fails_leaves_nothing(stop, tmp_path):
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "run" if stop else "fail"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
-    )
-    folder, (child, inner) = Path(program.stdout.readline().strip()), program.stdout.readline().split()
-    assert folder.parent == tmp_path
-    assert Path(inner).parent == folder
-    if stop:
-        assert is_running(int(child))
-        program.send_signal(stop)
-    _, errors = program.communicate(timeout=20)
-    assert program.returncode == (128 + stop if stop else 1)
-    assert ("ZeroDivisionError" in errors) == (not stop)
-    assert not is_running(int(child))
+def test_a_program_that_is_stopped_or_fails_leaves_nothing(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None
+    programs = [subprocess.Popen([sys.executable, "-c", PROGRAM, "run" if stop else "fail"], **pipes) for stop in stops]
+    for stop, program in zip(stops, programs, strict=True):
+        folder, (child, inner) = Path(program.stdout.readline().strip()), program.stdout.readline().split()
+        assert folder.parent == tmp_path
+        assert Path(inner).parent == folder
+        if stop:
+            assert is_running(int(child))
+            program.send_signal(stop)
+        _, errors = program.communicate(timeout=20)
+        assert program.returncode == (128 + stop if stop else 1)
+        assert ("ZeroDivisionError" in errors) == (not stop)
+        assert not is_running(int(child))
     assert not list(tmp_path.iterdir())
 
 
