@@ -1,12 +1,16 @@
 """Runs everything on the CPU; holds the models that the tests share."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile more than they compute
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # the other code generator, the only one of jax 0.4.34, compiles in a third of the time; jax 0.11 has no choice
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # tests and their processes share compiled programs (except where jaxlm.device.backend turns that cache off)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its directory from the process that started it

@@ -163,6 +163,7 @@ def test_a_closed_pipe_gives_no_traceback():
     assert done.stderr == ""
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of jax; the child runs Python, not jax
 def test_closed_streams_are_empty():
     """Python has None in their place."""
     code = "assert sys.stdin.read() == '' and not sys.stdout.isatty() and sys.stderr.fileno() > 0; print('unseen')"

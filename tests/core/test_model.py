@@ -172,8 +172,15 @@ def test_bfloat16_computes_the_same_to_its_rounding(small_model, loss_and_gradie
         assert 1e-4 < error < 0.03
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "apple"])
-@pytest.mark.parametrize("precision", ["float32", "bf16", "bf16_matmul"])
+@pytest.mark.parametrize(
+    ("implementation", "precision"),
+    [
+        ("cpu", "float32"),
+        ("apple", "bf16"),
+        *(pytest.param("cpu", precision, marks=pytest.mark.slow) for precision in ("bf16", "bf16_matmul")),
+        *(pytest.param("apple", precision, marks=pytest.mark.slow) for precision in ("float32", "bf16_matmul")),
+    ],
+)
 def test_norms_of_queries_and_keys_without_remat(small_qk_norm_model, implementation, precision):
     """Compared with remat, and plain operations in float32."""
     config, params = small_qk_norm_model

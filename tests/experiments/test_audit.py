@@ -33,7 +33,7 @@ def array(*shape, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("platform", [pytest.param("mps", marks=pytest.mark.slow), "METAL"])
-@pytest.mark.parametrize("name", ["m2_60m", "m2_60m_fast"])
+@pytest.mark.parametrize("name", [pytest.param("m2_60m", marks=pytest.mark.slow), "m2_60m_fast"])
 def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform, name):
     seen = list(audit(preset(platform, name), platform))
     assert [name for name, _, _ in seen] == ["training step", "evaluation step", "sampling", "saving"]

@@ -958,7 +958,14 @@ def test_a_signal_after_the_last_samples_comes_before_the_model(console, monkeyp
     assert_same_as_run("unpublished")
 
 
-@pytest.mark.parametrize("moment", ["in the row", "after the row", "in the samples", "after the samples"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "in the row",
+        *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("after the row", "in the samples")),
+        "after the samples",
+    ],
+)
 def test_a_kill_while_a_session_does_what_was_due_loses_nothing(console, monkeypatch, moment):
     """Wherever it comes in the two files, they hold the former rows or the new ones."""
     workdir = copy_of_step_9(f"killed-{moment.replace(' ', '-')}")
