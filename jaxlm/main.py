@@ -124,7 +124,7 @@ def _own_tokens(argv: list[str], workdir: Path, saved: Mapping[str, Any], config
     if not own or config.data.dir:
         return own
     meta = read_meta(own)
-    if not _has_changed(config.data, text or (meta and meta.source_sha256)):
+    if not _has_changed(config.data, meta.source_sha256 if meta and not text else text):
         return own
     if not (meta and meta.fits_files(own) and train in (None, meta.train.sha256)):
         raise UsageError(

@@ -29,6 +29,8 @@ from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 
 _FILES = (TRAIN, VAL, VOCABULARY, META)
+_COUNTED_BYTES = 1 << 20
+_LONGEST_TOKEN = 128  # bytes
 _MAX_WORKERS = 12  # one thread reads; more workers than this wait for it
 
 Progress = Callable[[str, int, int], None]
@@ -173,10 +175,12 @@ def write_token_files(
 def _check_share(corpus: Corpus, size: Size, encoder: Tokenizer, fraction: float, context: int, flags: Flags) -> None:
     """Raises UsageError, with the share that would do, if there is too little text to validate on.
 
-    The tokens are estimated from those of the first chunk.
+    The tokens are estimated from those of evenly spaced parts, or counted if there is no more than _COUNTED_BYTES.
     """
-    text = next(corpus.train()).text
-    tokens = size.documents + int(size.bytes * len(encoder.encode(text)) / len(text.encode()))
+    if size.bytes * fraction > _LONGEST_TOKEN * (context + 1):
+        return
+    part = "".join(sample((chunk.text for chunk in corpus.train()), min(1.0, _COUNTED_BYTES / size.bytes)))
+    tokens = size.documents + int(size.bytes * len(encoder.encode(part)) / len(part.encode()))
     if tokens < 2 * (context + 1):
         raise UsageError(
             f"{corpus.source} has about {tokens:,} tokens, too few to train and to validate on sequences of"

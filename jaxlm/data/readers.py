@@ -76,16 +76,18 @@ def read_chunks(paths: Iterable[Path], windows: dict[Path, str] | None = None) -
         except UsageError as error:
             problems[path] = str(error)
     if problems:
-        raise UsageError(*problems.values()) if len(problems) == 1 else UsageError(_all_of(problems))
+        raise UsageError(_all_of(problems))
 
 
 def _all_of(problems: Mapping[Path, str]) -> str:
-    """The problems of several files in one message, without the advice for each if it would be too long."""
-    line = f"{len(problems)} files cannot be read: {'; '.join(problems.values())}"
-    if len(line) <= LONGEST_LINE:
+    """The problems of all files in one message, without the advice for each if it would be too long."""
+    line, several = "; ".join(problems.values()), f"{len(problems)} files cannot be read"
+    if len(problems) == 1:
         return line
+    if len(line) < LONGEST_LINE - 50:
+        return f"{several}: {line}"
     short = [text[: text.find(": ", text.find(str(path)) + len(str(path)))] for path, text in problems.items()]
-    return f"{len(problems)} files cannot be read, each alone gives the advice for it: {'; '.join(short)}"
+    return f"{several}, and each alone gives the advice for it: {'; '.join(short)}"
 
 
 def _read_whole(path: Path, windows: dict[Path, str]) -> Iterator[TextChunk]:
