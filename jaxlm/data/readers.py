@@ -80,14 +80,13 @@ def read_chunks(paths: Iterable[Path], windows: dict[Path, str] | None = None) -
 
 
 def _all_of(problems: Mapping[Path, str]) -> str:
-    """The problems of all files in one message, without the advice for each if it would be too long."""
-    line, several = "; ".join(problems.values()), f"{len(problems)} files cannot be read"
-    if len(problems) == 1:
-        return line
-    if len(line) < LONGEST_LINE - 50:
-        return f"{several}: {line}"
+    """The problems of all files in one message. If it would be too long, only the first or none has its advice."""
+    full = [*problems.values()]
+    if len(full) == 1:
+        return full[0]
     short = [text[: text.find(": ", text.find(str(path)) + len(str(path)))] for path, text in problems.items()]
-    return f"{several}, and each alone gives the advice for it: {'; '.join(short)}"
+    lines = [f"{len(full)} files cannot be read: {'; '.join(texts)}" for texts in (full, full[:1] + short[1:], short)]
+    return next((line for line in lines if len(line) <= LONGEST_LINE), lines[-1])
 
 
 def _read_whole(path: Path, windows: dict[Path, str]) -> Iterator[TextChunk]:
