@@ -167,6 +167,13 @@ def sequence_keys(key: jax.Array, indices_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, indices_B)
 
 
+@jax.jit
+def next_window_keys(keys_B: jax.Array, context: Any) -> jax.Array:
+    """The random keys of the sequences in their next windows. A window's positions, which `decode_step` folds into its
+    keys, end before `context`."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, context)
+
+
 @partial(jax.jit, static_argnames=("config", "new_slots"))
 def prefill(
     config: ModelConfig, weights: Params, ids_BP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, new_slots: int
