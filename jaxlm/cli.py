@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,10 +23,31 @@ from jaxlm.errors import RunError, Stopped, UsageError, disk_advice
 _PACKAGE = Path(__file__).parent
 PRESETS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
 QUICKSTART = PRESETS / "quickstart.py"
+FLAGS_OF_MAIN = ("--config", "--workdir", "--force")  # declared by `define_flags`
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError instead of ending the process."""
+    """An argument parser that raises UsageError instead of ending the process, and names the flag nearest to a wrong one.
+
+    With `parse_known_args`, words that resemble none of its flags are for jaxlm.main.
+    """
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._refuse_unknown(args, passes_on=False)
+        return super().parse_args(args, namespace)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._refuse_unknown(args, passes_on=True)
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown(self, args: Sequence[str], passes_on: bool) -> None:
+        """Raises UsageError for an unknown flag, before the parser misses a required one that it may stand for."""
+        flags = list(self._option_string_actions)
+        for word in (word.partition("=")[0] for word in args if re.match("--(?!config\\.)", word)):
+            known = word in flags or (self.allow_abbrev and any(flag.startswith(word) for flag in flags))
+            nearest = difflib.get_close_matches(word, flags + list(FLAGS_OF_MAIN) * passes_on, 1)
+            if not known and nearest and nearest[0] in flags:
+                raise UsageError(f"there is no flag {word}: did you mean {nearest[0]}? {self.prog} --help shows the flags")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}: {self.prog} --help shows the flags")

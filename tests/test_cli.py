@@ -187,6 +187,37 @@ def test_wrong_arguments_are_a_usage_error_that_names_them(argv, named, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_unknown_flag_of_any_command_is_named_with_the_nearest():
+    """Also where a required flag is missing, for which it may stand."""
+    lines = {
+        "sample --wrkdir x": "--workdir",
+        "sample --workdir x --promt=hi": "--prompt",
+        "export --workdir x --outt y": "--out",
+        "prepare --corpsu x --out y": "--corpus",
+        "plan --jsn": "--json",
+        "plan --no-mesure": "--no-measure",
+        "plan --confg=m2_60m": "--config",
+        "plan --wrkdir x": "workdir",
+        "plan --config.batchsize=3": "batch_size",
+        "doctor --ot x": "--out",
+        "main --wrkdir=x": "workdir",
+        "main --conifg x": "--config",
+    }
+    for line, nearest in lines.items():
+        command, *argv = line.split()
+        with pytest.raises(UsageError, match=rf"(?i)did you mean:? {nearest}\b") as caught:
+            importlib.import_module(f"jaxlm.{command}").main(argv)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_abbreviation_and_a_flag_of_jaxlm_main_are_known():
+    parser = ArgumentParser(prog="command")
+    parser.add_argument("--temperature")
+    assert parser.parse_args(["--temp", "1"]).temperature == "1"
+    flags = ["--force", "--config.model.width=8", "--workdir=w"]
+    assert parser.parse_known_args(flags)[1] == flags
+
+
 def test_a_flag_overrides_the_old_name_in_a_config_file(tmp_path):
     file = tmp_path / "old.py"
     file.write_text(
