@@ -27,9 +27,10 @@ FLAGS_OF_MAIN = ("--config", "--workdir", "--force")  # declared by `define_flag
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError instead of ending the process, and names the flag nearest to a wrong one.
+    """An argument parser that raises UsageError instead of ending the process.
 
-    With `parse_known_args`, words that resemble none of its flags are for jaxlm.main.
+    For an unknown flag, the error names the nearest. With `parse_known_args`, that may be one of jaxlm.main, which
+    then reports it.
     """
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -47,7 +48,9 @@ class ArgumentParser(argparse.ArgumentParser):
             known = word in flags or (self.allow_abbrev and any(flag.startswith(word) for flag in flags))
             nearest = difflib.get_close_matches(word, flags + list(FLAGS_OF_MAIN) * passes_on, 1)
             if not known and nearest and nearest[0] in flags:
-                raise UsageError(f"there is no flag {word}: did you mean {nearest[0]}? {self.prog} --help shows the flags")
+                raise UsageError(
+                    f"there is no flag {word}: did you mean {nearest[0]}? {self.prog} --help shows the flags"
+                )
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}: {self.prog} --help shows the flags")

@@ -1,14 +1,15 @@
 """Generates text: python -m jaxlm.sample --workdir DIR --prompt "Once upon a time" [--step N]
 
-`--model DIR` loads the Hugging Face folder of a Llama or a Qwen3 instead of a run. Without a prompt, on a terminal, it
-starts a session that completes each line typed. The texts go to stdout, everything else to stderr.
+`--model DIR` loads the Hugging Face folder of a Llama or a Qwen3 instead of a run. Without a prompt, each line of a
+pipe is one, and on a terminal a session starts. The texts go to stdout, everything else to stderr.
 """
 
-import copy
+import difflib
 import itertools
 import json
 import os
 import select
+import stat
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,16 @@ STREAM_CHUNK = 8  # tokens generated between two updates of the terminal
 PROMPT_BATCH = 16  # prompts completed at once
 READ_BYTES = 1 << 16  # of stdin at once
 CHANGEABLE = ("temperature", "top_k", "top_p", "tokens", "seed")  # in a session
+COMMANDS = ("help", "more", "again", "quit", *CHANGEABLE)
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
+GREETING = "This model continues texts and is no chat. Type how a text starts; /help shows what else there is."
+HELP = """\
+TEXT           starts a text, which the model continues
+Enter          continues the text so far
+/more WORDS    continues it with these words
+/again         writes the last part again, with the next seed
+/seed 0        changes a flag; likewise /tokens, /temperature, /top_k and /top_p; without a value, shows it
+/quit          ends the session, as Ctrl-D does; Ctrl-C ends a text"""
 
 
 def main(argv: list[str]) -> None:
@@ -51,10 +61,17 @@ def main(argv: list[str]) -> None:
         print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
     if args.stdin:
         _print_all(loaded, _from_stdin(loaded), args)
-    elif args.prompt or args.json or not (sys.stdout.isatty() and sys.stdin.isatty()):
-        _print_all(loaded, _given(loaded, args.prompt or [""]), args)
+    elif args.prompt:
+        _print_all(loaded, _given(loaded, args.prompt), args)
+    elif _stdin_has_lines():
+        print("Each line of stdin is a prompt", file=sys.stderr)
+        groups = _from_stdin(loaded)
+        first = next(groups, _given(loaded, [""])[0])
+        _print_all(loaded, itertools.chain([first], groups), args)
+    elif args.json or not (sys.stdout.isatty() and sys.stdin.isatty()):
+        _print_all(loaded, _given(loaded, [""]), args)
     else:
-        _session(loaded, args)
+        Session(loaded, args).run()
 
 
 def _parser() -> ArgumentParser:
@@ -98,12 +115,22 @@ def _check(args: Namespace) -> None:
         raise UsageError(str(error).removeprefix("sample.")) from error
 
 
+def _stdin_has_lines() -> bool:
+    """Whether stdin is a pipe, a socket or a file, and no terminal or /dev/null."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # it is closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISREG(mode)
+
+
 class Prompt(NamedTuple):
     """The beginning of a text."""
 
     number: int  # selects its random numbers
     text: str
     ids: list[int]
+    shown: str = ""  # what of it a terminal shows already
 
 
 def _encode(loaded: LoadedModel, number: int, text: str) -> Prompt:
@@ -163,7 +190,7 @@ def _print_all(loaded: LoadedModel, groups: Iterable[Sequence[Prompt]], args: Na
     for group in groups:
         if on_terminal and len(group) == 1 and not args.json:
             print(end=next(separators))
-            _stream(loaded, group[0], args)
+            _stream(loaded, group[0], args, [])
             continue
         (tokens_BN,) = _generate(loaded, group, args, None)
         for prompt, row in zip(group, tokens_BN, strict=True):
@@ -175,56 +202,94 @@ def _print_all(loaded: LoadedModel, groups: Iterable[Sequence[Prompt]], args: Na
         sys.stdout.flush()
 
 
-def _stream(loaded: LoadedModel, prompt: Prompt, args: Namespace) -> None:
-    """Prints a text on a terminal while it is generated."""
-    nothing = np.zeros((1, 0), np.int32)
-    parts = itertools.chain([nothing], _generate(loaded, [prompt], args, STREAM_CHUNK))
-    shown = text = ""
-    for tokens_1N in itertools.accumulate(parts, lambda before, part: np.concatenate([before, part], axis=1)):
-        text = printable(_decode(loaded, prompt, tokens_1N[0]))
+def _stream(loaded: LoadedModel, prompt: Prompt, args: Namespace, new: list[int]) -> None:
+    """Prints a text on a terminal while it is generated, and appends its tokens to `new`."""
+    shown, nothing = prompt.shown, np.zeros((1, 0), np.int32)
+    text = shown
+    for tokens_1N in itertools.chain([nothing], _generate(loaded, [prompt], args, STREAM_CHUNK)):
+        new += tokens_1N[0].tolist()
+        text = printable(_decode(loaded, prompt, np.array(new, np.int32)))
         whole = text.rstrip(UNFINISHED)
         print(whole[len(shown) :], end="", flush=True)
         shown = whole
     print(text[len(shown) :])
 
 
-def _session(loaded: LoadedModel, args: Namespace) -> None:
-    """Reads prompts and completes them until the input ends (Ctrl-D)."""
-    commands = ", ".join(f"/{name} {getattr(args, name)}" for name in CHANGEABLE)
-    keys = "Ctrl-C ends a text, Ctrl-D the session"
-    print(f"Type the beginning of a text. {commands} change the sampling; {keys}.", file=sys.stderr)
-    for index in itertools.count():
-        print("> ", end="", file=sys.stderr, flush=True)
+class Session:
+    """What is typed and written on a terminal."""
+
+    def __init__(self, loaded: LoadedModel, args: Namespace):
+        self.loaded, self.args = loaded, args
+        self.prompt: Prompt | None = None  # of the last part that was written
+        self.new: list[int] = []  # its tokens
+
+    def run(self) -> None:
+        """Obeys each line that is typed, until /quit or the end of the input."""
+        print(GREETING, file=sys.stderr)
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            try:
+                line = sys.stdin.readline()
+                if not line:
+                    print(file=sys.stderr)
+                if not line or line.split() == ["/quit"]:
+                    return
+                self._obey(line.removesuffix("\n"))
+            except UnicodeDecodeError as error:
+                print(f"error: the line is not UTF-8 ({error.reason})", file=sys.stderr)
+            except UsageError as error:
+                print(f"error: {error}", file=sys.stderr)
+
+    def _obey(self, line: str) -> None:
+        command, _, words = line.partition(" ")
+        if line and not line.startswith("/"):
+            self._write(_encode(self.loaded, 0, line))
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command == "/again":
+            if self.prompt is None:
+                raise UsageError("nothing is written yet: type how a text starts")
+            self._change("seed", str(self.args.seed + 1))
+            self._write(self.prompt)
+        elif command in ("", "/more"):
+            self._write(self._continued(words))
+        elif command[1:] in CHANGEABLE:
+            self._change(command[1:], words)
+        else:
+            nearest = difflib.get_close_matches(command[1:], COMMANDS, 1)
+            advice = f"did you mean /{nearest[0]}? " if nearest else ""
+            raise UsageError(f"there is no {command}: {advice}/help shows the commands")
+
+    def _write(self, prompt: Prompt) -> None:
+        self.prompt, self.new = prompt, []
         try:
-            line = sys.stdin.readline()
-            if not line:
-                print(file=sys.stderr)
-                return
-            if line.startswith("/"):
-                args = _changed(args, line.split())
-            else:
-                _stream_until_interrupted(loaded, _encode(loaded, index, line.removesuffix("\n")), args)
-        except UnicodeDecodeError as error:
-            print(f"error: the line is not UTF-8 ({error.reason})", file=sys.stderr)
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
+            _stream(self.loaded, prompt, self.args, self.new)
+        except KeyboardInterrupt:
+            print()
 
+    def _continued(self, words: str) -> Prompt:
+        """What was written, and then `words`, as the beginning of the next part. Raises UsageError if it has ended."""
+        if self.prompt is None:
+            return _encode(self.loaded, 0, words)
+        completion, end_of_text = np.array(self.new, np.int32), self.loaded.tokenizer.end_of_text
+        text = _decode(self.loaded, self.prompt, completion)
+        number, shown = self.prompt.number + 1, printable(text).rstrip(UNFINISHED)
+        if words:
+            text = text.rstrip(UNFINISHED)
+            text += words if text[-1:].isspace() else f" {words}"
+            return Prompt(number, text, self.loaded.tokenizer.encode(text).tolist(), shown)
+        if end_of_text in self.new:
+            raise UsageError("the text has ended: start another, or /more WORDS, or /again")
+        return Prompt(number, text, [*self.prompt.ids, *up_to_end(completion, end_of_text).tolist()], shown)
 
-def _changed(args: Namespace, words: Sequence[str]) -> Namespace:
-    """`args` with the change of a line such as /temperature 0.8. Raises UsageError."""
-    name = words[0].removeprefix("/")
-    if name not in CHANGEABLE or len(words) != 2:
-        raise UsageError(f"commands are /{', /'.join(CHANGEABLE)}, each with a value")
-    changed = _sampling_parser().parse_args([f"--{name}={words[1]}"], copy.copy(args))
-    _check(changed)
-    return changed
-
-
-def _stream_until_interrupted(loaded: LoadedModel, prompt: Prompt, args: Namespace) -> None:
-    try:
-        _stream(loaded, prompt, args)
-    except KeyboardInterrupt:
-        print()
+    def _change(self, name: str, value: str) -> None:
+        """Changes a flag, or shows it if the value is empty. Raises UsageError."""
+        if not value:
+            print(f"/{name} {getattr(self.args, name)}", file=sys.stderr)
+            return
+        args = _sampling_parser().parse_args([f"--{name}={value}"], Namespace(**vars(self.args)))
+        _check(args)
+        self.args = args
 
 
 def _generate(
@@ -237,13 +302,14 @@ def _generate(
 
 
 def _decode(loaded: LoadedModel, prompt: Prompt, row: np.ndarray) -> str:
-    """The text of the prompt and the completion; the ids of an empty prompt are no text. Raises RunError."""
+    """The text of the prompt and the completion; the end-of-text before an empty prompt is none. Raises RunError."""
+    end_of_text = loaded.tokenizer.end_of_text
     try:
-        completion = up_to_end(row, loaded.tokenizer.end_of_text)
+        ids = [*prompt.ids, *up_to_end(row, end_of_text)]
     except FloatingPointError as error:
         advice = "choose an earlier --step of the run, or another --model"
         raise RunError(f"{error}, because its weights are damaged or diverged: {advice}") from error
-    return loaded.tokenizer.decode([*(prompt.ids if prompt.text else ()), *completion])
+    return loaded.tokenizer.decode(ids[ids[0] == end_of_text :])
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from jaxlm.interop.huggingface import write_model
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.load import LoadedModel
 from jaxlm.run.memory import state_shapes
-from jaxlm.sample import CHANGEABLE, _encode, _from_stdin, _line_groups, _print_all, _session, main
+from jaxlm.sample import CHANGEABLE, COMMANDS, Session, _encode, _from_stdin, _line_groups, _print_all, main
 from tests.tiny_run import is_one_line
 
-FULL = "[日本語]{15}\ufffd"  # a text of 46 tokens, the context: 15 characters and the first byte of another
+FULL = "[日本語]{67}\ufffd"  # a prompt of one character and 200 tokens: 203, more than the context four times
 CONFIG = Config(model=ModelConfig(vocab_size=300, context=46, layers=1, heads=2, width=32, mlp_width=24, tied=False))
 
 
@@ -105,7 +105,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(capsys):
     main(["--workdir", "run", "--prompt", "日本"])
     out, err = capsys.readouterr()
     assert out.startswith("日本")
-    assert re.fullmatch(f"{FULL}\n", out)
+    assert re.fullmatch(f"日{FULL}\n", out)
     assert "120" in err
     assert not re.search("[日本語]", err)
 
@@ -120,8 +120,8 @@ def test_each_prompt_gets_the_text_it_gets_alone_in_order(sample):
     texts = sample(*(word for prompt in prompts for word in ("--prompt", prompt)), *greedy).strip().split("\n\n")
     for prompt, text in zip(prompts, texts, strict=True):
         assert text.startswith(prompt)
-        assert re.fullmatch("[日本語]{13,15}\ufffd?", text)
-        assert sample("--prompt", prompt, *greedy).startswith(text.removesuffix("\ufffd"))
+        assert re.fullmatch(f"[日本語]{{{66 + len(prompt)}}}\ufffd", text)
+        assert sample("--prompt", prompt, *greedy) == f"{text}\n"
 
 
 def test_seed_fixes_the_text(sample):
@@ -171,8 +171,8 @@ def test_tokens_limits_the_text_in_a_pipe(sample):
     assert re.fullmatch("日[日本語]{3}\n", sample("--prompt", "日", "--tokens", "9"))
 
 
-def test_text_ends_when_the_context_is_full(sample):
-    assert re.fullmatch(f"{FULL}\n", sample("--prompt", "日", "--tokens", "500", "--temperature", "0"))
+def test_a_text_goes_on_beyond_the_context(sample):
+    assert re.fullmatch("日[日本語]{166}\ufffd\n", sample("--prompt", "日", "--tokens", "500", "--temperature", "0"))
 
 
 def test_step_selects_the_checkpoint(capsys, sample):
@@ -278,18 +278,18 @@ def test_each_line_of_stdin_is_a_prompt(sample, type_in, monkeypatch):
 
 
 def test_the_text_of_a_line_does_not_depend_on_its_neighbours(sample, type_in, capsys):
-    """Neither on a prompt that leaves room for one token, nor on one that does not fit."""
+    """Neither on a prompt whose window slides after one token, nor on one that does not fit."""
 
     def texts(*prompts):
         type_in("\n".join(prompts))
         return [json.loads(line)["text"] for line in sample("--stdin", "--json").splitlines()]
 
     first, second, third = texts("語", "日本", "語")
-    assert all(re.fullmatch(FULL, text) for text in (first, second, third))
+    assert all(re.fullmatch(f"本?{FULL}|日{FULL}", text) for text in (first, second, third))
     assert first != third
     beside_long = texts("日" * 15, "日本", "語")
     assert beside_long[1:] == [second, third]
-    assert re.fullmatch(FULL, beside_long[0])
+    assert re.fullmatch(f"日{{14}}{FULL}", beside_long[0])
     type_in("語\n" + "日" * 30 + "\n語\n")
     with pytest.raises(UsageError):
         main(["--workdir", "run", "--stdin"])
@@ -305,6 +305,35 @@ def test_windows_line_ends_and_a_byte_order_mark_are_no_prompt(sample, type_in):
 def test_empty_stdin_writes_nothing(sample, type_in):
     type_in("")
     assert sample("--stdin") == ""
+
+
+def test_without_a_prompt_the_lines_of_a_pipe_are_prompts(sample, type_in, pipe, monkeypatch):
+    """An empty one gives the text without a prompt, and beside --prompt none is read."""
+    texts = sample("--prompt", "日", "--prompt", "語"), sample()
+    type_in("日\n語\n")
+    assert sample() == texts[0]
+    assert sample("--prompt", "日") == texts[0].split("\n")[0] + "\n"
+    type_in("")
+    assert sample() == texts[1]
+    reader, writer = pipe
+    writer.write("日\n語\n".encode())
+    writer.close()
+    monkeypatch.setattr("sys.stdin", reader)
+    assert sample() == texts[0]
+    with open(os.devnull) as empty:
+        monkeypatch.setattr("sys.stdin", empty)
+        assert sample() == texts[1]
+
+
+def test_a_text_that_has_ended_is_not_continued(echoing, monkeypatch, capsys):
+    loaded, chunks = echoing
+    chunks.append([65, loaded.tokenizer.end_of_text])
+    monkeypatch.setattr("sys.stdin", io.StringIO("b\n\n/more c\n"))
+    Session(loaded, Namespace(**dict.fromkeys(CHANGEABLE, 1))).run()
+    out, err = capsys.readouterr()
+    decoded = loaded.tokenizer.decode([65])
+    assert out == f"b{decoded}\n c{decoded}\n"
+    assert err.count("error: the text has ended") == 1
 
 
 def test_a_folder_as_stdin_is_refused_in_one_line(monkeypatch):
@@ -426,20 +455,39 @@ def test_exported_folder_gives_the_same_text(sample, capsys):
     assert "run/final_model" in err
 
 
-TYPED = ["日", "日", "/temperature -1", "/temperature", "/heat 3", "/tokens x", "日" * 30]
-TYPED += ["/temperature 0", "/tokens 42", "日", "日", ""]
+TYPED = [
+    "/again",
+    "/tokens 45",
+    "日",
+    "日",
+    "/again",
+    "/seed",
+    "/seed 0",
+    "日",
+    "/temperature -1",
+    "/heat 3",
+    "/tokns 3",
+]
+TYPED += ["/tokens x", "日" * 30, "/temperature 0", "語", "", "/more 本", "/tokens 90", "語", "/help", "  "]
 
 
 def check_session(output, err):
     """Compares what a session shows after TYPED and Ctrl-D."""
-    first, second, greedy, greedy_again = re.fullmatch(
-        f"({FULL}\n)({FULL}\n)(日[日本語]{{14}}\n)(日[日本語]{{14}}\n)[日本語]{{14}}\n", output
-    ).groups()
-    assert first != second
-    assert greedy == greedy_again
-    head, prompts = err.split("\n> ", 1)
-    assert "/temperature 0.8" in head
-    assert re.fullmatch("> > " + "error: [^\n]+\n> " * 5 + "> > > > > \n", prompts)
+    first, same, again, back, greedy, further, more, whole, blank = output.removesuffix("\n").split("\n")
+    assert first == same == back != again
+    assert re.fullmatch("日[日本語]{15}", again)
+    assert whole == greedy + further  # so it keeps all that it wrote
+    assert re.fullmatch(" 本[日本語]{15}", more)
+    assert blank.startswith("  ")
+    greeting, *answers = err.split("\n")
+    assert "no chat" in greeting
+    assert "/help" in greeting
+    errors = [line for line in answers if "error" in line]
+    named = ("nothing is written", "temperature", "/help shows the commands", "did you mean /tokens", "--tokens", "46")
+    for line, name in zip(errors, named, strict=True):
+        assert re.fullmatch(f"> +(> )*error: .*{re.escape(name)}.*", line)
+    assert any(line.endswith("> /seed 1") for line in answers)
+    assert all(f"/{command}" in err for command in COMMANDS)
 
 
 def test_session_continues_what_is_typed_until_the_input_ends(monkeypatch, capsys):
@@ -448,6 +496,12 @@ def test_session_continues_what_is_typed_until_the_input_ends(monkeypatch, capsy
     with contextlib.redirect_stdout(Terminal()) as terminal:
         main(["--workdir", "run"])
     check_session(terminal.getvalue(), capsys.readouterr().err.partition("\n")[2])
+
+
+def test_quit_ends_the_session(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n/heat\n"))
+    Session(None, None).run()
+    assert "error" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -482,11 +536,12 @@ def test_ctrl_c_ends_the_text_but_not_the_session(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("jaxlm.sample._generate", interrupted)
-    monkeypatch.setattr("sys.stdin", io.StringIO("a\n/top_k 3\nb\n"))
-    _session(loaded._replace(config=ModelConfig(context=9)), Namespace(**dict.fromkeys(CHANGEABLE, 1)))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n/top_k 3\nb\n\n/again\n"))
+    Session(loaded._replace(config=ModelConfig(context=9)), Namespace(**dict.fromkeys(CHANGEABLE, 1))).run()
     decoded = load_tokenizer(300).decode([65])
-    assert capsys.readouterr().out == f"a{decoded}\nb{decoded}\n"
-    assert [call[2].top_k for call in arguments] == [1, 3]
+    assert capsys.readouterr().out == f"a{decoded}\nb{decoded}\n{decoded}\n{decoded}\n"
+    assert [(call[2].top_k, call[2].seed) for call in arguments] == [(1, 1), (3, 1), (3, 1), (3, 2)]
+    assert [call[1][0].number for call in arguments] == [0, 0, 1, 1]
 
 
 def test_save_in_progress_is_left_alone(sample):
