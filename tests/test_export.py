@@ -67,6 +67,7 @@ def test_the_card_describes_the_training(tmp_path):
     assert f"# A language model of {parameters:,} parameters\n" in card
     settings = json.loads(re.search("```json\n(.*?)```", card, re.DOTALL)[1])
     assert settings["max_steps"] == 12
+    assert "save_interval" not in settings
     assert card.startswith("---\n")
 
 
@@ -74,13 +75,13 @@ def test_the_card_describes_the_training(tmp_path):
 def test_an_export_is_replaced_only_with_overwrite(tmp_path, form):
     out = tmp_path / {"hf": "model", "gguf": "model.gguf"}[form]
     export("--format", form, "--out", out, "--step", 3)
-    before = listing(tmp_path) | {"": out.read_bytes() if out.is_file() else None}
+    before = listing(tmp_path)
     with pytest.raises(UsageError, match="--overwrite") as caught:
         export("--format", form, "--out", out)
     assert is_one_line(caught.value)
-    assert listing(tmp_path) | {"": out.read_bytes() if out.is_file() else None} == before
+    assert listing(tmp_path) == before
     export("--format", form, "--out", out, "--overwrite")
-    assert listing(tmp_path).keys() == before.keys() - {""}
+    assert listing(tmp_path).keys() == before.keys()
     assert listing(tmp_path) != before
 
 
@@ -179,12 +180,56 @@ def test_an_empty_folder_is_used(tmp_path, monkeypatch):
 
 
 def test_a_gguf_file_is_written_to_the_file_or_folder_of_out(tmp_path):
-    export("--format", "gguf", "--out", tmp_path / "new" / "mine.gguf")
+    """A file that is named so needs no --format."""
+    export("--out", tmp_path / "new" / "mine.gguf")
     export("--format", "gguf", "--out", tmp_path, "--dtype", "q8_0")
     export("--format", "gguf", "--out", tmp_path)
     names = {"new/mine.gguf", "model-q8_0.gguf", "model-f16.gguf"}
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.gguf")} == names
-    assert (tmp_path / "new" / "mine.gguf").read_bytes() == (tmp_path / "model-f16.gguf").read_bytes()
+    first, second = (gguf.GGUFReader(tmp_path / name) for name in ("new/mine.gguf", "model-f16.gguf"))
+    assert first.get_field("jaxlm.sha256").contents() == second.get_field("jaxlm.sha256").contents()
+    assert second.get_field("general.name").contents() == "model-f16"
+
+
+def test_the_modelfile_is_what_ollama_reads(tmp_path):
+    """By the grammar and the parameters of https://docs.ollama.com/modelfile."""
+    export("--out", tmp_path / "a b.gguf")
+    lines = (tmp_path / "a b.Modelfile").read_text().splitlines()
+    assert lines[0] == "# ollama create 'a b' -f 'a b.Modelfile'"
+    instructions = [line.split(" ", 1) for line in lines if not line.startswith("#")]
+    parameters = dict(value.split(" ") for name, value in instructions if name == "PARAMETER")
+    assert [pair for pair in instructions if pair[0] != "PARAMETER"] == [
+        ["FROM", "./a b.gguf"],
+        ["TEMPLATE", '"""{{ .Prompt }}"""'],
+    ]
+    integers, floats = {"num_ctx", "num_predict", "top_k"}, {"temperature", "top_p", "repeat_penalty"}
+    assert parameters.keys() == integers | floats
+    assert all(int(parameters[name]) >= 0 for name in integers)
+    assert all(float(parameters[name]) > 0 for name in floats)
+    assert parameters["num_ctx"] == "16"  # the model's context
+
+
+def test_a_modelfile_of_a_person_stays(tmp_path, capsys):
+    file = tmp_path / "model.Modelfile"
+    export("--out", tmp_path / "model.gguf")
+    written = file.read_text()
+    assert capsys.readouterr().out.startswith(f"{file} is for ollama\n")
+    for text, flags in ((f"{written}# mine\n", ["--overwrite"]), (written.replace("FROM", "from"), ["--overwrite"])):
+        file.write_text(text)
+        export("--out", tmp_path / "model.gguf", *flags)
+        assert file.read_text() == text
+        assert capsys.readouterr().out.startswith(f"{file} stays as it was\n")
+
+
+def test_a_modelfile_of_an_earlier_export_is_replaced_with_overwrite(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.interop.ollama.TOKENS", 300)
+    export("--out", tmp_path / "model.gguf")
+    monkeypatch.undo()
+    earlier = (tmp_path / "model.Modelfile").read_bytes()
+    (tmp_path / "model.gguf").unlink()
+    for flags, same in (([], True), (["--overwrite"], False)):
+        export("--out", tmp_path / "model.gguf", *flags)
+        assert ((tmp_path / "model.Modelfile").read_bytes() == earlier) == same
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])

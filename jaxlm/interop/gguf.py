@@ -29,13 +29,15 @@ def require_gguf() -> None:
 def write_gguf(file: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str) -> None:
     """Writes the model and its tokenizer, matrices in one of DTYPES and norms in float32; replaces the file atomically.
 
+    The model has the name of the file. No metadata name a person or a folder.
+
     Raises:
         ValueError: `params` are not those of the table of parameters.
         RunError: the disk failed; an existing file is unchanged.
     """
     try:
         with atomic.new_directory(file.parent), atomic.new_file(file) as temporary:
-            _write(temporary, config, params, tokenizer, dtype)
+            _write(temporary, file.stem, config, params, tokenizer, dtype)
     except OSError as error:
         raise RunError(f"cannot write {file} ({error}): {disk_advice(error)}, run the same command again") from error
 
@@ -53,10 +55,11 @@ def read_mark(file: Path) -> Mark:
         return Mark()
 
 
-def _write(file: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str) -> None:
+def _write(file: Path, name: str, config: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(file, model_type(config))
+    writer.add_name(name.encode(errors="replace").decode())
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context)

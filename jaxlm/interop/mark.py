@@ -1,5 +1,5 @@
 """How jaxlm knows a file that it wrote and nobody changed: weights and texts by the metadata of the weights, a model
-card by its last line.
+card or a Modelfile by its last line.
 
 Each holds the SHA-256 of the rest. A file that lacks it, or whose rest has another, is a person's.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+CARD_SEAL = "<!-- written by jaxlm, which keeps an edited card; sha256 {} -->"  # the last line of a model card
 KEY, TEXTS_KEY = "jaxlm.sha256", "jaxlm.texts_sha256"  # in the metadata
 
 
@@ -39,18 +40,17 @@ def tensors_sha256(names: Iterable[str], read: Callable[[str], np.ndarray]) -> s
     return digest.hexdigest()
 
 
-def seal(card: str) -> bytes:
-    """The bytes of the card's file. Its last line is the hash of the rest, so an edit is recognised."""
-    body = f"{card.rstrip()}\n".encode(errors="replace")  # it may name any file
-    return body + _seal_line(body)
+def seal(text: str, line: str = CARD_SEAL) -> bytes:
+    """The bytes of the text's file. Its last line has the hash of the rest, so an edit is recognised."""
+    body = f"{text.rstrip()}\n".encode(errors="replace")  # it may name any file
+    return body + _seal_line(body, line)
 
 
-def is_sealed(data: bytes) -> bool:
-    """Whether the file is a card as `seal` wrote it."""
-    body = data[: data.rfind(b"<!--")]
-    return data == body + _seal_line(body)
+def is_sealed(data: bytes, line: str = CARD_SEAL) -> bool:
+    """Whether the file is as `seal` wrote it."""
+    body = data[: data.rfind(b"\n", 0, -1) + 1]
+    return data == body + _seal_line(body, line)
 
 
-def _seal_line(body: bytes) -> bytes:
-    digest = hashlib.sha256(body).hexdigest()
-    return f"<!-- written by jaxlm, which keeps an edited card; sha256 {digest} -->\n".encode()
+def _seal_line(body: bytes, line: str) -> bytes:
+    return f"{line.format(hashlib.sha256(body).hexdigest())}\n".encode()

@@ -11,6 +11,12 @@ from typing import Any
 from jaxlm.config import Config, to_dict
 from jaxlm.storage.jsonl import rows_up_to
 
+# settings that say how the run was computed, watched and saved, not what the model is
+_NOT_OF_THE_MODEL = (
+    *("microbatch_chunks", "eval_interval", "save_interval", "save_minutes", "generation_interval"),
+    *("max_checkpoints", "keep_every", "max_nonfinite_microbatches", "platform", "deterministic", "sample"),
+    *("model.implementation", "model.remat", "data.exclude", "data.dir", "data.eval_sequences"),
+)
 _CARD = """\
 ---
 library_name: transformers
@@ -43,7 +49,7 @@ context {model.context}, vocabulary {model.vocab_size:,} ({tokenizer}) |
 The model continues texts like those it was trained on. It does not follow instructions, and its statements may be
 false.
 
-The run's settings:
+The settings that it was trained with:
 
 ```json
 {settings}
@@ -54,11 +60,11 @@ The run's settings:
 def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any], parameters: int) -> str:
     """The card, in Markdown, of the model after `step` of the run in `workdir`; `meta` is that of its checkpoint.
 
-    A card may be published, so it has only the last part of each path.
+    A card may be published, so it has only the last part of each path, and not that of a home directory.
     """
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
     corpus = "" if config.data.dir else _base_names(config.data.corpus)  # `dir` may be of another
-    data = dataclasses.replace(config.data, corpus=corpus, exclude=(), dir=_base_name(config.data.dir))
+    data = dataclasses.replace(config.data, corpus=corpus)
     config = dataclasses.replace(config, data=data, init_from=_base_name(config.init_from))
     return _CARD.format(
         parameters=parameters,
@@ -73,8 +79,16 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
         tokens=step * config.tokens_per_step,
         loss=_last(rows, {"loss": "nats per token"}),
         val_loss=_last(rows, {"val_loss": "nats per token", "val_bits_per_byte": "bits per byte"}),
-        settings=json.dumps(to_dict(config), indent=2, ensure_ascii=False),
+        settings=json.dumps(_settings(config), indent=2, ensure_ascii=False),
     )
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    settings = to_dict(config)
+    for name in _NOT_OF_THE_MODEL:
+        group, _, last = name.rpartition(".")
+        del (settings[group] if group else settings)[last]
+    return settings
 
 
 def _text(meta: Mapping[str, Any]) -> str:
@@ -93,7 +107,8 @@ def _base_names(corpus: str) -> str:
 
 
 def _base_name(path: str) -> str:
-    return path and os.path.basename(os.path.abspath(path))
+    absolute = os.path.abspath(path)
+    return path and ("~" if absolute == os.path.expanduser("~") else os.path.basename(absolute))
 
 
 def _last(rows: Sequence[Mapping[str, Any]], units: Mapping[str, str]) -> str:

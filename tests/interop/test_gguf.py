@@ -49,6 +49,7 @@ def test_the_metadata_are_those_that_llama_cpp_reads(written):
     fields = metadata(reader)
     expected = {
         "general.architecture": "llama",
+        "general.name": "model",
         "general.file_type": {"f32": 0, "f16": 1, "q8_0": 7}[dtype],
         "llama.vocab_size": 300,
         "llama.context_length": 16,
@@ -69,6 +70,7 @@ def test_the_metadata_are_those_that_llama_cpp_reads(written):
         "tokenizer.ggml.add_bos_token": False,
     }
     assert {name: fields[name] for name in expected} == expected
+    assert {name for name in fields if name.startswith("general.")} <= expected.keys()  # none names a person
     assert fields["tokenizer.ggml.tokens"] == load_tokenizer(300).names()
     assert fields["tokenizer.ggml.token_type"] == [1] * 299 + [3]
     assert len(fields["tokenizer.ggml.merges"]) == 300 - 257

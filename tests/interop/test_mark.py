@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxlm.interop.mark import Mark, is_sealed, seal, tensors_sha256
+from jaxlm.interop.mark import CARD_SEAL, Mark, is_sealed, seal, tensors_sha256
 
 TENSORS = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
 
@@ -39,9 +39,10 @@ def test_a_mark_is_sound_if_it_is_there_and_fits():
 
 
 def test_a_card_is_sealed_and_any_edit_breaks_the_seal():
-    data = seal("# A card  \n\n")
-    assert data.startswith(b"# A card\n<!--")
-    assert is_sealed(data)
-    for index in range(len(data)):
-        assert not is_sealed(data[:index] + b"~" + data[index + 1 :])
-        assert not is_sealed(data[:index])
+    for line in (CARD_SEAL, "# {}"):
+        data = seal("# A card  \n\n", line)
+        assert data.startswith(b"# A card\n" + line[:1].encode())
+        assert is_sealed(data, line)
+        for index in range(len(data)):
+            assert not is_sealed(data[:index] + b"~" + data[index + 1 :], line)
+            assert not is_sealed(data[:index], line)
