@@ -479,7 +479,7 @@ def check_session(output, err):
     assert whole == greedy + further  # so it keeps all that it wrote
     assert re.fullmatch(" 本[日本語]{15}", more)
     assert blank.startswith("  ")
-    greeting, *answers = err.split("\n")
+    _, greeting, *answers = err.split("\n")  # the first names the checkpoint
     assert "no chat" in greeting
     assert "/help" in greeting
     errors = [line for line in answers if "error" in line]
@@ -495,7 +495,7 @@ def test_session_continues_what_is_typed_until_the_input_ends(monkeypatch, capsy
     monkeypatch.setattr("sys.stdin", typed)
     with contextlib.redirect_stdout(Terminal()) as terminal:
         main(["--workdir", "run"])
-    check_session(terminal.getvalue(), capsys.readouterr().err.partition("\n")[2])
+    check_session(terminal.getvalue(), capsys.readouterr().err)
 
 
 def test_quit_ends_the_session(monkeypatch, capsys):

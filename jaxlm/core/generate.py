@@ -113,7 +113,7 @@ def _extend(
     slots = max(width + -(-count // step) * step, slides * (half_width + context - context // 2))
     rows = len(sequences) + -len(sequences) % ops.get(config.implementation).row_multiple
     keys_B = sequence_keys(keys[0], np.resize(keys[1], rows))
-    while any(sequence.left for sequence in sequences):
+    while True:
         windows = [sequence.window if sequence.left else [] for sequence in sequences]
         state = prefill(config, weights, *_aligned(windows, rows, width), keys_B, slots - width)
         while any(sequence.room(context) for sequence in sequences):
@@ -121,6 +121,8 @@ def _extend(
             for sequence, row in zip(sequences, np.asarray(tokens_BN).tolist(), strict=False):
                 sequence.add(row[: sequence.room(context)], end_of_text)
             yield
+        if not any(sequence.left for sequence in sequences):
+            return
         for sequence in sequences:
             sequence.start = window_start(len(sequence.ids), context)
         keys_B, width = next_window_keys(keys_B, np.int32(context)), half_width
