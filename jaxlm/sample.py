@@ -95,7 +95,7 @@ def _parser() -> ArgumentParser:
 def _sampling_parser() -> ArgumentParser:
     """The flags that a session can change."""
     parser = ArgumentParser(prog="python -m jaxlm.sample", add_help=False)
-    parser.add_argument("--tokens", type=int, default=200, help="maximum number of new tokens (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=200, help="new tokens at most (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
     parser.add_argument(
         "--top_k", type=int, default=50, help="sample from the k most likely tokens; 0: all (%(default)s)"
