@@ -23,7 +23,7 @@ from jaxlm.errors import RunError, Stopped, UsageError, disk_advice
 _PACKAGE = Path(__file__).parent
 PRESETS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
 QUICKSTART = PRESETS / "quickstart.py"
-FLAGS_OF_MAIN = ("--config", "--workdir", "--force")  # declared by `define_flags`
+FLAGS_OF_MAIN = ("--config", "--workdir", "--force", "--show")  # declared by `define_flags`
 
 
 class ArgumentParser(argparse.ArgumentParser):
