@@ -20,6 +20,7 @@ from jaxlm.core.model import Decoder
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.data.vocabulary import learn_tokenizer
+from jaxlm.export import main as export
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import ForeignTokenizer, read_params
 from jaxlm.main import open_data
@@ -98,6 +99,20 @@ def test_llama_cpp_reads_the_smaller_files(run, tmp_path, dtype, tolerance):
     subject = interop.Subject(checkpoint.model, checkpoint.params, checkpoint.tokenizer, Path(), Path())
     ours = interop.logits(subject, ids)
     assert interop.worst(model.scores[:128], ours) < tolerance
+
+
+def test_llama_cpp_writes_the_text_of_sample(run, tmp_path, capsys):
+    """With the snippet of docs/interop.md."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    workdir, *_ = run
+    export(["--workdir", str(workdir), "--out", str(tmp_path / "model.gguf"), "--dtype", "f32"])
+    capsys.readouterr()
+    sample(["--workdir", str(workdir), "--prompt", "The prince looked", "--temperature", "0", "--tokens", "100"])
+    model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, verbose=False)
+    greedy = {"max_tokens": 100, "temperature": 0, "repeat_penalty": 1.0, "echo": True}
+    text = model.create_completion("The prince looked", **greedy)
+    assert text["choices"][0]["text"] + "\n" == capsys.readouterr().out
+    assert model.metadata["general.name"] == "model"
 
 
 def test_bits_per_byte_are_those_of_the_run(run):

@@ -44,9 +44,9 @@ def generate(
         [len(prompts), N] int32, `end_of_text` from the end of each sequence on. It stops when all have ended.
     """
     sequences = [_Sequence(list(ids), len(ids), window_start(len(ids), config.context), tokens) for ids in prompts]
-    keys = key, np.array(indices or range(len(prompts)), np.int32)
+    indices_N = np.array(indices or range(len(prompts)), np.int32)
     yielded = 0
-    for _ in _extend(config, weights, sequences, params, keys, end_of_text, chunk):
+    for _ in _extend(config, weights, sequences, params, key, indices_N, end_of_text, chunk):
         new = [sequence.ids[sequence.prompt :] for sequence in sequences]
         open_lengths = [len(ids) for ids, sequence in zip(new, sequences, strict=True) if sequence.left]
         ready = min(open_lengths, default=max(map(len, new)))
@@ -94,7 +94,8 @@ def _extend(
     weights: Params,
     sequences: Sequence[_Sequence],
     params: SamplingParams,
-    keys: tuple[jax.Array, np.ndarray],  # and the index of each sequence
+    key: jax.Array,
+    indices_N: np.ndarray,
     end_of_text: int,
     chunk: int | None,
 ) -> Iterator[None]:
@@ -112,7 +113,7 @@ def _extend(
     step = chunk or (min(count, SLIDING_CHUNK) if slides else count)
     slots = max(width + -(-count // step) * step, slides * (half_width + context - context // 2))
     rows = len(sequences) + -len(sequences) % ops.get(config.implementation).row_multiple
-    keys_B = sequence_keys(keys[0], np.resize(keys[1], rows))
+    keys_B = sequence_keys(key, np.resize(indices_N, rows))
     while True:
         windows = [sequence.window if sequence.left else [] for sequence in sequences]
         state = prefill(config, weights, *_aligned(windows, rows, width), keys_B, slots - width)
