@@ -307,7 +307,7 @@ def test_empty_stdin_writes_nothing(sample, type_in):
     assert sample("--stdin") == ""
 
 
-def test_without_a_prompt_the_lines_of_a_pipe_are_prompts(sample, type_in, pipe, monkeypatch):
+def test_without_a_prompt_the_lines_of_a_pipe_are_prompts(sample, type_in, monkeypatch):
     """An empty one gives the text without a prompt, and beside --prompt none is read."""
     texts = sample("--prompt", "日", "--prompt", "語"), sample()
     type_in("日\n語\n")
@@ -315,12 +315,12 @@ def test_without_a_prompt_the_lines_of_a_pipe_are_prompts(sample, type_in, pipe,
     assert sample("--prompt", "日") == texts[0].split("\n")[0] + "\n"
     type_in("")
     assert sample() == texts[1]
-    reader, writer = pipe
-    writer.write("日\n語\n".encode())
-    writer.close()
-    monkeypatch.setattr("sys.stdin", reader)
-    assert sample() == texts[0]
-    with open(os.devnull) as empty:
+    reading, writing = os.pipe()
+    os.write(writing, "日\n語\n".encode())
+    os.close(writing)
+    with os.fdopen(reading) as pipe, open(os.devnull) as empty:
+        monkeypatch.setattr("sys.stdin", pipe)
+        assert sample() == texts[0]
         monkeypatch.setattr("sys.stdin", empty)
         assert sample() == texts[1]
 
