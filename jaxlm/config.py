@@ -189,6 +189,8 @@ class OptimizerConfig:
     lr_schedule: str = setting("cosine", "how the learning rate falls: cosine or linear", LR_SCHEDULES)
     lr_decay_fraction: float = setting(1.0, "the fall takes this last part of the steps after warm-up", low=0, high=1)
     min_lr_ratio: float = setting(0.1, "learning rate at max_steps, as a fraction of the peak", low=0, high=1)
+    lr_restart_step: int = setting(0, "where a second schedule begins, to train a finished run longer; 0: none", low=0)
+    lr_restart_ratio: float = setting(0.6, "peak of the second schedule, a fraction of the first's", above=0, high=1)
     b1: float = setting(0.9, "decay of Adam's first moment", low=0, below=1)
     b2: float = setting(0.95, "decay of Adam's second moment", low=0, below=1)
     weight_decay: float = setting(0.1, "decoupled; on all that Adam updates but norm scales", low=0)
@@ -202,6 +204,11 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_values(self, "optimizer.")
+        if self.lr_restart_step and self.lr_restart_ratio < self.min_lr_ratio:
+            raise UsageError(
+                f"optimizer.lr_restart_ratio is {self.lr_restart_ratio}: it must be at least optimizer.min_lr_ratio,"
+                f" {self.min_lr_ratio}"
+            )
 
 
 @dataclass(frozen=True)
@@ -218,14 +225,14 @@ class DataConfig:
     def __post_init__(self):
         check_values(self, "data.")
         if not self.corpus and not self.dir:
-            raise UsageError("data.corpus and data.dir are both empty: name one of them")
+            raise UsageError("data.corpus and data.dir are both empty: name your text with --config.data.corpus")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """The samples that a run writes while it trains."""
 
-    prompts: tuple[str, ...] = setting(PROMPTS, "each block of samples draws from these at random")
+    prompts: tuple[str, ...] = setting(PROMPTS, "samples draw from these; none: beginnings of the validation text")
     texts: int = setting(10, "samples at a time", low=1)
     tokens: int = setting(60, "of each sample", low=1)
     temperature: float = setting(0.8, "0: greedy", low=0, high=1_000_000)
@@ -234,8 +241,6 @@ class SampleConfig:
 
     def __post_init__(self):
         check_values(self, "sample.")
-        if not self.prompts:
-            raise UsageError("sample.prompts is empty: give at least one prompt")
 
 
 @dataclass(frozen=True)
@@ -245,6 +250,7 @@ class Config:
     batch_size: int = setting(32, "sequences per micro-batch", low=1, fixed=True)
     grad_accum_steps: int = setting(2, "micro-batches per optimizer step", low=1, fixed=True)
     microbatch_chunks: int = setting(0, "sequential parts of a micro-batch, to save memory; 0: automatic", low=0)
+    hours: float = setting(0.0, "of training; they and the text choose the sizes. 0: they do not", low=0, fixed=True)
     max_steps: int = setting(50_000, "optimizer steps of the whole run", low=1)
     eval_interval: int = setting(100, "steps between evaluations, each with a line on the console", low=1)
     save_interval: int = setting(300, "steps between checkpoints", low=1)
@@ -252,6 +258,7 @@ class Config:
     generation_interval: int = setting(50, "steps between blocks of samples", low=1)
     max_checkpoints: int = setting(5, "regular checkpoints that are kept; older ones are deleted", low=1)
     keep_every: int = setting(0, "steps between checkpoints that are never deleted; 0: none", low=0)
+    keep_best: bool = setting(False, "keep the step of the lowest validation loss; the final model is made of it")
     max_nonfinite_microbatches: int = setting(10, "non-finite micro-batches in a row that stop the run", low=1)
     seed: int = setting(0, "of the initial weights, the data order and the samples", low=0, high=INT32_MAX, fixed=True)
     init_from: str = setting("", "Hugging Face folder with the initial weights; empty: random", fixed=True, paths=True)
@@ -273,11 +280,20 @@ class Config:
             raise UsageError(
                 f"keep_every {self.keep_every} is no multiple of save_interval {self.save_interval}: choose one, or 0"
             )
+        if self.keep_best and self.data.eval_sequences:
+            raise UsageError("keep_best compares losses of the whole validation text: set data.eval_sequences to 0")
         check_vocab_size(self.data.tokenizer, self.model.vocab_size, "model.vocab_size")
-        if self.optimizer.warmup_steps >= self.max_steps:
+        warmup, restart = self.optimizer.warmup_steps, self.optimizer.lr_restart_step
+        if warmup >= self.max_steps:
             raise UsageError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of max_steps {self.max_steps}:"
+                f"optimizer.warmup_steps {warmup} leaves nothing of max_steps {self.max_steps}:"
                 " choose a shorter warm-up"
+            )
+        if restart and not warmup < restart < self.max_steps - warmup:
+            raise UsageError(
+                f"optimizer.lr_restart_step {restart} leaves no steps after the warm-up of {warmup} steps before or"
+                f" after it: choose more max_steps than {self.max_steps}, or a step from {warmup + 1} to"
+                f" {self.max_steps - warmup - 1}"
             )
 
     @property

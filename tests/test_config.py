@@ -19,6 +19,7 @@ CONFIGS = sorted(REPOSITORY.glob("configs/*.py"))
 FIXED = {
     "batch_size",
     "grad_accum_steps",
+    "hours",
     "seed",
     "init_from",
     "data.val_fraction",
@@ -113,7 +114,6 @@ def assert_refused(wrong, *named):
         ("data.val_fraction", 0.0),
         ("data.val_fraction", 1.0),
         ("data.eval_sequences", -1),
-        ("sample.prompts", ()),
         ("sample.texts", 0),
         ("sample.tokens", 0),
         ("sample.temperature", -0.1),
@@ -180,6 +180,21 @@ def test_chunks_must_divide_the_batch():
 @pytest.mark.parametrize("max_steps", [100, 99])
 def test_warm_up_must_leave_steps(max_steps):
     assert_refused({"max_steps": max_steps, "optimizer": {"warmup_steps": 100}}, "warmup_steps", "max_steps")
+
+
+def test_a_second_schedule_must_have_its_steps_and_rise_above_the_least_rate():
+    for restart in (100, 900, 1000):
+        optimizer = {"warmup_steps": 100, "lr_restart_step": restart}
+        assert_refused({"max_steps": 1000, "optimizer": optimizer}, "lr_restart_step", str(restart), "from 101 to 899")
+    from_config_dict({"max_steps": 1000, "optimizer": {"warmup_steps": 100, "lr_restart_step": 899}})
+    assert_refused(
+        {"optimizer": {"lr_restart_step": 200, "lr_restart_ratio": 0.05}}, "lr_restart_ratio", "min_lr_ratio"
+    )
+
+
+def test_the_best_step_is_that_of_whole_evaluations():
+    assert_refused({"keep_best": True}, "keep_best", "data.eval_sequences to 0")
+    assert from_config_dict({"keep_best": True, "data": {"eval_sequences": 0}}).keep_best
 
 
 def test_a_corpus_or_a_directory_is_required():
@@ -353,7 +368,9 @@ def test_tokens_per_step_counts_all_micro_batches():
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_file_in_configs_builds(file):
-    config = from_config_dict(runpy.run_path(str(file))["get_config"]())
+    settings = runpy.run_path(str(file))["get_config"]()
+    settings.data.corpus = settings.data.corpus or "my.txt"  # a person names the text of own_text
+    config = from_config_dict(settings)
     assert isinstance(config, Config)
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
 

@@ -138,7 +138,7 @@ class _SharedStep:
 
 def _key(config: Config) -> Config:
     names = ("eval_interval", "generation_interval", "save_interval", "max_checkpoints", "max_nonfinite_microbatches")
-    plain = {"save_minutes": 0.0, "keep_every": 0, "seed": 0, "init_from": ""}
+    plain = {"save_minutes": 0.0, "keep_every": 0, "keep_best": False, "hours": 0.0, "seed": 0, "init_from": ""}
     plain |= {"data": DataConfig(), "sample": SampleConfig()}
     return dataclasses.replace(config, **dict.fromkeys(names, 1), **plain)
 

@@ -33,13 +33,26 @@ def make_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
     It rises linearly from 1 / (warmup_steps + 1) to 1 over the warm-up and stays there. Over the last
     `lr_decay_fraction` of the steps after the warm-up it falls to `min_lr_ratio`, as `lr_schedule` says.
 
+    With `lr_restart_step`, this takes place before that step, and once more after it, from there to the same end but
+    with the peak `lr_restart_ratio`.
+
     Raises KeyError if SCHEDULES has no `lr_schedule`.
     """
-    decay_steps = max(1, round((max_steps - config.warmup_steps) * config.lr_decay_fraction))
+    if not (start := config.lr_restart_step):
+        return _rise_and_fall(config, max_steps, config.min_lr_ratio)
+    peak = config.lr_restart_ratio
+    first = _rise_and_fall(config, start, config.min_lr_ratio)
+    second = _rise_and_fall(config, max_steps - start, config.min_lr_ratio / peak)
+    return optax.join_schedules([first, lambda step: peak * second(step)], [start])
+
+
+def _rise_and_fall(config: OptimizerConfig, steps: int, end: float) -> optax.Schedule:
+    """A schedule of so many steps, which rises to 1 and falls to `end`."""
+    decay_steps = max(1, round((steps - config.warmup_steps) * config.lr_decay_fraction))
     warmup = optax.linear_schedule(1 / (config.warmup_steps + 1), 1.0, config.warmup_steps)
-    decay = SCHEDULES[config.lr_schedule](config.min_lr_ratio, decay_steps)
+    decay = SCHEDULES[config.lr_schedule](end, decay_steps)
     phases = [warmup, optax.constant_schedule(1.0), decay]
-    return optax.join_schedules(phases, [config.warmup_steps, max_steps - decay_steps])
+    return optax.join_schedules(phases, [config.warmup_steps, steps - decay_steps])
 
 
 def _decay_and_scale(

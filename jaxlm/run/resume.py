@@ -28,10 +28,11 @@ def check_room(workdir: Path, config: Config) -> None:
     saves = -(-steps // config.save_interval) + (steps > 0)  # with a rolling one
     milestones = config.max_steps // config.keep_every if config.keep_every else 0
     most = config.max_checkpoints + milestones + 2  # a rolling one, and the next until the oldest is deleted
+    best = 2 * config.keep_best  # and the next best
     new = min(saves, most - len(saved))
     is_new = steps or not os.path.lexists(workdir / FINAL_MODEL / WEIGHTS)
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.params)) if is_new else 0
-    needed = max(new, 0) * checkpoint_bytes(shapes) + model + record_bytes(config, steps)
+    needed = (max(new, 0) + best) * checkpoint_bytes(shapes) + model + record_bytes(config, steps)
     free = shutil.disk_usage(existing_parent(workdir)).free
     if free < needed:
         raise UsageError(
@@ -90,19 +91,30 @@ def restore_or_init(
 
 
 def describe_changes(saved: Any, config: Config, step: int) -> list[str]:
-    """A line for each setting that differs from the `saved` ones of `step`, and for the learning rate if it does."""
+    """A line for each setting that differs from the `saved` ones of `step`, and for the learning rate if it does.
+
+    Where more `max_steps` raise the rate of a run that had ended, another line offers a second schedule.
+    """
     lines = [
         f"{change.name} is {change.value!r:.100}, was {change.saved!r:.100} up to step {step}"
         for change in differences(saved, config)
     ]
+    former, jumps = from_config_dict(saved), False
     for name in ("learning_rate", "muon_learning_rate")[: 1 + (config.optimizer.name == "muon")]:
         before, now = (
             getattr(run.optimizer, name) * float(make_schedule(run.optimizer, run.max_steps)(step))
-            for run in (from_config_dict(saved), config)
+            for run in (former, config)
         )
         if before != now:
-            verb = "rises" if now > before else "falls"
-            lines.append(f"so the {name.replace('_', ' ')} {verb} from {before:.1e} to {now:.1e}")
+            jumps = now > before
+            lines.append(
+                f"so the {name.replace('_', ' ')} {'rises' if jumps else 'falls'} from {before:.1e} to {now:.1e}"
+            )
+    if jumps and step == former.max_steps and config.optimizer.lr_restart_step != step:
+        lines.append(
+            f"This run had ended, and its rate jumps: add --config.optimizer.lr_restart_step={step} for a second"
+            f" schedule instead, with a warm-up to {config.optimizer.lr_restart_ratio} of the peak, and down again"
+        )
     return lines
 
 

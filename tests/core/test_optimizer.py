@@ -114,6 +114,23 @@ def test_schedule_equals_its_closed_form(decay):
         np.testing.assert_allclose(fractions, [expected(step) for step in at], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_a_second_schedule_equals_its_closed_form(decay):
+    warmup, restart, steps, peak, end = 3, 20, 33, 0.4, 0.1
+    c = OptimizerConfig(lr_schedule=decay, warmup_steps=warmup, lr_decay_fraction=0.5, min_lr_ratio=end)
+    again = replace(c, lr_restart_step=restart, lr_restart_ratio=peak)
+
+    def second(step):
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        t = max(0, step - 8) / 5  # the fall takes half of the 10 steps after the warm-up
+        return end + (peak - end) * ((1 + math.cos(math.pi * t)) / 2 if decay == "cosine" else 1 - t)
+
+    fractions = jax.jit(make_schedule(again, steps))(np.arange(steps))
+    np.testing.assert_array_equal(fractions[:restart], jax.jit(make_schedule(c, restart))(np.arange(restart)))
+    np.testing.assert_allclose(fractions[restart:], [second(step) for step in range(steps - restart)], rtol=1e-5)
+
+
 def test_a_name_without_a_function_raises(monkeypatch):
     """As when a schedule or an optimizer is added to the names in config.py alone."""
     assert tuple(optimizer.SCHEDULES) == jaxlm.config.LR_SCHEDULES

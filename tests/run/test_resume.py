@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -49,9 +51,15 @@ def test_the_learning_rate_that_max_steps_changes_is_given_before_and_after(max_
     assert rate == f"so the learning rate {verb} from {before:.1e} to {after:.1e}"
 
 
-def test_a_finished_run_that_is_prolonged_says_so():
-    rate = changes(config_of(), config_of(max_steps=1500), step=1000)[-1]
+def test_a_finished_run_that_is_prolonged_says_so_and_offers_a_second_schedule():
+    _, rate, offer = changes(config_of(), config_of(max_steps=1500), step=1000)
     assert rate == f"so the learning rate rises from 3.0e-05 to {cosine(3e-4, 1000, 1500):.1e}"
+    flag = re.search(r"--config\.optimizer\.(lr_restart_step)=(\d+) ", offer)
+    again = config_of(max_steps=1500, optimizer={flag[1]: int(flag[2])})
+    lines = changes(config_of(), again, step=1000)
+    assert lines[-1] == f"so the learning rate falls from 3.0e-05 to {3e-4 * 0.6 / 101:.1e}"  # of the warm-up
+    assert not any("lr_restart_step=" in line for line in lines)
+    assert "lr_restart_step=1500" in changes(again, replace(again, max_steps=2000), step=1500)[-1]
 
 
 def test_muon_has_both_rates():

@@ -344,6 +344,22 @@ def test_an_interrupted_run_has_the_samples_of_an_uninterrupted_one(interruption
     assert Path("broken/samples.jsonl").read_bytes() == Path("run/samples.jsonl").read_bytes()
 
 
+def test_an_interrupted_second_schedule_ends_with_the_bits_of_an_uninterrupted_one(console):
+    flags = ["--config.max_steps=18", f"--config.optimizer.lr_restart_step={LAST}"]
+    for workdir in ("longer", "broken-longer"):
+        shutil.copytree("run", workdir)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        at_step(patch, 14, send(signal.SIGTERM))
+        train("broken-longer", *flags)
+    for workdir in ("longer", "broken-longer"):
+        train(workdir, *flags)
+    assert_same_bits(saved_state("broken-longer", 18), saved_state("longer", 18))
+    metrics = rows("longer/metrics.jsonl")
+    assert without_clock(rows("broken-longer/metrics.jsonl")) == without_clock(metrics)
+    rates = [2e-3, 4e-3, 6e-3, *[1e-3 + 2.5e-3 * (1 + np.cos(np.pi * t)) for t in (1 / 4, 2 / 4, 3 / 4)]]
+    assert [row["lr"] for row in metrics[LAST:]] == pytest.approx(rates)
+
+
 def test_the_signal_handlers_are_restored(interruptions):
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == HANDLERS
 
