@@ -114,8 +114,8 @@ def seconds(config: Config, m: BenchmarkResult, val_windows: int) -> Timings:
     return Timings(
         start=m.start + m.first,
         step=step,
-        evaluation=batches * m.evaluation,
-        last_evaluation=all_batches * m.evaluation,
+        evaluation=batches * m.evaluation + config.keep_best * m.save,  # at most: each may be the best yet
+        last_evaluation=all_batches * m.evaluation + config.keep_best * m.save,
         samples=m.samples,
         save=m.save,
         saving=m.saving,
@@ -134,8 +134,8 @@ def key(config: Config, device: jax.Device) -> list[Any]:
     """All that the cost of a step or a pause depends on: the device, the machine and the settings."""
     settings = to_dict(dataclasses.replace(config, max_checkpoints=1, seed=0, init_from="", platform="auto"))
     settings["data"] = config.data.eval_sequences
-    intervals = ("eval_interval", "save_interval", "save_minutes", "keep_every", "generation_interval")
-    for name in (*intervals, "max_nonfinite_microbatches"):
+    intervals = ("eval_interval", "save_interval", "save_minutes", "keep_every", "keep_best", "generation_interval")
+    for name in (*intervals, "hours", "max_nonfinite_microbatches"):
         del settings[name]
     return [*backend.identity(device), os.cpu_count(), backend.available_memory(device), settings]
 
@@ -151,7 +151,7 @@ def measure(config: Config, device: jax.Device, place: Path, show: Callable[[flo
 
     Raises RunError if the run fails, for example for lack of memory.
     """
-    speed = _matmul_speed(config.model.matmul_dtype, device)  # in this process: a run has no such arrays
+    speed = matmul_speed(config.model.matmul_dtype, device)  # in this process: a run has no such arrays
     with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:
         if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
             _run_child(config, speed, Path(name, "brief"), True, lambda share: show(share / 4))
@@ -247,6 +247,7 @@ def _plan_run(config: Config, brief: bool, matmul_speed: float) -> _ShortRun:
         max_steps=max_steps,
         init_from="",
         max_checkpoints=1,
+        keep_best=False,
         data=dataclasses.replace(config.data, eval_sequences=batches * config.chunk_size),
     )
     return _ShortRun(config, cycles, is_chunk)
@@ -330,7 +331,7 @@ def peak_bytes(device: jax.Device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _matmul_speed(dtype: str, device: jax.Device) -> float:
+def matmul_speed(dtype: str, device: jax.Device) -> float:
     """Floating-point operations per second of a matmul of two square matrices."""
     size = {"cpu": 2048, "gpu": 8192}.get(device.platform, 4096)
     a = jax.device_put(np.random.default_rng(0).standard_normal((size, size), np.float32), device).astype(dtype)

@@ -51,7 +51,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
     if benchmark is None and measured is not False:
         problem = "it does not fit"
         if memory.total <= available:
-            benchmark, problem, wrong_numbers = _run_benchmark(config, device, workdir, show)
+            benchmark, problem, wrong_numbers = run_benchmark(config, device, workdir, show)
     memory = by_benchmark(memory, config, device, benchmark, show)
     setting = better_setting(config, device, available - memory.process, memory, show)
     speed, schedule = None, _schedule(config)
@@ -92,7 +92,7 @@ def summary(config: Config, device: jax.Device, workdir: Path, memory: Memory, s
     )
 
 
-def _run_benchmark(
+def run_benchmark(
     config: Config, device: jax.Device, workdir: Path, show: ShowProgress
 ) -> tuple[BenchmarkResult | None, str, str]:
     """The benchmark's result, why there is none, and what the numerics check found wrong; caches it if it passed."""
@@ -107,8 +107,13 @@ def _run_benchmark(
     except RunError as error:
         return None, str(error), wrong_numbers
     if not wrong_numbers:
-        user_cache.put("measured", measure.key(config, device), dataclasses.asdict(benchmark))
+        store_benchmark(config, device, benchmark)
     return benchmark, "", wrong_numbers
+
+
+def store_benchmark(config: Config, device: jax.Device, benchmark: BenchmarkResult) -> None:
+    """Caches a benchmark of a resolved config, or of one that differs only in its number of steps."""
+    user_cache.put("measured", measure.key(config, device), dataclasses.asdict(benchmark))
 
 
 def _model(config: Config, data_tokens: int | None) -> dict[str, Any]:
@@ -155,7 +160,8 @@ def _disk(
     model, records = benchmark.model_bytes if benchmark else memory.weights, record_bytes(config, config.max_steps)
     count = len(estimate.kept(config, config.max_steps))
     replaced = len(estimate.saves(config)) > config.max_checkpoints
-    kept, most = checkpoint * count, checkpoint * (count + replaced + 1) + model + records
+    count += config.keep_best
+    kept, most = checkpoint * count, checkpoint * (count + replaced + 1 + config.keep_best) + model + records
     free = shutil.disk_usage(existing_parent(workdir)).free
     written = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     return {

@@ -69,7 +69,7 @@ class SkippedEvent(Event):  # a micro-batch with gradients that are not finite
 
 @dataclass(frozen=True)
 class WarningEvent(Event):  # a sign that the run goes wrong
-    kind: str  # `spike` or `plateau` of the loss, or `step`: a step or a pause that does not end
+    kind: str  # `spike` or `plateau` of the loss, `rise` of the validation loss, `step`: a step or a pause without end
     text: str
 
 

@@ -16,7 +16,7 @@ from jaxlm.device import backend
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer
 from jaxlm.run.checkpoint import Checkpoints
-from jaxlm.run.workdir import CHECKPOINTS
+from jaxlm.run.workdir import BEST, CHECKPOINTS, saved_steps
 
 
 class Checkpoint(NamedTuple):
@@ -44,13 +44,17 @@ class LoadedModel(NamedTuple):
 
 
 def restore(workdir: Path, step: int | None, platform: str, precision: str = "auto") -> Checkpoint:
-    """Restores the model of a run's checkpoint, of `step` or (None) the newest that is whole.
+    """Restores the model of a run's checkpoint: of `step`; or (None) of the best step, if the run keeps it; or else of
+    the newest that is whole.
 
     `platform` and `precision` are those of the computation. Raises UsageError if there is no such checkpoint.
     """
     if not (workdir / CHECKPOINTS).is_dir():
         raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
     device = backend.start(platform)
+    best = saved_steps(workdir / BEST)
+    if best and step in (None, *best):
+        workdir = workdir / BEST
     checkpoints = Checkpoints(workdir)
     steps = checkpoints.steps()
     if not steps:

@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong: a loss that jumps or no longer falls, and a step or a pause that does not end."""
+"""Signs that a run goes wrong: in its losses, and in a step or a pause that does not end."""
 
 import contextlib
 import math
@@ -13,6 +13,7 @@ BAND_WIDTH = 8.0  # standard deviations of the noise
 LEAST_NOISE = 0.005  # of the median, where the losses are almost equal
 PLATEAU_STEPS = 500  # the shortest plateau
 PLATEAU_SHARE = 0.3  # of the steps done: the loss falls ever more slowly
+RISE_EVALUATIONS, RISE_SHARE = 5, 0.01  # after the lowest validation loss, and of it; less is noise
 LATE_SECONDS, LATE_FACTOR = 60.0, 20.0  # a step is late after both
 UNKNOWN_SECONDS = 600.0  # after which the first step is late, and a pause
 TICK_SECONDS = 5.0
@@ -67,6 +68,29 @@ class LossMonitor:
         return (
             f"The loss has not fallen by more than its noise in {steps:,} steps: {last:.4f} on average,"
             f" {before:.4f} in the {steps_before:,} before; another optimizer.learning_rate may help"
+        )
+
+
+class ValidationMonitor:
+    """Takes the validation loss of each evaluation; knows the lowest, and warns once when it has risen since."""
+
+    def __init__(self) -> None:
+        self.best_step, self._lowest = 0, math.inf
+        self._since = 0  # evaluations after the lowest
+        self._told = False
+
+    def __call__(self, step: int, loss: float) -> str:
+        """A warning, or ""."""
+        if loss < self._lowest:
+            self.best_step, self._lowest, self._since, self._told = step, loss, 0, False
+        else:
+            self._since += 1
+        if self._told or self._since < RISE_EVALUATIONS or not loss > (1 + RISE_SHARE) * self._lowest:
+            return ""
+        self._told = True
+        return (
+            f"The validation loss has risen from {self._lowest:.4f} at step {self.best_step} to {loss:.4f}: the model"
+            " now learns its text by heart; more text, a smaller model or fewer steps help"
         )
 
 

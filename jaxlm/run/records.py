@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import INT32_MAX, Config
+from jaxlm.data.beginnings import LONGEST
 from jaxlm.run.events import EvaluationEvent, Event, SamplesEvent, StepEvent
 from jaxlm.run.workdir import RECORDS
 from jaxlm.storage import atomic, tensorboard
@@ -32,7 +33,9 @@ class Records:
         self.damaged = {path: original for path, original in kept.items() if original}  # files that had damaged lines
         self._paths, self._step = files, step
         self._files = [AppendOnlyFile(path) for path in files]
-        metrics, samples = ([row for row in rows_up_to(path, step) if row["step"] == step] for path in files)
+        metrics, samples = (list(rows_up_to(path, step)) for path in files)
+        self.evaluations = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]  # up to `step`
+        metrics, samples = ([row for row in rows if row["step"] == step] for rows in (metrics, samples))
         self._row = metrics[-1] if metrics else {}
         found = {"evaluation": "val_loss" in self._row, "samples": bool(samples)}
         self.lacks = {kind for kind in found if metrics and not found[kind]}  # of `step`, whether due or not
@@ -102,7 +105,7 @@ def record_bytes(config: Config, steps: int) -> int:
     numbers = dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "seconds"), _LONGEST)
     event = StepEvent(INT32_MAX, tokens=2**63, step_seconds=0, seconds_left=0, evaluation=evaluation, **numbers)
     row = len(to_line(event.row())) + len(_scalars(event.row())) + len(_scalars(vars(evaluation)))
-    prompt = max(len(json.dumps(prompt)) for prompt in config.sample.prompts)
+    prompt = max((len(json.dumps(prompt)) for prompt in config.sample.prompts), default=6 * LONGEST)
     text = prompt + TOKEN_BYTES * config.sample.tokens
     sample = len(to_line({"step": INT32_MAX, "prompt": "", "text": ""})) + prompt + 2 * text
     samples = config.sample.texts * sample + len(tensorboard.text(INT32_MAX, "samples", ""))

@@ -17,12 +17,14 @@ from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import parameter_count, prepare_decode_params
 from jaxlm.core.sampling import sampling_params
 from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
+from jaxlm.data.beginnings import beginnings
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import encode_prompts
 from jaxlm.device import backend
 from jaxlm.errors import RunError, Stopped
 from jaxlm.interop.huggingface import edited_texts, write_model
 from jaxlm.interop.model_card import model_card
+from jaxlm.run.best import BestCheckpoint
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.clock import Clock
 from jaxlm.run.console import Console, intervals
@@ -40,11 +42,12 @@ from jaxlm.run.events import (
 )
 from jaxlm.run.listeners import BackgroundListener, Listeners
 from jaxlm.run.memory import batch_shape, step_memory
-from jaxlm.run.monitor import TICK_SECONDS, LossMonitor, StepMonitor, calls_every
+from jaxlm.run.monitor import TICK_SECONDS, LossMonitor, StepMonitor, ValidationMonitor, calls_every
 from jaxlm.run.records import Records, TensorBoard
 from jaxlm.run.resume import describe_run, restore_or_init
 from jaxlm.run.saver import Saver
 from jaxlm.run.signals import StopSignals
+from jaxlm.run.workdir import FINAL_MODEL
 
 
 class InFlight(NamedTuple):
@@ -86,7 +89,8 @@ class Trainer:
         self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
         self._ready = ready
         self._tokenizer = tokens.tokenizer
-        self._prompts = encode_prompts(self._tokenizer, config.sample.prompts, config.model.context)
+        self._prompts = config.sample.prompts or beginnings(tokens)
+        self._prompt_ids = encode_prompts(self._tokenizer, self._prompts, config.model.context)
         checkpoints = Checkpoints(workdir, config.max_checkpoints, config.keep_every)
         self.state, seconds, self._notes = restore_or_init(checkpoints, config, tokens, device)
         self._accepted = int(self.state.step) * config.grad_accum_steps  # micro-batches, by the host's count
@@ -96,6 +100,10 @@ class Trainer:
         self._timer = ThreadPoolExecutor(1)  # waits for the device, to know when each micro-batch ends
         self._loss_monitor, self._step_monitor = LossMonitor(), StepMonitor()
         self._records = Records(workdir, self.step)
+        self._validation_monitor = ValidationMonitor()
+        for evaluation in self._records.evaluations:
+            self._validation_monitor(*evaluation)
+        self._best = BestCheckpoint(workdir, self.step) if config.keep_best else None
         console = Console(config, self.step)
         others: list[Listener] = [BackgroundListener(listener) for listener in listeners]
         try:
@@ -127,11 +135,18 @@ class Trainer:
             if self.step < self.config.max_steps or self._records.lacks:
                 self.run_steps(self.config.max_steps)
             self._stop_if_signalled()
-            parameters = parameter_count(self.state.params)
-            card = model_card(self.workdir, self.config, self.step, self._describe(0), parameters)
-            folder = write_model(self.workdir / "final_model", self.config, self.state.weights, self._tokenizer, card)
-            lines = [f"{folder / name} stays as it was edited" for name in edited_texts(folder)]
-            self._emit(MessageEvent("\n".join([*lines, f"Done: {self.step:,} steps, the model is in {folder}"])))
+            self._write_final_model()
+
+    def _write_final_model(self) -> None:
+        """Writes the model of the last step, or of the best one if the run keeps it."""
+        step, weights = self.step, self.state.weights
+        if self._best and (best := self._best.weights(self._validation_monitor.best_step, weights)):
+            step, weights = self._validation_monitor.best_step, best
+        card = model_card(self.workdir, self.config, step, self._describe(0), parameter_count(weights))
+        folder = write_model(self.workdir / FINAL_MODEL, self.config, weights, self._tokenizer, card)
+        lines = [f"{folder / name} stays as it was edited" for name in edited_texts(folder)]
+        which = "" if step == self.step else f" of step {step:,}, whose validation loss was the lowest,"
+        self._emit(MessageEvent("\n".join([*lines, f"Done: {self.step:,} steps, the model{which} is in {folder}"])))
 
     def run_steps(self, last: int) -> None:
         """Trains to step `last`, with all that is due on the way, and waits for the save in progress."""
@@ -142,6 +157,8 @@ class Trainer:
                 self._run_steps(last, batches, train_step)
         finally:
             self._saver.report(wait=True)
+            if self._best:
+                self._best.wait()
 
     def _compile(self) -> tuple[Iterator[np.ndarray], Any]:
         """The stream of batches and the compiled step."""
@@ -231,7 +248,7 @@ class Trainer:
             event = dataclasses.replace(event, evaluation=evaluation, seconds_left=self._seconds_left(step))
         self._report_step(event)
         if evaluation:
-            self._emit(evaluation)
+            self._report_evaluation(evaluation)
         self._stop_if_signalled()
         self._sample_if_due()
         self._stop_if_signalled()
@@ -243,7 +260,7 @@ class Trainer:
     def _catch_up(self) -> None:
         """Evaluates and samples if that was due after the last step and its session stopped before."""
         if "evaluation" in self._records.lacks and (evaluation := self._evaluate_if_due()):
-            self._emit(evaluation)
+            self._report_evaluation(evaluation)
         self._stop_if_signalled()
         if "samples" in self._records.lacks:
             self._sample_if_due()
@@ -259,6 +276,15 @@ class Trainer:
         with self._pause("evaluation"):
             last = self.step == self.config.max_steps
             return self._evaluate(self.step, limit=0 if last else self.config.data.eval_sequences)
+
+    def _report_evaluation(self, event: EvaluationEvent) -> None:
+        """Reports an evaluation of the state, warns if the loss rises, and saves the state if it is the best one."""
+        self._emit(event)
+        if text := self._validation_monitor(event.step, event.val_loss):
+            self._emit(WarningEvent("rise", text))
+        if self._best and self._validation_monitor.best_step == event.step:
+            with self._pause("checkpoint"):
+                self._best.save(event.step, self.state, self._describe(self._clock.seconds()))
 
     def _sample_if_due(self) -> None:
         if self._is_due(self.config.generation_interval):
@@ -284,15 +310,14 @@ class Trainer:
     def _generate_samples(self, step: int) -> tuple[tuple[str, str], ...]:
         """(prompt, prompt and completion) pairs; each step draws its prompts from the configured ones."""
         c, end_of_text = self.config.sample, self._tokenizer.end_of_text
-        order = np.random.default_rng([self.config.seed, step]).permutation(len(c.prompts))
+        order = np.random.default_rng([self.config.seed, step]).permutation(len(self._prompts))
         chosen = [int(order[i % len(order)]) for i in range(c.texts)]
         key = jax.random.fold_in(jax.random.PRNGKey(self.config.seed), step)
-        ids = [self._prompts[i] for i in chosen]
+        ids = [self._prompt_ids[i] for i in chosen]
         params = prepare_decode_params(self.config.model, self.state.weights)
         (tokens_BN,) = generate(self.config.model, params, ids, sampling_params(c), key, c.tokens, end_of_text)
-        return tuple(
-            (c.prompts[i], c.prompts[i] + self._completion(row)) for i, row in zip(chosen, tokens_BN, strict=True)
-        )
+        prompts = [self._prompts[i] for i in chosen]
+        return tuple((prompt, prompt + self._completion(row)) for prompt, row in zip(prompts, tokens_BN, strict=True))
 
     def _completion(self, row: np.ndarray) -> str:
         """The text of new tokens, or why there is none: samples end no run."""

@@ -12,6 +12,7 @@ from jaxlm.errors import RunError, UsageError, disk_advice
 from jaxlm.interop.huggingface import WEIGHTS
 
 CHECKPOINTS, FINAL_MODEL = "checkpoints", "final_model"
+BEST = "best"  # a folder like a work directory, with the checkpoint of the lowest validation loss
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 NEVER_SAVED = "never_saved"  # an empty file in the work directory of a run until its first save is complete
 
@@ -41,6 +42,19 @@ def existing_parent(path: Path) -> Path:
     return next(directory for directory in (path, *path.absolute().parents) if directory.is_dir())
 
 
+def saved_settings(workdir: Path) -> Any:
+    """What `workdir`/config.json holds; None without the file. Raises UsageError if it is damaged."""
+    file = workdir / "config.json"
+    if not os.path.lexists(file):
+        return None
+    try:
+        if (saved := json.loads(file.read_text())) is None:
+            raise ValueError("it holds nothing")
+        return saved
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is damaged: move it away, each checkpoint holds the settings too") from error
+
+
 def check_workdir(workdir: Path, config: Config) -> Mapping[str, Any]:
     """The settings in `workdir`/config.json; none without the file.
 
@@ -48,16 +62,10 @@ def check_workdir(workdir: Path, config: Config) -> Mapping[str, Any]:
     Raises RunError as `saved_steps`.
     """
     _check_checkpoints(workdir)
-    file = workdir / "config.json"
-    if not os.path.lexists(file):
-        return {}
-    try:
-        saved = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is damaged: move it away, each checkpoint holds the settings too") from error
-    if changes := fixed_differences(saved, config):
+    saved = saved_settings(workdir)
+    if saved is not None and (changes := fixed_differences(saved, config)):
         raise UsageError(f"{workdir} belongs to another run: {'; '.join(changes)}; choose another --workdir")
-    return saved
+    return saved or {}
 
 
 def fixed_differences(saved: Any, config: Config) -> list[str]:

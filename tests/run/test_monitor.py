@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from jaxlm.run.clock import InProgress
-from jaxlm.run.monitor import BAND_STEPS, LATE_SECONDS, TICK_SECONDS, UNKNOWN_SECONDS, LossMonitor, StepMonitor
+from jaxlm.run.monitor import (
+    BAND_STEPS,
+    LATE_SECONDS,
+    TICK_SECONDS,
+    UNKNOWN_SECONDS,
+    LossMonitor,
+    StepMonitor,
+    ValidationMonitor,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden_losses"
 STEPS = np.arange(1, 50_001)
@@ -105,6 +113,28 @@ def test_the_lines_name_the_numbers_and_what_to_do():
             break
     for part in ("more than its noise in 500 steps", "2.0000", "learning_rate"):
         assert part in said["plateau"]
+
+
+def rises(losses):
+    """The evaluations, counted from 1, after which the monitor said something, and what it said last."""
+    monitor, said = ValidationMonitor(), {}
+    for number, loss in enumerate(losses, 1):
+        if text := monitor(10 * number, loss):
+            said[number] = text
+    return list(said), next(reversed(said.values()), "")
+
+
+def test_a_validation_loss_that_rises_for_long_is_told_once_for_each_lowest():
+    fall, rise = list(np.linspace(5, 3, 20)), list(np.linspace(3.02, 4, 20))
+    at, text = rises(fall + rise)
+    assert at == [25]
+    for part in ("3.0000 at step 200", "by heart"):
+        assert part in text
+    assert rises(fall + rise + [2.9] + rise)[0] == [25, 46]
+    assert rises(fall + [3.5] * 4 + [2.9])[0] == []
+    assert rises(fall + [3.02] * 100)[0] == []
+    assert rises(fall + [3.02] * 100 + [3.04])[0] == [121]
+    assert rises(fall + [math.nan] * 10)[0] == []
 
 
 def ticks(monitor, count, *in_progress):

@@ -1,0 +1,47 @@
+"""The checkpoint of the step with the lowest validation loss, apart from those that newer ones replace."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.core.parameters import Params
+from jaxlm.core.train_step import TrainState
+from jaxlm.errors import CorruptCheckpointError, RunError
+from jaxlm.run.checkpoint import Checkpoints
+from jaxlm.run.workdir import BEST
+
+
+class BestCheckpoint:
+    """The one checkpoint in `best/`. A save that fails costs no more than itself: the next best step is another try."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Opens it, and deletes the one of a step after `step`, from which the run resumes."""
+        self._checkpoints = Checkpoints(workdir / BEST, max_to_keep=1)
+        for later in (each for each in self._checkpoints.steps() if each > step):
+            shutil.rmtree(self._checkpoints.directory / str(later), ignore_errors=True)
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Replaces it by the state after `step`, in the background."""
+        self.wait()
+        if step not in self._checkpoints.steps():
+            self._checkpoints.save(step, state, meta)
+
+    def wait(self) -> None:
+        """Waits for the save in progress. Why one failed is in the library's log."""
+        try:
+            self._checkpoints.wait()
+        except (OSError, RunError) as error:
+            logging.getLogger(__name__).warning("the best step is not kept: %s", error)
+
+    def weights(self, step: int, like: Params) -> Params | None:
+        """The weights of `step`, shaped and placed as `like`; None if the checkpoint is of another step or damaged."""
+        if step not in self._checkpoints.steps():
+            return None
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+        try:
+            return self._checkpoints.weights(step, shapes, jax.tree.leaves(like)[0].sharding)
+        except CorruptCheckpointError:
+            return None
