@@ -85,6 +85,11 @@ def main(argv: list[str]) -> None:
         _show(flags)
         return
     config, workdir = flags.config, flags.workdir
+    if config.hours:
+        from jaxlm.planner import sizes  # only now, as below
+
+        with run_errors(workdir):
+            config = sizes.resolve(config, workdir, flags.overridden, say=lambda line: print(printable(line)))
     saved = check_workdir(workdir, config)
     resumes = bool(saved_steps(workdir))
     if config.init_from and not resumes:

@@ -9,13 +9,14 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxlm.cli import ArgumentParser, read_config, run, run_errors
+from jaxlm.cli import ArgumentParser, read_config, read_flags, run, run_errors
 from jaxlm.config import Config
 from jaxlm.planner.tables import tables
 from jaxlm.terminal import console
@@ -71,8 +72,11 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the memory to the short run's process
 
     from jaxlm.planner.report import make_plan  # only now, so that errors in the flags are shown at once
+    from jaxlm.planner.sizes import resolve
 
     with run_errors(workdir):
+        named = read_flags(rest).overridden
+        config = resolve(config, workdir, named, say=lambda line: print(line, file=sys.stderr))
         if args.check:
             check(config, args.json)
             return
