@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -50,6 +51,8 @@ ZERO_BETWEEN_STEPS = r"skipped_in_a_row|loss_sum|opt_state\.(mini_step|acc_grads
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what is no checkpoint yet, or no more
 _OLD = f"old{_UNFINISHED}"  # holds the checkpoints that a new one replaces, until they are deleted
 _SAFE_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,=@+~ -]+", re.ASCII)
+
+_ONE_SAVE = threading.Lock()  # orbax numbers the saves of a process: two at a time wait for each other's signals
 
 T = TypeVar("T")
 Arrays = Any  # a tree of arrays, or of their shapes
@@ -180,7 +183,7 @@ class Checkpoints:
     def _write_items(self, step: int, items: dict[str, Arrays], meta: dict[str, Any]) -> None:
         arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         files = self.directory / str(step) / FILES
-        with _safe_path(self.directory) as directory:
+        with _ONE_SAVE, _safe_path(self.directory) as directory:
             manager, rolling = self._new_manager(directory, step, items, meta["config"])
             with contextlib.closing(manager):
                 if not manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))):
