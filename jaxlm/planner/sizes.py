@@ -204,7 +204,7 @@ def _choose(config: Config, workdir: Path, named: Collection[str], say: Callable
         timings = measure.seconds(backend.resolve_run(run, device), benchmark, windows)
         return estimate.seconds_at(run, timings, steps)
 
-    possible = range(LEAST_STEPS, most + 1)
+    possible = range(min(LEAST_STEPS, most), most + 1)  # a flag may set fewer
     steps = possible[max(bisect.bisect_right(possible, seconds, key=takes) - 1, 0)]
     chosen = with_sizes(config, text_bytes, sizes, steps, named)
     store_benchmark(backend.resolve_run(chosen, device), device, benchmark)
