@@ -1,7 +1,7 @@
-"""Exports a model: python -m jaxlm.export --workdir DIR --out DIR|FILE.gguf [--format hf|gguf] [--step N]
+"""Exports a model: python -m jaxlm.export --workdir DIR --out DIR|FILE.gguf|FILE.html [--format hf|gguf|html] [--step N]
 
 `hf` is a Hugging Face folder, for transformers, mlx-lm and others; `gguf` is a file for llama.cpp, with a Modelfile
-for ollama beside it. The end of --out chooses the format.
+for ollama beside it; `html` is a page in which the model writes. The end of --out chooses the format.
 """
 
 import os
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from jaxlm.cli import ArgumentParser, path, run
 from jaxlm.errors import UsageError
-from jaxlm.interop import gguf, huggingface
+from jaxlm.interop import gguf, html, huggingface
 from jaxlm.interop.gguf import DTYPES, require_gguf, write_gguf
+from jaxlm.interop.html import write_page
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.mark import Mark
 from jaxlm.interop.model_card import model_card
@@ -26,17 +27,17 @@ def main(argv: list[str]) -> None:
     """Runs the command with the arguments `argv`. Raises UsageError and RunError."""
     parser = ArgumentParser(prog="python -m jaxlm.export", description="Exports a run's model to other programs.")
     parser.add_argument("--workdir", type=path, required=True, help="the run's work directory")
-    parser.add_argument("--out", type=path, required=True, help="the folder to write, or a file named *.gguf")
+    parser.add_argument("--out", type=path, required=True, help="the folder to write, or a file named *.gguf or *.html")
     parser.add_argument("--format", choices=FORMATS, help="of the export (by the end of --out; of a folder, hf)")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices in a GGUF file (f16)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices in a file (f16)")
     parser.add_argument("--step", type=int, help="step of the checkpoint (the newest)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     by_suffix = {form.suffix: name for name, form in FORMATS.items()}
     name = args.format or by_suffix.get(args.out.suffix, "hf")
     form, out = FORMATS[name], Path(os.path.abspath(args.out))
-    if args.dtype and name != "gguf":
-        raise UsageError("--dtype applies to GGUF files only: omit it, or name a file *.gguf")
+    if args.dtype and not form.suffix:
+        raise UsageError("--dtype applies to files only: omit it, or name a file *.gguf or *.html")
     form.require()
     if form.suffix and out.suffix != form.suffix:
         out = out / form.file.format(dtype=args.dtype or "f16")
@@ -65,6 +66,11 @@ def _write_gguf(out: Path, checkpoint: Any, args: Namespace) -> None:
     print(f"{modelfile_of(out)} {'is for ollama' if written else 'stays as it was'}")
 
 
+def _write_html(out: Path, checkpoint: Any, args: Namespace) -> None:
+    step, config, meta, _, params = checkpoint
+    write_page(out, config, step, meta, params, checkpoint.tokenizer, args.dtype or "f16")
+
+
 class Format(NamedTuple):
     """A format of the export."""
 
@@ -78,6 +84,7 @@ class Format(NamedTuple):
 FORMATS = {
     "hf": Format("", "", lambda: None, huggingface.read_mark, _write_hf),
     "gguf": Format(".gguf", "model-{dtype}.gguf", require_gguf, gguf.read_mark, _write_gguf),
+    "html": Format(".html", "model-{dtype}.html", lambda: None, html.read_mark, _write_html),
 }
 
 

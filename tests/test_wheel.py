@@ -95,6 +95,7 @@ def test_the_wheel_holds_the_package_the_presets_and_the_licences_and_nothing_el
     expected = {file.relative_to(ROOT).as_posix() for file in (ROOT / "jaxlm").rglob("*.py")}
     expected |= {f"jaxlm/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
     expected |= {"jaxlm/py.typed", "jaxlm/data/gpt2.tiktoken"}
+    expected |= {f"jaxlm/interop/page/{file.name}" for file in (ROOT / "jaxlm" / "interop" / "page").iterdir()}
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (info,) = {name.split("/")[0] for name in names if ".dist-info" in name}

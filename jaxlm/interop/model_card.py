@@ -91,14 +91,18 @@ def _settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def _text(meta: Mapping[str, Any]) -> str:
-    """What the model was trained on, with hashes. Checkpoints of earlier versions have the hashes alone."""
-    source, hashes = meta.get("source", {}), dict(meta.get("tokens", {}))
+def text_name(meta: Mapping[str, Any]) -> str:
+    """What the model was trained on, without the folders of files. Checkpoints of earlier versions lack it."""
+    source = meta.get("source", {})
     if "text" in source:
-        name, hashes = _base_names(source["text"]), {"sha256": source["sha256"]} | hashes
-    else:
-        name = f"token files in {_base_name(source['tokens'])}" if source else "not recorded"
-    return f"{name} ({', '.join(f'{key} {value}' for key, value in hashes.items())})"
+        return _base_names(source["text"])
+    return f"token files in {_base_name(source['tokens'])}" if source else "not recorded"
+
+
+def _text(meta: Mapping[str, Any]) -> str:
+    """`text_name` with hashes."""
+    hashes = {key: value for key, value in meta.get("source", {}).items() if key == "sha256"} | meta.get("tokens", {})
+    return f"{text_name(meta)} ({', '.join(f'{key} {value}' for key, value in hashes.items())})"
 
 
 def _base_names(corpus: str) -> str:

@@ -1,0 +1,104 @@
+"use strict";
+// The page: hands the model to the worker, then asks it for text until it ends or a person stops it.
+
+const SENTENCE = /[.!?\n]["'”’)]*\s*$/; // a screen reader is given whole ones
+const element = id => document.getElementById(id);
+let call; // calls the worker: a promise of its answer
+let writing = false;
+
+function startWorker() {
+    const code = new Blob([element("worker").textContent], { type: "text/javascript" });
+    const worker = new Worker(URL.createObjectURL(code));
+    return (name, values) => new Promise((resolve, reject) => {
+        worker.onmessage = ({ data }) => data.error ? reject(new Error(data.error)) : resolve(data);
+        worker.onerror = event => reject(new Error(event.message || "This browser cannot run the model."));
+        worker.postMessage({ call: name, ...values });
+    });
+}
+
+async function load() {
+    const { tensors, ...model } = JSON.parse(element("model").textContent);
+    const scripts = document.querySelectorAll("script[data-name]");
+    if (scripts.length < tensors) throw new Error("This file is incomplete: copy or download it again.");
+    call = startWorker();
+    await call("start", model);
+    for (const [number, script] of scripts.entries()) {
+        say(`Loading ${Math.round(100 * number / tensors)}%`);
+        await call("tensor", { ...script.dataset, text: script.textContent });
+        script.remove(); // frees its memory
+    }
+}
+
+const say = text => element("status").textContent = text;
+
+/** Shows new text, and hands whole sentences to a screen reader. */
+function show(text, isEnd) {
+    element("written").append(text);
+    const spoken = element("spoken");
+    spoken.dataset.next = (spoken.dataset.next ?? "") + text;
+    if (isEnd || SENTENCE.test(spoken.dataset.next)) {
+        spoken.append(Object.assign(document.createElement("p"), { textContent: spoken.dataset.next }));
+        spoken.dataset.next = "";
+    }
+}
+
+async function write(text) {
+    const number = id => element(id).valueAsNumber;
+    const settings = { text, temperature: number("temperature"), topK: number("top_k"), tokens: number("tokens") };
+    element("text").hidden = false;
+    element("begun").textContent = text;
+    element("written").textContent = element("spoken").textContent = "";
+    setWriting(true);
+    say("Reading the beginning");
+    try {
+        await call("write", settings);
+        await receive();
+    } catch (error) {
+        say(error.message);
+    }
+    setWriting(false);
+}
+
+async function receive() {
+    let count = 0, started = performance.now(), step = {};
+    while (writing && !step.done) {
+        step = await call("more");
+        show(step.text, step.done);
+        count += step.tokens;
+        if (step.reading) say(`Reading ${Math.round(100 * step.reading)}%`);
+        if (!count) started = performance.now();
+        else say(`${count} tokens, ${Math.round(1000 * count / (performance.now() - started))} a second`);
+    }
+    show("", true);
+    const end = step.ended ? "The text ends here" : step.done ? "Written" : "Stopped";
+    say(`${end}: ${element("status").textContent}`);
+}
+
+function setWriting(value) {
+    writing = value;
+    element("write").textContent = value ? "Stop" : "Write";
+    element("further").hidden = value || !element("written").textContent;
+}
+
+document.addEventListener("DOMContentLoaded", async () => {
+    const form = element("form");
+    form.addEventListener("submit", event => {
+        event.preventDefault();
+        if (writing) writing = false;
+        else write(element("beginning").value);
+    });
+    element("further").addEventListener("click", () => {
+        element("beginning").value = element("text").textContent;
+        write(element("beginning").value);
+    });
+    form.addEventListener("keydown", event => {
+        if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !element("write").disabled) form.requestSubmit();
+    });
+    try {
+        await load();
+        element("write").disabled = false;
+        say("Ready");
+    } catch (error) {
+        say(error.message);
+    }
+});

@@ -1,0 +1,67 @@
+// The worker: loads the model, then writes as long as the page asks for more.
+
+const READ_AT_ONCE = 16; // tokens of the beginning
+const SLICE = 50; // milliseconds between two messages
+
+/** Continues a text. Yields the new text, and how much of the beginning is read. */
+function* write({ config, weights, tokenizer }, { text, temperature, topK, tokens }) {
+    const { context } = config, cache = emptyCache(config);
+    const utf8 = new TextDecoder("utf-8", { ignoreBOM: true }); // keeps the bytes of an unfinished character
+    let ids = tokenizer.encode(text.slice(-32 * context));
+    if (!ids.length) ids = [tokenizer.endOfText];
+    let read = 0, x_D;
+    for (let count = 0; count < tokens; count++) {
+        if (ids.length >= context) { // full: the last half begins again
+            ids = ids.slice(-Math.ceil(context / 2));
+            read = 0;
+        }
+        while (read < ids.length) {
+            const next = ids.slice(read, read + READ_AT_ONCE);
+            x_D = forward(config, weights, cache, next, read);
+            read += next.length;
+            if (read < ids.length) yield { reading: read / ids.length };
+        }
+        const token = sample(logits(config, weights, x_D), temperature, topK, Math.random);
+        if (token === tokenizer.endOfText) return { text: utf8.decode(), ended: true };
+        ids.push(token);
+        yield { text: utf8.decode(tokenizer.bytes[token], { stream: true }), tokens: 1 };
+    }
+    return { text: utf8.decode() };
+}
+
+const model = { weights: { blocks: [] } };
+let writing;
+
+const HANDLERS = {
+    start({ config, vocabulary }) {
+        model.config = config;
+        model.tokenizer = new Tokenizer(fromBase64(vocabulary));
+    },
+    tensor({ name, layer, dtype, text }) {
+        const { weights } = model, group = layer === undefined ? weights : (weights.blocks[layer] ??= {});
+        group[name] = UNPACK[dtype](fromBase64(text));
+    },
+    write(settings) {
+        writing = write(model, settings);
+    },
+    more() {
+        const until = performance.now() + SLICE, total = { text: "", tokens: 0 };
+        let step;
+        do {
+            step = writing.next();
+            const { text = "", tokens = 0, ...rest } = step.value;
+            total.text += text;
+            total.tokens += tokens;
+            Object.assign(total, rest);
+        } while (!step.done && performance.now() < until);
+        return { ...total, done: step.done };
+    },
+};
+
+onmessage = ({ data: { call, ...rest } }) => {
+    try {
+        postMessage(HANDLERS[call](rest) ?? {});
+    } catch (error) {
+        postMessage({ error: error.message });
+    }
+};
