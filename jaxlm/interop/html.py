@@ -80,7 +80,7 @@ def _write(out: BinaryIO, parts: Mapping[str, str], tensors: Iterator[str]) -> N
         digest.update(data)
         out.write(data)
 
-    before, after = _source("page.html").split("{{tensors}}\n")
+    before, after = page_source("page.html").split("{{tensors}}\n")
     write(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], before))
     for tensor in tensors:
         write(tensor)
@@ -108,13 +108,13 @@ def _parts(
         "Vocabulary": f"{model.vocab_size:,} tokens",
         "Weights": _BITS[dtype],
     }
-    script, style = _source("page.js"), _source("page.css")
+    script, style = page_source("page.js"), page_source("page.css")
     return {
         "policy": _POLICY.format(script=_csp_hash(script), style=_csp_hash(style)),
         "name": html.escape(name),
         "script": script,
         "style": style,
-        "worker": "\n".join(map(_source, WORKER)),
+        "worker": "\n".join(map(page_source, WORKER)),
         "model": json.dumps(_model(model, tokenizer, sum(len(parameter.names("")) for parameter in table))),
         "description": html.escape(f"A language model of {parameters:,} parameters{trained}."),
         "placeholder": html.escape(config.sample.prompts[0]),
@@ -151,7 +151,7 @@ def _tensors(config: ModelConfig, params: Params, dtype: str) -> Iterator[str]:
 
 
 def pack(tensor: np.ndarray, dtype: str) -> bytes:
-    """The bytes of a tensor in one of gguf.DTYPES, [N] little-endian; q8_0 has a float16 scale before 32 signed bytes."""
+    """The numbers of a tensor in one of gguf.DTYPES, little-endian; those of q8_0 as in a GGUF file."""
     if dtype != "q8_0":
         return tensor.astype({"f32": "<f4", "f16": "<f2"}[dtype]).tobytes()
     blocks_NB = tensor.reshape(-1, Q8_BLOCK)
@@ -160,7 +160,7 @@ def pack(tensor: np.ndarray, dtype: str) -> bytes:
     return np.hstack([scale_N1.astype("<f2").view(np.int8), numbers_NB]).tobytes()
 
 
-def _source(name: str) -> str:
+def page_source(name: str) -> str:
     return resources.files("jaxlm.interop").joinpath("page", name).read_text(encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ const SENTENCE = /[.!?\n]["'”’)]*\s*$/; // a screen reader is given whole on
 const element = id => document.getElementById(id);
 let call; // calls the worker: a promise of its answer
 let writing = false;
+let unspoken = "";
 
 function startWorker() {
     const code = new Blob([element("worker").textContent], { type: "text/javascript" });
@@ -31,14 +32,16 @@ async function load() {
 
 const say = text => element("status").textContent = text;
 
-/** Shows new text, and hands whole sentences to a screen reader. */
+/** Shows new text, follows it down the page, and hands whole sentences to a screen reader. */
 function show(text, isEnd) {
-    element("written").append(text);
-    const spoken = element("spoken");
-    spoken.dataset.next = (spoken.dataset.next ?? "") + text;
-    if (isEnd || SENTENCE.test(spoken.dataset.next)) {
-        spoken.append(Object.assign(document.createElement("p"), { textContent: spoken.dataset.next }));
-        spoken.dataset.next = "";
+    const written = element("written"), spoken = element("spoken"), bottom = () => written.getBoundingClientRect().bottom;
+    const isInView = bottom() <= innerHeight;
+    written.append(text);
+    if (isInView) scrollBy(0, Math.max(0, bottom() + 24 - innerHeight));
+    unspoken += text;
+    if (isEnd || SENTENCE.test(unspoken)) {
+        spoken.append(Object.assign(document.createElement("p"), { textContent: unspoken }));
+        unspoken = "";
     }
 }
 
@@ -60,32 +63,38 @@ async function write(text) {
 }
 
 async function receive() {
-    let count = 0, started = performance.now(), step = {};
+    let count = 0, timed = 0, started, step = {};
     while (writing && !step.done) {
         step = await call("more");
         show(step.text, step.done);
         count += step.tokens;
-        if (step.reading) say(`Reading ${Math.round(100 * step.reading)}%`);
-        if (!count) started = performance.now();
-        else say(`${count} tokens, ${Math.round(1000 * count / (performance.now() - started))} a second`);
+        if (started) timed += step.tokens;
+        else if (count) started = performance.now();
+        const rate = timed ? `, ${Math.round(1000 * timed / (performance.now() - started))} a second` : "";
+        say(step.reading ? `Reading ${Math.round(100 * step.reading)}%` : `${count} tokens${rate}`);
     }
     show("", true);
-    const end = step.ended ? "The text ends here" : step.done ? "Written" : "Stopped";
-    say(`${end}: ${element("status").textContent}`);
+    say(`${step.ended ? "The text ends here" : step.done ? "Written" : "Stopped"}: ${element("status").textContent}`);
 }
 
 function setWriting(value) {
     writing = value;
     element("write").textContent = value ? "Stop" : "Write";
+    element("write").disabled = false;
     element("further").hidden = value || !element("written").textContent;
+}
+
+function submit() {
+    if (!writing) return write(element("beginning").value);
+    writing = false; // what is asked for still comes
+    element("write").disabled = true;
 }
 
 document.addEventListener("DOMContentLoaded", async () => {
     const form = element("form");
     form.addEventListener("submit", event => {
         event.preventDefault();
-        if (writing) writing = false;
-        else write(element("beginning").value);
+        submit();
     });
     element("further").addEventListener("click", () => {
         element("beginning").value = element("text").textContent;

@@ -3,18 +3,14 @@
 const READ_AT_ONCE = 16; // tokens of the beginning
 const SLICE = 50; // milliseconds between two messages
 
-/** Continues a text. Yields the new text, and how much of the beginning is read. */
+/** Continues a text. Yields new text, or how much is read of what the model reads before. */
 function* write({ config, weights, tokenizer }, { text, temperature, topK, tokens }) {
     const { context } = config, cache = emptyCache(config);
     const utf8 = new TextDecoder("utf-8", { ignoreBOM: true }); // keeps the bytes of an unfinished character
-    let ids = tokenizer.encode(text.slice(-32 * context));
+    let ids = tokenizer.encode(text.slice(-32 * context)), read = 0, x_D;
     if (!ids.length) ids = [tokenizer.endOfText];
-    let read = 0, x_D;
     for (let count = 0; count < tokens; count++) {
-        if (ids.length >= context) { // full: the last half begins again
-            ids = ids.slice(-Math.ceil(context / 2));
-            read = 0;
-        }
+        for (; ids.length >= context; read = 0) ids = ids.slice(Math.ceil(context / 2)); // the window slides
         while (read < ids.length) {
             const next = ids.slice(read, read + READ_AT_ONCE);
             x_D = forward(config, weights, cache, next, read);
@@ -49,10 +45,8 @@ const HANDLERS = {
         let step;
         do {
             step = writing.next();
-            const { text = "", tokens = 0, ...rest } = step.value;
-            total.text += text;
-            total.tokens += tokens;
-            Object.assign(total, rest);
+            const { text = "", tokens = 0, reading = 0, ended = false } = step.value;
+            Object.assign(total, { text: total.text + text, tokens: total.tokens + tokens, reading, ended });
         } while (!step.done && performance.now() < until);
         return { ...total, done: step.done };
     },
