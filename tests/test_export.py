@@ -71,9 +71,9 @@ def test_the_card_describes_the_training(tmp_path):
     assert card.startswith("---\n")
 
 
-@pytest.mark.parametrize("form", ["hf", "gguf"])
+@pytest.mark.parametrize("form", ["hf", "gguf", "html"])
 def test_an_export_is_replaced_only_with_overwrite(tmp_path, form):
-    out = tmp_path / {"hf": "model", "gguf": "model.gguf"}[form]
+    out = tmp_path / {"hf": "model", "gguf": "model.gguf", "html": "model.html"}[form]
     export("--format", form, "--out", out, "--step", 3)
     before = listing(tmp_path)
     with pytest.raises(UsageError, match="--overwrite") as caught:
@@ -85,13 +85,13 @@ def test_an_export_is_replaced_only_with_overwrite(tmp_path, form):
     assert listing(tmp_path) != before
 
 
-@pytest.mark.parametrize("form", ["hf", "gguf"])
+@pytest.mark.parametrize("form", ["hf", "gguf", "html"])
 def test_other_files_are_never_overwritten(tmp_path, form):
     (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / "of.gguf").mkdir()
+    (tmp_path / "letters" / f"of.{form}").mkdir()
     (tmp_path / "file").write_text("mine")
     before = listing(tmp_path)
-    places = {"hf": ("letters", "file"), "gguf": ("letters/of.gguf", "file")}[form]
+    places = {"hf": ("letters", "file")}.get(form, (f"letters/of.{form}", "file"))
     for name in places:
         with pytest.raises((UsageError, RunError)) as caught:
             export("--format", form, "--out", tmp_path / name, "--overwrite")
@@ -110,9 +110,13 @@ def strangers_model(place):
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     (place / "text.gguf").write_text("mine")
+    (place / "text.html").write_text("<!-- written by me -->\n")
 
 
-@pytest.mark.parametrize(("form", "name"), [("hf", "m"), ("gguf", "m/model.gguf"), ("gguf", "m/text.gguf")])
+STRANGERS = [("hf", "m"), ("gguf", "m/model.gguf"), ("gguf", "m/text.gguf"), ("html", "m/text.html")]
+
+
+@pytest.mark.parametrize(("form", "name"), STRANGERS)
 def test_a_strangers_model_is_never_overwritten(tmp_path, form, name):
     strangers_model(tmp_path / "m")
     before = listing(tmp_path)
@@ -232,7 +236,17 @@ def test_a_modelfile_of_an_earlier_export_is_replaced_with_overwrite(tmp_path, m
         assert ((tmp_path / "model.Modelfile").read_bytes() == earlier) == same
 
 
-@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_page_is_written_to_the_file_or_folder_of_out(tmp_path, capsys):
+    export("--format", "html", "--out", tmp_path / "new" / "mine.html", "--step", 6)
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'mine.html'} holds the model of step 6\n"
+    export("--format", "html", "--out", tmp_path, "--step", 6)
+    page = (tmp_path / "model-f16.html").read_bytes()
+    assert page == (tmp_path / "new" / "mine.html").read_bytes()
+    assert b"<h1>run</h1>" in page
+    assert b"trained on text.txt." in page
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf", "html"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, form):
     with disk_room(5_000), pytest.raises(RunError, match="larger files") as caught:
         export("--format", form, "--out", tmp_path / "out.gguf")
