@@ -10,6 +10,7 @@ Debian's packages.
 
 import argparse
 import re
+import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -47,9 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=path)
     args = parser.parse_args()
-    print(
-        "| sizes of | weights | file, MB | beside the weights, MB | seconds to load | reads, tokens/s | writes, tokens/s |"
-    )
+    print("| sizes of | weights | file, MB | beside the weights, MB | loads, s | reads, tokens/s | writes, tokens/s |")
     print("|---|---|---|---|---|---|---|")
     for preset in ("quickstart", "m2_60m"):
         for dtype in DTYPES:
@@ -64,7 +63,7 @@ def measure(preset: str, dtype: str) -> list[str]:
     params = random_params(config.model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "page.html")
-        write_page(file, preset, config, 0, {}, params, load_tokenizer(config.model.vocab_size), dtype)
+        write_page(file, config, 0, {}, params, load_tokenizer(config.model.vocab_size), dtype)
         page = file.read_bytes()
         beside = len(page) - sum(map(len, re.findall(rb'data-dtype="\w+">([^<]*)<', page)))
         return [f"{len(page) / 1e6:.2f}", f"{beside / 1e6:.2f}", *time_page(file)]
@@ -72,9 +71,10 @@ def measure(preset: str, dtype: str) -> list[str]:
 
 def time_page(file: Path) -> list[str]:
     options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
     for flag in FLAGS:
         options.add_argument(flag)
-    driver = webdriver.Chrome(options)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         driver.set_script_timeout(600)
         started = time.monotonic()

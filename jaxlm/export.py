@@ -1,4 +1,4 @@
-"""Exports a model: python -m jaxlm.export --workdir DIR --out DIR|FILE.gguf|FILE.html [--format hf|gguf|html] [--step N]
+"""Exports a model: python -m jaxlm.export --workdir DIR --out DIR|FILE.gguf|FILE.html [--format FORMAT] [--step N]
 
 `hf` is a Hugging Face folder, for transformers, mlx-lm and others; `gguf` is a file for llama.cpp, with a Modelfile
 for ollama beside it; `html` is a page in which the model writes. The end of --out chooses the format.

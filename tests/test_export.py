@@ -237,13 +237,13 @@ def test_a_modelfile_of_an_earlier_export_is_replaced_with_overwrite(tmp_path, m
 
 
 def test_a_page_is_written_to_the_file_or_folder_of_out(tmp_path, capsys):
-    export("--format", "html", "--out", tmp_path / "new" / "mine.html", "--step", 6)
+    export("--out", tmp_path / "new" / "mine.html", "--step", 6)
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'mine.html'} holds the model of step 6\n"
-    export("--format", "html", "--out", tmp_path, "--step", 6)
-    page = (tmp_path / "model-f16.html").read_bytes()
-    assert page == (tmp_path / "new" / "mine.html").read_bytes()
-    assert b"<h1>run</h1>" in page
-    assert b"trained on text.txt." in page
+    page = (tmp_path / "new" / "mine.html").read_text()
+    assert "<h1>mine</h1>" in page
+    assert "trained on text.txt." in page
+    export("--format", "html", "--out", tmp_path, "--dtype", "q8_0")
+    assert "<h1>model-q8_0</h1>" in (tmp_path / "model-q8_0.html").read_text()
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf", "html"])

@@ -36,7 +36,6 @@ _POLICY = (
 
 def write_page(
     file: Path,
-    name: str,
     config: Config,
     step: int,
     meta: Mapping[str, Any],
@@ -46,13 +45,13 @@ def write_page(
 ) -> None:
     """Writes the page of the model after `step`, its matrices in one of gguf.DTYPES; replaces the file atomically.
 
-    `name` is its title, and `meta` is that of the checkpoint. The page has no paths, since it may be published.
+    Its title is the file's name, and `meta` is that of the checkpoint. It has no paths, because it may be published.
 
     Raises:
         ValueError: `params` are not those of the table of parameters.
         RunError: the disk failed; an existing file is unchanged.
     """
-    parts, tensors = _parts(name, config, step, meta, tokenizer, dtype), _tensors(config.model, params, dtype)
+    parts, tensors = _parts(file.stem, config, step, meta, tokenizer, dtype), _tensors(config.model, params, dtype)
     try:
         with atomic.new_directory(file.parent), atomic.new_file(file) as temporary, temporary.open("wb") as out:
             _write(out, parts, tensors)
@@ -66,7 +65,7 @@ def read_mark(file: Path) -> Mark:
         data = file.read_bytes()
     except OSError:
         return Mark()
-    body = data[: data.rfind(b"<!-- ")]
+    body = data[: data.rfind(b"\n", 0, -1) + 1]
     sha256 = hashlib.sha256(body).hexdigest()
     return Mark(sha256 if data[len(body) :] == _SEAL % sha256.encode() else None, sha256)
 

@@ -14,8 +14,10 @@ import pytest
 
 from experiments.interop import odd_texts
 from jaxlm.config import Config, ModelConfig
-from jaxlm.core.model import Decoder
+from jaxlm.core.generate import generate, up_to_end
+from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.parameters import tree_of
+from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.data.vocabulary import learn_tokenizer
 from jaxlm.interop.html import pack, packed_vocabulary, page_source, write_page
@@ -30,7 +32,7 @@ TINY = ModelConfig(
     vocab_size=300, context=24, layers=2, heads=4, width=24, mlp_width=20, rope_theta=50.0, norm_eps=0.03
 )
 QUICKSTART = {"vocab_size": 4096, "context": 128, "layers": 3, "heads": 2, "width": 128, "mlp_width": 384}
-HOSTILE = "</script><img src=x onerror=document.title='ran'>\u202e&amp;"
+HOSTILE = "<img src=x onerror=document.title='ran'>\u202e&amp;{{model}}"
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,9 @@ def random_params(model, std=0.4):
     return tree_of(model, lambda p: rng.normal(0, std, p.shape).astype(np.float16).astype(np.float32))
 
 
-def export(file, model, params, tokenizer, dtype="f16", name="a model", text="/home/john/tales.txt"):
+def export(file, model, params, tokenizer, text="tales.txt"):
     meta = {"source": {"text": text, "sha256": "ef"}, "tokens": {}}
-    write_page(file, name, Config(model=model), 3, meta, params, tokenizer, dtype)
+    write_page(file, Config(model=model), 3, meta, params, tokenizer, "f16")
 
 
 def open_model(browser, file, **window):
@@ -83,7 +85,7 @@ def sampled(folder, beginning):
 @pytest.mark.parametrize(
     ("sizes", "vocabulary"),
     [
-        ({"kv_heads": 2, "qk_norm": True, "context": 96}, "own"),
+        ({"kv_heads": 2, "qk_norm": True}, "own"),  # a short context: the window slides
         ({"heads": 3, "kv_heads": 1, "tied": False, "context": 96}, "gpt2"),
         (QUICKSTART, "gpt2"),
     ],
@@ -99,30 +101,18 @@ def test_greedy_texts_are_those_of_sample(browser, tmp_path, own, sizes, vocabul
         assert write(browser, beginning) == sampled(tmp_path / "model", beginning)
 
 
-def test_a_text_longer_than_the_context_slides(browser, tmp_path, own):
-    """When the context is full, the model reads its last half from position 0 on."""
+def test_a_beginning_longer_than_the_context_is_read_from_its_window(browser, tmp_path, own):
+    """`jaxlm.sample` refuses it."""
     params = random_params(TINY)
     export(tmp_path / "page.html", TINY, params, own)
     open_model(browser, tmp_path / "page.html")
-    for beginning in ("Once", "Once upon a time, there was a king; he'd 3 daughters, they'll SAY IT'S"):
-        ids = list(own.encode(beginning))
-        assert write(browser, beginning, tokens=40) == own.decode(continued(TINY, params, ids, own.end_of_text, 40))
-
-
-def continued(model, params, ids, end_of_text, tokens):
-    """Greedy tokens without a cache."""
-    logits_of = jax.jit(lambda ids_BT: Decoder(model).apply({"params": params}, ids_BT))
-    start = 0
-    for _ in range(tokens):
-        while len(ids) - start >= model.context:
-            start += model.context - model.context // 2
-        window = np.zeros((1, model.context), np.int32)
-        window[0, : len(ids) - start] = ids[start:]
-        token = int(np.argmax(logits_of(window)[0, len(ids) - start - 1]))
-        if token == end_of_text:
-            break
-        ids = [*ids, token]
-    return ids
+    beginning = odd_texts()[0]
+    ids = own.encode(beginning).tolist()
+    assert len(ids) > 2 * TINY.context
+    weights = prepare_decode_params(TINY, params)
+    (tokens,) = generate(TINY, weights, [ids], SamplingParams(0.0), jax.random.PRNGKey(0), 64, own.end_of_text)
+    text = own.decode([*ids, *up_to_end(tokens[0], own.end_of_text)])
+    assert write(browser, beginning) == text
 
 
 @pytest.fixture
@@ -182,11 +172,11 @@ def test_every_float16_is_read(programs):
 
 
 def test_names_and_texts_are_shown_as_they_are(browser, tmp_path):
-    export(
-        tmp_path / "page.html", TINY, random_params(TINY), load_tokenizer(300), name=HOSTILE, text=f"/x/{HOSTILE}.txt"
-    )
-    open_model(browser, tmp_path / "page.html")
+    page = tmp_path / f"{HOSTILE}.html"
+    export(page, TINY, random_params(TINY), load_tokenizer(300), text=HOSTILE)
+    open_model(browser, page)
     assert browser.find("h1").get_property("textContent") == HOSTILE
+    assert f"trained on {HOSTILE}." in browser.find("h1 + p").get_property("textContent")
     assert write(browser, HOSTILE, tokens=1).startswith(HOSTILE)
     assert browser.run("return [document.title.includes(arguments[0]), document.images.length]", HOSTILE) == [True, 0]
 

@@ -13,9 +13,9 @@ MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=64, mlp
 META = {"source": {"text": "/home/john/tales.txt", "sha256": "ef"}, "tokens": {}}
 
 
-def write(file, model, dtype, name="tales"):
+def write(file, model, dtype):
     params = tree_of(model, lambda parameter: np.ones(parameter.shape, np.float32))
-    write_page(file, name, Config(model=model), 3, META, params, load_tokenizer(model.vocab_size), dtype)
+    write_page(file, Config(model=model), 3, META, params, load_tokenizer(model.vocab_size), dtype)
     return file.read_bytes()
 
 
@@ -37,7 +37,7 @@ def test_the_mark_is_that_of_the_rest(tmp_path):
     first = write(file, MODEL, "q8_0")
     assert read_mark(file).sound
     assert write(file, MODEL, "q8_0") == first
-    for content in (first.replace(b"tales", b"songs", 1), first + b"\n", first[: len(first) // 2], b""):
+    for content in (first.replace(b"trained", b"tamed", 1), first + b"\n", first[: len(first) // 2], b""):
         file.write_bytes(content)
         assert not read_mark(file).sound
     assert not read_mark(tmp_path / "none.html").sound
