@@ -4,6 +4,7 @@ import base64
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import time
 
@@ -115,6 +116,20 @@ def test_a_beginning_longer_than_the_context_is_read_from_its_window(browser, tm
     assert write(browser, beginning) == text
 
 
+def test_characters_of_several_tokens_are_whole(browser, tmp_path):
+    """The model writes the bytes of a text, of which the last character is unfinished, and ends it."""
+    model, tokenizer = dataclasses.replace(TINY, vocab_size=257, tied=False), load_tokenizer(257)
+    text = "a\ufeffé日😀".encode() + b"\xf1"
+    ids = [*(tokenizer.vocabulary.index(text[i : i + 1]) for i in range(len(text))), tokenizer.end_of_text]
+    params = tree_of(model, lambda parameter: np.full(parameter.shape, parameter.kind == "norm_scale", np.float32))
+    for i, (token, following) in enumerate(itertools.pairwise(ids)):
+        params["embedding"][token, i] = params["head"][following, i] = 1
+    export(tmp_path / "page.html", model, params, tokenizer)
+    open_model(browser, tmp_path / "page.html")
+    assert write(browser, "a") == text.decode(errors="replace")
+    assert browser.find("#status").text.startswith(f"The text ends here: {len(text) - 1} tokens")
+
+
 @pytest.fixture
 def programs(browser, tmp_path):
     """A page with the worker's programs, whose functions a test calls."""
@@ -205,10 +220,10 @@ def test_what_is_wrong_is_said(browser, tmp_path):
     export(tmp_path / "page.html", TINY, params, load_tokenizer(300))
     open_model(browser, tmp_path / "page.html")
     write(browser, "Once")
-    assert browser.find("#status").text == "The model's weights are damaged: its numbers are not finite."
+    assert browser.find("#state").text == "The model's weights are damaged: its numbers are not finite."
     page = (tmp_path / "page.html").read_bytes()
     (tmp_path / "half.html").write_bytes(page[: len(page) - 9000])
     browser.open(tmp_path / "half.html")
-    wait(browser, "return document.getElementById('status').textContent !== 'Loading'")
-    assert browser.find("#status").text == "This file is incomplete: copy or download it again."
+    wait(browser, "return document.getElementById('state').textContent !== 'Loading'")
+    assert browser.find("#state").text == "This file is incomplete: copy or download it again."
     assert not browser.find("#write").is_enabled()

@@ -24,13 +24,17 @@ async function load() {
     call = startWorker();
     await call("start", model);
     for (const [number, script] of scripts.entries()) {
-        say(`Loading ${Math.round(100 * number / tensors)}%`);
+        say("Loading", `${Math.round(100 * number / tensors)}%`);
         await call("tensor", { ...script.dataset, text: script.textContent });
         script.remove(); // frees its memory
     }
 }
 
-const say = text => element("status").textContent = text;
+/** Shows a state, which a screen reader says when it changes, and progress, which it does not say. */
+function say(state, progress = "") {
+    if (element("state").textContent !== state) element("state").textContent = state;
+    element("progress").textContent = progress && `: ${progress}`;
+}
 
 /** Shows new text, follows it down the page, and hands whole sentences to a screen reader. */
 function show(text, isEnd) {
@@ -52,7 +56,7 @@ async function write(text) {
     element("begun").textContent = text;
     element("written").textContent = element("spoken").textContent = "";
     setWriting(true);
-    say("Reading the beginning");
+    say("Reading");
     try {
         await call("write", settings);
         await receive();
@@ -63,7 +67,7 @@ async function write(text) {
 }
 
 async function receive() {
-    let count = 0, timed = 0, started, step = {};
+    let count = 0, timed = 0, started, step = {}, progress = "";
     while (writing && !step.done) {
         step = await call("more");
         show(step.text, step.done);
@@ -71,10 +75,12 @@ async function receive() {
         if (started) timed += step.tokens;
         else if (count) started = performance.now();
         const rate = timed ? `, ${Math.round(1000 * timed / (performance.now() - started))} a second` : "";
-        say(step.reading ? `Reading ${Math.round(100 * step.reading)}%` : `${count} tokens${rate}`);
+        progress = `${count} tokens${rate}`;
+        if (step.reading) say("Reading", `${Math.round(100 * step.reading)}%`);
+        else say("Writing", progress);
     }
     show("", true);
-    say(`${step.ended ? "The text ends here" : step.done ? "Written" : "Stopped"}: ${element("status").textContent}`);
+    say(step.ended ? "The text ends here" : step.done ? "Written" : "Stopped", progress);
 }
 
 function setWriting(value) {
