@@ -4,7 +4,7 @@ function sample(logits_V, temperature, topK, random) {
     if (!Number.isFinite(best)) throw new Error("The model's weights are damaged: its numbers are not finite.");
     if (temperature === 0) return logits_V.indexOf(best);
     const atLeast = topK > 0 && topK < logits_V.length ? logits_V.slice().sort()[logits_V.length - topK] : -Infinity;
-    const weights_V = Float64Array.from(logits_V, x => x < atLeast ? 0 : Math.exp((x - best) / temperature));
+    const weights_V = new Float64Array(logits_V).map(x => x < atLeast ? 0 : Math.exp((x - best) / temperature));
     let left = random() * weights_V.reduce((a, b) => a + b);
     const token = weights_V.findIndex(weight => (left -= weight) < 0);
     return token < 0 ? logits_V.indexOf(best) : token; // rounding may leave a little
