@@ -160,6 +160,7 @@ def pack(tensor: np.ndarray, dtype: str) -> bytes:
 
 
 def page_source(name: str) -> str:
+    """The text of a file of the page."""
     return resources.files("jaxlm.interop").joinpath("page", name).read_text(encoding="utf-8")
 
 
