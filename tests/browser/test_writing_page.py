@@ -6,7 +6,6 @@ import dataclasses
 import io
 import itertools
 import json
-import time
 
 import gguf
 import jax
@@ -55,14 +54,7 @@ def export(file, model, params, tokenizer, text="tales.txt"):
 
 def open_model(browser, file, **window):
     browser.open(file, **window)
-    wait(browser, "return document.getElementById('write').disabled === false")
-
-
-def wait(browser, condition):
-    deadline = time.monotonic() + 60
-    while not browser.run(condition):
-        assert time.monotonic() < deadline, browser.find("#status").text
-        time.sleep(0.02)
+    browser.wait("return document.getElementById('write').disabled === false")
 
 
 def write(browser, beginning, **settings):
@@ -70,7 +62,7 @@ def write(browser, beginning, **settings):
     for name, value in {"beginning": beginning, "temperature": 0, "tokens": 64, **settings}.items():
         browser.run("document.getElementById(arguments[0]).value = arguments[1]", name, value)
     browser.find("#write").click()
-    wait(browser, "return document.getElementById('write').textContent === 'Write'")
+    browser.wait("return document.getElementById('write').textContent === 'Write'")
     return browser.run("return document.getElementById('text').textContent")
 
 
@@ -202,15 +194,15 @@ def test_stop_ends_a_text_and_write_further_continues_it(browser, tmp_path):
     for name, value in {"beginning": "Once", "temperature": 0, "tokens": 99_999}.items():
         browser.run("document.getElementById(arguments[0]).value = arguments[1]", name, value)
     browser.find("#beginning").send_keys(CONTROL_ENTER)
-    wait(browser, "return document.getElementById('written').textContent.length > 9")
+    browser.wait("return document.getElementById('written').textContent.length > 9")
     assert browser.find("#write").text == "Stop"
     browser.find("#write").click()
-    wait(browser, "return document.getElementById('write').textContent === 'Write'")
+    browser.wait("return document.getElementById('write').textContent === 'Write'")
     assert browser.find("#status").text.startswith("Stopped: ")
     text = browser.run("return document.getElementById('text').textContent")
     browser.run("document.getElementById('tokens').value = 5")
     browser.find("#further").click()
-    wait(browser, "return document.getElementById('status').textContent.startsWith('Written: 5 tokens')")
+    browser.wait("return document.getElementById('status').textContent.startsWith('Written: 5 tokens')")
     assert browser.run("return document.getElementById('begun').textContent") == text
 
 
@@ -224,6 +216,6 @@ def test_what_is_wrong_is_said(browser, tmp_path):
     page = (tmp_path / "page.html").read_bytes()
     (tmp_path / "half.html").write_bytes(page[: len(page) - 9000])
     browser.open(tmp_path / "half.html")
-    wait(browser, "return document.getElementById('state').textContent !== 'Loading'")
+    browser.wait("return document.getElementById('state').textContent !== 'Loading'")
     assert browser.find("#state").text == "This file is incomplete: copy or download it again."
     assert not browser.find("#write").is_enabled()
