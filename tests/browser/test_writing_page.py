@@ -41,10 +41,10 @@ def own():
     return learn_tokenizer(odd_texts()[:14] * 2, 300)
 
 
-def random_params(model, std=0.4):
+def random_params(model):
     """Parameters of float16's numbers, so large that each of them changes the logits."""
     rng = np.random.default_rng(0)
-    return tree_of(model, lambda p: rng.normal(0, std, p.shape).astype(np.float16).astype(np.float32))
+    return tree_of(model, lambda p: rng.normal(0, 0.4, p.shape).astype(np.float16).astype(np.float32))
 
 
 def export(file, model, params, tokenizer, text="tales.txt"):
@@ -52,8 +52,8 @@ def export(file, model, params, tokenizer, text="tales.txt"):
     write_page(file, Config(model=model), 3, meta, params, tokenizer, "f16")
 
 
-def open_model(browser, file, **window):
-    browser.open(file, **window)
+def open_model(browser, file, width=1280):
+    browser.open(file, width)
     browser.wait("return document.getElementById('write').disabled === false")
 
 
@@ -181,11 +181,12 @@ def test_every_float16_is_read(programs):
 def test_names_and_texts_are_shown_as_they_are(browser, tmp_path):
     page = tmp_path / f"{HOSTILE}.html"
     export(page, TINY, random_params(TINY), load_tokenizer(300), text=HOSTILE)
-    open_model(browser, page)
+    open_model(browser, page, width=360)
     assert browser.find("h1").get_property("textContent") == HOSTILE
     assert f"trained on {HOSTILE}." in browser.find("h1 + p").get_property("textContent")
     assert write(browser, HOSTILE, tokens=1).startswith(HOSTILE)
     assert browser.run("return [document.title.includes(arguments[0]), document.images.length]", HOSTILE) == [True, 0]
+    assert browser.run("return document.documentElement.scrollWidth") <= 360
 
 
 def test_stop_ends_a_text_and_write_further_continues_it(browser, tmp_path):

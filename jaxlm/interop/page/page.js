@@ -49,7 +49,8 @@ function show(text, isEnd) {
     }
 }
 
-async function write(text) {
+async function write() {
+    const text = element("beginning").value;
     const number = id => element(id).valueAsNumber;
     const settings = { text, temperature: number("temperature"), topK: number("top_k"), tokens: number("tokens") };
     element("text").hidden = false;
@@ -91,7 +92,7 @@ function setWriting(value) {
 }
 
 function submit() {
-    if (!writing) return write(element("beginning").value);
+    if (!writing) return write();
     writing = false; // what is asked for still comes
     element("write").disabled = true;
 }
@@ -104,7 +105,7 @@ document.addEventListener("DOMContentLoaded", async () => {
     });
     element("further").addEventListener("click", () => {
         element("beginning").value = element("text").textContent;
-        write(element("beginning").value);
+        form.requestSubmit();
     });
     form.addEventListener("keydown", event => {
         if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !element("write").disabled) form.requestSubmit();
