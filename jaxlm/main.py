@@ -11,7 +11,9 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from platform import python_version
 from textwrap import fill
 from typing import Any
 
@@ -164,6 +166,7 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
     from jaxlm.device import backend, numerics  # only now, so that --help and most errors need neither jax nor a device
     from jaxlm.planner.memory import cached_benchmark, check_memory, known_memory
     from jaxlm.planner.report import summary
+    from jaxlm.run.records import append_session
     from jaxlm.run.resume import check_room
     from jaxlm.run.trainer import Trainer
 
@@ -180,6 +183,7 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
         if not force:
             check_memory(memory, device)
         atomic.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
+        append_session(workdir, _describe_session(resolved, device, tokens, step))
         return summary(resolved, device, workdir, memory, step)
 
     with run_errors(workdir):
@@ -188,6 +192,25 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir), log_libraries(workdir):
             Trainer(resolved, workdir, tokens, device, before_first_step).train()
+
+
+def _describe_session(config: Config, device: Any, tokens: TokenFiles, step: int) -> dict[str, Any]:
+    """The row of sessions.jsonl. `device` is a jax.Device."""
+    from jaxlm.device.backend import describe
+    from jaxlm.device.plugins import version_of
+    from jaxlm.planner.estimate import parameters_by_part
+    from jaxlm.planner.report import planned_seconds
+
+    return {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": describe(device),
+        "precision": config.model.precision,
+        "versions": {name: version_of(name) for name in ("jaxlm", "jax", "jaxlib")} | {"python": python_version()},
+        "parameters": sum(parameters_by_part(config.model).values()),
+        "data_tokens": len(tokens.train),
+        "plan": planned_seconds(config, device),
+    }
 
 
 if __name__ == "__main__":

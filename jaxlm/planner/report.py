@@ -92,6 +92,15 @@ def summary(config: Config, device: jax.Device, workdir: Path, memory: Memory, s
     )
 
 
+def planned_seconds(config: Config, device: jax.Device) -> dict[str, float]:
+    """The seconds of a step and of the whole run by the cached benchmark; empty without one."""
+    benchmark = cached_benchmark(config, device)
+    if not benchmark:
+        return {}
+    timings = measure.seconds(config, benchmark, 0)
+    return {"step_seconds": timings.step, "total_seconds": estimate.seconds_at(config, timings, config.max_steps)}
+
+
 def run_benchmark(
     config: Config, device: jax.Device, workdir: Path, show: ShowProgress
 ) -> tuple[BenchmarkResult | None, str, str]:

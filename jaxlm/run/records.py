@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, samples.jsonl and TensorBoard's events."""
+"""What a run writes down: metrics.jsonl, samples.jsonl, sessions.jsonl and TensorBoard's events."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from jaxlm.config import INT32_MAX, Config
 from jaxlm.data.beginnings import LONGEST
 from jaxlm.run.events import EvaluationEvent, Event, SamplesEvent, StepEvent
-from jaxlm.run.workdir import RECORDS
+from jaxlm.run.workdir import RECORDS, SESSIONS
 from jaxlm.storage import atomic, tensorboard
 from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, rows_up_to, to_line
 
@@ -69,6 +69,14 @@ class Records:
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+
+def append_session(workdir: Path, session: Mapping[str, Any]) -> None:
+    """Appends a row to sessions.jsonl: the `step` after which a session begins, and what it runs on. Raises OSError."""
+    path = workdir / SESSIONS
+    keep_up_to(path, INT32_MAX)  # without the incomplete line of a killed session
+    with contextlib.closing(AppendOnlyFile(path)) as file:
+        file.append(to_line(session))
 
 
 class TensorBoard:

@@ -13,7 +13,8 @@ from jaxlm.interop.huggingface import WEIGHTS
 
 CHECKPOINTS, FINAL_MODEL = "checkpoints", "final_model"
 BEST = "best"  # a folder like a work directory, with the checkpoint of the lowest validation loss
-RECORDS = ("metrics.jsonl", "samples.jsonl")
+METRICS, SAMPLES, SESSIONS = "metrics.jsonl", "samples.jsonl", "sessions.jsonl"
+RECORDS = (METRICS, SAMPLES)  # which belong to steps, and lose those that are trained again
 NEVER_SAVED = "never_saved"  # an empty file in the work directory of a run until its first save is complete
 
 

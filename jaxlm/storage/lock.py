@@ -40,6 +40,12 @@ def only_writer(directory: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
+def is_written(directory: Path) -> bool:
+    """Whether the process that `directory`/lock names runs; one on another host is taken to. Takes no lock."""
+    holder = _holder(directory / "lock")
+    return holder is not None and (holder[1] != socket.gethostname() or _runs(holder[0]))
+
+
 def _lock(path: Path) -> TextIO:
     while True:
         with contextlib.ExitStack() as stack:
@@ -70,8 +76,8 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 def _check_ended(path: Path) -> None:
     """Raises UsageError if the process that the file names may still run."""
-    holder = _holder(path)
-    if holder and (holder[1] != socket.gethostname() or _runs(holder[0])):
+    if is_written(path.parent):
+        holder = _holder(path)
         raise UsageError(
             f"{path.parent} is in use by {_name(holder)}: wait for it or stop it; if it has ended, move {path} away"
         )

@@ -42,6 +42,16 @@ def test_a_run_that_resumes_needs_its_start_again(monkeypatch, tmp_path, step):
     assert f"{duration(total - done + 7 * 86400)} to go" in report.summary(CONFIG, device, tmp_path, MEMORY, step)
 
 
+def test_the_planned_seconds_are_those_of_the_cached_benchmark(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device = jax.devices("cpu")[0]
+    assert report.planned_seconds(CONFIG, device) == {}
+    user_cache.put("measured", measure.key(CONFIG, device), dataclasses.asdict(BENCHMARK))
+    monkeypatch.setattr(measure, "seconds", lambda *_: TIMINGS)
+    total = estimate.seconds_at(CONFIG, TIMINGS, 10_000)
+    assert report.planned_seconds(CONFIG, device) == {"step_seconds": 4.0, "total_seconds": total}
+
+
 def test_what_a_run_has_written_is_room_for_what_it_will_write(monkeypatch, tmp_path):
     usage = report.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(report.shutil, "disk_usage", lambda _: usage._replace(free=0))

@@ -11,7 +11,7 @@ from configs import m2_60m
 from jaxlm.config import from_config_dict
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.run.events import EvaluationEvent, SamplesEvent, StepEvent
-from jaxlm.run.records import TOKEN_BYTES, Records, TensorBoard, record_bytes
+from jaxlm.run.records import TOKEN_BYTES, Records, TensorBoard, append_session, record_bytes
 from tests.storage.test_tensorboard import events
 from tests.tiny_run import disk_room
 
@@ -105,3 +105,11 @@ def test_tensorboard_replaces_events_after_the_step_only(tmp_path):
     TensorBoard(tmp_path, 7).close()
     _, start = events(tmp_path / "tensorboard")
     assert (start.step, start.session_log.status) == (8, SessionLog.START)  # the events of step 7 stay
+
+
+def test_a_session_is_appended_after_one_that_was_cut_off(tmp_path):
+    append_session(tmp_path, {"step": 0, "device": "a"})
+    with (tmp_path / "sessions.jsonl").open("a") as file:
+        file.write('{"step": 7, "dev')
+    append_session(tmp_path, {"step": 5, "device": "é"})
+    assert read(tmp_path / "sessions.jsonl") == [{"step": 0, "device": "a"}, {"step": 5, "device": "é"}]

@@ -131,6 +131,7 @@ def test_the_work_directory_holds_the_named_files(console):
         "config.json",
         "metrics.jsonl",
         "samples.jsonl",
+        "sessions.jsonl",
         "checkpoints",
         "final_model",
         "tensorboard",
@@ -325,6 +326,7 @@ def test_a_signal_stops_the_run_with_its_status_and_a_checkpoint(interruptions):
 def test_a_resumed_run_says_so(interruptions):
     _, _, stopped_at = interruptions[2]
     assert f"step {stopped_at}" in interruptions[3][0].split("Step ")[0]
+    assert [row["step"] for row in rows("broken/sessions.jsonl")] == [0, 3, *(each[2] for each in interruptions[1:3])]
 
 
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(interruptions):

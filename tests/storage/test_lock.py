@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from jaxlm.errors import UsageError
-from jaxlm.storage.lock import only_writer
+from jaxlm.storage.lock import is_written, only_writer
 from tests.tiny_run import is_one_line
 
 HOLD = """
@@ -42,6 +42,17 @@ def test_a_second_process_is_told_the_pid_and_host_of_the_holder(holder, tmp_pat
             pass
         assert is_one_line(caught.value)
         assert f"process {holder.pid} on {socket.gethostname()}" in str(caught.value)
+
+
+def test_who_only_looks_is_told_whether_the_holder_runs(holder, tmp_path):
+    assert is_written(tmp_path)
+    with pytest.raises(UsageError), only_writer(tmp_path):  # the look has taken nothing away
+        pass
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "lock").exists()
+    assert not is_written(tmp_path)
+    assert not is_written(tmp_path / "none")
 
 
 def test_a_lock_is_not_deleted_by_the_holder_of_another(tmp_path):
