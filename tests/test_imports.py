@@ -6,7 +6,7 @@ from pathlib import Path
 import jaxlm
 
 ROOT = Path(jaxlm.__file__).parent
-COMMANDS = {"main", "prepare", "plan", "sample", "export", "doctor"}
+COMMANDS = {"main", "prepare", "plan", "sample", "export", "report", "doctor"}
 MAY_IMPORT = {
     "errors": set(),
     "units": set(),
@@ -20,6 +20,14 @@ MAY_IMPORT = {
     "device": {"config", "errors", "storage", "core"},
     "run": {"config", "errors", "storage", "core", "data", "interop", "device", "terminal", "units"},
 }
+MAY_IMPORT["pages"] = {
+    "config",
+    "errors",
+    "storage",
+    "terminal",
+    "interop",
+    "run",
+}  # the card's base_names; the records
 MAY_IMPORT["planner"] = MAY_IMPORT["run"] | {"run"}
 
 

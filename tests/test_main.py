@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import main as command_main
+from jaxlm import report
 from jaxlm.cli import read_config
 from jaxlm.core.train_step import init_state
 from jaxlm.data import corpus
@@ -33,6 +34,7 @@ from jaxlm.run.resume import check_room, restore_or_init
 from jaxlm.storage import user_cache
 from jaxlm.storage.lock import only_writer
 from tests import tiny_run
+from tests.test_report import data_of
 from tests.tiny_run import CONFIG, assert_same_bits, disk_room, is_one_line, listing, rows, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -92,9 +94,9 @@ def test_run_prepares_its_corpus_once():
     assert listing(Path("data")) == before
 
 
-def test_help_show_and_usage_errors_need_no_jax():
+def test_help_show_usage_errors_and_the_report_need_no_jax():
     code = (
-        "import sys\nfrom jaxlm.cli import status\nfrom jaxlm.main import main\n"
+        "import sys\nimport jaxlm.report\nfrom jaxlm.cli import status\nfrom jaxlm.main import main\n"
         "print([status(main, argv.split()) for argv in sys.argv[1:]], 'jax' in sys.modules)"
     )
     errors = ("--config nowhere", "--config tiny.py --config.batch_sise=4", "--config.data.corpus=novel")
@@ -613,3 +615,21 @@ def test_room_is_needed_for_the_steps_after_the_newest_checkpoint_only(monkeypat
         check_room(tmp_path, config)
     (tmp_path / "checkpoints/12").mkdir()
     check_room(tmp_path, config)
+
+
+def test_a_trained_run_has_its_page(capsys):
+    report.main(["--workdir", "run"])
+    assert capsys.readouterr().out == "run/report.html shows 12 steps of run\n"
+    (run,) = data_of(DONE / "report.html")["runs"]
+    metrics = rows("run/metrics.jsonl")
+    assert run["metrics"]["loss"]["value"] == pytest.approx([row["loss"] for row in metrics], rel=1e-8)
+    planned = dict(zip(run["plan"]["lr"]["step"], run["plan"]["lr"]["value"], strict=True))
+    assert planned == pytest.approx({row["step"]: row["lr"] for row in metrics}, rel=1e-5)
+    assert [each["name"] for each in run["checkpoints"]] == ["step 3", "step 6", "step 9", "step 12", "final_model"]
+    assert run["checkpoints"][3]["val_loss"] == pytest.approx(metrics[-1]["val_loss"])
+    (session,) = run["sessions"]
+    assert session["device"].startswith("CPU") and "jax " in session["versions"]
+    assert (session["step"], session["parameters"]) == (0, 300 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16) + 16)
+    assert run["sample_command"] == "python -m jaxlm.sample --workdir run --prompt Once"
+    assert run["data"].startswith("tokens (sha256 of the text ")
+    assert run["state"] == "finished"

@@ -4,13 +4,11 @@ import ast
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import xml.etree.ElementTree
 from pathlib import Path
 
 import jax
@@ -189,19 +187,3 @@ def test_snippets_of_jax_run():
     (of_accumulator,) = fenced((ROOT / "docs" / "architecture.md").read_text(), "python")
     exec(of_accumulator, values)
     assert (values["accumulator_DF"] == 12).all()
-
-
-def test_the_plot_shows_the_run(tmp_path):
-    from experiments.plot_loss import loss_curve
-
-    rows = [{"step": step, "loss": 8 - step / 10} for step in range(1, 41)]
-    rows[-1] |= {"val_loss": 4.5, "val_bits_per_byte": 1.9}
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tree = xml.etree.ElementTree.fromstring(loss_curve(rows))
-    (line,) = tree.iter("{http://www.w3.org/2000/svg}polyline")
-    points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
-    assert len(points) == 40
-    assert points == sorted(points)  # the loss falls, so y, which counts from the top, grows
-    (dot,) = tree.iter("{http://www.w3.org/2000/svg}circle")
-    assert float(dot.get("cx")) == points[-1][0]
-    assert float(dot.get("cy")) < points[-1][1]  # 4.5 is above the training loss of 4

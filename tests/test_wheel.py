@@ -94,6 +94,8 @@ def installed(wheel, tmp_path_factory):
 def test_the_wheel_holds_the_package_the_presets_and_the_licences_and_nothing_else(wheel):
     expected = {file.relative_to(ROOT).as_posix() for file in (ROOT / "jaxlm").rglob("*.py")}
     expected |= {f"jaxlm/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
+    pages = ("report.css", "report.html", "report.js", "uplot.min.css", "uplot.min.js", "words.js")
+    expected |= {f"jaxlm/pages/{name}" for name in pages}
     expected |= {"jaxlm/py.typed", "jaxlm/data/gpt2.tiktoken"}
     expected |= {f"jaxlm/interop/page/{file.name}" for file in (ROOT / "jaxlm" / "interop" / "page").iterdir()}
     with zipfile.ZipFile(wheel) as archive:

@@ -63,9 +63,9 @@ def model_card(workdir: Path, config: Config, step: int, meta: Mapping[str, Any]
     A card may be published, so it has only the last part of each path, and not that of a home directory.
     """
     rows = list(rows_up_to(workdir / "metrics.jsonl", step))
-    corpus = "" if config.data.dir else _base_names(config.data.corpus)  # `dir` may be of another
+    corpus = "" if config.data.dir else base_names(config.data.corpus)  # `dir` may be of another
     data = dataclasses.replace(config.data, corpus=corpus)
-    config = dataclasses.replace(config, data=data, init_from=_base_name(config.init_from))
+    config = dataclasses.replace(config, data=data, init_from=base_name(config.init_from))
     return _CARD.format(
         parameters=parameters,
         architecture="Qwen3" if config.model.qk_norm else "Llama",
@@ -95,8 +95,8 @@ def text_name(meta: Mapping[str, Any]) -> str:
     """What the model was trained on, without the folders of files. Checkpoints of earlier versions lack it."""
     source = meta.get("source", {})
     if "text" in source:
-        return _base_names(source["text"])
-    return f"token files in {_base_name(source['tokens'])}" if source else "not recorded"
+        return base_names(source["text"])
+    return f"token files in {base_name(source['tokens'])}" if source else "not recorded"
 
 
 def _text(meta: Mapping[str, Any]) -> str:
@@ -105,12 +105,13 @@ def _text(meta: Mapping[str, Any]) -> str:
     return f"{text_name(meta)} ({', '.join(f'{key} {value}' for key, value in hashes.items())})"
 
 
-def _base_names(corpus: str) -> str:
+def base_names(corpus: str) -> str:
     """The names of a corpus's files without their folders."""
-    return ",".join(_base_name(path) for path in re.split(r"(?<!\\),", corpus))
+    return ",".join(base_name(path) for path in re.split(r"(?<!\\),", corpus))
 
 
-def _base_name(path: str) -> str:
+def base_name(path: str) -> str:
+    """The last part of a path; ~ for a home directory, which may be a person's name."""
     absolute = os.path.abspath(path)
     return path and ("~" if absolute == os.path.expanduser("~") else os.path.basename(absolute))
 
