@@ -38,7 +38,7 @@ def child(argv: list[str]) -> None:
 
     main(argv)
     end = time.monotonic()
-    from jaxlm.planner.measure import peak_bytes
+    from jaxlm.run.memory import peak_bytes
 
     peak = peak_bytes(jax.devices()[0])
     print(json.dumps({"end": end, "peak": peak}), flush=True)

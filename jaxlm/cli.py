@@ -152,6 +152,7 @@ class Flags(NamedTuple):
     workdir: Path
     force: bool  # start a run that does not fit
     show: bool  # print the settings instead
+    trackio: str  # the project to log the run to; empty: none
     config_file: Path
     overridden: list[str]  # settings that have their value from a flag
 
@@ -200,7 +201,7 @@ def read_flags(argv: list[str]) -> Flags:
         settings["data"] |= several
     workdir = path(values.workdir) if values.workdir else Path("runs", config_file.stem)
     config = _with_homes(from_config_dict(settings))
-    return Flags(config, workdir, values.force, values.show, config_file, overridden)
+    return Flags(config, workdir, values.force, values.show, values.trackio, config_file, overridden)
 
 
 def _with_homes(config: Config) -> Config:
@@ -234,6 +235,7 @@ def define_flags(words: list[str]) -> flags.FlagValues:
         sys_argv=words,
     )
     flags.DEFINE_string("workdir", "", "work directory; empty: runs/NAME-OF-THE-CONFIG", flag_values=values)
+    flags.DEFINE_string("trackio", "", "log the run to this trackio project; empty: no", flag_values=values)
     flags.DEFINE_bool("force", False, "start a run even if it does not fit in memory", flag_values=values)
     flags.DEFINE_bool("show", False, "print every setting and what set it, and start nothing", flag_values=values)
     return values

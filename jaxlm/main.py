@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from platform import python_version
@@ -27,6 +27,7 @@ from jaxlm.data.tokenizer import encode_prompts
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init, own_vocabulary
 from jaxlm.prepare import prepare
+from jaxlm.run.events import Listener
 from jaxlm.run.quiet import log_libraries, quiet_libraries
 from jaxlm.run.workdir import FINAL_MODEL, check_workdir, saved_hashes, saved_steps
 from jaxlm.storage import atomic
@@ -97,7 +98,8 @@ def main(argv: list[str]) -> None:
     if config.init_from and not resumes:
         check_init(config)
     own = _own_tokens(argv, workdir, saved, config) if resumes else None
-    _train(config, workdir, flags.force, open_data(config, own, _names_corpus(argv, config)))
+    tokens = open_data(config, own, _names_corpus(argv, config))
+    _train(config, workdir, flags.force, tokens, flags.trackio)
 
 
 def _show(flags: Flags) -> None:
@@ -162,7 +164,7 @@ def _names_corpus(argv: list[str], config: Config) -> bool:
     return in_file or "config.data.corpus" in names
 
 
-def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> None:
+def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, project: str) -> None:
     from jaxlm.device import backend, numerics  # only now, so that --help and most errors need neither jax nor a device
     from jaxlm.planner.memory import cached_benchmark, check_memory, known_memory
     from jaxlm.planner.report import summary
@@ -191,7 +193,22 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles) -> No
             numerics.require(resolved, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir), log_libraries(workdir):
-            Trainer(resolved, workdir, tokens, device, before_first_step).train()
+            listeners = _trackio(project, workdir, config) if project else ()
+            Trainer(resolved, workdir, tokens, device, before_first_step, listeners).train()
+
+
+def _trackio(project: str, workdir: Path, config: Config) -> Sequence[Listener]:
+    """The listener that logs to a project of trackio; none if trackio fails, as no run depends on it."""
+    from jaxlm.run.tracker import Trackio
+
+    try:
+        return [Trackio(project, workdir, config)]
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(printable(f"The run is not logged to trackio ({reason})"))
+        return ()
 
 
 def _describe_session(config: Config, device: Any, tokens: TokenFiles, step: int) -> dict[str, Any]:

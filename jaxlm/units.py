@@ -1,6 +1,10 @@
-"""Readable sizes, durations and dates."""
+"""Readable sizes, durations, dates and trends."""
 
+import math
+from collections.abc import Sequence
 from datetime import datetime, timedelta
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def duration(seconds: float) -> str:
@@ -27,3 +31,18 @@ def date_text(now: datetime, seconds: float) -> str:
         return (now + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M")
     except OverflowError:
         return "a year beyond 9999"
+
+
+def end_text(now: datetime, seconds: float) -> str:
+    """When `seconds` after `now` is: 07:40 within 12 hours, Sat 07:40 within six days, else `date_text`."""
+    if seconds < 12 * 3600:
+        return date_text(now, seconds)[-5:]
+    return f"{now + timedelta(seconds=seconds):%a %H:%M}" if seconds < 6 * 86400 else date_text(now, seconds)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A character for each value, from ▁ at the least to █ at the largest; a space for one that is not finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    step = (high - low) / (len(_BARS) - 1) or 1.0
+    return "".join(_BARS[round((value - low) / step)] if math.isfinite(value) else " " for value in values)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.config import Config, OptimizerConfig
+from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core import ops
 from jaxlm.core.parameters import Params, tree_of
 
@@ -109,12 +109,12 @@ def make_transformation(config: Config) -> optax.GradientTransformation:
 class Optimizer(NamedTuple):
     """The functions that start and update what the optimizer carries.
 
-    `init` makes a state for parameters. `step` (grads, state, params, average) -> (params, state, average) applies one
-    micro-batch; the average is that of `average_start`, or None.
+    `init` makes a state for parameters. `step` (grads, state, params, average) -> (params, state, average, measured)
+    applies one micro-batch; the average is that of `average_start`, or None.
     """
 
     init: Callable[[Params], optax.MultiStepsState]
-    step: Callable[..., tuple[Params, optax.MultiStepsState, Params | None]]
+    step: Callable[..., tuple[Params, optax.MultiStepsState, Params | None, Any]]
 
 
 def make_optimizer(config: Config) -> Optimizer:
@@ -123,11 +123,16 @@ def make_optimizer(config: Config) -> Optimizer:
     A micro-batch whose gradient norm is not finite is skipped: the state and the parameters stay as they are.
     """
     cond = ops.get(config.model.implementation).cond
-    return multi_steps(make_transformation(config), config.grad_accum_steps, cond, config.optimizer.average)
+    measure = partial(update_ratios, config.model)
+    return multi_steps(make_transformation(config), config.grad_accum_steps, cond, config.optimizer.average, measure)
 
 
 def multi_steps(
-    inner: optax.GradientTransformation, every: int, cond: Callable = jax.lax.cond, average_decay: float = 0.0
+    inner: optax.GradientTransformation,
+    every: int,
+    cond: Callable = jax.lax.cond,
+    average_decay: float = 0.0,
+    measure: Callable[[Params, Params], Any] = lambda updates, params: (),
 ) -> Optimizer:
     """`optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)`, in place.
 
@@ -135,7 +140,8 @@ def multi_steps(
     overflows are skipped too. The update is computed only when it is due, if `cond` (as `jax.lax.cond`) branches. It is
     applied to the parameters directly, so there is no tree of updates. With `every` 1 there is no accumulator.
 
-    `inner` may take the number of optimizer steps done as the extra argument `step`.
+    `inner` may take the number of optimizer steps done as the extra argument `step`. `step` also returns what `measure`
+    makes of the updates and the parameters before them, and zeros where no update is due.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -146,7 +152,7 @@ def multi_steps(
 
     def step(
         grads: Params, state: optax.MultiStepsState, params: Params, average: Params | None = None
-    ) -> tuple[Params, optax.MultiStepsState, Params | None]:
+    ) -> tuple[Params, optax.MultiStepsState, Params | None, Any]:
         skip = ~jnp.isfinite(optax.tree_utils.tree_norm(grads))
         due = ~skip & (state.mini_step == every - 1)
         mean = grads
@@ -154,14 +160,18 @@ def multi_steps(
             weight = 1 / (state.mini_step + 1)
             mean = jax.tree.map(lambda a, g: jnp.where(skip, a, a + (g - a) * weight), state.acc_grads, grads)
 
-        def apply(params: Params, average: Params | None, inner_state: Any, mean: Params) -> tuple[Any, ...]:
+        def apply(
+            params: Params, average: Params | None, inner_state: Any, mean: Params, measured: Any
+        ) -> tuple[Any, ...]:
             updates, inner_state = inner.update(mean, inner_state, params, step=state.gradient_step)
             if average:
                 average = average_step(average_decay, state.gradient_step, average, updates)
-            return optax.apply_updates(params, updates), average, inner_state, jax.tree.map(jnp.zeros_like, mean)
+            measured = measure(updates, params)
+            return optax.apply_updates(params, updates), average, inner_state, _zeros_after(measured, mean), measured
 
-        operands = params, average, state.inner_opt_state, mean
-        params, average, inner_state, acc_grads = cond(due, apply, lambda *operands: operands, *operands)
+        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, params, params))
+        operands = params, average, state.inner_opt_state, mean, nothing
+        params, average, inner_state, acc_grads, measured = cond(due, apply, lambda *operands: operands, *operands)
         state = optax.MultiStepsState(
             mini_step=jnp.where(skip, state.mini_step, (state.mini_step + 1) % every),
             gradient_step=state.gradient_step + due,
@@ -169,9 +179,28 @@ def multi_steps(
             acc_grads=() if every == 1 else acc_grads,
             skip_state={"should_skip": skip},
         )
-        return params, state, average
+        return params, state, average, measured
 
     return Optimizer(init, step)
+
+
+def _zeros_after(norms: Any, tree: Params) -> Params:
+    """Zeros like `tree`, which XLA can write only when it knows the norms: then it has freed the updates."""
+    total = sum(jax.tree.leaves(norms))
+    zero = jnp.where(total < 0, total, 0.0)  # no norm is negative
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(zero, leaf.shape), tree)
+
+
+def update_ratios(model: ModelConfig, updates: Params, params: Params) -> dict[str, jax.Array]:
+    """||updates|| / ||params|| of each kind in the table of parameters: [] float32, with Euclidean norms."""
+    squares: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
+
+    def add(kind: str, update: jax.Array, parameter: jax.Array) -> None:
+        squares.setdefault(kind, []).append((jnp.sum(update * update), jnp.sum(parameter * parameter)))
+
+    jax.tree.map(add, tree_of(model, lambda parameter: parameter.kind), updates, params)
+    sums = {kind: map(sum, zip(*pairs, strict=True)) for kind, pairs in squares.items()}
+    return {kind: jnp.sqrt(update / parameter) for kind, (update, parameter) in sums.items()}
 
 
 class NormState(NamedTuple):

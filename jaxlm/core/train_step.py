@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one micro-step reports; loss, lr and grad_norm are of the optimizer step when `updated`."""
+    """What one micro-step reports; loss, lr, grad_norm and update_ratios are of the optimizer step when `updated`."""
 
     updated: jax.Array  # [] bool: this micro-batch completed an optimizer step
     step: jax.Array  # [] int32: optimizer steps done
@@ -44,6 +44,7 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # [] float32: of the averaged gradient, before clipping
     skipped: jax.Array  # [] int32: micro-batches skipped since the start
     skipped_in_a_row: jax.Array  # [] int32
+    update_ratios: dict[str, jax.Array]  # [] float32: ||update|| / ||weights|| of each kind of parameter
 
 
 def init_state(config: Config) -> TrainState:
@@ -84,7 +85,9 @@ def make_train_step(config: Config) -> Any:
         return GradAccumulator(accumulator.chunks + 1, accumulator.loss + loss_sum / tokens, grads)
 
     def update(state: TrainState, accumulator: GradAccumulator) -> tuple[TrainState, Metrics]:
-        params, opt_state, average = optimizer.step(accumulator.grads, state.opt_state, state.params, state.average)
+        params, opt_state, average, ratios = optimizer.step(
+            accumulator.grads, state.opt_state, state.params, state.average
+        )
         skipped_now = opt_state.skip_state["should_skip"]
         updated, batches = opt_state.gradient_step > state.step, state.batches + 1
         loss_sum = state.loss_sum + jnp.where(skipped_now, 0, accumulator.loss)
@@ -98,6 +101,7 @@ def make_train_step(config: Config) -> Any:
             grad_norm=optax.tree_utils.tree_get(opt_state, "grad_norm"),
             skipped=batches - used,
             skipped_in_a_row=in_a_row,
+            update_ratios=ratios,
         )
         return TrainState(params, opt_state, batches, in_a_row, jnp.where(updated, 0, loss_sum), average), metrics
 

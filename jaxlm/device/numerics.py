@@ -305,7 +305,7 @@ def _last_update(config: Config, grads: Params, state: TrainState) -> TrainState
     """The CPU's update of the parameters, the optimizer's state and the average by the last micro-batch of a step."""
     opt_state = state.opt_state._replace(mini_step=np.int32(config.grad_accum_steps - 1))
     step = jax.jit(make_optimizer(_plain(config)).step)
-    params, opt_state, average = compute(step, _cpu(), grads, opt_state, state.params, state.average)
+    params, opt_state, average, _ = compute(step, _cpu(), grads, opt_state, state.params, state.average)
     return state._replace(params=params, opt_state=opt_state, average=average)
 
 

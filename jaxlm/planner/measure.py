@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from jaxlm.interop.model_card import model_card
 from jaxlm.planner.estimate import Timings, flops_per_token
 from jaxlm.run import trainer
 from jaxlm.run.events import Event, NotSavedEvent, PauseEvent, SavedEvent, SavingEvent, StepEvent
+from jaxlm.run.memory import peak_bytes
 from jaxlm.run.quiet import quiet_libraries
 
 CYCLES, CHUNK_CYCLES = 3, 2  # the first pauses include what happens only once
@@ -322,13 +322,6 @@ def _step_seconds(stopwatch: _Stopwatch, plan: _ShortRun, last: int) -> tuple[li
 
 def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def peak_bytes(device: jax.Device) -> int:
-    """Peak memory of this process in bytes: of the allocator on an NVIDIA GPU, of the resident set elsewhere."""
-    if device.platform == "gpu":
-        return device.memory_stats()["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def matmul_speed(dtype: str, device: jax.Device) -> float:

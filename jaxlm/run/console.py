@@ -1,11 +1,9 @@
-"""What a run shows: lines at the intervals, blocks of samples and, on a terminal, a progress bar below them."""
+"""What a run shows: lines at the intervals, blocks of samples and, on a terminal, its state below them."""
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean, median
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxlm.config import Config
 from jaxlm.run.events import (
@@ -13,14 +11,16 @@ from jaxlm.run.events import (
     Event,
     MessageEvent,
     NotSavedEvent,
+    PauseStartEvent,
     SamplesEvent,
     SavedEvent,
     SkippedEvent,
     StepEvent,
     WarningEvent,
 )
+from jaxlm.run.status import Status
 from jaxlm.run.workdir import CHECKPOINTS
-from jaxlm.terminal import console, printable
+from jaxlm.terminal import ERASE, SHOW_CURSOR, LiveLines, console, printable
 from jaxlm.units import duration
 
 RULE = "=" * 70
@@ -57,18 +57,17 @@ def _one_line(text: str) -> str:
 class Console:
     """The listener that prints."""
 
-    def __init__(self, config: Config, step: int):
+    def __init__(self, config: Config, step: int, memory_bytes: Callable[[], int] = lambda: 0):
+        """`step` is that from which the session starts; `memory_bytes` tells the peak so far, 0: it is unknown."""
         self._config = config
         self._losses: list[float] = []  # since the last line
         self._step_seconds: list[float] = []
         self._terminal = console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-        columns = BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.description}")
-        hidden = not self._terminal.is_terminal
-        self._bar = Progress(*columns, console=self._terminal, transient=True, disable=hidden)
-        self._task = self._bar.add_task("compiling", total=config.max_steps, completed=step)
-        self._bar.start()
+        self._status = Status(config, step, memory_bytes)
+        self._live = LiveLines(self._terminal, self._status.lines)
 
     def __call__(self, event: Event) -> None:
+        self._status(event)
         match event:
             case MessageEvent(text):
                 self._print(text)
@@ -86,17 +85,20 @@ class Console:
                 self._print(f"  → Step {step} is not saved, {reason}; the next save tries again")
             case WarningEvent(_, text):
                 self._print(f"  → {text}")
+            case PauseStartEvent():
+                self._draw()
 
-    def show_cursor(self) -> None:
-        """Gives a terminal its cursor back, for a process that ends at once; safe from any thread."""
-        if self._terminal.is_terminal:
-            os.write(1, b"\x1b[?25h\n")
+    def make_room(self) -> None:
+        """Erases the state on a terminal, for what another thread or the shell writes next; safe from any thread."""
+        if self._live.shown:
+            os.write(1, f"{ERASE}{SHOW_CURSOR}".encode())
 
     def close(self) -> None:
-        self._bar.stop()
+        with contextlib.suppress(OSError):
+            self._live.close()
 
     def _step(self, event: StepEvent) -> None:
-        """Prints a line where one is due, and moves the bar."""
+        """Prints a line where one is due."""
         step, interval = event.step, self._config.eval_interval
         self._losses.append(event.loss)
         self._step_seconds.append(event.step_seconds)
@@ -105,18 +107,12 @@ class Console:
             rate = self._config.tokens_per_step / median(self._step_seconds)
             self._print(metrics_line(step, mean(self._losses), event.lr, rate, event.seconds_left))
             self._losses, self._step_seconds = [], []
-        state = (
-            f"loss {event.loss:.3f} | {event.tokens_per_second:,.0f} tok/s | ETA {duration(event.seconds_left)}"
-            f" | {self._next_pause(step)}"
-        )
-        self._bar.update(self._task, completed=step, description=state)
 
-    def _next_pause(self, step: int) -> str:
-        last = self._config.max_steps
-        at, kind = min(((step // every + 1) * every, kind) for kind, every in intervals(self._config).items())
-        return f"{kind} at {at}" if at < last else f"the end at {last}"
+    def _draw(self) -> None:
+        with contextlib.suppress(OSError):
+            self._live.draw()
 
     def _print(self, text: str) -> None:
-        """Prints lines above the bar. Neither a closed pipe nor a full disk ends the run."""
+        """Prints lines above the state. Neither a closed pipe nor a full disk ends the run."""
         with contextlib.suppress(OSError):
             self._terminal.print(text)

@@ -10,8 +10,8 @@ The trainer's own listeners are the console, TensorBoard and the records, which 
 checkpoint is saved.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 class Event:
@@ -35,7 +35,7 @@ class EvaluationEvent(Event):
 
 @dataclass(frozen=True)
 class StepEvent(Event):
-    """An optimizer step is done. The fields up to `seconds` are those of metrics.jsonl."""
+    """An optimizer step is done. The fields up to `seconds`, and the ratios, are those of metrics.jsonl."""
 
     step: int
     loss: float  # nats per token, mean over the step's micro-batches
@@ -47,11 +47,13 @@ class StepEvent(Event):
     step_seconds: float
     seconds_left: float  # estimate
     evaluation: EvaluationEvent | None = None  # of this step; its own event follows
+    update_ratios: Mapping[str, float] = field(default_factory=dict)  # ||update|| / ||weights|| by kind of parameter
 
     def row(self) -> dict[str, float]:
         """The row of metrics.jsonl."""
         names = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds")
         row = {name: getattr(self, name) for name in names}
+        row |= {f"update_ratio_{kind}": ratio for kind, ratio in self.update_ratios.items()}
         return row | vars(self.evaluation) if self.evaluation else row
 
 
@@ -90,8 +92,13 @@ class NotSavedEvent(Event):
 
 
 @dataclass(frozen=True)
-class PauseEvent(Event):
+class PauseStartEvent(Event):
     kind: str  # `compilation`, `evaluation`, `samples` or `checkpoint`
+
+
+@dataclass(frozen=True)
+class PauseEvent(Event):  # at the end of a pause
+    kind: str
     seconds: float
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxlm.run.events import Event, Listener, MessageEvent
 
+MOST_EVENTS = 10_000  # that may wait for a listener
 CLOSE_SECONDS = 60.0  # for a listener, at the end of a run, to see the remaining events
 
 
@@ -48,7 +49,7 @@ class Listeners:
 class BackgroundListener:
     """Passes events to a listener in its own thread, in order.
 
-    Once the listener has raised, it receives nothing more, and the next call here raises its error.
+    Once the listener has raised, or MOST_EVENTS wait for it, it receives nothing more, and the next call here raises.
     """
 
     def __init__(self, listener: Listener):
@@ -59,11 +60,14 @@ class BackgroundListener:
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
+        if self._events.qsize() >= MOST_EVENTS:
+            self._error = self._error or TimeoutError(f"{MOST_EVENTS:,} events wait for it")
         self._raise_error()
         self._events.put(event)
 
     def close(self) -> None:
         """Waits until the listener has seen all events. Raises its error, or TimeoutError if it takes too long."""
+        self._raise_error()
         self._events.put(None)
         self._thread.join(CLOSE_SECONDS)
         self._raise_error()
@@ -76,7 +80,7 @@ class BackgroundListener:
 
     def _run(self) -> None:
         try:
-            while event := self._events.get():
+            while not self._error and (event := self._events.get()):
                 self.listener(event)
             close: Any = getattr(self.listener, "close", None)
             if close:

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import resource
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +86,13 @@ def step_memory(config: Config, compiled: Any) -> Memory | None:
         return None
     least = min_memory(config)
     return dataclasses.replace(least, temporaries=max(step - least.step, 0))
+
+
+def peak_bytes(device: jax.Device) -> int:
+    """Peak memory of this process in bytes: of the allocator on an NVIDIA GPU, of the resident set elsewhere."""
+    if device.platform == "gpu":
+        return device.memory_stats()["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def batch_shape(config: Config) -> jax.ShapeDtypeStruct:

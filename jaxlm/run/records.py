@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import INT32_MAX, Config
+from jaxlm.config import INT32_MAX, Config, OptimizerConfig, to_dict
+from jaxlm.core.parameters import leaves_by_path, parameter_table
 from jaxlm.data.beginnings import LONGEST
 from jaxlm.run.events import EvaluationEvent, Event, SamplesEvent, StepEvent
 from jaxlm.run.workdir import RECORDS, SESSIONS
@@ -15,6 +16,7 @@ from jaxlm.storage import atomic, tensorboard
 from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, rows_up_to, to_line
 
 TOKEN_BYTES = 16  # for a token of a sample, with escapes: three times the mean of stories, twice that of random tokens
+HPARAM_METRICS = ("loss", "val_loss", "val_bits_per_byte")  # beside the hyperparameters in TensorBoard's table
 _LONGEST = -2.2250738585072014e-308  # the float with the longest JSON
 
 
@@ -80,16 +82,18 @@ def append_session(workdir: Path, session: Mapping[str, Any]) -> None:
 
 
 class TensorBoard:
-    """The listener that writes TensorBoard's events."""
+    """The listener that writes TensorBoard's events: the numbers of metrics.jsonl, samples and settings."""
 
-    def __init__(self, workdir: Path, step: int):
-        """Opens a file of events after `step`. Raises OSError."""
+    def __init__(self, workdir: Path, config: Config, step: int):
+        """Opens a file of events after `step`, with the settings as hyperparameters. Raises OSError."""
+        self._config = config
         self._events = tensorboard.EventFile(workdir / "tensorboard", step + 1)
+        self._events.append(tensorboard.hparams(step + 1, flat_settings(config), HPARAM_METRICS))
 
     def __call__(self, event: Event) -> None:
         match event:
             case StepEvent():
-                self._events.append(_scalars(replace(event, evaluation=None).row()))
+                self._events.append(_scalars(step_scalars(event, self._config.optimizer)))
             case EvaluationEvent():  # apart, as it may come in a later session than its step
                 self._events.append(_scalars(vars(event)))
             case SamplesEvent(step, samples):
@@ -103,6 +107,20 @@ class TensorBoard:
         self._events.close()
 
 
+def flat_settings(config: Config) -> dict[str, float | str]:
+    """The settings by their names, such as `model.width`; a list is its text."""
+    settings = leaves_by_path(to_dict(config))
+    return {".".join(path): v if isinstance(v, int | float | str) else str(v) for path, v in settings.items()}
+
+
+def step_scalars(event: StepEvent, config: OptimizerConfig) -> dict[str, float]:
+    """The row of a step without its evaluation, and with `lr_muon`, the learning rate of Muon's matrices if any."""
+    row = replace(event, evaluation=None).row()
+    if config.name == "muon":
+        row["lr_muon"] = event.lr / config.learning_rate * config.muon_learning_rate
+    return row
+
+
 def _scalars(row: Mapping[str, Any]) -> bytes:
     return tensorboard.scalars(row["step"], {name: value for name, value in row.items() if name != "step"})
 
@@ -111,10 +129,21 @@ def record_bytes(config: Config, steps: int) -> int:
     """At most the bytes that `steps` steps add to the records and to TensorBoard's events, with TOKEN_BYTES a token."""
     evaluation = EvaluationEvent(INT32_MAX, _LONGEST, _LONGEST)
     numbers = dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "seconds"), _LONGEST)
-    event = StepEvent(INT32_MAX, tokens=2**63, step_seconds=0, seconds_left=0, evaluation=evaluation, **numbers)
-    row = len(to_line(event.row())) + len(_scalars(event.row())) + len(_scalars(vars(evaluation)))
+    ratios: dict[str, float] = {parameter.kind: _LONGEST for parameter in parameter_table(config.model)}
+    event = StepEvent(
+        INT32_MAX,
+        tokens=2**63,
+        step_seconds=0,
+        seconds_left=0,
+        evaluation=evaluation,
+        update_ratios=ratios,
+        **numbers,
+    )
+    scalars = _scalars(event.row() | {"lr_muon": _LONGEST})
+    row = len(to_line(event.row())) + len(scalars) + len(_scalars(vars(evaluation)))
     prompt = max((len(json.dumps(prompt)) for prompt in config.sample.prompts), default=6 * LONGEST)
     text = prompt + TOKEN_BYTES * config.sample.tokens
     sample = len(to_line({"step": INT32_MAX, "prompt": "", "text": ""})) + prompt + 2 * text
     samples = config.sample.texts * sample + len(tensorboard.text(INT32_MAX, "samples", ""))
-    return steps * row + (steps // config.generation_interval + 1) * samples
+    settings = len(tensorboard.hparams(INT32_MAX, flat_settings(config), HPARAM_METRICS))
+    return settings + steps * row + (steps // config.generation_interval + 1) * samples

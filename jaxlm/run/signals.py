@@ -14,10 +14,10 @@ STOPPING = "Stopping once the last step is saved; Ctrl-C {} to leave at once, wi
 class StopSignals:
     """A context that records stop signals. On exit, it restores the former handlers."""
 
-    def __init__(self, before_exit: Callable[[], None]):
-        """`before_exit` is called, from another thread, before a second SIGINT ends the process."""
+    def __init__(self, make_room: Callable[[], None]):
+        """`make_room` is called, from another thread, before a message and before a second SIGINT ends the process."""
         self.number = 0  # the first stop signal received; 0: none
-        self._before_exit = before_exit
+        self._make_room = make_room
 
     def __enter__(self) -> "StopSignals":
         nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -47,9 +47,10 @@ class StopSignals:
             received.append(byte[0])
             interrupts = received.count(signal.SIGINT)
             if interrupts == 2:
-                self._before_exit()
+                self._make_room()
                 os._exit(128 + signal.SIGINT)
             if len(received) == 1 or byte[0] == signal.SIGINT:
                 with contextlib.suppress(OSError):  # the terminal may be gone
+                    self._make_room()
                     os.write(2, STOPPING.format("again" if interrupts else "twice").encode())
         os.close(read_end)

@@ -34,6 +34,7 @@ from jaxlm.run.events import (
     Listener,
     MessageEvent,
     PauseEvent,
+    PauseStartEvent,
     SamplesEvent,
     SkippedEvent,
     StepEvent,
@@ -41,7 +42,7 @@ from jaxlm.run.events import (
     WarningEvent,
 )
 from jaxlm.run.listeners import BackgroundListener, Listeners
-from jaxlm.run.memory import batch_shape, step_memory
+from jaxlm.run.memory import batch_shape, peak_bytes, step_memory
 from jaxlm.run.monitor import TICK_SECONDS, LossMonitor, StepMonitor, ValidationMonitor, calls_every
 from jaxlm.run.records import Records, TensorBoard
 from jaxlm.run.resume import describe_run, restore_or_init
@@ -104,16 +105,16 @@ class Trainer:
         for evaluation in self._records.evaluations:
             self._validation_monitor(*evaluation)
         self._best = BestCheckpoint(workdir, self.step) if config.keep_best else None
-        console = Console(config, self.step)
+        console = Console(config, self.step, partial(peak_bytes, device))
         others: list[Listener] = [BackgroundListener(listener) for listener in listeners]
         try:
-            others.append(TensorBoard(workdir, self.step))
+            others.append(TensorBoard(workdir, config, self.step))
         except OSError as error:
             self._notes.append(f"TensorBoard's events are not written ({error.strerror or error})")
         self._listeners = Listeners(console, others)
         self._describe = partial(describe_run, config, tokens)
         self._saver = Saver(config, checkpoints, self._clock, self.step, self._describe, self._sync_records, self._emit)
-        self._signals = StopSignals(console.show_cursor)
+        self._signals = StopSignals(console.make_room)
         self._notes += [
             f"{path} had damaged lines; {original.name} holds the original"
             for path, original in self._records.damaged.items()
@@ -222,6 +223,7 @@ class Trainer:
             seconds=round(seconds, 3),
             step_seconds=step_seconds,
             seconds_left=self._seconds_left(step),
+            update_ratios={kind: float(ratio) for kind, ratio in m.update_ratios.items()},
         )
 
     def _seconds_left(self, step: int) -> float:
@@ -370,6 +372,7 @@ class Trainer:
     def _pause(self, kind: str) -> Iterator[None]:
         """Counts the time spent inside as a pause."""
         start = self._clock.seconds()
+        self._emit(PauseStartEvent(kind))
         with self._clock.pause(kind):
             yield
         self._emit(PauseEvent(kind, self._clock.seconds() - start))

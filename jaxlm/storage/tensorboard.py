@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tensorboardX import summary
@@ -40,6 +40,12 @@ def scalars(step: int, values: Mapping[str, float]) -> bytes:
 def text(step: int, tag: str, markdown: str) -> bytes:
     """The record of a text."""
     return _record(Event(step=step, summary=summary.text(tag, markdown)))
+
+
+def hparams(step: int, settings: Mapping[str, float | str], metrics: Sequence[str]) -> bytes:
+    """The records of a run's settings, for TensorBoard's table of hyperparameters, and of the scalars beside them."""
+    summaries = summary.hparams(dict(settings), dict.fromkeys(metrics, 0.0))
+    return b"".join(_record(Event(step=step, summary=part)) for part in summaries[:2])  # the third says: finished
 
 
 def _record(event: Event) -> bytes:

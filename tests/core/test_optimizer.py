@@ -86,7 +86,7 @@ def after_each_step(config, params, gradients):
     init, step = compiled(config)
     state, history = init(params), []
     for gradient in gradients:
-        params, state, _ = step(gradient, state, params)
+        params, state, *_ = step(gradient, state, params)
         history.append(named_leaves(params))
     return history, state
 
@@ -173,6 +173,25 @@ def test_adamw_equals_its_definition():
     assert float(optax.tree_utils.tree_get(state, "grad_norm")) == pytest.approx(norm, rel=1e-5)  # before clipping
 
 
+def test_the_update_ratios_are_those_of_the_parameters_before_and_after():
+    """Of each kind, by Euclidean norms in float64, and 0 where no update is due."""
+    config = replace(WHOLE_RECIPE, grad_accum_steps=2)
+    init, step = compiled(config)
+    params, kinds = draw(0), {"/".join(path): entry.kind for path, entry in by_path(config.model).items()}
+    state, average = init(params), average_start(config, params)
+    for number in range(1, 7):
+        after, state, average, ratios = step(draw(number), state, params, average)
+        before, moved = named_leaves(params), named_leaves(after)
+        for kind in ("matrix", "embedding", "norm_scale"):
+            names = [name for name in before if kinds[name] == kind]
+            update = math.sqrt(sum(np.sum((moved[name] - before[name]) ** 2) for name in names))
+            weights = math.sqrt(sum(np.sum(before[name] ** 2) for name in names))
+            assert float(ratios[kind]) == pytest.approx(update / weights, rel=1e-4), (number, kind)
+            assert (ratios[kind] > 0) == (number % 2 == 0)
+        params = after
+    assert len(ratios) == 3
+
+
 @pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
 def test_a_zero_gradient_decays_all_but_norm_scales(config):
     [after], _ = after_each_step(config, draw(0), [draw(0, scale=0.0)])
@@ -243,7 +262,7 @@ def test_the_whole_recipe_equals_its_definition():
     expected = expected_steps(WHOLE_RECIPE, params, gradients)
     for count, gradient in enumerate(gradients, start=1):
         before = named_leaves(actual)
-        actual, state, average = step(gradient, state, actual, average)
+        actual, state, average, _ = step(gradient, state, actual, average)
         after = named_leaves(actual)
         allowed = {name: 2e-3 * np.abs(leaf - before[name]).max() for name, leaf in after.items()}
         for name, leaf in after.items():
@@ -385,7 +404,7 @@ def test_multi_steps_equals_that_of_optax(every, implementation):
     step, update = jax.jit(ours.step), jax.jit(reference.update)
     assert ("stablehlo.case" in step.lower(gradients[0], *actual[::-1]).as_text()) == (implementation == "xla")
     for gradient in gradients:
-        *actual, average = step(gradient, actual[1], actual[0])
+        *actual, average, _ = step(gradient, actual[1], actual[0])
         assert average is None
         updates, state = update(gradient, expected[1], expected[0])
         expected = jax.tree.map(np.add, expected[0], updates), state
@@ -410,7 +429,7 @@ def test_an_apple_gpu_gets_an_optimizer_without_branches():
 def test_a_gradient_whose_norm_overflows_is_skipped():
     init, step = map(jax.jit, multi_steps(optax.sgd(1.0), 1))
     params = {"a": np.ones(2, np.float32)}
-    after, state, _ = step({"a": np.full(2, 1e20, np.float32)}, init(params), params)
+    after, state, *_ = step({"a": np.full(2, 1e20, np.float32)}, init(params), params)
     np.testing.assert_array_equal(after["a"], params["a"])
     assert (int(state.gradient_step), bool(state.skip_state["should_skip"])) == (0, True)
 

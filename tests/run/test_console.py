@@ -1,7 +1,5 @@
 """What a run shows."""
 
-import contextlib
-import io
 import re
 
 import pytest
@@ -11,21 +9,12 @@ from jaxlm.run.console import Console, metrics_line, samples_block
 from jaxlm.run.events import MessageEvent, SamplesEvent, StepEvent
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 @pytest.fixture
 def environment(monkeypatch):
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
-
-
-def plain(shown):
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
 
 
 def step_event(step, **changes):
@@ -73,35 +62,9 @@ def test_no_variable_brings_the_bar_into_a_pipe(environment, monkeypatch, capsys
     console = Console(Config(), 0)
     console(step_event(3))
     console(MessageEvent("a line"))
-    console.show_cursor()
+    console.make_room()
     console.close()
     assert capsys.readouterr() == ("a line\n", "")
-
-
-@pytest.mark.parametrize("columns", [80, 100])
-def test_on_a_terminal_a_bar_shows_the_progress_and_the_next_pause(environment, monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    with contextlib.redirect_stdout(Terminal()) as terminal:
-        console = Console(Config(max_steps=50_000, eval_interval=100, generation_interval=500, save_interval=500), 3)
-        console(step_event(1234))
-        console(MessageEvent("a line above"))
-        console.close()
-    shown = [line.rstrip() for line in re.split(r"[\r\n]+", plain(terminal.getvalue()))]
-    assert "a line above" in shown
-    bar = shown[-2]  # drawn once more before it is removed
-    for part in ("1234/50000", "8.234", "2,567", "8.5h", "evaluation at 1300"):
-        assert part in bar
-    assert len(bar) < columns
-
-
-def test_at_the_end_the_bar_is_removed_and_the_cursor_visible(environment):
-    with contextlib.redirect_stdout(Terminal()) as terminal:
-        console = Console(Config(), 0)
-        console(step_event(10))
-        console.close()
-    shown = terminal.getvalue()
-    assert shown.endswith("\x1b[2K")
-    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 
 
 @pytest.mark.parametrize("code", ["\x1b]0;title\x07", "\x1bc", "\x00", "\x08", "\x7f", "\x9b2J"])
@@ -122,11 +85,3 @@ def test_a_line_has_the_mean_loss_and_the_median_speed_since_the_last_line(capsy
     console.close()
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == metrics_line(66, 3.0, 3e-4, config.tokens_per_step / 2.0, 8.5 * 3600)
-
-
-def test_the_next_pause_after_a_pause_is_the_one_of_the_next_interval(environment):
-    with contextlib.redirect_stdout(Terminal()) as terminal:
-        console = Console(Config(eval_interval=100, generation_interval=500, save_interval=500), 0)
-        console(step_event(1300))
-        console.close()
-    assert "evaluation at 1400" in plain(terminal.getvalue())

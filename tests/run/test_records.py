@@ -2,16 +2,26 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import SessionLog
 
 from configs import m2_60m
-from jaxlm.config import from_config_dict
+from jaxlm.config import Config, OptimizerConfig, from_config_dict, to_dict
+from jaxlm.core.parameters import leaves_by_path
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.run.events import EvaluationEvent, SamplesEvent, StepEvent
-from jaxlm.run.records import TOKEN_BYTES, Records, TensorBoard, append_session, record_bytes
+from jaxlm.run.records import (
+    TOKEN_BYTES,
+    Records,
+    TensorBoard,
+    append_session,
+    flat_settings,
+    record_bytes,
+    step_scalars,
+)
 from tests.storage.test_tensorboard import events
 from tests.tiny_run import disk_room
 
@@ -38,13 +48,14 @@ def test_records_continue_the_files_after_the_step(tmp_path):
 def written(directory, config, steps, number, text):
     """Bytes that these steps write, with `number()` in each field and `text(prompt)` after each prompt."""
     directory.mkdir()
-    records, tensorboard = Records(directory, 0), TensorBoard(directory, 0)
+    records, tensorboard = Records(directory, 0), TensorBoard(directory, config, 0)
     prompts = config.sample.prompts
     for step in range(1, steps + 1):
         evaluation = EvaluationEvent(step, number(), number()) if step % config.eval_interval == 0 else None
         tokens = step * config.tokens_per_step
         numbers = [number() for _ in range(3)], [number(), number(), 1.0, 1.0]
-        events = [StepEvent(step, *numbers[0], tokens, *numbers[1], evaluation)]
+        ratios = {kind: number() for kind in ("matrix", "embedding", "norm_scale")}
+        events = [StepEvent(step, *numbers[0], tokens, *numbers[1], evaluation, ratios)]
         if step % config.generation_interval == 0 or step == steps:
             chosen = [prompts[i % len(prompts)] for i in range(config.sample.texts)]
             events.append(SamplesEvent(step, tuple((prompt, prompt + text()) for prompt in chosen)))
@@ -102,8 +113,8 @@ def test_close_closes_both_files(tmp_path):
 
 
 def test_tensorboard_replaces_events_after_the_step_only(tmp_path):
-    TensorBoard(tmp_path, 7).close()
-    _, start = events(tmp_path / "tensorboard")
+    TensorBoard(tmp_path, Config(), 7).close()
+    _, start, *_ = events(tmp_path / "tensorboard")
     assert (start.step, start.session_log.status) == (8, SessionLog.START)  # the events of step 7 stay
 
 
@@ -113,3 +124,72 @@ def test_a_session_is_appended_after_one_that_was_cut_off(tmp_path):
         file.write('{"step": 7, "dev')
     append_session(tmp_path, {"step": 5, "device": "é"})
     assert read(tmp_path / "sessions.jsonl") == [{"step": 0, "device": "a"}, {"step": 5, "device": "é"}]
+
+
+def test_the_settings_are_numbers_texts_and_switches():
+    settings = flat_settings(Config())
+    assert (settings["max_steps"], settings["model.qk_norm"], settings["optimizer.name"]) == (50_000, False, "adamw")
+    assert "'The old man'" in settings["sample.prompts"]
+    assert len(settings) == len(leaves_by_path(to_dict(Config())))
+
+
+def test_the_learning_rate_of_muon_is_beside_that_of_adamw():
+    event = StepEvent(3, 1.5, 3e-4, 0.5, 96, 32.0, 9.0, 1.0, 7.0, update_ratios={"matrix": 0.25})
+    muon = OptimizerConfig(name="muon", learning_rate=6e-4, muon_learning_rate=0.02)
+    assert "lr_muon" not in step_scalars(event, OptimizerConfig())
+    row = step_scalars(event, muon)
+    assert (row["lr"], row["lr_muon"], row["update_ratio_matrix"]) == (3e-4, pytest.approx(0.01), 0.25)
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_a_resumed_run_without_double_points(tmp_path):
+    """Through TensorBoard's own API: two sessions, the second from step 4, after the first was killed after step 6."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS, EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.util.tensor_util import make_ndarray
+
+    config = from_config_dict(m2_60m.get_config())
+    config = replace(config, optimizer=replace(config.optimizer, name="muon"))
+    for first, last in ((1, 6), (5, 8)):
+        listener = TensorBoard(tmp_path, config, first - 1)
+        for step in range(first, last + 1):
+            ratios = {"matrix": step / 100, "embedding": step / 200, "norm_scale": step / 300}
+            listener(StepEvent(step, 10 / step, 3e-4, 0.5, 96 * step, 32.0, 9.0, 1.0, 7.0, None, ratios))
+            if step % 2 == 0:
+                listener(EvaluationEvent(step, 9 / step, 3 / step))
+                listener(SamplesEvent(step, (("Once", f"Once {step}"), ("The", "The é"))))
+        listener.close()
+        os.rename(*event_file_and_older_name(tmp_path, first))
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={TENSORS: 0})
+    accumulator.Reload()
+    values = {
+        tag: [(event.step, make_ndarray(event.tensor_proto)) for event in accumulator.Tensors(tag)]
+        for tag in accumulator.Tags()["tensors"]
+    }
+    texts = values.pop("samples/text_summary")
+    assert [(step, array.item().decode()) for step, array in texts] == [
+        (step, f"Once {step}\n\nThe é") for step in (2, 4, 6, 8)
+    ]
+    values = {tag: points for tag, points in values.items() if not tag.startswith("_hparams_/")}
+    keys = {"loss", "lr", "lr_muon", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    keys |= {"val_loss", "val_bits_per_byte"} | {
+        f"update_ratio_{kind}" for kind in ("matrix", "embedding", "norm_scale")
+    }
+    assert set(values) == keys
+    for tag, points in values.items():
+        assert [step for step, _ in points] == ([2, 4, 6, 8] if tag.startswith("val_") else list(range(1, 9))), tag
+    assert values["loss"][7][1] == pytest.approx(10 / 8)
+    assert values["update_ratio_embedding"][5][1] == pytest.approx(6 / 200)
+    content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert settings["optimizer.name"].string_value == "muon"
+    assert settings["model.width"].number_value == config.model.width
+    content = accumulator.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    metrics = {info.name.tag for info in metadata.parse_experiment_plugin_data(content).metric_infos}
+    assert metrics < keys
+
+
+def event_file_and_older_name(workdir, number):
+    """The newest event file, and a name under which it is one of an earlier second than the next."""
+    newest = max((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    return newest, newest.with_name(f"events.out.tfevents.{number}.host.1")

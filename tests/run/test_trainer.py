@@ -34,6 +34,7 @@ from jaxlm.run.events import (
     EvaluationEvent,
     MessageEvent,
     PauseEvent,
+    PauseStartEvent,
     SamplesEvent,
     SavedEvent,
     SavingEvent,
@@ -54,6 +55,7 @@ from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved
 LAST = 12
 HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # before any run
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"]
+KEYS += [f"update_ratio_{kind}" for kind in ("embedding", "matrix", "norm_scale")]
 VAL_KEYS = ["val_loss", "val_bits_per_byte"]
 POISON = 298  # a token that no text has; the tests make its loss nan
 ADVICE = disk_advice(OSError(errno.EFBIG, "File too large"))
@@ -696,7 +698,7 @@ def test_events_come_in_order_and_hold_what_the_files_hold(monkeypatch, console)
     for step in range(1, LAST + 1):
         expected += [StepEvent] + [EvaluationEvent] * (step % 4 == 0)
         expected += [SamplesEvent] * (step % 6 == 0) + [SavingEvent] * (step % 3 == 0)
-    at_any_time = (MessageEvent, PauseEvent, SavedEvent)
+    at_any_time = (MessageEvent, PauseStartEvent, PauseEvent, SavedEvent)
     assert [type(event) for event in events if not isinstance(event, at_any_time)] == expected
     steps = of_type(events, StepEvent)
     assert [event.row() for event in steps] == rows("events/metrics.jsonl")
@@ -1128,7 +1130,7 @@ class FakeDevice:
         if self.waits:
             self.clock.now = self.end
         values = (n % 2 == 0, n // 2, 1.0, 1.0, 1.0, 0, 0)
-        return state, trainer.Metrics(*(FakeMetric(value, self.end, self.clock) for value in values))
+        return state, trainer.Metrics(*(FakeMetric(value, self.end, self.clock) for value in values), {})
 
 
 class FakeMetric:
