@@ -154,7 +154,7 @@ def is_drawn(terminal):
 def test_a_terminal_of_one_or_two_rows_has_one_line_of_state(environment):
     for rows in (1, 2):
         with pseudo_terminal(80, rows) as terminal, console_on(terminal):
-            terminal.wait_for(lambda: "evaluating" in terminal.lines[-1])
+            terminal.wait_for(lambda: "evaluating" in "".join(terminal.lines[-1:]))
             assert "loss" not in "".join(terminal.lines)
 
 
