@@ -560,7 +560,7 @@ def test_named_data_directory_needs_no_corpus(config, flags, monkeypatch):
     Path("torn.py").write_text(CONFIG.replace("text.txt", "another.txt"))
     Path("novels.py").write_text(CONFIG.replace('config.data.corpus = "text.txt"', ""))
     opened = []
-    monkeypatch.setattr(command_main, "_train", lambda config, workdir, force, tokens: opened.append(tokens.directory))
+    monkeypatch.setattr(command_main, "_train", lambda *arguments: opened.append(arguments[3].directory))
     main(["--config", config, "--workdir", "new", *flags])
     assert opened == [Path("tokens")]
 

@@ -16,6 +16,7 @@ from jaxlm.storage import atomic, tensorboard
 from jaxlm.storage.jsonl import AppendOnlyFile, keep_up_to, rows_up_to, to_line
 
 TOKEN_BYTES = 16  # for a token of a sample, with escapes: three times the mean of stories, twice that of random tokens
+SETTINGS_BYTES = 20_000  # of a session in TensorBoard's events, without the prompts
 HPARAM_METRICS = ("loss", "val_loss", "val_bits_per_byte")  # beside the hyperparameters in TensorBoard's table
 _LONGEST = -2.2250738585072014e-308  # the float with the longest JSON
 
@@ -145,5 +146,5 @@ def record_bytes(config: Config, steps: int) -> int:
     text = prompt + TOKEN_BYTES * config.sample.tokens
     sample = len(to_line({"step": INT32_MAX, "prompt": "", "text": ""})) + prompt + 2 * text
     samples = config.sample.texts * sample + len(tensorboard.text(INT32_MAX, "samples", ""))
-    settings = len(tensorboard.hparams(INT32_MAX, flat_settings(config), HPARAM_METRICS))
+    settings = SETTINGS_BYTES + 8 * sum(map(len, config.sample.prompts))
     return settings + steps * row + (steps // config.generation_interval + 1) * samples
