@@ -232,7 +232,7 @@ class Session:
                 line = sys.stdin.readline()
                 if not line:
                     print(file=sys.stderr)
-                if not line or line.split() == ["/quit"]:
+                if not line or line.split()[:1] == ["/quit"]:
                     return
                 self._obey(line.removesuffix("\n"))
             except UnicodeDecodeError as error:
@@ -287,7 +287,11 @@ class Session:
         if not value:
             print(f"/{name} {getattr(self.args, name)}", file=sys.stderr)
             return
-        args = _sampling_parser().parse_args([f"--{name}={value}"], Namespace(**vars(self.args)))
+        try:
+            args = _sampling_parser().parse_args([f"--{name}={value}"], Namespace(**vars(self.args)))
+        except UsageError as error:
+            current = getattr(self.args, name)
+            raise UsageError(f"/{name} cannot be {value!r}: give a number such as {current}") from error
         _check(args)
         self.args = args
 

@@ -483,7 +483,7 @@ def check_session(output, err):
     assert "no chat" in greeting
     assert "/help" in greeting
     errors = [line for line in answers if "error" in line]
-    named = ("nothing is written", "temperature", "/help shows the commands", "did you mean /tokens", "--tokens", "46")
+    named = ("nothing is written", "temperature", "/help shows", "did you mean /tokens", "such as 45", "46")
     for line, name in zip(errors, named, strict=True):
         assert re.fullmatch(f"> +(> )*error: .*{re.escape(name)}.*", line)
     assert any(line.endswith("> /seed 1") for line in answers)
@@ -498,8 +498,9 @@ def test_session_continues_what_is_typed_until_the_input_ends(monkeypatch, capsy
     check_session(terminal.getvalue(), capsys.readouterr().err)
 
 
-def test_quit_ends_the_session(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n/heat\n"))
+@pytest.mark.parametrize("line", ["/quit", "/quit now"])
+def test_quit_ends_the_session(monkeypatch, capsys, line):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\n/heat\n"))
     Session(None, None).run()
     assert "error" not in capsys.readouterr().err
 
