@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=path, required=True, help="the folder to write, or a file named *.gguf or *.html")
     parser.add_argument("--format", choices=FORMATS, help="of the export (by the end of --out; of a folder, hf)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices in a file (f16)")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (the newest)")
+    parser.add_argument("--step", type=int, help="which checkpoint of the run (the best, or the newest)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     by_suffix = {form.suffix: name for name, form in FORMATS.items()}

@@ -82,7 +82,7 @@ def _parser() -> ArgumentParser:
     model.add_argument(
         "--model", type=path, help="the Hugging Face folder of a Llama or a Qwen3, as jaxlm.export writes it"
     )
-    parser.add_argument("--step", type=int, help="which checkpoint of the run (the newest)")
+    parser.add_argument("--step", type=int, help="which checkpoint of the run (the best, or the newest)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", help="beginning of the text; repeat for several texts")
     prompts.add_argument("--stdin", action="store_true", help="each line of stdin is a prompt, answered as it comes")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxlm.core.model import init_params, prepare_decode_params
 from jaxlm.core.parameters import Params
 from jaxlm.data.tokenizer import Tokenizer, TokenizerProtocol, from_bytes, load_tokenizer
 from jaxlm.device import backend
-from jaxlm.errors import UsageError
+from jaxlm.errors import CorruptCheckpointError, UsageError
 from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.workdir import BEST, CHECKPOINTS, saved_steps
@@ -44,25 +45,16 @@ class LoadedModel(NamedTuple):
 
 
 def restore(workdir: Path, step: int | None, platform: str, precision: str = "auto") -> Checkpoint:
-    """Restores the model of a run's checkpoint: of `step`; or (None) of the best step, if the run keeps it; or else of
-    the newest that is whole.
+    """Restores the model of a run's checkpoint.
 
+    It is that of `step`. If that is None, it is the best step's, if the run keeps it, or else the newest that is whole.
     `platform` and `precision` are those of the computation. Raises UsageError if there is no such checkpoint.
     """
     if not (workdir / CHECKPOINTS).is_dir():
         raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
     device = backend.start(platform)
-    best = saved_steps(workdir / BEST)
-    if best and step in (None, *best):
-        workdir = workdir / BEST
-    checkpoints = Checkpoints(workdir)
-    steps = checkpoints.steps()
-    if not steps:
-        raise UsageError(f"{workdir} has no complete checkpoint yet: wait for the first")
-    if step is not None and step not in steps:
-        raise UsageError(f"there is no checkpoint of step {step}: choose from {', '.join(map(str, steps))}")
 
-    def load(step: int) -> Checkpoint:
+    def load(checkpoints: Checkpoints, step: int) -> Checkpoint:
         meta = checkpoints.meta(step)
         config = from_config_dict(meta["config"])
         model = _resolve(config.model, device, precision)
@@ -70,7 +62,20 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
         params = checkpoints.weights(step, like, SingleDeviceSharding(device))
         return Checkpoint(step, config, meta, model, params)
 
-    restored, skipped = checkpoints.newest(load, steps if step is None else [step])
+    best = saved_steps(workdir / BEST)
+    if best and step in (None, *best):
+        try:
+            return load(Checkpoints(workdir / BEST), best[-1])
+        except CorruptCheckpointError as error:
+            print(f"Skipped {BEST}/{CHECKPOINTS}/{best[-1]}: {error}", file=sys.stderr)
+    checkpoints = Checkpoints(workdir)
+    steps = checkpoints.steps()
+    if not steps:
+        raise UsageError(f"{workdir} has no complete checkpoint yet: wait for the first")
+    if step is not None and step not in steps:
+        choices = ", ".join(map(str, sorted({*steps, *best})))
+        raise UsageError(f"there is no checkpoint of step {step}: choose from {choices}")
+    restored, skipped = checkpoints.newest(partial(load, checkpoints), steps if step is None else [step])
     for reason in skipped:
         print(f"Skipped {reason}", file=sys.stderr)
     return restored

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.errors import Stopped
+from jaxlm.errors import Stopped, UsageError
 from jaxlm.interop.huggingface import read_params
 from jaxlm.run import trainer
 from jaxlm.run.events import EvaluationEvent
@@ -71,6 +71,17 @@ def test_a_best_step_that_the_run_has_lost_is_found_again(shown, losses, monkeyp
     monkeypatch.setitem(losses, 5, 3.9)
     assert "the model of step 5" in train("crashed", *FLAGS, share="plain")
     assert steps("crashed/best") == ["5"]
+
+
+def test_a_best_step_that_is_damaged_is_skipped_for_the_newest(shown, capsys):
+    """Those in `checkpoints/` can still be chosen, and an unknown step names both."""
+    shutil.copytree("whole", "damaged")
+    for file in Path("damaged/best/checkpoints", str(BEST)).rglob("d/*"):
+        file.write_bytes(b"")
+    assert restore(Path("damaged"), None, "cpu").step == LAST
+    assert f"Skipped best/checkpoints/{BEST}: " in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"choose from {BEST}, {LAST}"):
+        restore(Path("damaged"), 1, "cpu")
 
 
 def test_a_best_step_that_is_lost_leaves_the_model_of_the_last(shown):
