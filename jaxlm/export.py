@@ -34,12 +34,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     by_suffix = {form.suffix: name for name, form in FORMATS.items()}
-    name = args.format or by_suffix.get(args.out.suffix, "hf")
+    suffix = args.out.suffix.lower()
+    name = args.format or by_suffix.get(suffix, "hf")
     form, out = FORMATS[name], Path(os.path.abspath(args.out))
+    if not args.format and suffix not in by_suffix and suffix[1:].isalpha() and not out.is_dir():
+        raise UsageError(f"{args.out} is no *.gguf or *.html: name one, or add --format hf for a folder of that name")
     if args.dtype and not form.suffix:
         raise UsageError("--dtype applies to files only: omit it, or name a file *.gguf or *.html")
     form.require()
-    if form.suffix and out.suffix != form.suffix:
+    if form.suffix and suffix != form.suffix:
         out = out / form.file.format(dtype=args.dtype or "f16")
     _check_output(out, form, args.overwrite)
 

@@ -190,6 +190,8 @@ def test_a_gguf_file_is_written_to_the_file_or_folder_of_out(tmp_path):
     export("--format", "gguf", "--out", tmp_path)
     names = {"new/mine.gguf", "model-q8_0.gguf", "model-f16.gguf"}
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.gguf")} == names
+    export("--out", tmp_path / "MINE.GGUF")
+    assert (tmp_path / "MINE.GGUF").is_file()
     first, second = (gguf.GGUFReader(tmp_path / name) for name in ("new/mine.gguf", "model-f16.gguf"))
     assert first.get_field("jaxlm.sha256").contents() == second.get_field("jaxlm.sha256").contents()
     assert second.get_field("general.name").contents() == "model-f16"
@@ -260,6 +262,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, form):
         (["--out", "new", "--step", "5"], "3, 6, 9, 12"),
         (["--out", "new", "--dtype", "f16"], "--dtype"),
         (["--out", "new", "--format", "onnx"], "onnx"),
+        (["--out", "new.zip"], "new.zip is no *.gguf or *.html: name one, or add --format hf"),
         (["--out", "new", "--format", "gguf", "--dtype", "q4_0"], "q4_0"),
         ([], "--out"),
         (["--out", "new", "--workdir", "tokens"], "tokens"),
