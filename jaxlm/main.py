@@ -142,14 +142,18 @@ def _own_tokens(argv: list[str], workdir: Path, saved: Mapping[str, Any], config
         )
     when = "" if (workdir / FINAL_MODEL).exists() else ", once this run has ended"
     print(printable(f"{config.data.corpus} has changed: the run resumes with the tokens that it began with, in {own}"))
-    print(printable(f"To train its model on the new text{when}: {_command_for_new_text(argv, workdir)}"))
+    print(printable(f"To train its model on the new text{when}: {_command_for_new_text(argv, workdir, config)}"))
     return own
 
 
-def _command_for_new_text(argv: list[str], workdir: Path) -> str:
-    """The command of a new run that starts from the final model of `workdir`."""
+def _command_for_new_text(argv: list[str], workdir: Path, config: Config) -> str:
+    """The command of a new run that starts from the final model of `workdir`.
+
+    It has the flags of this one, but not those that train a run longer.
+    """
+    longer = ("config.max_steps", "config.optimizer.lr_restart_step") if config.optimizer.lr_restart_step else ()
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("workdir", "config.init_from"):
+    for name in ("workdir", "config.init_from", *longer):
         parser.add_argument(f"--{name}", f"-{name}")
     rest = parser.parse_known_args(argv)[1]
     new = next(path for n in itertools.count(2) if not os.path.lexists(path := f"{workdir}-{n}"))

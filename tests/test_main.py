@@ -454,8 +454,8 @@ def copy_of_own(name):
     return rows("own/metrics.jsonl")[-1]["loss"]
 
 
-def resume_own(name, source="own.txt"):
-    return train(name, f"--config.data.corpus={source}", "--config.data.dir=", share="plain")
+def resume_own(name, *flags, source="own.txt"):
+    return train(name, f"--config.data.corpus={source}", "--config.data.dir=", *flags, share="plain")
 
 
 def unreadable(paths):
@@ -488,15 +488,17 @@ def test_run_resumes_with_its_own_tokens_whatever_became_of_the_corpus(fate, mon
 
 
 def test_command_for_a_text_that_grew_starts_from_the_model_and_the_old_run_keeps_its_tokens():
+    """The flags that train the old run longer are not the new run's."""
+    longer = ["--config.max_steps=16", "--config.optimizer.lr_restart_step=12"]
     copy_of_own("diary 1")
     resume_own("diary 1")  # to its end
     text, files = Path("own.txt").read_text(), listing(Path("data/own-txt-300"))
     Path("own.txt").write_text(text * 2)
     try:
-        shown = resume_own("diary 1")
+        shown = resume_own("diary 1", *longer)
         words = shlex.split(re.search(r"(?m)^To train .* new text: python -m jaxlm\.main (.*)$", shown)[1])
         shown = train(words[words.index("--workdir") + 1], *words, share="plain")
-        resumed = resume_own("diary 1")
+        resumed = resume_own("diary 1", *longer)
     finally:
         Path("own.txt").write_text(text)
     assert "data/own-txt-300 has the tokens of another text" in shown
@@ -517,7 +519,7 @@ def test_run_resumes_if_its_tokens_are_prepared_again():
 def test_run_resumes_with_its_corpus_written_in_another_way(absolute):
     copy_of_own(f"respelt-{absolute}")
     files = listing(Path("data"))
-    shown = resume_own(f"respelt-{absolute}", str(Path("own.txt").absolute()) if absolute else "./own.txt")
+    shown = resume_own(f"respelt-{absolute}", source=str(Path("own.txt").absolute()) if absolute else "./own.txt")
     assert "Done: 12 steps" in shown
     assert "data.corpus" not in shown
     assert "changed" not in shown
