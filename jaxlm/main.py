@@ -1,7 +1,7 @@
 """The command that trains: python -m jaxlm.main [--config m2_60m] [--workdir DIR] [--config.batch_size=16]
 
---config is a config file or the name of a shipped preset (m2_60m, quickstart). Training resumes from the newest
-checkpoint in the work directory. If the data is missing, the corpus that the config names is prepared first:
+--config is a config file or the name of a shipped preset (quickstart, own_text, m2_60m). Training resumes from the
+newest checkpoint in the work directory. If the data is missing, the corpus that the config names is prepared first:
 --config.data.corpus takes files, folders and patterns, each as a word of its own.
 --show prints every setting with its value, what set it and what it is for, and starts nothing.
 """
@@ -29,7 +29,7 @@ from jaxlm.interop.huggingface import check_init, own_vocabulary
 from jaxlm.prepare import prepare
 from jaxlm.run.events import Listener
 from jaxlm.run.quiet import log_libraries, quiet_libraries
-from jaxlm.run.workdir import FINAL_MODEL, check_workdir, saved_hashes, saved_steps
+from jaxlm.run.workdir import FINAL_MODEL, check_workdir, saved_hashes, saved_settings, saved_steps
 from jaxlm.storage import atomic
 from jaxlm.storage.lock import only_writer
 from jaxlm.terminal import console, printable
@@ -103,18 +103,26 @@ def main(argv: list[str]) -> None:
 
 
 def _show(flags: Flags) -> None:
-    """Prints every setting: what set it (its default, the file or a flag), its name, its value and its meaning.
+    """Prints every setting: what set it (its default, the file, a flag or `hours`), its name, its value and meaning.
 
-    A value in the file that equals the default counts as the default.
+    A value in the file that equals the default counts as the default. What `hours` has not chosen yet has no value.
     """
+    config, chosen, began = flags.config, set[str](), False
+    if config.hours:
+        from jaxlm.planner import sizes
+
+        chosen, began = {*sizes.CHOSEN}.difference(flags.overridden), saved_settings(flags.workdir) is not None
+        config = sizes.resolve(config, flags.workdir, flags.overridden, say=print) if began else config
     terminal = console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     terminal.print(printable(f"{flags.config_file}, work directory {flags.workdir}"))
-    for prefix, group in groups(flags.config).items():
+    for prefix, group in groups(config).items():
         terminal.print("\n" + fill(group.__doc__, 80))
         for name, value, default, meaning, _ in settings_of(group, prefix):
             source = "flag" if name in flags.overridden else "default" if value == default else "file"
+            source = "hours" if name in chosen else source
             usual = "" if value == default or isinstance(value, tuple) else f" (default {default!r})"
-            terminal.print(_lines(f"{source:9}{name} = {value!r}{usual}"), style="" if source == "default" else "bold")
+            shown = f"{value!r}{usual}" if began or source != "hours" else "chosen when the run begins"
+            terminal.print(_lines(f"{source:9}{name} = {shown}"), style="" if source == "default" else "bold")
             terminal.print(_lines(f"{'':9}{meaning}"), style="dim")
 
 

@@ -1,6 +1,7 @@
 """`jaxlm.main --show`: every setting with its value, what set it and what it is for."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -92,6 +93,18 @@ def test_it_is_plain_text_of_80_columns_in_which_long_words_stay_whole(capsys):
 def test_nothing_is_written(capsys):
     show(capsys, "--workdir", "new")
     assert [path.name for path in Path().iterdir()] == ["mine.py"]
+
+
+def test_what_hours_choose_has_no_value_until_the_run_begins(capsys):
+    flags = ["--config.hours=2", "--config.model.width=256"]
+    text = show(capsys, *flags)
+    assert "hours    max_steps = chosen when the run begins\n" in text
+    assert "flag     model.width = 256 (default 512)\n" in text
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(to_dict(Config(hours=2.0, max_steps=777))))
+    text = show(capsys, *flags, "--workdir", "run")
+    assert "hours    max_steps = 777 (default 50000)\n" in text
+    assert "flag     model.width = 256 (default 512)\n" in text
 
 
 @pytest.mark.parametrize(
