@@ -32,8 +32,8 @@ def get_config():
 python -m jaxlm.main --config m2_60m --config.batch_size=16 --show
 ```
 
-prints every setting with its value, whether its default, the config file or a flag set it, and what it is for. It
-starts and writes nothing.
+prints every setting with its value, whether its default, the config file, a flag or `hours` set it, and what it is for.
+It starts and writes nothing.
 
 A run resumes with the same value of every setting marked *fixed*, because these define what its checkpoints mean. The
 other settings may change between sessions. The data may not change either: its token files are compared by hash.

@@ -208,8 +208,8 @@ def _choose(config: Config, workdir: Path, named: Collection[str], say: Callable
     steps = possible[max(bisect.bisect_right(possible, seconds, key=takes) - 1, 0)]
     chosen = with_sizes(config, text_bytes, sizes, steps, named)
     store_benchmark(backend.resolve_run(chosen, device), device, benchmark)
-    why = f"as {EPOCHS:g} epochs are the most that help" if steps >= most else "as many as the time allows"
-    text = f"{text_bytes / 1e6:.2f} MB of text and hours={config.hours:g}"
+    why = f"as about {EPOCHS:g} epochs are the most that help" if steps >= most else "as many as the time allows"
+    text = f"{text_bytes / 1e6:.3g} MB of text and hours={config.hours:g}"
     say(f"For {text}: {_describe(chosen)}, {steps:,} steps, {why}")
     return chosen
 
@@ -233,7 +233,7 @@ def _benchmark(config: Config, device: jax.Device, workdir: Path, say: Callable[
     """What a plan or an earlier choice measured for a resolved config, or a short run does."""
     if cached := cached_benchmark(config, device):
         return cached
-    say(f"Measuring the speed of {_describe(config)} by a short run")
+    say(f"Measuring the speed of {_describe(config)} by a short run, which takes a minute or more")
     benchmark, problem, _ = run_benchmark(config, device, existing_parent(workdir), lambda what, share: None)
     if benchmark is None:
         raise RunError(f"the speed of this machine cannot be measured: {problem}")
