@@ -71,8 +71,12 @@ def check_workdir(workdir: Path, config: Config) -> Mapping[str, Any]:
 
 def fixed_differences(saved: Any, config: Config) -> list[str]:
     """A phrase for each fixed setting that differs. Raises UsageError as `differences`."""
-    different = [change for change in differences(saved, config) if change.fixed]
-    return [f"{change.name} is {change.value}, the saved run has {change.saved}" for change in different]
+    different = [each for each in differences(saved, config) if each.fixed]
+    return [f"{each.name} is {_shown(each.value)}, the saved run has {_shown(each.saved)}" for each in different]
+
+
+def _shown(value: Any) -> str:
+    return "empty" if value == "" else str(value)
 
 
 def _check_checkpoints(workdir: Path) -> None:

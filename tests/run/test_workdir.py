@@ -129,6 +129,8 @@ def test_empty_records_are_no_loss(workdir):
 def test_fixed_settings_are_compared_and_others_may_change(workdir):
     with pytest.raises(UsageError, match=r"seed is 1, the saved run has 0; choose another --workdir"):
         check_workdir(workdir, Config(seed=1))
+    with pytest.raises(UsageError, match="init_from is /model, the saved run has empty; choose"):
+        check_workdir(workdir, Config(init_from="/model"))
     check_workdir(workdir, Config(save_interval=7))
 
 
