@@ -209,6 +209,7 @@ def _choose(config: Config, workdir: Path, named: Collection[str], say: Callable
     chosen = with_sizes(config, text_bytes, sizes, steps, named)
     store_benchmark(backend.resolve_run(chosen, device), device, benchmark)
     why = f"as about {EPOCHS:g} epochs are the most that help" if steps >= most else "as many as the time allows"
+    why = "as the flag says" if "max_steps" in named else why
     text = f"{text_bytes / 1e6:.3g} MB of text and hours={config.hours:g}"
     say(f"For {text}: {_describe(chosen)}, {steps:,} steps, {why}")
     return chosen

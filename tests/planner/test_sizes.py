@@ -114,6 +114,7 @@ def test_named_settings_stay_and_a_run_that_began_keeps_its_sizes(measured):
     again, lines = choose(preset())
     assert (again, lines, measured) == (config, [], [])
     longer, _ = choose(preset(max_steps=10**6), named=["max_steps"])
+    assert "50 steps, as the flag says" in choose(preset(max_steps=50), ["max_steps"], "new")[1][-1]
     assert longer == dataclasses.replace(config, max_steps=10**6)
 
 
