@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxlm.config import Config, ModelConfig
+from jaxlm.config import PROMPTS, Config, ModelConfig
 from jaxlm.core.parameters import Params, parameter_table
 from jaxlm.data.tokenizer import Tokenizer, merged_from
 from jaxlm.errors import RunError, disk_advice
@@ -116,7 +116,7 @@ def _parts(
         "worker": "\n".join(map(page_source, WORKER)),
         "model": json.dumps(_model(model, tokenizer, sum(len(parameter.names("")) for parameter in table))),
         "description": html.escape(f"A language model of {parameters:,} parameters{trained}."),
-        "placeholder": html.escape(config.sample.prompts[0]),
+        "placeholder": html.escape((config.sample.prompts or PROMPTS)[0]),
         "facts": "\n".join(f"<dt>{key}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items()),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import Config, from_config_dict, groups, settings_of
+from jaxlm.config import PROMPTS, Config, from_config_dict, groups, settings_of
 from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.model_card import base_name, base_names
 from jaxlm.pages.metrics import Floats, Indices, Metrics, read_metrics, read_rows, running_mean, thin
@@ -79,7 +79,8 @@ def _describe(workdir: Path, metrics: Metrics, sessions: list[Mapping[str, Any]]
 
 def _sample_command(workdir: Path, config: Config | None) -> str:
     """For a shell."""
-    words = ["--workdir", str(workdir), "--prompt", config.sample.prompts[0] if config else "Once upon a time"]
+    prompts = config.sample.prompts if config else ()
+    words = ["--workdir", str(workdir), "--prompt", (prompts or PROMPTS)[0]]
     return printable(f"python -m jaxlm.sample {shlex.join(words)}")
 
 

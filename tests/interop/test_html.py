@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxlm.config import Config, ModelConfig
+from jaxlm.config import PROMPTS, Config, ModelConfig, SampleConfig
 from jaxlm.core.parameters import parameter_table, tree_of
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.interop.html import packed_vocabulary, read_mark, write_page
@@ -13,9 +13,10 @@ MODEL = ModelConfig(vocab_size=300, context=16, layers=2, heads=2, width=64, mlp
 META = {"source": {"text": "/home/john/tales.txt", "sha256": "ef"}, "tokens": {}}
 
 
-def write(file, model, dtype):
+def write(file, model, dtype, prompts=PROMPTS):
     params = tree_of(model, lambda parameter: np.ones(parameter.shape, np.float32))
-    write_page(file, Config(model=model), 3, META, params, load_tokenizer(model.vocab_size), dtype)
+    config = Config(model=model, sample=SampleConfig(prompts=prompts))
+    write_page(file, config, 3, META, params, load_tokenizer(model.vocab_size), dtype)
     return file.read_bytes()
 
 
@@ -30,6 +31,12 @@ def test_the_page_has_the_name_of_the_text_and_no_path(tmp_path):
     assert b"trained on tales.txt." in page
     for word in (b"/home", b"john", str(tmp_path).encode()):
         assert word not in page
+
+
+def test_the_page_shows_a_beginning_also_if_the_run_takes_its_own_from_the_text(tmp_path):
+    for prompts, shown in ((("Dear <Ann>",), "Dear &lt;Ann&gt;"), ((), PROMPTS[0])):
+        page = write(tmp_path / "page.html", MODEL, "f16", prompts)
+        assert f'placeholder="{shown}"'.encode() in page
 
 
 def test_the_mark_is_that_of_the_rest(tmp_path):

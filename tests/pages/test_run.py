@@ -114,6 +114,8 @@ def test_what_is_missing_or_hostile_ends_no_report(tmp_path):
         "3 damaged lines of metrics.jsonl are left out",
         "1 damaged lines of samples.jsonl are left out",
     ]
+    run = read_run(write_run(tmp_path / "own", prompts=()))  # of the text
+    assert run["sample_command"].endswith("/own --prompt 'Once upon a time'")
     one = read_run(write_run(tmp_path / "one", steps=1))
     assert (one["step"], one["metrics"]["loss"]["value"]) == (1, [10])
     (tmp_path / "one" / "config.json").write_text("{")
