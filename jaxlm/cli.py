@@ -46,14 +46,23 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = list(self._option_string_actions)
         for word in (word.partition("=")[0] for word in args if re.match("--(?!config\\.)", word)):
             known = word in flags or (self.allow_abbrev and any(flag.startswith(word) for flag in flags))
-            nearest = difflib.get_close_matches(word, flags + list(FLAGS_OF_MAIN) * passes_on, 1)
-            if not known and nearest and nearest[0] in flags:
-                raise UsageError(
-                    f"there is no flag {word}: did you mean {nearest[0]}? {self.prog} --help shows the flags"
-                )
+            nearest = _nearest(word, flags + list(FLAGS_OF_MAIN) * passes_on)
+            if not known and nearest in flags:
+                raise _unknown_flag(word, nearest, self.prog)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}: {self.prog} --help shows the flags")
+
+
+def _nearest(word: str, flags: Sequence[str]) -> str:
+    """The flag whose name is nearest to that of an unknown one; "" if none is near."""
+    names = difflib.get_close_matches(word[2:], [flag[2:] for flag in flags if flag.startswith("--")], 1)
+    return f"--{names[0]}" if names else ""
+
+
+def _unknown_flag(word: str, nearest: str, command: str) -> UsageError:
+    advice = f"did you mean {nearest}? " if nearest else ""
+    return UsageError(f"there is no flag {word}: {advice}{command} --help shows the flags")
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -188,6 +197,9 @@ def read_flags(argv: list[str]) -> Flags:
     try:
         rest = values(words)
         settings = values.config
+    except flags.UnrecognizedFlagError as error:
+        word = f"--{error.flagname}"
+        raise _unknown_flag(word, _nearest(word, FLAGS_OF_MAIN), "python -m jaxlm.main") from error
     except Exception as error:  # the config file is a program: it can raise anything
         text = str(error) or type(error).__name__
         reason = " ".join((text[text.rindex('File "') :] if "Traceback" in text else text).split())
