@@ -43,15 +43,20 @@ def read_run(workdir: Path, runs: int = 1) -> dict[str, Any]:
         metrics = read_metrics(workdir / METRICS)
         samples, damaged = read_samples(workdir / SAMPLES, ROOM // runs)
         sessions = [row for _, row in read_rows(workdir / SESSIONS) if row]
-        return _describe(workdir, metrics, sessions, max(BUCKETS // runs, 100)) | {
-            "samples": samples,
+        return _describe(workdir, metrics, sessions, samples, max(BUCKETS // runs, 100)) | {
             "notes": _notes({METRICS: metrics.damaged, SAMPLES: damaged}),
         }
     except OSError as error:
         raise RunError(f"cannot read {workdir} ({error.strerror or error}): check that the disk is there") from error
 
 
-def _describe(workdir: Path, metrics: Metrics, sessions: list[Mapping[str, Any]], buckets: int) -> dict[str, Any]:
+def _describe(
+    workdir: Path,
+    metrics: Metrics,
+    sessions: list[Mapping[str, Any]],
+    samples: list[dict[str, Any]],
+    buckets: int,
+) -> dict[str, Any]:
     config = _read_config(workdir)
     step = int(metrics.last("step") or 0)
     max_steps = max(config.max_steps if config else 0, step)
@@ -73,15 +78,15 @@ def _describe(workdir: Path, metrics: Metrics, sessions: list[Mapping[str, Any]]
         "settings": _settings(config) if config else {},
         "data": _data(workdir, config),
         "checkpoints": _checkpoints(workdir, metrics),
-        "sample_command": _sample_command(workdir, config),
+        "samples": samples,
+        "sample_command": _sample_command(workdir, config, samples),
     }
 
 
-def _sample_command(workdir: Path, config: Config | None) -> str:
-    """For a shell."""
-    prompts = config.sample.prompts if config else ()
-    words = ["--workdir", str(workdir), "--prompt", (prompts or PROMPTS)[0]]
-    return printable(f"python -m jaxlm.sample {shlex.join(words)}")
+def _sample_command(workdir: Path, config: Config | None, samples: list[dict[str, Any]]) -> str:
+    """For a shell. The prompt is the first one of the settings, or else of the samples."""
+    prompts = [*(config.sample.prompts if config else ()), *(each["prompt"] for each in samples), *PROMPTS]
+    return printable(f"python -m jaxlm.sample {shlex.join(['--workdir', str(workdir), '--prompt', prompts[0]])}")
 
 
 def _read_config(workdir: Path) -> Config | None:
@@ -221,7 +226,11 @@ def _checkpoint(folder: Path, step: int, metrics: Metrics) -> dict[str, Any]:
 
 
 def _notes(damaged: Mapping[str, int]) -> list[str]:
-    return [f"{count:,} damaged lines of {name} are left out" for name, count in damaged.items() if count]
+    return [
+        f"{count:,} damaged {'line is' if count == 1 else 'lines are'} left out of {name}"
+        for name, count in damaged.items()
+        if count
+    ]
 
 
 def _numbers(values: Floats) -> list[float | None]:

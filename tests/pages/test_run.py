@@ -97,6 +97,15 @@ def test_a_run_that_is_written_is_running(tmp_path):
     assert read_run(tmp_path)["state"] == "running"
 
 
+def test_the_sample_command_has_a_prompt_of_the_run(tmp_path):
+    write_run(tmp_path / "set", prompts=("It was", "Once"))
+    write_run(tmp_path / "own")
+    with_settings(tmp_path / "own", sample={"prompts": []})  # its samples continue its own text
+    write_run(tmp_path / "new", steps=1, prompts=())
+    for name, prompt in (("set", "'It was'"), ("own", "Once"), ("new", "'Once upon a time'")):
+        assert read_run(tmp_path / name)["sample_command"].endswith(f"{name} --prompt {prompt}")
+
+
 def test_a_page_that_may_be_published_has_no_folders(tmp_path):
     write_run(tmp_path / "mine")
     data = {"corpus": "/home/me/secret/a.txt,b/c.txt", "dir": "/home/me/tokens"}
@@ -111,11 +120,9 @@ def test_what_is_missing_or_hostile_ends_no_report(tmp_path):
     assert shown["metrics"]["loss"]["nonfinite"] == 4
     assert shown["metrics"]["loss"]["value"][20:24] == [None] * 4
     assert shown["notes"] == [
-        "3 damaged lines of metrics.jsonl are left out",
-        "1 damaged lines of samples.jsonl are left out",
+        "3 damaged lines are left out of metrics.jsonl",
+        "1 damaged line is left out of samples.jsonl",
     ]
-    run = read_run(write_run(tmp_path / "own", prompts=()))  # of the text
-    assert run["sample_command"].endswith("/own --prompt 'Once upon a time'")
     one = read_run(write_run(tmp_path / "one", steps=1))
     assert (one["step"], one["metrics"]["loss"]["value"]) == (1, [10])
     (tmp_path / "one" / "config.json").write_text("{")
