@@ -18,11 +18,16 @@ from tests.pages.made_run import metrics, session, with_settings, write_hostile,
 
 def test_the_planned_learning_rate_is_that_of_the_optimizer():
     steps = np.arange(1, 201)
-    for schedule, (warmup, fraction, ratio) in product(
-        ("cosine", "linear"), ((0, 1.0, 0.1), (10, 0.55, 0.0), (1, 0.0, 0.2))
+    for schedule, (warmup, fraction, ratio), restart in product(
+        ("cosine", "linear"), ((0, 1.0, 0.1), (10, 0.55, 0.0), (1, 0.0, 0.2)), (0, 120)
     ):
         config = OptimizerConfig(
-            warmup_steps=warmup, lr_schedule=schedule, lr_decay_fraction=fraction, min_lr_ratio=ratio
+            warmup_steps=warmup,
+            lr_schedule=schedule,
+            lr_decay_fraction=fraction,
+            min_lr_ratio=ratio,
+            lr_restart_step=restart,
+            lr_restart_ratio=0.4,
         )
         expected = config.learning_rate * make_schedule(config, 200)(steps - 1)
         np.testing.assert_allclose(planned_lr(config, 200, steps.astype(float)), expected, rtol=1e-4, atol=1e-9)
