@@ -12,10 +12,14 @@ const KNOWN = [
   { key: "lr", title: "Learning rate", unit: "dashed: the plan", keys: ["lr"] },
   { key: "grad_norm", title: "Gradient norm", unit: "before clipping", keys: ["grad_norm"] },
   { key: "tokens_per_second", title: "Tokens a second", unit: "of each step, without pauses", keys: ["tokens_per_second"] },
+  { key: "update_ratio", title: "Update-to-weight ratio", unit: "norm of the update over that of the weights",
+    keys: ["update_ratio_matrix", "update_ratio_embedding", "update_ratio_norm_scale"] },
 ];
+const DASHES = [undefined, [6, 4], [2, 3]]; // of the keys of a plot, where colours tell the runs apart
 const LABELS = plain("", {
   loss: "training", val_loss: "validation", val_bits_per_byte: "validation", lr: "learning rate",
   grad_norm: "gradient norm", tokens_per_second: "tokens/s",
+  update_ratio_matrix: "matrices", update_ratio_embedding: "embedding", update_ratio_norm_scale: "norm scales",
 });
 
 // What a person has chosen. It survives a reload, as part of the history's entry.
@@ -60,6 +64,8 @@ function duration(seconds) {
 
 const gigabytes = (bytes) => (bytes >= 1e8 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(bytes / 1e6).toFixed(1)} MB`);
 
+const time = (text) => element("span", { class: "time" }, text);
+
 function table(caption, head, rows) {
   const cells = (row) => row.map((cell, i) => element(i ? "td" : "th", i ? {} : { scope: "row" }, cell));
   return element("div", { class: "scroll table", tabindex: "0", role: "region", "aria-label": caption },
@@ -78,7 +84,7 @@ function stateText(run) {
 }
 
 function showHead() {
-  byId("title").textContent = RUNS.map((run) => run.name).join(" and ");
+  byId("title").textContent = new Intl.ListFormat("en").format(RUNS.map((run) => run.name));
   byId("state").className = SEVERAL ? "" : RUNS[0].state;
   byId("state").append(
     ...(SEVERAL ? [`${RUNS.length} runs`] : [element("span", { class: "dot", "aria-hidden": "true" }), stateText(RUNS[0])]),
@@ -86,7 +92,7 @@ function showHead() {
   const notes = RUNS.flatMap((run) => [
     ...run.notes.map((note) => `${run.name}: ${note}.`),
     ...Object.entries(run.metrics).filter(([, points]) => points.nonfinite)
-      .map(([key, points]) => `${run.name}: ${count(points.nonfinite)} values of ${LABELS[key] || key} are not finite.`),
+      .map(([key, points]) => `${run.name}: ${plural(points.nonfinite, "value")} of ${key} ${points.nonfinite === 1 ? "is" : "are"} not finite.`),
     ...(run.step ? [] : [`${run.name}: no step is done yet.`]),
   ]);
   byId("notes").hidden = !notes.length;
@@ -140,7 +146,7 @@ const positive = (value) => (value > 0 ? value : null);
 function specs() {
   const known = new Set(KNOWN.flatMap((spec) => spec.keys));
   const others = [...new Set(RUNS.flatMap((run) => Object.keys(run.metrics)))].filter((key) => !known.has(key));
-  const all = [...KNOWN, ...others.map((key) => ({ key, title: key, unit: "other", keys: [key] }))];
+  const all = [...KNOWN, ...others.map((key) => ({ key, title: key, unit: "from metrics.jsonl", keys: [key] }))];
   return all.filter((spec) => RUNS.some((run) => spec.keys.some((key) => run.metrics[key]?.value.length)));
 }
 
@@ -152,16 +158,16 @@ function linesOf(spec) {
 function linesOfKey(spec, run, i, key) {
   const points = run.metrics[key];
   if (!points) return [];
-  const second = !SEVERAL && key.startsWith("val_");
-  const stroke = colour(second ? "run-1" : SEVERAL ? `run-${i % COLOURS}` : "accent");
+  const nth = spec.keys.indexOf(key), dash = SEVERAL ? DASHES[nth] : undefined;
+  const stroke = colour(`run-${SEVERAL ? i % COLOURS : key.startsWith("val_") ? 1 : nth}`);
   const name = SEVERAL ? (spec.keys.length > 1 ? `${run.name}, ${LABELS[key]}` : run.name) : LABELS[key] || key;
   const line = (label, of, width, more = {}) => ({ label, x: position(of), y: of.value, stroke, width, ...more });
-  const few = points.value.length <= 80, dash = SEVERAL && spec.keys.length > 1 && key === "val_loss" ? [6, 4] : undefined;
+  const few = points.value.length <= 80;
   const lines = [];
   if (points.mean) {
     const faint = `${stroke}${points.value.length > 800 ? "38" : "66"}`;
     if (!SEVERAL) lines.push(line(`${name}, each step`, points, 1, { stroke: faint, quiet: true }));
-    lines.push(line(name, points.mean, 2));
+    lines.push(line(name, points.mean, 2, { dash }));
   } else lines.push(line(name, points, 2, { dash, points: few && key !== "lr" || points.value.length === 1 }));
   const planned = plannedLine(run, key);
   if (planned) lines.push(line(`${SEVERAL ? `${run.name}, ` : ""}plan`, planned, 1.5, { stroke: SEVERAL ? stroke : colour("quiet"), dash: [3, 4], quiet: true }));
@@ -244,7 +250,7 @@ function options(spec, lines, width) {
       { label: AXES[STATE.axis], value: (plot, x, i, at) => atText(at === null ? (STATE.zoom || fullRange())[1] : x) },
       ...lines.map((line) => ({
         label: line.label, stroke: line.stroke, width: line.width, dash: line.dash,
-        points: { show: line.points || false, size: 5, fill: line.stroke }, value: (plot, y, i, at) => number(at === null ? line.y.findLast((each) => each !== null) : y),
+        points: { show: line.points || false, size: 5, fill: line.stroke }, value: (plot, y, i, at) => number(at === null ? lastShown(line) : y),
       })),
     ],
     hooks: {
@@ -260,19 +266,25 @@ function options(spec, lines, width) {
 
 const tick = (y) => (Math.abs(y) >= 1000 ? short(y) : y !== 0 && Math.abs(y) < 1e-3 ? y.toExponential(0) : String(Number(y.toPrecision(6))));
 
-// Without the first hundredth of the run, if that takes more than half of the height of a plot that is not log across.
+// The last value of a line in what is shown.
+function lastShown({ x, y }) {
+  const [, end] = STATE.zoom || fullRange();
+  return y[x.findLastIndex((each, i) => each !== null && each <= end && y[i] !== null)];
+}
+
+// Without the first hundredth of each run, if that takes more than half of the height of a plot that is not log across.
 function linearRange(plot, low, high) {
   if (low === null || high === null) return [0, 1];
-  const full = fullRange(), begin = full[1] / 100, [min, max] = STATE.zoom || full, [xs, ...lines] = plot.data;
+  const full = fullRange(), [min, max] = STATE.zoom || full, [xs, ...lines] = plot.data;
   let [least, most] = [Infinity, -Infinity];
-  xs.forEach((x, i) => {
-    if (x < begin || x < min || x > max) return;
-    for (const ys of lines) {
-      if (ys[i] === null || ys[i] === undefined) continue;
-      least = Math.min(least, ys[i]);
-      most = Math.max(most, ys[i]);
-    }
-  });
+  for (const ys of lines) {
+    const begin = Math.min(xs[ys.findLastIndex((y) => y !== undefined)], full[1]) / 100;
+    ys.forEach((y, i) => {
+      if (y === null || y === undefined || xs[i] < begin || xs[i] < min || xs[i] > max) return;
+      least = Math.min(least, y);
+      most = Math.max(most, y);
+    });
+  }
   return !STATE.logX && most > least && high - low > 2 * (most - least) ? uPlot.rangeNum(least, most, 0.1, true) : uPlot.rangeNum(low, high, 0.1, true);
 }
 
@@ -512,7 +524,7 @@ function showPlan() {
     ];
     if (share < 1 && run.step) rows.push([`Time to step ${count(run.step)}`, plan.total_seconds ? `about ${duration(plan.total_seconds * share)}` : "-", duration(last.seconds)]);
     const data = run.sessions.at(-1)?.data_tokens;
-    if (data && last.tokens) rows.push(["Epochs of the data", (plan.tokens / data).toPrecision(3), (last.tokens / data).toPrecision(3)]);
+    if (data && last.tokens) rows.push(["Epochs of the data", number(plan.tokens / data), number(last.tokens / data)]);
     byId("plan").append(table(`${run.name}: what was planned and what is done`, ["", "Plan", "Run"], rows));
   }
 }
@@ -526,15 +538,15 @@ function showCheckpoints() {
     }
     byId("checkpoints").append(
       table(`${run.name}: checkpoints on the disk`, ["Checkpoint", "Saved", "Size", "Validation loss"],
-        run.checkpoints.map((each) => [each.name, each.time, gigabytes(each.bytes), number(each.val_loss)])),
-      element("p", {}, "To sample, from another one with --step:"),
+        run.checkpoints.map((each) => [each.name, time(each.time), gigabytes(each.bytes), number(each.val_loss)])),
+      element("p", {}, "To sample from the model (--step chooses another checkpoint):"),
       element("pre", { tabindex: "0" }, run.sample_command));
   }
 }
 
 function showSessions() {
-  const rows = RUNS.flatMap((run) => run.sessions.map((each) => [...(SEVERAL ? [run.name] : []), each.time.replace("T", " ").replace("+00:00", " UTC"),
-    count(each.step), each.device, each.precision, each.versions]));
+  const rows = RUNS.flatMap((run) => run.sessions.map((each) => [...(SEVERAL ? [run.name] : []), time(each.time.replace("T", " ").replace("+00:00", " UTC")),
+    count(each.step), each.device, each.precision, element("span", { class: "long" }, each.versions)]));
   const head = [...(SEVERAL ? ["Run"] : []), "Began", "After step", "Device", "Precision", "Versions"];
   byId("sessions").append(...(rows.length ? [table("The last sessions of training", head, rows)]
     : [element("p", { class: "quiet" }, "sessions.jsonl is missing: device and versions are not known.")]));

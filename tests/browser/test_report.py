@@ -152,12 +152,29 @@ def test_zoom_by_mouse_buttons_and_keyboard(browser, page):
 def test_the_table_of_a_plot_has_its_numbers(browser, page):
     browser.open(page)
     browser.find("#values-val_bits_per_byte summary").click()
+    browser.wait("return document.querySelector('#values-val_bits_per_byte tbody')")
     rows = [row.text.split() for row in browser.find_all("#values-val_bits_per_byte tbody tr")]
     expected = {row["step"]: row["val_bits_per_byte"] for row in metrics(400) if "val_loss" in row}
     assert len(rows) == 12
     assert {int(step): float(value) for step, value in rows} == pytest.approx(
         {int(s): expected[int(s)] for s, _ in rows}, rel=1e-3
     )
+
+
+def test_a_short_run_beside_a_long_one_is_in_view(browser, tmp_path):
+    runs = [write_run(tmp_path / str(steps), steps=steps, max_steps=steps) for steps in (10, 2000)]
+    browser.open(write_page(tmp_path / "page.html", *runs))
+    assert browser.run("return SCREEN.loss.plot.scales.y.max") > 10
+
+
+def test_kinds_of_parameters_share_a_plot_and_a_plan_reads_where_the_run_is(browser, tmp_path):
+    run = write_run(tmp_path / "run", steps=40, max_steps=400)
+    kinds = {f"update_ratio_{kind}": 0.01 for kind in ("matrix", "embedding", "norm_scale")}
+    write_rows(run / "metrics.jsonl", [row | kinds for row in metrics(40)])
+    browser.open(write_page(tmp_path / "page.html", run))
+    assert colours_of(browser, "update_ratio") == ["matrices", "embedding", "norm scales"]
+    assert browser.run("return new Set(SCREEN.update_ratio.lines.map((line) => line.stroke)).size") == 3
+    assert browser.run("const plan = SCREEN.lr.lines[1]; return lastShown(plan) > 2 * plan.y.at(-1)")
 
 
 def test_a_run_is_hidden_and_shown(browser, two):
@@ -244,7 +261,7 @@ def test_an_open_page_follows_and_keeps_what_was_chosen(browser, page, tmp_path)
     scroll = browser.run("return scrollY")
     assert scroll > 0
     write_run(run, steps=300, max_steps=400)
-    write_page(path, run, refresh_seconds=0.2)
+    write_page(path, run, refresh_seconds=3600.0)
     browser.run("follow()")
     browser.wait("return DATA.runs[0].step === 300")
     assert range_of(browser)[0] == [50, 150]
@@ -252,6 +269,8 @@ def test_an_open_page_follows_and_keeps_what_was_chosen(browser, page, tmp_path)
     assert ["at 300" in each.text for each in browser.find_all(".card")] == [True, False]
     assert browser.run("return scrollY") == pytest.approx(scroll, abs=2)
     assert browser.run("return document.activeElement.id") == "sample-0-1"
+    write_page(path, run, refresh_seconds=0.2)
+    browser.run("follow()")
     write_run(run, steps=400, max_steps=400)
     write_page(path, run)
     browser.wait("return DATA.runs[0].state === 'finished'")
