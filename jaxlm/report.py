@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=path, required=True, nargs="+", help="the work directories of the runs")
     parser.add_argument("--out", type=path, help="the page (report.html in the first work directory)")
     parser.add_argument("--png", type=path, help="write this picture of the loss instead; *.svg is one too")
-    parser.add_argument("--watch", action="store_true", help="write the page again while a run is in progress")
+    parser.add_argument("--watch", action="store_true", help="update the page until the run ends")
     args = parser.parse_args(argv)
     if args.png and (args.watch or args.out):
         raise UsageError("--png writes a picture and no page: omit --out and --watch")
@@ -63,7 +63,7 @@ def _say(out: Path, runs: list[dict[str, Any]], more: str = "") -> None:
 def _check_output(out: Path) -> None:
     """Raises UsageError if `out` is a file that this command did not write."""
     if os.path.lexists(out) and not (out.is_file() and MARK in out.read_bytes()):
-        raise UsageError(f"{out} exists and is not of jaxlm.report: move it away, or name another file")
+        raise UsageError(f"{out} exists and was not written by jaxlm.report: move it away, or name another file")
 
 
 def _write_pages(out: Path, workdirs: list[Path], runs: list[dict[str, Any]], watch: bool) -> None:
@@ -78,7 +78,7 @@ def _write_pages(out: Path, workdirs: list[Path], runs: list[dict[str, Any]], wa
             _say(out, runs)
             return
         if not said:
-            _say(out, runs, "; it is written again while the run goes on (Ctrl-C ends this)")
+            _say(out, runs, "; it is updated until the run ends (Ctrl-C stops that)")
             said = True
         time.sleep(max(WATCH_SECONDS, (time.monotonic() - start) / WATCH_SHARE))
         runs = _read(workdirs)

@@ -63,7 +63,7 @@ def test_wrong_requests_are_one_line(tmp_path, monkeypatch):
     mine.write_text("<p>My notes on jaxlm.report")
     for arguments, message in (
         (["--workdir", str(tmp_path)], "holds no run: name the --workdir of one"),
-        (["--workdir", workdir, "--out", str(mine)], "mine.html exists and is not of jaxlm.report"),
+        (["--workdir", workdir, "--out", str(mine)], "mine.html exists and was not written by jaxlm.report"),
         (["--workdir", workdir, "--png", str(tmp_path / "loss.txt")], "another suffix than .png, .svg, .pdf"),
         (["--workdir", workdir, "--png", str(tmp_path / "loss.png"), "--watch"], "omit --out and --watch"),
     ):
