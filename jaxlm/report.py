@@ -80,7 +80,11 @@ def _write_pages(out: Path, workdirs: list[Path], runs: list[dict[str, Any]], wa
         if not said:
             _say(out, runs, "; it is updated until the run ends (Ctrl-C stops that)")
             said = True
-        time.sleep(max(WATCH_SECONDS, (time.monotonic() - start) / WATCH_SHARE))
+        try:
+            time.sleep(max(WATCH_SECONDS, (time.monotonic() - start) / WATCH_SHARE))
+        except KeyboardInterrupt:
+            atomic.write_file(out, render(runs, written, None))  # an open page need not load again
+            raise
         runs = _read(workdirs)
 
 

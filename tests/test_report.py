@@ -1,6 +1,7 @@
 """The command that shows a run."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -35,6 +36,15 @@ def test_watching_writes_the_page_until_the_run_ends(tmp_path, monkeypatch, caps
     assert [*seen, (data["runs"][0]["step"], data["refresh_seconds"])] == [(20, 20.0), (30, 20.0), (30, None)]
 
 
+def test_an_open_page_stops_when_watching_is_stopped(tmp_path, monkeypatch):
+    workdir = write_run(tmp_path / "run", steps=20)
+    (workdir / "lock").write_text(json.dumps({"pid": 1, "host": "another"}))
+    monkeypatch.setattr(report.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        report.main(["--workdir", str(workdir), "--watch"])
+    assert data_of(workdir / "report.html")["refresh_seconds"] is None
+
+
 def test_several_runs_are_in_one_page(tmp_path):
     both = tmp_path / "both.html"
     a, b, other = (write_run(tmp_path / name, steps) for name, steps in (("a", 40), ("b", 30), ("new/a", 20)))
@@ -64,7 +74,7 @@ def test_wrong_requests_are_one_line(tmp_path, monkeypatch):
     for arguments, message in (
         (["--workdir", str(tmp_path)], "holds no run: name the --workdir of one"),
         (["--workdir", workdir, "--out", str(mine)], "mine.html exists and was not written by jaxlm.report"),
-        (["--workdir", workdir, "--png", str(tmp_path / "loss.txt")], "another suffix than .png, .svg, .pdf"),
+        (["--workdir", workdir, "--png", str(tmp_path / "loss.txt")], "must end in one of .png, .svg, .pdf"),
         (["--workdir", workdir, "--png", str(tmp_path / "loss.png"), "--watch"], "omit --out and --watch"),
     ):
         with pytest.raises(UsageError, match=message) as caught:

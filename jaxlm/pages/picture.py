@@ -33,7 +33,7 @@ def write_loss(path: Path, runs: list[dict[str, Any]]) -> None:
 
     suffix = path.suffix.lower()
     if suffix not in MARK_KEYS:
-        raise UsageError(f"{path} has another suffix than {', '.join(MARK_KEYS)}: choose one of them")
+        raise UsageError(f"{path} is no picture: its name must end in one of {', '.join(MARK_KEYS)}")
     figure = Figure(figsize=(7.2, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for number, run in enumerate(runs):

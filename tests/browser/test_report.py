@@ -235,7 +235,7 @@ def test_everything_has_a_name(browser, two):
 def test_a_hostile_run_shows_its_texts(browser, tmp_path):
     browser.open(write_page(tmp_path / "page.html", write_hostile(tmp_path / "run")))
     assert "</script><script>alert(1)</script><!-- 30" in browser.find(".card").text
-    assert "4 values of training are not finite" in browser.find("#notes").text
+    assert "4 values of loss are not finite" in browser.find("#notes").text
     assert len(browser.find_all("figure")) == 9  # five, and __proto__, constructor, the tag and huge
     assert browser.run("return document.scripts.length") == 2
 
