@@ -33,6 +33,7 @@ def write_run(workdir: Path, steps: int) -> None:
             seconds += config.tokens_per_step / speed + 5 * (step % 100 == 1)
             row = {"step": step, "loss": loss, "lr": 3e-4 * rng.random(), "grad_norm": rng.random()}
             row |= {"tokens": step * config.tokens_per_step, "tokens_per_second": speed, "seconds": round(seconds, 3)}
+            row |= {f"update_ratio_{kind}": rng.random() for kind in ("matrix", "embedding", "norm_scale")}
             if step % config.eval_interval == 0:
                 row |= {"val_loss": loss + 0.1, "val_bits_per_byte": loss / 3}
             metrics.write(json.dumps(row) + "\n")
