@@ -207,6 +207,17 @@ def test_stop_ends_a_text_and_write_further_continues_it(browser, tmp_path):
     assert browser.run("return document.getElementById('begun').textContent") == text
 
 
+def test_paper_is_light(browser, tmp_path):
+    export(tmp_path / "page.html", TINY, random_params(TINY), load_tokenizer(300))
+    dark, colours = {"name": "prefers-color-scheme", "value": "dark"}, {}
+    browser.open(tmp_path / "page.html")
+    for media in ("screen", "print"):
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [dark]})
+        colours[media] = browser.run("return getComputedStyle(document.body).color")
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert colours == {"screen": "rgb(233, 231, 226)", "print": "rgb(29, 28, 26)"}
+
+
 def test_what_is_wrong_is_said(browser, tmp_path):
     params = random_params(TINY)
     params["norm"][0] = np.nan
