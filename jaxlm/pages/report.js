@@ -243,8 +243,8 @@ function options(spec, lines, width) {
       y: STATE.logY ? { distr: 3, range: (plot, low, high) => logRange(low, high) } : { range: linearRange },
     },
     axes: [
-      axis({ values: (plot, ticks) => ticks.map((x) => (x === null ? "" : short(x))), label: AXES[STATE.axis], size: 28, labelSize: 16, labelGap: 0, labelFont: "12px system-ui, sans-serif" }),
-      axis({ values: (plot, ticks) => ticks.map((y) => (y === null ? "" : tick(y))), size: 58 }),
+      axis({ values: (plot, ticks) => ticks.map((x) => (x === null ? "" : short(x))), splits: STATE.logX ? logTicks : undefined, label: AXES[STATE.axis], size: 28, labelSize: 16, labelGap: 0, labelFont: "12px system-ui, sans-serif" }),
+      axis({ values: (plot, ticks) => ticks.map((y) => (y === null ? "" : tick(y))), splits: STATE.logY ? logTicks : undefined, size: 58 }),
     ],
     series: [
       { label: AXES[STATE.axis], value: (plot, x, i, at) => atText(at === null ? (STATE.zoom || fullRange())[1] : x) },
@@ -291,6 +291,16 @@ function linearRange(plot, low, high) {
 function logRange(low, high) {
   if (low === null || high === null) return [1, 10];
   return low < high ? [low / 1.05, high * 1.05] : [low / 2, high * 2];
+}
+
+// uPlot's own never end if `low` is no power of ten.
+function logTicks(plot, axis, low, high) {
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    for (let digit = 1; digit < 10; digit++) ticks.push(Number(`${digit}e${power}`));
+  }
+  const inside = ticks.filter((each) => each >= low && each <= high);
+  return inside.length ? inside : [low, high];
 }
 
 // The cursor reads the nearest point of each line.

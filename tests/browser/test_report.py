@@ -161,6 +161,15 @@ def test_the_table_of_a_plot_has_its_numbers(browser, page):
     )
 
 
+def test_small_numbers_have_a_log_axis(browser, tmp_path):
+    run = write_run(tmp_path / "run", steps=40, max_steps=40)
+    write_rows(run / "metrics.jsonl", [row | {"lr": 0.001 + row["step"] / 1e3} for row in metrics(40)])
+    browser.open(write_page(tmp_path / "page.html", run))
+    browser.run("Object.assign(STATE, {axis: 'seconds', logX: true, logY: true, zoom: [0.00097, 0.02]}); drawAll()")
+    assert browser.run("return logTicks(null, 1, 0.00095, 0.003)") == [0.001, 0.002, 0.003]
+    assert browser.run("return SCREEN.lr.plot.scales.y.min") < 0.002
+
+
 def test_a_short_run_beside_a_long_one_is_in_view(browser, tmp_path):
     runs = [write_run(tmp_path / str(steps), steps=steps, max_steps=steps) for steps in (10, 2000)]
     browser.open(write_page(tmp_path / "page.html", *runs))
