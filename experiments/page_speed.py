@@ -11,7 +11,6 @@ Debian's packages.
 import argparse
 import re
 import shutil
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import gguf
 import numpy as np
 from selenium import webdriver
 
+from experiments.cleanup import temporary_folder
 from experiments.interop import random_params
 from jaxlm.cli import PRESETS, path, read_config
 from jaxlm.core.parameters import Parameter, leaves_by_path, tree_of
@@ -61,8 +61,8 @@ def measure(preset: str, dtype: str) -> list[str]:
     """The cells of a row of the table."""
     config, _ = read_config(["--config", str(PRESETS / f"{preset}.py")])
     params = random_params(config.model)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "page.html")
+    with temporary_folder("page-speed") as folder:
+        file = folder / "page.html"
         write_page(file, config, 0, {}, params, load_tokenizer(config.model.vocab_size), dtype)
         page = file.read_bytes()
         beside = len(page) - sum(map(len, re.findall(rb'data-dtype="\w+">([^<]*)<', page)))

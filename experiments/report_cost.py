@@ -11,12 +11,12 @@ import math
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from experiments.cleanup import temporary_folder
 from jaxlm.config import Config, to_dict
 
 WORDS = "the a king old dog ran said and went home little girl happy tree sun bird big very once day play"
@@ -47,13 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measures what the page of a long run costs.")
     parser.add_argument("--steps", type=int, default=50_000, help="of the run (%(default)s)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        write_run(Path(folder), args.steps)
+    with temporary_folder("report-cost") as folder:
+        write_run(folder, args.steps)
         start = time.monotonic()
         subprocess.run(
-            [sys.executable, "-m", "jaxlm.report", "--workdir", folder], check=True, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "jaxlm.report", "--workdir", str(folder)], check=True, stdout=subprocess.DEVNULL
         )
-        seconds, size = time.monotonic() - start, (Path(folder) / "report.html").stat().st_size
+        seconds, size = time.monotonic() - start, (folder / "report.html").stat().st_size
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import os
 import pty
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from unittest import mock
 import jax
 import numpy as np
 
+from experiments.cleanup import temporary_folder
 from jaxlm.cli import read_config
 from jaxlm.config import Config
 from jaxlm.core import optimizer
@@ -120,8 +120,8 @@ def listener_cost(config: Config) -> None:
     }
     for name, make in makers.items():
         terminal = pseudo_terminal() if name == "console" else contextlib.nullcontext()
-        with tempfile.TemporaryDirectory() as place, terminal:
-            listener = make(Path(place))
+        with temporary_folder("watching") as place, terminal:
+            listener = make(place)
             start = time.perf_counter()
             for event in events:
                 listener(event)

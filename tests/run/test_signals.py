@@ -8,7 +8,8 @@ from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
 
-AGAIN = "Stopping once the last step is saved; Ctrl-C again to leave at once, without saving\n"
+ROOM = "[room]"
+AGAIN = f"{ROOM}Stopping once the last step is saved; Ctrl-C again to leave at once, without saving\n"
 TWICE = AGAIN.replace("again", "twice")
 
 
@@ -18,7 +19,7 @@ def receive(signals, busy="hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"):
 import hashlib, os, signal, threading, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 from jaxlm.run.signals import StopSignals
-with StopSignals(lambda: os.write(1, b"left")) as signals:
+with StopSignals(lambda: os.write(2, b"{ROOM}")) as signals:
     for index, number in enumerate({[int(number) for number in signals]}):
         threading.Timer(0.2 + 0.4 * index, os.kill, (os.getpid(), number)).start()
     {busy}
@@ -39,7 +40,7 @@ with StopSignals(lambda: os.write(1, b"left")) as signals:
 def test_ctrl_c_twice_leaves_at_once_though_python_is_deep_in_other_code(signals, lines):
     """For example in a compilation, where the handlers of the main thread have to wait."""
     done = receive(signals)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "left", lines)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", lines + ROOM)
 
 
 @pytest.mark.parametrize(
