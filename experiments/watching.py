@@ -17,7 +17,6 @@ import pty
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
