@@ -32,8 +32,8 @@ from jaxlm.errors import RunError, UsageError
 KINDS = fuzz_cases.KINDS | fuzz_belongings.KINDS
 PACKAGES = ("jaxlm", "experiments")
 PRODUCTS = re.compile(  # the names of files that a command writes
-    r"(train|val)\.bin|meta\.json|metrics\.jsonl(\.damaged)?|model\.safetensors|README\.md|.+\.gguf|merges\.txt"
-    r"|(vocab|(generation_)?config|tokenizer(_config)?)\.json"
+    r"(train|val)\.bin|meta\.json|metrics\.jsonl(\.damaged)?|model\.safetensors|README\.md|merges\.txt"
+    r"|(vocab|(generation_)?config|tokenizer(_config)?)\.json|.+\.(gguf|Modelfile|html)"
 )
 MAX_SECONDS, MAX_CHARACTERS = 10.0, 5_000  # of a case; of a message, as a path may have 4,096
 
