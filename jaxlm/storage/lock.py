@@ -42,8 +42,7 @@ def only_writer(directory: Path) -> Iterator[None]:
 
 def is_written(directory: Path) -> bool:
     """Whether the process that `directory`/lock names runs; one on another host is taken to. Takes no lock."""
-    holder = _holder(directory / "lock")
-    return holder is not None and (holder[1] != socket.gethostname() or _runs(holder[0]))
+    return _running_holder(directory / "lock") is not None
 
 
 def _lock(path: Path) -> TextIO:
@@ -76,11 +75,16 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 def _check_ended(path: Path) -> None:
     """Raises UsageError if the process that the file names may still run."""
-    if is_written(path.parent):
-        holder = _holder(path)
+    if holder := _running_holder(path):
         raise UsageError(
             f"{path.parent} is in use by {_name(holder)}: wait for it or stop it; if it has ended, move {path} away"
         )
+
+
+def _running_holder(path: Path) -> tuple[int, str] | None:
+    """The holder, if it may still run."""
+    holder = _holder(path)
+    return holder if holder and (holder[1] != socket.gethostname() or _runs(holder[0])) else None
 
 
 def _runs(pid: int) -> bool:
