@@ -167,14 +167,17 @@ class Flags(NamedTuple):
 
 
 def read_config(argv: list[str]) -> tuple[Config, Path]:
-    """The settings and the work directory, for a command that takes the flags of jaxlm.main.
+    """The settings and the work directory. Raises UsageError as `read_shared_flags`."""
+    flags = read_shared_flags(argv)
+    return flags.config, flags.workdir
 
-    Raises UsageError as `read_flags`, and for `--show`.
-    """
+
+def read_shared_flags(argv: list[str]) -> Flags:
+    """Reads the flags of jaxlm.main for another command. Raises UsageError as `read_flags`, and for `--show`."""
     flags = read_flags(argv)
     if flags.show:
         raise UsageError("--show is a flag of python -m jaxlm.main only")
-    return flags.config, flags.workdir
+    return flags
 
 
 def read_flags(argv: list[str]) -> Flags:

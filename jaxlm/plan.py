@@ -16,7 +16,7 @@ from datetime import datetime
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxlm.cli import ArgumentParser, read_config, read_flags, run, run_errors
+from jaxlm.cli import ArgumentParser, read_shared_flags, run, run_errors
 from jaxlm.config import Config
 from jaxlm.planner.tables import tables
 from jaxlm.terminal import console
@@ -68,15 +68,15 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--check", action="store_true", help="check what this machine computes, instead")
     args, rest = parser.parse_known_args(argv)
-    config, workdir = read_config(rest)
+    flags = read_shared_flags(rest)
+    config, workdir = flags.config, flags.workdir
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the memory to the short run's process
 
     from jaxlm.planner.report import make_plan  # only now, so that errors in the flags are shown at once
     from jaxlm.planner.sizes import resolve
 
     with run_errors(workdir):
-        named = read_flags(rest).overridden
-        config = resolve(config, workdir, named, say=lambda line: print(line, file=sys.stderr))
+        config = resolve(config, workdir, flags.overridden, say=lambda line: print(line, file=sys.stderr))
         if args.check:
             check(config, args.json)
             return
