@@ -22,16 +22,13 @@ from jaxlm.errors import RunError, disk_advice
 from jaxlm.interop.huggingface import layer_tensors
 from jaxlm.interop.mark import Mark
 from jaxlm.interop.model_card import text_name
+from jaxlm.interop.policy import content_policy
 from jaxlm.storage import atomic
 
 WORKER = ("model.js", "tokenizer.js", "weights.js", "sampling.js", "worker.js")
 Q8_BLOCK = 32  # numbers that share a scale
 _BITS = {"f32": "32 bits a weight", "f16": "16 bits a weight", "q8_0": "8 bits a weight and a scale for each 32"}
 _SEAL = b"<!-- written by jaxlm; sha256 %s -->\n"
-_POLICY = (
-    "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; worker-src blob:; img-src data:;"
-    " base-uri 'none'; form-action 'none'"
-)
 
 
 def write_page(
@@ -109,7 +106,7 @@ def _parts(
     }
     script, style = page_source("page.js"), page_source("page.css")
     return {
-        "policy": _POLICY.format(script=_csp_hash(script), style=_csp_hash(style)),
+        "policy": content_policy(script, style, "worker-src blob:"),
         "name": html.escape(name),
         "script": script,
         "style": style,
@@ -162,7 +159,3 @@ def pack(tensor: np.ndarray, dtype: str) -> bytes:
 def page_source(name: str) -> str:
     """The text of a file of the page."""
     return resources.files("jaxlm.interop").joinpath("page", name).read_text(encoding="utf-8")
-
-
-def _csp_hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

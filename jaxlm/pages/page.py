@@ -1,11 +1,11 @@
 """One self-contained HTML file: a template, its styles and scripts, and the data as JSON."""
 
-import base64
-import hashlib
 import json
 import re
 from importlib import resources
 from typing import Any
+
+from jaxlm.interop.policy import content_policy
 
 MARK = b"Made by jaxlm.report"  # in every page and picture, so that no file of another program is replaced
 _FILES = {"style": ("uplot.min.css", "report.css"), "script": ("uplot.min.js", "words.js", "report.js")}
@@ -23,15 +23,7 @@ def render(runs: list[dict[str, Any]], written: str, refresh_seconds: float | No
     data = {"runs": runs, "written": written, "refresh_seconds": refresh_seconds}
     values = parts | {
         "title": ", ".join(re.sub("[<&]", " ", run["name"]) for run in runs),
-        "policy": "; ".join(
-            [
-                "default-src 'none'",
-                *(f"{kind}-src '{_hash(text)}'" for kind, text in parts.items()),
-                "img-src data:",
-                "base-uri 'none'",
-                "form-action 'none'",
-            ]
-        ),
+        "policy": content_policy(**parts),
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _text("report.html")).encode(
@@ -41,8 +33,3 @@ def render(runs: list[dict[str, Any]], written: str, refresh_seconds: float | No
 
 def _text(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    """As a policy names the content of an element."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -139,7 +139,7 @@ def _at(metrics: Metrics, rows: Indices) -> dict[str, Any]:
 def _plan(
     config: Config | None, metrics: Metrics, sessions: list[Mapping[str, Any]], buckets: int
 ) -> dict[str, Any] | None:
-    """What the settings and the first session planned. The learning rate goes on to the last step."""
+    """What the settings and the first session planned. The learning rate is planned to the last step."""
     if not config:
         return None
     plan = sessions[0].get("plan") if sessions else None
