@@ -1,12 +1,10 @@
 """What the norms of queries and keys (`model.qk_norm`) add to a training micro-step of the preset, on a Hopper GPU.
 
     python -m experiments.qk_norm
-    python -m experiments.qk_norm --forms plain triton-64-8-8 mosaic-64-8 --rounds 20
+    python -m experiments.qk_norm --forms plain kernel kernel-64-8-8 --rounds 20
 
-Forms: `plain` is XLA's, and `saved-inverse` the same with the norms' inverses saved. `triton` and `mosaic` are kernels.
-In `triton-R-G-W` and `mosaic-R-G` a program of the kernel computes R tokens of G heads, the former with W warps. The
-kernels (`qk_norm_triton.py`, `qk_norm_mosaic.py`) are candidates: tested in an interpreter, not yet timed on a GPU, so
-jaxlm computes the plain form.
+Forms: `kernel` is that of `core/ops/hopper_qk_norm.py`, and `kernel-R-G-W` the same with R tokens of G heads and W
+warps in a program. `plain` is XLA's.
 
 First the queries, keys and values of one layer and their gradients are timed in each of `--layer-forms`, and compared
 with the plain form in float32. Then the whole micro-steps of `--forms` alternate with the step without the norms in one
@@ -29,32 +27,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import m2_60m
-from experiments import qk_norm_mosaic, qk_norm_triton
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.core import layers, ops
-from jaxlm.core.ops import hopper, xla
+from jaxlm.core.ops import hopper, hopper_qk_norm, xla
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.device import backend
 
-LAYER_FORMS = (
-    *("plain", "saved-inverse", "triton", "triton-16-8-4", "triton-64-8-8", "triton-64-8-4", "triton-32-2-4"),
-    *("triton-64-1-4", "triton-128-1-8", "mosaic", "mosaic-64-1", "mosaic-64-2", "mosaic-64-8", "mosaic-128-2"),
-)
-FORMS = ("plain", "triton", "triton-64-8-8", "triton-32-2-4", "mosaic", "mosaic-64-2")
-MODULES = {"triton": qk_norm_triton, "mosaic": qk_norm_mosaic}
+FORMS = ("plain", "kernel", "kernel-64-8-8", "kernel-32-2-4")
 SIZES = ("BLOCK_ROWS", "MAX_GROUP", "WARPS")
 
 
 @contextlib.contextmanager
 def form(name: str | None) -> Iterator[Callable[..., Any]]:
     """Makes the record for Hopper GPUs compute `query_key_value` in this form, and yields the function."""
-    kernel, *sizes = (name or "without norms").split("-")
+    kind, *sizes = (name or "without norms").split("-")
     with contextlib.ExitStack() as stack:
-        run = {None: without_norms, "plain": xla.query_key_value, "saved-inverse": with_saved_inverse}.get(name)
-        if kernel in MODULES:
-            run = MODULES[kernel].query_key_value
-            for size, value in zip(SIZES, sizes, strict=False):
-                stack.enter_context(mock.patch.object(MODULES[kernel], size, int(value)))
+        run = {"kernel": hopper_qk_norm.query_key_value, "plain": xla.query_key_value}.get(kind, without_norms)
+        for size, value in zip(SIZES, sizes if name else (), strict=False):
+            stack.enter_context(mock.patch.object(hopper_qk_norm, size, int(value)))
         record = replace(hopper.HOPPER, query_key_value=run)
         stack.enter_context(mock.patch.dict(ops.IMPLEMENTATIONS, hopper=record))
         jax.clear_caches()
@@ -75,38 +65,6 @@ def without_norms(device_ops, x_BTD, weights, scales, rope_cos_sin, eps, matmul_
     parts = device_ops.fused_linear(device_ops, x_BTD, weights, matmul_dtype)
     q_BTHK, k_BTHK, v_BTHK = (array.reshape(*x_BTD.shape[:2], -1, len(scales[0])) for array in parts)
     return layers.rope(q_BTHK, rope_cos_sin), layers.rope(k_BTHK, rope_cos_sin), v_BTHK
-
-
-def with_saved_inverse(device_ops, x_BTD, weights, scales, rope_cos_sin, eps, matmul_dtype):
-    """`xla.query_key_value` that rotates before it norms, so that the sums of rows are apart from the element-wise."""
-    K = len(scales[0])
-    parts = device_ops.fused_linear(device_ops, x_BTD, weights, matmul_dtype)
-    q_BTHK, k_BTHK, v_BTHK = (array.reshape(*x_BTD.shape[:2], -1, K) for array in parts)
-    return *(_rotate_then_norm(x, s, rope_cos_sin, eps) for x, s in zip((q_BTHK, k_BTHK), scales, strict=True)), v_BTHK
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _rotate_then_norm(x_BTHK, scale_K, cos_sin, eps):
-    return _rotate_then_norm_forward(x_BTHK, scale_K, cos_sin, eps)[0]
-
-
-def _rotate_then_norm_forward(x_BTHK, scale_K, cos_sin, eps):
-    x32_BTHK = x_BTHK.astype(jnp.float32)
-    inverse_BTH1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTHK), axis=-1, keepdims=True) + eps)
-    out_BTHK = layers.rope(x32_BTHK * scale_K, cos_sin) * inverse_BTH1
-    return out_BTHK.astype(x_BTHK.dtype), (x_BTHK, scale_K, cos_sin, inverse_BTH1)
-
-
-def _rotate_then_norm_backward(eps, residuals, d_out_BTHK):
-    x_BTHK, scale_K, (cos, sin), inverse_BTH1 = residuals
-    d_BTHK = layers.rope(d_out_BTHK.astype(jnp.float32), (cos, -sin))
-    normed_BTHK = x_BTHK.astype(jnp.float32) * inverse_BTH1
-    projection_BTH1 = jnp.mean(d_BTHK * scale_K * normed_BTHK, axis=-1, keepdims=True)
-    d_x_BTHK = inverse_BTH1 * (d_BTHK * scale_K - normed_BTHK * projection_BTH1)
-    return d_x_BTHK.astype(x_BTHK.dtype), jnp.sum(d_BTHK * normed_BTHK, axis=(0, 1, 2)), None
-
-
-_rotate_then_norm.defvjp(_rotate_then_norm_forward, _rotate_then_norm_backward)
 
 
 def layer(run: Callable[..., Any], c: ModelConfig, dtype: str, batch: int) -> tuple[list[jax.Array], float]:
@@ -174,7 +132,7 @@ def prepare(config: Config, ids: jax.Array, name: str | None) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layer-forms", nargs="*", default=LAYER_FORMS)
+    parser.add_argument("--layer-forms", nargs="*", default=FORMS)
     parser.add_argument("--forms", nargs="*", default=FORMS)
     parser.add_argument("--batch", type=int, default=32, help="sequences of a micro-batch")
     parser.add_argument("--rounds", type=int, default=10)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.core.layers import linear
-from jaxlm.core.ops import xla
+from jaxlm.core.ops import hopper_qk_norm, xla
 from jaxlm.core.ops.cuda import CUDA
 from jaxlm.core.ops.record import Ops
 
@@ -341,6 +341,7 @@ def _multiprocessors() -> int:
 HOPPER = replace(
     CUDA,
     fused_linear=fused_linear,
+    query_key_value=hopper_qk_norm.query_key_value,
     swiglu=swiglu,
     cross_entropy=cross_entropy,
     cross_entropy_and_grad=cross_entropy_and_grad,

@@ -1,4 +1,4 @@
-"""QK-norm and RoPE for NVIDIA's Hopper GPUs: one kernel forward and one backward, around one matmul.
+"""QK-norm and RoPE for Hopper GPUs (H100, H200): one kernel forward and one backward, around one matmul.
 
 XLA computes the norms by kernels for the rows' sums, for the gradient of the scales and for the element-wise part, and
 each reads the queries and keys again. Here one kernel reads the result of the fused matmul of queries, keys and values
@@ -57,7 +57,8 @@ def _norm_rope_forward(fused_NF, scales, cos_sin, eps, heads):
 
 
 def _norm_rope_backward(eps, heads, residuals, d_qkv):
-    d_fused_NF, *d_scales = _call(partial(_rotate_back, eps), heads, *residuals, d_qkv)
+    fused_NF, scales, cos_sin = residuals
+    d_fused_NF, *d_scales = _call(partial(_rotate_back, eps), heads, fused_NF, scales, cos_sin, d_qkv)
     return d_fused_NF, tuple(jnp.sum(d_BHK, axis=(0, 1)) for d_BHK in d_scales), None
 
 

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import qk_norm_mosaic, qk_norm_triton
 from jaxlm.core import layers
-from jaxlm.core.ops import xla
+from jaxlm.core.ops import hopper_qk_norm, xla
 from tests.core import float64
 from tests.core.ops.test_hopper import ROUNDING, draw, relative_error
 
@@ -24,7 +23,6 @@ def calls(monkeypatch):
     if jax.__version_info__ < (0, 11):
         pytest.skip("the kernels are for jax from 0.11 on")
     import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
 
     calls, pallas_call = [], pl.pallas_call
 
@@ -32,14 +30,7 @@ def calls(monkeypatch):
         calls.append(settings["grid"])
         return pallas_call(*args, **settings, interpret=True)
 
-    kernel = plgpu.kernel
-
-    def interpret_mosaic(*args, **settings):
-        calls.append(settings["grid"])
-        return kernel(*args, **settings, interpret=plgpu.InterpretGPUParams())
-
     monkeypatch.setattr(pl, "pallas_call", interpret)
-    monkeypatch.setattr(plgpu, "kernel", interpret_mosaic)
     return calls
 
 
@@ -70,17 +61,16 @@ def with_gradients(query_key_value, x, weights, scales, d_qkv, positions=None):
 )
 def test_the_kernels_are_the_plain_form(calls, heads, kv_heads, head_width, length, groups):
     inputs = arguments(heads, kv_heads, head_width, length)
-    found = with_gradients(qk_norm_triton.query_key_value, *inputs)
-    assert calls == [(2 * length // qk_norm_triton.BLOCK_ROWS, groups)] * 2
+    found = with_gradients(hopper_qk_norm.query_key_value, *inputs)
+    assert calls == [(2 * length // hopper_qk_norm.BLOCK_ROWS, groups)] * 2
     for a, b in zip(found, with_gradients(xla.query_key_value, *inputs), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("module", [qk_norm_triton, qk_norm_mosaic])
-def test_in_bfloat16(calls, module):
+def test_in_bfloat16(calls):
     x, *others = arguments(4, 2, 64, 64)
-    found = with_gradients(module.query_key_value, x.astype(jnp.bfloat16), *others)
+    found = with_gradients(hopper_qk_norm.query_key_value, x.astype(jnp.bfloat16), *others)
     assert len(calls) == 2
     assert [a.dtype for a in found] == [jnp.bfloat16] * 4 + [jnp.float32] * 5
     for a, b in zip(found, with_gradients(xla.query_key_value, x, *others), strict=True):
@@ -90,7 +80,7 @@ def test_in_bfloat16(calls, module):
 def test_the_definition():
     x, weights, scales, _ = arguments(4, 2, 32, 32)
     cos_sin = layers.rope_cos_sin(jnp.arange(32)[None], 32, THETA)
-    run = jax.jit(partial(qk_norm_triton.query_key_value, xla.XLA, eps=EPS, matmul_dtype="float32"))
+    run = jax.jit(partial(hopper_qk_norm.query_key_value, xla.XLA, eps=EPS, matmul_dtype="float32"))
     found = run(x, weights, scales, cos_sin)
     exact = [np.float64(x), *([np.float64(a) for a in arrays] for arrays in (weights, scales))]
     for a, b in zip(found, float64.query_key_value(*exact, np.arange(32)[None], EPS, THETA), strict=True):
@@ -99,7 +89,7 @@ def test_the_definition():
 
 def test_a_directional_derivative_by_differences():
     x, weights, scales, d_qkv = arguments(2, 1, 32, 32)
-    _, _, _, by_x, _, _, _, *by_scales = with_gradients(qk_norm_triton.query_key_value, x, weights, scales, d_qkv)
+    _, _, _, by_x, _, _, _, *by_scales = with_gradients(hopper_qk_norm.query_key_value, x, weights, scales, d_qkv)
     directions = [draw(2, 32, D, seed=7), *(draw(32, seed=5 + i) for i in range(2))]
 
     def value(step):
@@ -119,7 +109,7 @@ def test_a_directional_derivative_by_differences():
 )
 def test_other_sizes_take_the_plain_form(calls, head_width, length, positions):
     inputs = arguments(2, 2, head_width, length)
-    found = with_gradients(qk_norm_triton.query_key_value, *inputs, positions)
+    found = with_gradients(hopper_qk_norm.query_key_value, *inputs, positions)
     assert not calls
     for a, b in zip(found, with_gradients(xla.query_key_value, *inputs, positions), strict=True):
         np.testing.assert_array_equal(a, b)
