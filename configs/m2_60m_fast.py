@@ -18,9 +18,9 @@ from jaxlm.config import default_config
 
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
-    config.batch_size = 32
+    config.batch_size = 16
     config.grad_accum_steps = 1
-    config.max_steps = 15_000
+    config.max_steps = 30_000
     config.eval_interval = 100
     config.save_interval = 300
     config.generation_interval = 50
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.qk_norm = True
 
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 6e-3
+    config.optimizer.learning_rate = 1.2e-2
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.0
     config.optimizer.muon_learning_rate = 2.2e-3
@@ -45,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.muon_weight_decay = 0.8
     config.optimizer.cautious = True
     config.optimizer.average = 0.98
-    config.optimizer.warmup_steps = 40
+    config.optimizer.warmup_steps = 80
     config.optimizer.lr_schedule = "linear"
     config.optimizer.lr_decay_fraction = 0.4
     config.optimizer.min_lr_ratio = 0.0

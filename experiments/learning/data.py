@@ -39,7 +39,7 @@ def held_out_corpus(files: Sequence[Path], held_out: int = HELD_OUT) -> Corpus:
     return Corpus("study", tuple(files), partial(read, False), partial(read, True))
 
 
-def prepare(config: Config, files: Sequence[Path] | None, directory: Path) -> TokenFiles:
+def prepare_tokens(config: Config, files: Sequence[Path] | None, directory: Path) -> TokenFiles:
     """The tokens of `files`, or (None) of the config's own corpus, in a part of `directory`; written if missing."""
     data, vocab_size = config.data, config.model.vocab_size
     corpus = open_corpus(data.corpus) if files is None else held_out_corpus(files)

@@ -4,20 +4,24 @@
 
 Each finished trial is a line of the results, and a trial that has one is not run again: the same command continues an
 interrupted table. Several processes, each with a GPU of its own, may share one: each claims a trial by a file beside
-the tokens. With `--seconds`, none begins a trial that would end later than so many seconds from the start.
+the tokens. Trials with another loss run only in a process with this `--loss`. With `--seconds`, none begins a trial
+that would end later than so many seconds from the start.
 """
 
 import argparse
 import json
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from experiments.learning.data import prepare
+from experiments.learning import losses
+from experiments.learning.data import prepare_tokens
 from experiments.learning.tables import TABLES, flops
-from experiments.learning.trial import Phase, Trial, compile_phases, run
+from experiments.learning.trial import Prepared, Trial, prepare, run
 from jaxlm.data.token_files import TokenFiles
 from jaxlm.device import backend
+
+PREPARED = 2  # trials that are compiled ahead
 
 
 def main() -> None:
@@ -27,14 +31,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/study"), help="directory of the tokens")
     parser.add_argument("--out", type=Path, required=True, help="file of the results")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to end, counted from the start")
+    parser.add_argument("--loss", default="", help="run the trials with this loss, such as 'soft-cap 15'")
     parser.add_argument("--prepare-only", action="store_true", help="prepare the tokens, train nothing")
     args = parser.parse_args()
     ends = time.monotonic() + args.seconds
     device = backend.start("auto")
-    trials = [trial for trial in TABLES[args.table] if trial.key not in finished(args.out)]
+    if args.loss:
+        losses.install(args.loss)
+    done = finished(args.out)
+    trials = [trial for trial in TABLES[args.table] if trial.loss == args.loss and trial.key not in done]
 
     def tokens_of(trial: Trial) -> TokenFiles:
-        return prepare(trial.config(device), args.texts if trial.preset == "m2_60m" else None, args.data)
+        return prepare_tokens(trial.config(device), args.texts if trial.preset == "m2_60m" else None, args.data)
 
     if args.prepare_only:
         for trial in trials:
@@ -42,25 +50,25 @@ def main() -> None:
         return
     rates: list[float] = []  # FLOP/s of the trials so far
 
-    def claim() -> tuple[Trial, list[Phase]] | None:
+    def claim() -> Prepared | None:
         for trial in trials:
             late = rates and time.monotonic() + 1.3 * flops(trial) / min(rates) > ends
             if not late and _claim(args.data / "claims", trial.key):
-                return trial, compile_phases(trial, device)
+                return prepare(trial, device)
         return None
 
-    with ThreadPoolExecutor(1) as pool:  # compiles the next trial while one trains
-        pending: Future[tuple[Trial, list[Phase]] | None] = pool.submit(claim)
-        while claimed := pending.result():
-            pending = pool.submit(claim)
-            trial, phases = claimed
+    with ThreadPoolExecutor(PREPARED) as pool:  # compiles the next trials while one trains
+        pending = [pool.submit(claim) for _ in range(PREPARED)]
+        while prepared := pending.pop(0).result():
+            pending.append(pool.submit(claim))
             started = time.monotonic()
-            row = run(trial, phases, tokens_of(trial), device)
-            rates.append(flops(trial) / (time.monotonic() - started))
+            row = run(prepared, tokens_of(prepared.trial), device)
+            rates.append(flops(prepared.trial) / (time.monotonic() - started))
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(
-                f"{trial.key:56} {row['val_loss']:.4f} {row['val_bits_per_byte']:.4f} {row['step_ms']:7.2f}", flush=True
+                f"{row['trial']:56} {row['val_loss']:.4f} {row['val_bits_per_byte']:.4f} {row['step_ms']:7.2f}",
+                flush=True,
             )
 
 

@@ -43,7 +43,7 @@ def adamw(steps: int, rate: float = 2e-3, tokens: int = USERS_BATCH, **changes: 
     return settings | _dotted(changes)
 
 
-def muon(tokens: int, batch_tokens: int = 32_768, scale: float = 1.0, **changes: Any) -> Settings:
+def muon(tokens: int, batch_tokens: int = 16_384, scale: float = 1.0, **changes: Any) -> Settings:
     """The recipe of `configs/m2_60m_fast.py` for a length in tokens, with its rates times `scale`."""
     recipe = m2_60m_fast.get_config().optimizer
     settings = {f"optimizer.{name}": value for name, value in recipe.items()} | {
@@ -97,13 +97,52 @@ def flops(trial: Trial) -> float:
     return flops_per_step(trial.settings) * trial.settings["max_steps"]
 
 
+def _own_at(part: float, vocab_size: int, batch_tokens: int = 16_384, **changes: Any) -> Settings:
+    """The recipe with an own vocabulary at 1/part of the arithmetic of AdamW's N tokens."""
+    settings = muon(N, batch_tokens) | own(vocab_size, **changes)
+    steps = flops_per_step(adamw(1200)) * 1200 / part / flops_per_step(settings)
+    return settings | {"max_steps": round(steps)}
+
+
 SHORT = round(N / 3.5)
 HALF = N // 2  # 600 steps of the user's batch
+QUARTER = round(N / 4.5)
+LENGTHS = {
+    "N/3.5": SHORT,
+    "N/4.5": QUARTER,
+    "N/5.5": round(N / 5.5),
+    "N/8": round(N / 8),
+    "2N/4.5": round(2 * N / 4.5),
+    "2N/6": round(2 * N / 6),
+}
 ADAMW_TUNED = {  # better than the recipe without each, at 1,200 steps
     "optimizer__weight_decay": 0.3,
     "optimizer__warmup_steps": 300,
     "optimizer__lr_decay_fraction": 0.4,
 }
+
+
+PLAIN_MUON = {  # without the parts of the recipe
+    "optimizer__muon_momentum_warmup": 0,
+    "optimizer__muon_b2": 0.0,
+    "optimizer__cautious": False,
+    "optimizer__muon_weight_decay": 0.1,
+    "optimizer__average": 0.0,
+}
+
+
+def _without(changes: Settings, *names: str) -> Settings:
+    return {key: value for key, value in changes.items() if key.removeprefix("optimizer__") not in names}
+
+
+def _first(scale: float = 1.0, batch_tokens: int = 16_384, tokens: int = SHORT, **changes: Any) -> Settings:
+    """The recipe with the first rates times `scale`."""
+    rates = {"optimizer__learning_rate": 6e-3 * scale, "optimizer__muon_learning_rate": 2.2e-3 * scale}
+    return muon(tokens, batch_tokens, **rates | changes)
+
+
+def _sizes(width: int) -> Settings:
+    return {"model__width": width, "model__heads": width // 64, "model__mlp_width": 4 * width}
 
 
 def of_quickstart(**changes: Any) -> Settings:
@@ -155,136 +194,144 @@ TABLES: dict[str, list[Trial]] = {
         *one("as written, 2,400 steps", as_written(2400)),
     ],
     # what the goals ask: whole schedules of fewer tokens, three seeds
-    "goals": [
-        *seeds("ours 32k, N/3.5", muon(SHORT)),
-        *seeds("ours 16k, N/3.5", muon(SHORT, 16_384)),
-        *seeds("ours 32k, N/4.5", muon(round(N / 4.5))),
-        *seeds("ours 16k, N/4.5", muon(round(N / 4.5), 16_384)),
-        *seeds("ours 32k, 2N/4.5", muon(round(2 * N / 4.5))),
-        *seeds("ours 16k, 2N/4.5", muon(round(2 * N / 4.5), 16_384)),
-        *seeds("ours 16k, 2N/6", muon(round(2 * N / 6), 16_384)),
-        *seeds("ours 16k, N/5.5", muon(round(N / 5.5), 16_384)),
-        *seeds("ours 16k, N/8", muon(round(N / 8), 16_384)),
-    ],
-    # each change on top of the ones before, at the user's batch and 600 steps; then the recipe without each
+    "goals": [trial for name, tokens in LENGTHS.items() for trial in seeds(f"recipe, {name}", muon(tokens))],
+    # each part of the recipe on top of the ones before, at the user's batch and 600 steps
     "parts": [
         *one("AdamW 2e-3 and QK-norm", adamw(600, model__qk_norm=True)),
-        *one(
-            "Muon as Jordan's, no QK-norm",
-            muon(
-                HALF,
-                USERS_BATCH,
-                model__qk_norm=False,
-                **(
-                    plain := {
-                        "optimizer__muon_momentum_warmup": 0,
-                        "optimizer__muon_b2": 0.0,
-                        "optimizer__cautious": False,
-                        "optimizer__muon_weight_decay": 0.1,
-                        "optimizer__average": 0.0,
-                    }
-                ),
-            ),
-        ),
-        *one("and QK-norm", muon(HALF, USERS_BATCH, **plain)),
-        *one("and NorMuon", muon(HALF, USERS_BATCH, **plain | {"optimizer__muon_b2": 0.95})),
-        *one(
-            "and momentum warm-up",
-            muon(HALF, USERS_BATCH, **plain | {"optimizer__muon_b2": 0.95, "optimizer__muon_momentum_warmup": 200}),
-        ),
-        *one("and cautious decay 0.8", muon(HALF, USERS_BATCH, optimizer__average=0.0)),
-        *one("and the average: ours 64k", muon(HALF, USERS_BATCH)),
-        *seeds("ours 32k", muon(HALF)),
-        *seeds("ours 16k", muon(HALF, 16_384)),
+        *[
+            trial
+            for name, without in {
+                "Muon as Jordan's, no QK-norm": PLAIN_MUON | {"model__qk_norm": False},
+                "and QK-norm": PLAIN_MUON,
+                "and NorMuon": _without(PLAIN_MUON, "muon_b2"),
+                "and momentum warm-up": _without(PLAIN_MUON, "muon_b2", "muon_momentum_warmup"),
+                "and cautious decay 0.8": {"optimizer__average": 0.0},
+                "and the average": {},
+            }.items()
+            for trial in one(name, muon(HALF, USERS_BATCH, **without))
+        ],
+        *one("at 32k tokens a step", muon(HALF, 32_768)),
+        *seeds("at 16k: the recipe", muon(HALF)),
+    ],
+    # the recipe with one change
+    "around": [
+        *seeds("recipe, N/4.5", muon(QUARTER)),
         *[
             trial
             for change, setting in {
+                "Muon rate 1.5e-3": {"optimizer__muon_learning_rate": 1.5e-3},
+                "Muon rate 3.3e-3": {"optimizer__muon_learning_rate": 3.3e-3},
+                "Adam rate 6e-3": {"optimizer__learning_rate": 6e-3},
+                "Adam rate 1.8e-2": {"optimizer__learning_rate": 1.8e-2},
+                "Adam rate 2.4e-2": {"optimizer__learning_rate": 2.4e-2},
                 "without QK-norm": {"model__qk_norm": False},
                 "without NorMuon": {"optimizer__muon_b2": 0.0},
+                "NorMuon 0.98": {"optimizer__muon_b2": 0.98},
                 "without momentum warm-up": {"optimizer__muon_momentum_warmup": 0},
+                "momentum warm-up 400": {"optimizer__muon_momentum_warmup": 400},
+                "momentum 0.9": {"optimizer__muon_momentum": 0.9},
+                "momentum 0.97": {"optimizer__muon_momentum": 0.97},
                 "decay not cautious": {"optimizer__cautious": False},
-                "without average": {"optimizer__average": 0.0},
-                "average 0.99": {"optimizer__average": 0.99},
                 "decay 0.4": {"optimizer__muon_weight_decay": 0.4},
                 "decay 1.6": {"optimizer__muon_weight_decay": 1.6},
-                "Adam rate 3e-3": {"optimizer__learning_rate": 3e-3},
-                "Adam rate 1.2e-2": {"optimizer__learning_rate": 1.2e-2},
-                "Muon rate 1.1e-3": {"optimizer__muon_learning_rate": 1.1e-3},
-                "Muon rate 4.4e-3": {"optimizer__muon_learning_rate": 4.4e-3},
-                "decay over the last 0.6": {"optimizer__lr_decay_fraction": 0.6},
-                "decay over the last 0.8": {"optimizer__lr_decay_fraction": 0.8},
+                "without average": {"optimizer__average": 0.0},
+                "average 0.99": {"optimizer__average": 0.99},
+                "rate falls over the last 0.3": {"optimizer__lr_decay_fraction": 0.3},
+                "rate falls over the last 0.5": {"optimizer__lr_decay_fraction": 0.5},
+                "b2 0.95": {"optimizer__b2": 0.95},
+                "b2 0.99": {"optimizer__b2": 0.99},
+                "b1 0.8": {"optimizer__b1": 0.8},
+                "warm-up 20": {"optimizer__warmup_steps": 20},
+                "decay of the embedding 0.1": {"optimizer__weight_decay": 0.1},
                 "theta 1e5": {"model__rope_theta": 1e5},
                 "untied head": {"model__tied": False},
                 "outputs from zero": {"model__output_init": "zero"},
-                "b2 0.95": {"optimizer__b2": 0.95},
-                "momentum 0.9": {"optimizer__muon_momentum": 0.9},
-                "average 0.99, decay over the last 0.2": {
-                    "optimizer__average": 0.99,
-                    "optimizer__lr_decay_fraction": 0.2,
+                "Adam rate 1.8e-2, Muon rate 3.3e-3": {
+                    "optimizer__learning_rate": 1.8e-2,
+                    "optimizer__muon_learning_rate": 3.3e-3,
                 },
+                "Muon rate 3.3e-3, decay 0.5": {
+                    "optimizer__muon_learning_rate": 3.3e-3,
+                    "optimizer__muon_weight_decay": 0.5,
+                },
+                "b1 0.8, b2 0.99": {"optimizer__b1": 0.8, "optimizer__b2": 0.99},
             }.items()
-            for trial in one(f"ours 32k, N/3.5, {change}", muon(SHORT, **setting))
+            for trial in one(change, muon(QUARTER, **setting))
         ],
+        *[Trial(loss, muon(QUARTER), 0, loss=loss) for loss in ("soft-cap 15", "soft-cap 30", "z-loss 1e-4")],
     ],
-    # the recipe tuned at the batch and the length of the goals
+    # what led to the rates of the recipe: one change to Adam's rate 6e-3 and Muon's 2.2e-3
     "tune": [
         *[
             trial
+            for batch_tokens, lengths in ((32_768, ("N/3.5", "N/4.5", "2N/4.5")), (16_384, LENGTHS))
+            for name in lengths
+            for trial in seeds(f"ours {batch_tokens // 1024}k, {name}", _first(1.0, batch_tokens, tokens=LENGTHS[name]))
+        ],
+        *[
+            trial
             for change, settings in {
-                "rates times 1.4": muon(SHORT, 16_384, 1.4),
-                "rates times 0.7": muon(SHORT, 16_384, 0.7),
-                "8k, rates times 0.7": muon(SHORT, 8192, 0.7),
-                "8k": muon(SHORT, 8192),
-                "Adam rate times 2": muon(SHORT, 16_384, optimizer__learning_rate=1.2e-2),
-                "Adam rate times 0.5": muon(SHORT, 16_384, optimizer__learning_rate=3e-3),
-                "Muon rate times 1.5": muon(SHORT, 16_384, optimizer__muon_learning_rate=3.3e-3),
-                "decay over the last 0.6": muon(SHORT, 16_384, optimizer__lr_decay_fraction=0.6),
-                "decay over the last 0.8": muon(SHORT, 16_384, optimizer__lr_decay_fraction=0.8),
-                "b2 0.99": muon(SHORT, 16_384, optimizer__b2=0.99),
-                "decay 0.4": muon(SHORT, 16_384, optimizer__muon_weight_decay=0.4),
-                "momentum warm-up 400": muon(SHORT, 16_384, optimizer__muon_momentum_warmup=400),
-                "warm-up 20": muon(SHORT, 16_384, optimizer__warmup_steps=20),
-                "theta 1e5": muon(SHORT, 16_384, model__rope_theta=1e5),
-                "outputs from zero": muon(SHORT, 16_384, model__output_init="zero"),
-                "average 0.99": muon(SHORT, 16_384, optimizer__average=0.99),
+                "rates times 1.4": _first(1.4),
+                "rates times 0.7": _first(0.7),
+                "8k, rates times 0.7": _first(0.7, 8192),
+                "8k": _first(1.0, 8192),
+                "Adam rate times 2": _first(optimizer__learning_rate=1.2e-2),
+                "Adam rate times 0.5": _first(optimizer__learning_rate=3e-3),
+                "Muon rate times 1.5": _first(optimizer__muon_learning_rate=3.3e-3),
+                "decay over the last 0.6": _first(optimizer__lr_decay_fraction=0.6),
+                "decay over the last 0.8": _first(optimizer__lr_decay_fraction=0.8),
+                "b2 0.99": _first(optimizer__b2=0.99),
+                "decay 0.4": _first(optimizer__muon_weight_decay=0.4),
+                "momentum warm-up 400": _first(optimizer__muon_momentum_warmup=400),
             }.items()
             for trial in one(f"ours 16k, N/3.5, {change}", settings)
         ],
     ],
     "batch": [
-        *one("ours 8k, rates times 0.7", muon(HALF, 8192, 0.7)),
-        *one("ours 8k", muon(HALF, 8192)),
-        *one("ours 16k, rates times 0.7", muon(HALF, 16_384, 0.7)),
-        *one("ours 64k, rates times 1.4", muon(HALF, USERS_BATCH, 1.4)),
-        *one("ours 131k, rates times 1.4", muon(HALF, 131_072, 1.4)),
-        *[Trial("ours, from 8k to 16k", muon(round(HALF * 4 / 3), 16_384), 0, True)],
-        *[Trial("ours, from 16k to 32k", muon(round(HALF * 4 / 3)), 0, True)],
+        *one("4k", muon(SHORT, 4096)),
+        *one("8k", muon(SHORT, 8192)),
+        *one("8k, rates times 0.7", muon(SHORT, 8192, 0.7)),
+        *one("16k", muon(SHORT)),
+        *one("32k", muon(SHORT, 32_768)),
+        *one("32k, rates times 1.4", muon(SHORT, 32_768, 1.4)),
+        *one("64k", muon(SHORT, USERS_BATCH)),
+        *one("64k, rates times 2", muon(SHORT, USERS_BATCH, 2.0)),
+        *one("131k, rates times 2.8", muon(SHORT, 131_072, 2.8)),
+        *[Trial("from 8k to 16k", muon(round(SHORT * 4 / 3)), 0, True)],
+        *[Trial("from 16k to 32k", muon(round(SHORT * 4 / 3), 32_768), 0, True)],
     ],
-    # at the arithmetic of N/3.5 tokens with GPT-2's vocabulary
+    # at a part of the arithmetic of AdamW's N tokens with GPT-2's vocabulary
     "vocabulary": [
-        *seeds("GPT-2", muon(SHORT)),
-        *seeds("own 8k", equal_arithmetic(muon(SHORT) | own(8192))),
-        *one("own 4k", equal_arithmetic(muon(SHORT) | own(4096))),
-        *one("own 16k", equal_arithmetic(muon(SHORT) | own(16_384))),
-        *one("own 8k, width 640", equal_arithmetic(muon(SHORT) | own(8192, model__width=640, model__heads=10))),
-        *one("own 8k, 11 layers", equal_arithmetic(muon(SHORT) | own(8192, model__layers=11))),
-        *one("own 8k, 6 layers", equal_arithmetic(muon(SHORT) | own(8192, model__layers=6))),
-        *one("own 8k, MLP 1536", equal_arithmetic(muon(SHORT) | own(8192, model__mlp_width=1536))),
-        *one("own 8k, batch 16k", equal_arithmetic(muon(SHORT, 16_384) | own(8192))),
+        *one("GPT-2, N/3.5", muon(SHORT)),
+        *[t for size in (8, 16) for t in seeds(f"own {size}k, 1/4", _own_at(4, size * 1024))],
+        *[t for size in (8, 16) for t in seeds(f"own {size}k, 1/6", _own_at(6, size * 1024))],
         *[
             t
-            for part in (2, 4)
-            for t in one(f"own 8k, 1/{part} of it", equal_arithmetic(muon(round(N / 3.5 / part)) | own(8192)))
+            for name, sizes in {
+                "12 layers": {"model__layers": 12},
+                "6 layers": {"model__layers": 6},
+                "width 384": {"model__width": 384, "model__heads": 6},
+                "MLP 1536": {"model__mlp_width": 1536},
+            }.items()
+            for t in one(f"own 8k, {name}, 1/4", _own_at(4, 8192, **sizes))
         ],
+        *one("own 8k, 32k tokens a step, 1/4", _own_at(4, 8192, 32_768)),
+        # at the arithmetic of the recipe's N/3.5 tokens with GPT-2's vocabulary
+        *seeds("own 8k", equal_arithmetic(muon(SHORT) | own(8192))),
+        *[t for size in (4, 16) for t in one(f"own {size}k", equal_arithmetic(muon(SHORT) | own(1024 * size)))],
+        *one("own 8k, width 640", equal_arithmetic(muon(SHORT) | own(8192, model__width=640, model__heads=10))),
+        *one("own 8k, 1/2 of it", equal_arithmetic(muon(round(N / 3.5 / 2)) | own(8192))),
     ],
     "robust": [
-        *one("ours 32k, rates times 2", muon(HALF, scale=2.0)),
-        *one("ours 32k, rates times 0.5", muon(HALF, scale=0.5)),
-        *one("ours 32k, width 256", muon(HALF, scale=1.4, model__width=256, model__heads=4, model__mlp_width=1024)),
-        *one(
-            "ours 32k, width 1024",
-            muon(HALF // 2, scale=0.7, model__width=1024, model__heads=16, model__mlp_width=4096),
-        ),
+        *one("rates times 2", muon(SHORT, scale=2.0)),
+        *one("rates times 0.5", muon(SHORT, scale=0.5)),
+        *[
+            t
+            for sequences, scale in ((32, 1.4), (64, 2.0), (128, 2.8))
+            for t in one(f"{sequences} sequences, rates times {scale}", muon(SHORT, sequences * CONTEXT, scale))
+        ],
+        *one("width 256, rates times 1.4", muon(SHORT, scale=1.4, **_sizes(256))),
+        *one("width 1024, rates times 0.7", muon(QUARTER, scale=0.7, **_sizes(1024))),
     ],
     # the quickstart at the arithmetic of its 680 steps
     "quickstart": [

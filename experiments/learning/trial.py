@@ -31,6 +31,7 @@ class Trial:
     seed: int = 0
     grows: bool = False  # whether the first half of the steps has half the batch
     preset: str = "m2_60m"  # a file in configs/
+    loss: str = ""  # of `losses.py`; empty: cross-entropy
 
     @property
     def key(self) -> str:
@@ -53,8 +54,17 @@ class Phase(NamedTuple):
     first_batch: int  # index in the stream of batches of this size
 
 
-def compile_phases(trial: Trial, device: jax.Device) -> list[Phase]:
-    """The trial's phases, with their compiled steps."""
+class Prepared(NamedTuple):
+    """A trial with all that is compiled for it."""
+
+    trial: Trial
+    phases: list[Phase]
+    state: Any  # before the first step
+    eval_step: Any  # compiled
+
+
+def prepare(trial: Trial, device: jax.Device) -> Prepared:
+    """Compiles the trial's steps and draws its parameters."""
     config = trial.config(device)
     half = config.max_steps // 2
     plans = [(config, config.max_steps, 0)]
@@ -66,17 +76,18 @@ def compile_phases(trial: Trial, device: jax.Device) -> list[Phase]:
         ids = jax.ShapeDtypeStruct((c.batch_size, c.model.context + 1), np.int32)
         shapes = jax.eval_shape(lambda c=c: init_state(c))
         phases.append(Phase(c, make_train_step(c).lower(shapes, ids).compile(), steps, first))
-    return phases
+    state = jax.device_put(init_state(config), device)
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context), np.int32)
+    return Prepared(trial, phases, state, make_eval_step(config).lower(state.weights, ids, ids).compile())
 
 
-def run(trial: Trial, phases: list[Phase], tokens: TokenFiles, device: jax.Device) -> dict[str, Any]:
+def run(prepared: Prepared, tokens: TokenFiles, device: jax.Device) -> dict[str, Any]:
     """Trains through the phases; returns the trial's row of the results.
 
     The time of a step is the median over the points of the curve in the second half of the run.
     """
+    trial, phases, state, eval_step = prepared
     config = phases[-1].config
-    state = jax.device_put(init_state(config), device)
-    eval_step = make_eval_step(config)
     every = max(1, config.max_steps // CURVE_POINTS)
     curve: list[dict[str, float]] = []
     seconds: list[float] = []
