@@ -1,12 +1,12 @@
-"""The sizes of `m2_60m.py` and a recipe that takes less than a quarter of its tokens to the same loss.
+"""The sizes of `m2_60m.py` and a recipe that takes less than a fifth of its tokens to the same loss.
 
     python -m jaxlm.main --config configs/m2_60m_fast.py
 
 The model has 59,295,744 parameters, with norms of queries and keys as Qwen3. Muon updates the matrices of the blocks,
-Adam the rest. 15,000 steps of 32,768 tokens are 0.49 billion tokens, a little less than one epoch of TinyStories. As an
+Adam the rest. 30,000 steps of 16,384 tokens are 0.49 billion tokens, a little less than one epoch of TinyStories. As an
 estimate, they take two days at the 2,500 to 3,000 tokens per second that `m2_60m.py` expects of an M2.
 
-On novels, 533 steps end with a lower loss than 1,200 steps of `m2_60m.py`, which have 4.5 times as many tokens
+On novels, 873 steps end with a lower loss than 1,200 steps of `m2_60m.py`, which have 5.5 times as many tokens
 (docs/learning.md). Nobody has trained this preset to its end or run it on a Mac yet. jax-metal needs
 `--config.optimizer.average=0`.
 """

@@ -1,6 +1,6 @@
 """Measures how much sooner a config reaches the loss of a tuned AdamW in PyTorch: on one GPU, alternating.
 
-    python -m experiments.time_to_loss --config configs/m2_60m_fast.py --steps 600 700 800
+    python -m experiments.time_to_loss --config configs/m2_60m_fast.py --steps 1067 1200 1371
 
 The peer is `experiments/torch_llama.py`: the model of `configs/m2_60m.py` and its batch, with the tuned AdamW of
 `experiments/learning/tables.py`, for `--peer-steps`. jaxlm trains the config, which `--config.NAME=VALUE` changes, for
