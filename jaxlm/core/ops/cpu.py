@@ -12,12 +12,12 @@ from jaxlm.core.ops import xla
 
 
 def weight_gradient(a_ND: jax.Array, b_NF: jax.Array) -> jax.Array:
-    """`xla.weight_gradient`, with bfloat16 matmuls in a form that is fast on a CPU.
+    """`xla.weight_gradient` in a form that is fast on a CPU.
 
-    XLA has fast bfloat16 matmuls on a CPU, but not for this form. So the narrower operand is transposed first, by tiles
-    of 16 x 16: XLA would fold a plain transpose back into the matmul.
+    XLA has fast matmuls on a CPU, but not for this form. So the narrower operand is transposed first, by tiles of
+    16 x 16: XLA would fold a plain transpose back into the matmul.
     """
-    if a_ND.dtype != jnp.bfloat16 or any(size % 16 for size in (*a_ND.shape, *b_NF.shape)):
+    if any(size % 16 for size in (*a_ND.shape, *b_NF.shape)):
         return xla.weight_gradient(a_ND, b_NF)
     if a_ND.shape[1] <= b_NF.shape[1]:
         return jnp.matmul(_transposed(a_ND), b_NF, preferred_element_type=jnp.float32)

@@ -140,10 +140,11 @@ def test_linear(device_ops):
 
 @different("weight_gradient")
 @pytest.mark.parametrize(("rows", "width", "out"), [(32, 16, 48), (32, 48, 16), (6, 5, 4), (32, 16, 5)])
-def test_linear_with_bfloat16_matmuls_of_float32(device_ops, rows, width, out):
-    """In numbers that bfloat16 can hold the products are exact, so the float32 sums are too, also by tiles."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_linear_of_numbers_that_bfloat16_can_hold(device_ops, rows, width, out, dtype):
+    """The products are exact with matmuls of either dtype, so the float32 sums are too, also by tiles."""
     x, w, d_out = (in_bfloat16(draw(*shape)) for shape in ((2, rows // 2, width), (width, out), (rows, out)))
-    run = partial(layers.linear, matmul_dtype="bfloat16", weight_gradient=device_ops.weight_gradient)
+    run = partial(layers.linear, matmul_dtype=dtype, weight_gradient=device_ops.weight_gradient)
     found, vjp_fn = jax.vjp(jax.jit(run), x, w)
     d_x, d_w = vjp_fn(d_out.reshape(found.shape))
     assert found.dtype == d_x.dtype == d_w.dtype == jnp.float32
