@@ -50,7 +50,7 @@ def cross_entropy_and_grad(
     """`cross_entropy`; `scale` times its gradient by x, in the dtype of x; `grad_accumulator_VD` plus `scale` times its
     gradient by the embedding, in place and in float32."""
     (N, D), V = x_ND.shape, len(embedding_VD)
-    bytes_per_token = -(-V // ops.vocab_tile) * min(ops.vocab_tile, V) * jnp.dtype(matmul_dtype).itemsize
+    bytes_per_token = -(-V // ops.vocab_tile) * _tile_width(ops, V) * jnp.dtype(matmul_dtype).itemsize
     chunks = -(-N // max(ROW_MULTIPLE, ops.exp_buffer_bytes // bytes_per_token // ROW_MULTIPLE * ROW_MULTIPLE))
     padding = -N % (chunks * ROW_MULTIPLE) if chunks > 1 else 0
     x_CND = jnp.pad(x_ND, ((0, padding), (0, 0))).reshape(chunks, -1, D)
@@ -114,16 +114,23 @@ def _loss_sum(x_lowp_ND, embedding_VD, targets_N, logsumexp_N):
     return jnp.sum(jnp.where(targets_N >= 0, logsumexp_N - target_logits_N, 0))
 
 
+def _tile_width(ops, V):
+    """As many tiles as `ops.vocab_tile` needs, but evenly wide, so that the last one overlaps little."""
+    tiles = -(-V // ops.vocab_tile)
+    return min(-(-V // (tiles * ROW_MULTIPLE)) * ROW_MULTIPLE, ops.vocab_tile, V)
+
+
 def _tile_starts(ops, V):
     """Where each tile starts, and its first id that is in no tile before it: the last tile overlaps, to end with V."""
-    first = jnp.arange(0, V, ops.vocab_tile)
-    return jnp.minimum(first, max(V - ops.vocab_tile, 0)), first
+    W = _tile_width(ops, V)
+    first = jnp.arange(0, V, W)
+    return jnp.minimum(first, V - W), first
 
 
 def _vocab_tile(ops, embedding_VD, tile_start, dtype):
     """A tile's ids [W] and its rows of the embedding [W, D]. An id that another tile counts is -2, no target."""
     start, first = tile_start
-    W = min(ops.vocab_tile, len(embedding_VD))
+    W = _tile_width(ops, len(embedding_VD))
     rows_WD = jax.lax.dynamic_slice_in_dim(embedding_VD, start, W).astype(dtype)
     ids_W = start + jnp.arange(W)
     return jnp.where(ids_W >= first, ids_W, -2), rows_WD

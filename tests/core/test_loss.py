@@ -181,6 +181,14 @@ def test_whole_logits_never_exist():
     assert max(map(np.prod, shapes)) == rows * tiles * tile
 
 
+@pytest.mark.parametrize(("limit", "width"), [(101, 101), (90, 64), (60, 60), (50, 48), (16, 16)])
+def test_tiles_are_evenly_wide_in_multiples_of_16_up_to_their_limit(limit, width):
+    x, embedding, targets = draw(96, 4, 101)
+    evaluation = partial(cross_entropy, record(vocab_tile=limit), matmul_dtype="float32")
+    shapes = arrays_of(jax.make_jaxpr(evaluation)(x, embedding, targets))
+    assert {shape for shape in shapes if len(shape) == 2 and shape[0] == 96 and shape[1] > 4} == {(96, width)}
+
+
 def test_whole_logits_never_exist_in_training_the_preset():
     config = ModelConfig(precision="float32")
     ids = jax.ShapeDtypeStruct((4, config.context), jnp.int32)

@@ -41,6 +41,7 @@ def layer_by_layer(function: Callable, *stacks: jax.Array) -> jax.Array:
 
 CPU = replace(
     xla.XLA,
+    vocab_tile=4096,
     weight_gradient=weight_gradient,
     map_layers=layer_by_layer,
     decode_layout=Transposed,
