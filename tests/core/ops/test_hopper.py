@@ -17,8 +17,6 @@ from jaxlm.device import backend
 from jaxlm.errors import UsageError
 from tests.core import float64
 
-pytestmark = pytest.mark.usefixtures("optimized_compilation")
-
 ROUNDING = 2**-8  # of bfloat16: the largest relative error of one matmul
 
 
@@ -43,7 +41,7 @@ def relative_error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("N", "D", "F"), [(256, 64, 64), (512, 128, 192)])
+@pytest.mark.parametrize(("N", "D", "F"), [(512, 128, 192), pytest.param(256, 64, 64, marks=pytest.mark.slow)])
 def test_swiglu_and_its_gradients(interpreted, N, D, F):
     x, d_out = draw(N, D), draw(N, D, seed=1)
     weights = draw(D, F, scale=0.1), draw(D, F, scale=0.1, seed=1), draw(F, D, scale=0.1)
@@ -60,7 +58,9 @@ def test_swiglu_and_its_gradients(interpreted, N, D, F):
         assert relative_error(a, b) < ROUNDING
 
 
-@pytest.mark.parametrize(("N", "V"), [(1, 257), (300, 300), (1100, 512)])
+@pytest.mark.parametrize(
+    ("N", "V"), [(300, 300), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((1, 257), (1100, 512)))]
+)
 def test_cross_entropy_and_its_gradients(interpreted, N, V):
     x, embedding, accumulator = draw(N, 64), draw(V, 64, scale=0.3), draw(V, 64, seed=2)
     targets = jnp.asarray(np.random.default_rng(N).integers(0, V, N)).at[1::4].set(-1)
@@ -91,6 +91,7 @@ def test_a_certain_and_a_hopeless_prediction(interpreted):
         assert np.isfinite(by_x).all()
 
 
+@pytest.mark.slow
 def test_a_model_with_the_kernels_is_the_plain_one(monkeypatch, interpreted):
     monkeypatch.setitem(
         ops.IMPLEMENTATIONS, "hopper", replace(hopper.HOPPER, attention=xla.causal_attention)

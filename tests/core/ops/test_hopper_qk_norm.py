@@ -12,7 +12,7 @@ from jaxlm.core.ops import hopper_qk_norm, xla
 from tests.core import float64
 from tests.core.ops.test_hopper import ROUNDING, draw, relative_error
 
-pytestmark = pytest.mark.usefixtures("optimized_compilation")
+pytestmark = pytest.mark.slow
 
 D, EPS, THETA = 24, 0.03, 50.0
 
