@@ -24,6 +24,7 @@ from jaxlm.prepare import main as prepare
 from jaxlm.run.load import restore
 from jaxlm.sample import main as sample
 from tests import tiny_run
+from tests.test_plan import MEMORY, replace_memory
 from tests.tiny_run import is_one_line, rows, train
 
 TOKENS = Path("data/text-txt-own-300")
@@ -247,7 +248,8 @@ def test_losses_are_in_bits_per_byte_of_the_same_text(own):
         assert np.array_equal(files.tokenizer.encode(files.tokenizer.decode(files.val[1:])), files.val[1:])
 
 
-def test_a_plan_needs_no_vocabulary(capsys):
+def test_a_plan_needs_no_vocabulary(capsys, monkeypatch):
+    replace_memory(monkeypatch, lambda config: MEMORY)
     flags = [*OWN, "--config.model.vocab_size=60000", "--config.data.corpus=unprepared.txt"]
     plan.main(["--config", "tiny.py", "--workdir", "new", "--json", "--no-measure", *flags])
     assert json.loads(capsys.readouterr().out)["model"]["parameters"] > 60_000 * 16

@@ -45,6 +45,7 @@ def test_memory_of_a_step_holds_state_gradients_and_residual_stream(implementati
     assert compiled_memory(config).step > state_bytes + gradients + residual_stream
 
 
+@pytest.mark.slow
 def test_fewer_chunks_need_more_memory():
     compiled = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, implementation="cpu"))
     one_chunk = dataclasses.replace(compiled, microbatch_chunks=1)

@@ -348,6 +348,7 @@ def test_an_interrupted_run_has_the_samples_of_an_uninterrupted_one(interruption
     assert Path("broken/samples.jsonl").read_bytes() == Path("run/samples.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupted_second_schedule_ends_with_the_bits_of_an_uninterrupted_one(console):
     flags = ["--config.max_steps=18", f"--config.optimizer.lr_restart_step={LAST}"]
     for workdir in ("longer", "broken-longer"):
