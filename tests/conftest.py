@@ -31,6 +31,14 @@ hypothesis.settings.register_profile("no deadline", deadline=None)  # an example
 hypothesis.settings.load_profile("no deadline")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_fsync():
+    """Checks the descriptor only: a disk takes milliseconds for each of thousands, and no test here cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture(scope="module")
 def optimized_compilation():
     """Compiles with optimizations, as a run does."""
