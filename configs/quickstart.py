@@ -14,36 +14,43 @@ from jaxlm.config import default_config
 
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
-    config.batch_size = 16
+    config.batch_size = 12
     config.grad_accum_steps = 1
     config.microbatch_chunks = 1
-    config.max_steps = 680
+    config.max_steps = 480
     config.eval_interval = 40
-    config.save_interval = 136
-    config.generation_interval = 170
+    config.save_interval = 96
+    config.generation_interval = 120
     config.max_checkpoints = 5
 
-    config.model.vocab_size = 4096
-    config.model.context = 128
+    config.model.vocab_size = 8192
+    config.model.context = 256
     config.model.layers = 3
-    config.model.heads = 2
-    config.model.width = 128
-    config.model.mlp_width = 384
+    config.model.heads = 3
+    config.model.width = 96
+    config.model.mlp_width = 288
+    config.model.qk_norm = True
+    config.model.tied = False
     config.model.output_init = "zero"
     config.model.remat = False
 
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 1e-2
-    config.optimizer.muon_learning_rate = 6.5e-3
+    config.optimizer.learning_rate = 1.2e-2
+    config.optimizer.muon_learning_rate = 8e-3
     config.optimizer.warmup_steps = 10
     config.optimizer.lr_schedule = "linear"
-    config.optimizer.lr_decay_fraction = 0.55
+    config.optimizer.lr_decay_fraction = 0.5
     config.optimizer.min_lr_ratio = 0.0
+    config.optimizer.weight_decay = 0.0
     config.optimizer.b1 = 0.85
     config.optimizer.b2 = 0.99
-    config.optimizer.muon_momentum = 0.85
+    config.optimizer.muon_momentum = 0.9
+    config.optimizer.muon_b2 = 0.95
+    config.optimizer.muon_weight_decay = 0.0
+    config.optimizer.average = 0.98
 
     config.data.corpus = "novels"
+    config.data.tokenizer = "own"
     config.data.val_fraction = 0.05
     config.data.eval_sequences = 32
 

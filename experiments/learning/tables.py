@@ -7,7 +7,7 @@ tokens. All trials are whole schedules.
 from collections.abc import Sequence
 from typing import Any
 
-from configs import m2_60m_fast, quickstart
+from configs import m2_60m_fast
 from experiments.learning.trial import Trial
 
 CONTEXT = 1024
@@ -145,24 +145,33 @@ def _sizes(width: int) -> Settings:
     return {"model__width": width, "model__heads": width // 64, "model__mlp_width": 4 * width}
 
 
-def of_quickstart(**changes: Any) -> Settings:
-    """`configs/quickstart.py` with changes, and as many steps as take the arithmetic of its 680."""
-    config = quickstart.get_config()
-    sizes = ("vocab_size", "context", "layers", "width", "mlp_width")
-    budget = {name: config[name] for name in ("max_steps", "batch_size", "grad_accum_steps")}
-    budget |= {f"model.{name}": config.model[name] for name in sizes} | {"optimizer.name": config.optimizer.name}
-    return equal_arithmetic(budget | _dotted(changes), budget)
-
-
-QUICKSTART_RECIPE = {
-    "data__tokenizer": "own",
-    "model__qk_norm": True,
-    "optimizer__b1": 0.9,
-    "optimizer__weight_decay": 0.0,
-    "optimizer__muon_momentum": 0.9,
-    "optimizer__muon_b2": 0.95,
-    "optimizer__cautious": True,
-    "optimizer__average": 0.98,
+QUICKSTART = {  # the start of the search for `configs/quickstart.py`
+    "data.tokenizer": "own",
+    "model.vocab_size": 8192,
+    "batch_size": 8,
+    "model.context": 256,
+    "model.layers": 3,
+    "model.width": 96,
+    "model.heads": 3,
+    "model.mlp_width": 288,
+    "optimizer.learning_rate": 1.2e-2,
+    "optimizer.muon_learning_rate": 8e-3,
+    "optimizer.muon_momentum": 0.9,
+    "optimizer.lr_decay_fraction": 0.5,
+    "optimizer.average": 0.98,
+    "optimizer.muon_weight_decay": 0.0,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.muon_b2": 0.95,
+    "optimizer.b1": 0.85,
+    "optimizer.b2": 0.99,
+    "model.qk_norm": True,
+    "model.tied": False,
+    "optimizer.warmup_steps": 10,
+    "optimizer.cautious": True,
+    "model.output_init": "zero",
+    "model.rope_theta": 1e4,
+    "max_steps": 891,
+    "model.precision": "float32",
 }
 
 
@@ -333,16 +342,41 @@ TABLES: dict[str, list[Trial]] = {
         *one("width 256, rates times 1.4", muon(SHORT, scale=1.4, **_sizes(256))),
         *one("width 1024, rates times 0.7", muon(QUARTER, scale=0.7, **_sizes(1024))),
     ],
-    # the quickstart at the arithmetic of its 680 steps
+    # around the quickstart; other sizes with so many steps that a run takes about the same time on a CPU
     "quickstart": [
-        Trial(name, of_quickstart(**changes), preset="quickstart")
-        for name, changes in {
-            "own 4k": {"data__tokenizer": "own"},
-            "own 4k, the recipe": QUICKSTART_RECIPE,
-            "own 4k, the recipe, batch 8, rates times 0.7": QUICKSTART_RECIPE
-            | {"batch_size": 8, "optimizer__learning_rate": 7e-3, "optimizer__muon_learning_rate": 4.5e-3},
-            "own 4k, the recipe, Muon rate times 2": QUICKSTART_RECIPE | {"optimizer__muon_learning_rate": 1.3e-2},
-            "own 8k, the recipe": QUICKSTART_RECIPE | {"model__vocab_size": 8192},
-        }.items()
+        *[Trial("base", QUICKSTART, seed, preset="quickstart") for seed in SEEDS],
+        *[
+            Trial(name, QUICKSTART | _dotted(changes), preset="quickstart")
+            for name, changes in {
+                "12 sequences": {"batch_size": 12, "max_steps": 626},
+                "16 sequences": {"batch_size": 16, "max_steps": 483},
+                "context 128, 16 sequences": {"batch_size": 16, "model__context": 128},
+                "6 heads": {"model__heads": 6},
+                "2 heads": {"model__heads": 2},
+                "Muon rate 1e-2": {"optimizer__muon_learning_rate": 1e-2},
+                "Muon rate 1.3e-2": {"optimizer__muon_learning_rate": 1.3e-2},
+                "Adam rate 9e-3": {"optimizer__learning_rate": 9e-3},
+                "Adam rate 1.8e-2": {"optimizer__learning_rate": 1.8e-2},
+                "rate falls over the last 0.4": {"optimizer__lr_decay_fraction": 0.4},
+                "momentum 0.85": {"optimizer__muon_momentum": 0.85},
+                "without average": {"optimizer__average": 0.0},
+                "NorMuon 0.98": {"optimizer__muon_b2": 0.98},
+                "outputs not from zero": {"model__output_init": "scaled"},
+                "b1 0.8": {"optimizer__b1": 0.8},
+                "theta 1e3": {"model__rope_theta": 1e3},
+                "decay of matrices 0.2": {"optimizer__muon_weight_decay": 0.2},
+                "MLP 384": {"model__mlp_width": 384, "max_steps": 867},
+                "7,168 tokens": {"model__vocab_size": 7168, "max_steps": 964},
+                "10,240 tokens": {"model__vocab_size": 10240, "max_steps": 775},
+                "4 layers": {"model__layers": 4, "max_steps": 804},
+                "2 layers": {"model__layers": 2, "max_steps": 1001},
+                "width 90": {"model__width": 90, "max_steps": 963},
+                "width 108": {"model__width": 108, "model__mlp_width": 320, "max_steps": 765},
+                "4 layers of width 80": _sizes(80)
+                | {"model__layers": 4, "model__heads": 2, "model__mlp_width": 256, "max_steps": 1016},
+                "tied head": {"model__tied": True},
+                "without QK-norm": {"model__qk_norm": False},
+            }.items()
+        ],
     ],
 }

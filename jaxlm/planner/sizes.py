@@ -39,7 +39,7 @@ CHOSEN = (
 
 
 class Sizes(NamedTuple):
-    """A model and its batch; the first and the last have the rates of the quickstart and of m2_60m_fast."""
+    """A model and its batch, with rates; the last has those of m2_60m_fast."""
 
     layers: int
     width: int
