@@ -310,7 +310,7 @@ def main() -> None:
     import jaxlm.run.trainer
 
     make_train_step = jaxlm.run.trainer.make_train_step
-    jaxlm.run.trainer.make_train_step = lambda config: Step(make_train_step(config), session)
+    jaxlm.run.trainer.make_train_step = lambda *a: Step(make_train_step(*a), session)
     session.wrap()
     sys.addaudithook(session.audit)
     module, sys.argv[1:] = sys.argv[2], sys.argv[3:]

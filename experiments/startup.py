@@ -76,7 +76,7 @@ def child(began: float, last: str, argv: list[str]) -> None:
     make_train_step = jaxlm.run.trainer.make_train_step
     jaxlm.main.open_data = reporting(jaxlm.main.open_data, "data opened")
     jaxlm.run.trainer.restore_or_init = reporting(jaxlm.run.trainer.restore_or_init, "parameters initialized")
-    jaxlm.run.trainer.make_train_step = lambda config: ReportingStep(make_train_step(config), report)
+    jaxlm.run.trainer.make_train_step = lambda *a: ReportingStep(make_train_step(*a), report)
     jaxlm.run.trainer.Trainer._report_step = reporting(jaxlm.run.trainer.Trainer._report_step, "first step computed")
     jaxlm.main.main(argv)
 

@@ -244,6 +244,19 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How a run is spread over the devices of one kind: data groups of fsdp devices. Both split each micro-batch."""
+
+    data: int = setting(-1, "groups of devices, each with the whole model; -1: as many as there are", low=-1)
+    fsdp: int = setting(1, "devices of a group; each holds its part of the parameters and of all like them", low=1)
+
+    def __post_init__(self):
+        check_values(self, "mesh.")
+        if not self.data:
+            raise UsageError("mesh.data is 0: it must be at least 1, or -1 for as many as there are")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Steps are optimizer steps. An interval of n acts after steps n, 2n, 3n and so on."""
 
@@ -268,6 +281,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     sample: SampleConfig = SampleConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         check_values(self, "")
@@ -298,7 +312,7 @@ class Config:
 
     @property
     def chunk_size(self) -> int:
-        """Sequences that are computed at once."""
+        """Sequences that are computed at once, by all devices."""
         return self.batch_size // max(self.microbatch_chunks, 1)
 
     @property

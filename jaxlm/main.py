@@ -178,6 +178,7 @@ def _names_corpus(argv: list[str], config: Config) -> bool:
 
 def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, project: str) -> None:
     from jaxlm.device import backend, numerics  # only now, so that --help and most errors need neither jax nor a device
+    from jaxlm.device.mesh import make_mesh
     from jaxlm.planner.memory import cached_benchmark, check_memory, known_memory
     from jaxlm.planner.report import summary
     from jaxlm.run.records import append_session
@@ -186,7 +187,8 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
 
     encode_prompts(tokens.tokenizer, config.sample.prompts, config.model.context)
     device = backend.start(config.platform, config.deterministic)
-    resolved = backend.resolve_run(config, device)
+    mesh = make_mesh(config, device)
+    resolved = backend.resolve_run(config, device, mesh.size if mesh else 1)
     check_room(workdir, resolved)
     benchmark = cached_benchmark(resolved, device)
     if not force:
@@ -206,7 +208,7 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir), log_libraries(workdir):
             listeners = _trackio(project, workdir, config) if project else ()
-            Trainer(resolved, workdir, tokens, device, before_first_step, listeners).train()
+            Trainer(resolved, workdir, tokens, device, before_first_step, listeners, mesh).train()
 
 
 def _trackio(project: str, workdir: Path, config: Config) -> Sequence[Listener]:

@@ -21,8 +21,12 @@ def checksums(tree: Any) -> jax.Array:
 def _checksum(leaf: jax.Array) -> jax.Array:
     if leaf.dtype == jnp.float16:
         leaf = leaf.astype(jnp.float32)
-    words = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
-    x = words ^ (jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(_GOLDEN))
+    words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):  # no reshape, so that an array that is split over devices stays so
+        index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
+        stride *= words.shape[axis]
+    x = words ^ (index * jnp.uint32(_GOLDEN))
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)

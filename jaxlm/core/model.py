@@ -152,31 +152,54 @@ class Decoder(nn.Module):
 
     def final_hidden(self, ids_BT: jax.Array) -> jax.Array:
         """The normed residual stream [B, T, D], in the activation dtype: the input of the head."""
-        return self.final_hidden_with_accumulator(ids_BT)[0]
-
-    def final_hidden_with_accumulator(self, ids_BT: jax.Array) -> tuple[jax.Array, Params]:
-        """`final_hidden`, and the parameters for their next use (see `grad_accumulation`)."""
-        c = self.config
-        attend = partial(ops.get(c.implementation).attention, matmul_dtype=c.matmul_dtype)
-        run_block = partial(block, attend=lambda q, k, v, saved: attend(q, k, v, saved=saved), c=c)
-        rope_cos_sin = _rope_cos_sin_on_host(ids_BT.shape[1], c)
-        rows_BTD, embedding_VD = embed_with_accumulator(ids_BT, self.embedding)
-        x_BTD, blocks = rows_BTD.astype(c.activation_dtype), dict(self.blocks)
-        if c.remat:
-            x_BTD, blocks = remat_blocks(blocks, x_BTD, rope_cos_sin, run_block, ops.get(c.implementation).scan)
-        else:
-            by_layer, blocks = unstack_with_accumulator(blocks)
-            for p in by_layer:
-                x_BTD, _ = run_block(p, x_BTD, rope_cos_sin)
-        x_BTD = layers.rms_norm(x_BTD, self.norm, c.norm_eps)
-        params = {"embedding": embedding_VD, "blocks": blocks, "norm": self.norm}
-        return x_BTD, params if c.tied else params | {"head": self.head_VD}
+        params = {"embedding": self.embedding, "blocks": self.blocks, "norm": self.norm}
+        return final_hidden_with_accumulator(self.config, params, ids_BT)[0]
 
     def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """Sum over the batch of -ln p(target), in nats, float32, for evaluation; targets below 0 are ignored."""
-        c, device_ops = self.config, ops.get(self.config.implementation)
-        x_ND = self.final_hidden(inputs_BT).reshape(-1, c.width)
-        return device_ops.cross_entropy(device_ops, x_ND, self.head_VD, targets_BT.reshape(-1), c.matmul_dtype)
+        """`loss` of its parameters."""
+        params = {"embedding": self.embedding, "blocks": self.blocks, "norm": self.norm, "head": self.head_VD}
+        return loss(self.config, params, inputs_BT, targets_BT)
+
+
+def final_hidden_with_accumulator(
+    c: ModelConfig, params: Params, ids_BT: jax.Array, gather_block: Callable | None = None
+) -> tuple[jax.Array, Params]:
+    """`Decoder.final_hidden`, and the parameters for their next use (see `grad_accumulation`).
+
+    `gather_block` makes the whole parameters of a block from those given, if they are parts.
+    """
+    attend = partial(ops.get(c.implementation).attention, matmul_dtype=c.matmul_dtype)
+    run_block: Any = partial(block, attend=lambda q, k, v, saved: attend(q, k, v, saved=saved), c=c)
+    if gather_block:
+        run_whole = run_block
+        run_block = lambda p, *arguments: run_whole(gather_block(p), *arguments)  # noqa: E731
+    rope_cos_sin = _rope_cos_sin_on_host(ids_BT.shape[1], c)
+    rows_BTD, embedding_VD = embed_with_accumulator(ids_BT, params["embedding"])
+    x_BTD, blocks = rows_BTD.astype(c.activation_dtype), dict(params["blocks"])
+    if c.remat:
+        x_BTD, blocks = remat_blocks(blocks, x_BTD, rope_cos_sin, run_block, ops.get(c.implementation).scan)
+    else:
+        by_layer, blocks = unstack_with_accumulator(blocks)
+        for p in by_layer:
+            x_BTD, _ = run_block(p, x_BTD, rope_cos_sin)
+    return layers.rms_norm(x_BTD, params["norm"], c.norm_eps), params | {"embedding": embedding_VD, "blocks": blocks}
+
+
+def loss(
+    c: ModelConfig,
+    params: Params,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    gather_block: Callable | None = None,
+) -> jax.Array:
+    """Sum over the batch of -ln p(target), in nats, float32, for evaluation; targets below 0 are ignored.
+
+    `gather_block` is as for `final_hidden_with_accumulator`.
+    """
+    device_ops, head_VD = ops.get(c.implementation), params.get("head", params["embedding"])
+    x_BTD, _ = final_hidden_with_accumulator(c, params, inputs_BT, gather_block)
+    x_ND = x_BTD.reshape(-1, c.width)
+    return device_ops.cross_entropy(device_ops, x_ND, head_VD, targets_BT.reshape(-1), c.matmul_dtype)
 
 
 def _rope_cos_sin_on_host(length: int, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -197,16 +220,16 @@ def loss_and_gradient(
     targets_BT: jax.Array,
     scale: jax.Array | float,
     grad_accumulator: Params,
+    gather_block: Callable | None = None,
 ) -> tuple[jax.Array, Params]:
-    """`Decoder.loss`, and its gradient with respect to the parameters.
+    """`loss`, and its gradient with respect to the parameters.
 
     Returns:
         [] float32, in nats; and `grad_accumulator` (like the parameters, float32), to which the gradient times `scale`
         is added in place.
     """
     device_ops, head = ops.get(c.implementation), "embedding" if c.tied else "head"
-    run: Any = partial(Decoder(c).apply, method="final_hidden_with_accumulator")
-    (x_BTD, _), vjp_fn = jax.vjp(lambda p: run({"params": p}, inputs_BT), params)
+    (x_BTD, _), vjp_fn = jax.vjp(lambda p: final_hidden_with_accumulator(c, p, inputs_BT, gather_block), params)
     loss_sum, d_x_ND, head_accumulator_VD = device_ops.cross_entropy_and_grad(
         device_ops,
         x_BTD.reshape(-1, c.width),

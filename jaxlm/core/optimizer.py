@@ -117,14 +117,15 @@ class Optimizer(NamedTuple):
     step: Callable[..., tuple[Params, optax.MultiStepsState, Params | None, Any]]
 
 
-def make_optimizer(config: Config) -> Optimizer:
+def make_optimizer(config: Config, replicas: int = 1) -> Optimizer:
     """`make_transformation` applied to the mean gradient of `grad_accum_steps` micro-batches.
 
     A micro-batch whose gradient norm is not finite is skipped: the state and the parameters stay as they are.
+    `replicas` is that of `multi_steps`.
     """
-    cond = ops.get(config.model.implementation).cond
+    cond, every = ops.get(config.model.implementation).cond, config.grad_accum_steps
     measure = partial(update_ratios, config.model)
-    return multi_steps(make_transformation(config), config.grad_accum_steps, cond, config.optimizer.average, measure)
+    return multi_steps(make_transformation(config), every, cond, config.optimizer.average, measure, replicas)
 
 
 def multi_steps(
@@ -133,6 +134,7 @@ def multi_steps(
     cond: Callable = jax.lax.cond,
     average_decay: float = 0.0,
     measure: Callable[[Params, Params], Any] = lambda updates, params: (),
+    replicas: int = 1,
 ) -> Optimizer:
     """`optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite)`, in place.
 
@@ -142,12 +144,17 @@ def multi_steps(
 
     `inner` may take the number of optimizer steps done as the extra argument `step`. `step` also returns what `measure`
     makes of the updates and the parameters before them, and zeros where no update is due.
+
+    With several `replicas`, the gradients and the accumulator have a leading axis of so many parts of the gradient.
+    They are summed only when an update is due.
     """
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> optax.MultiStepsState:
         state = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite).init(params)
         acc_grads = () if every == 1 else state.acc_grads
+        if replicas > 1:
+            acc_grads = jax.tree.map(lambda leaf: jnp.zeros((replicas, *leaf.shape), leaf.dtype), acc_grads)
         return state._replace(acc_grads=acc_grads, skip_state={"should_skip": state.skip_state["should_skip"]})
 
     def step(
@@ -163,7 +170,8 @@ def multi_steps(
         def apply(
             params: Params, average: Params | None, inner_state: Any, mean: Params, measured: Any
         ) -> tuple[Any, ...]:
-            updates, inner_state = inner.update(mean, inner_state, params, step=state.gradient_step)
+            whole = jax.tree.map(partial(jnp.sum, axis=0), mean) if replicas > 1 else mean
+            updates, inner_state = inner.update(whole, inner_state, params, step=state.gradient_step)
             if average:
                 average = average_step(average_decay, state.gradient_step, average, updates)
             measured = measure(updates, params)

@@ -46,6 +46,11 @@ class Parameter:
         return self.path[0] == "blocks"
 
     @property
+    def fsdp_axis(self) -> int:
+        """The axis that is split over the devices of `mesh.fsdp`: neither the layers nor the vocabulary."""
+        return min(1, len(self.shape) - 1)
+
+    @property
     def hf_transposed(self) -> bool:
         """Whether other formats store it transposed: their matrices are [outputs, inputs]."""
         return self.kind == "matrix"

@@ -1,14 +1,16 @@
 """The training state, the jitted micro-step that updates it, and the jitted evaluation."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config import Config
-from jaxlm.core import ops
-from jaxlm.core.model import Decoder, init_params, loss_and_gradient
+from jaxlm.core import ops, sharding
+from jaxlm.core.model import init_params, loss, loss_and_gradient
 from jaxlm.core.optimizer import average_start, averaged, make_optimizer, make_schedule
 from jaxlm.core.parameters import Params
 
@@ -47,11 +49,21 @@ class Metrics(NamedTuple):
     update_ratios: dict[str, jax.Array]  # [] float32: ||update|| / ||weights|| of each kind of parameter
 
 
-def init_state(config: Config) -> TrainState:
-    """Draws the parameters from the seed and initialises the optimizer for them; counters are zero."""
+def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """Draws the parameters from the seed and initialises the optimizer for them; counters are zero.
+
+    On a mesh each device draws its part only.
+    """
+    if not mesh:
+        return _init_state(config)
+    init = partial(_init_state, config, sharding.replica_count(mesh))
+    return jax.jit(init, out_shardings=sharding.state_shardings(config.model, mesh, jax.eval_shape(init)))()
+
+
+def _init_state(config: Config, replicas: int = 1) -> TrainState:
     params = init_params(config.model, jax.random.key(config.seed))
     # each leaf its own array: a donated state may not hold one buffer twice
-    opt_state = jax.tree.map(jnp.copy, jax.jit(make_optimizer(config).init)(params))
+    opt_state = jax.tree.map(jnp.copy, jax.jit(make_optimizer(config, replicas).init)(params))
     return TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0), average_start(config, params))
 
 
@@ -63,25 +75,38 @@ class GradAccumulator(NamedTuple):
     grads: Params  # their part of its gradient
 
 
-def make_train_step(config: Config) -> Any:
+def make_train_step(config: Config, mesh: Mesh | None = None) -> Any:
     """Builds the jitted micro-step.
+
+    On a mesh, each device computes the gradient of its rows, in the same number of chunks. The optimizer sees the state
+    as one device does.
 
     Returns:
         (state, ids [B, T + 1] int32) -> (state, metrics), with `lower` as `jax.jit` has it. The state is donated: its
         buffers are reused, except on an Apple GPU. Every `grad_accum_steps` micro-batches with finite gradients make
         one optimizer step.
     """
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, sharding.replica_count(mesh))
+    devices, rows = sharding.device_count(mesh), config.chunk_size // sharding.device_count(mesh)
+    gather_block = partial(sharding.gather_block, config.model) if sharding.fsdp_size(mesh) > 1 else None
     schedule = make_schedule(config.optimizer, config.max_steps)
 
     def start(params: Params) -> GradAccumulator:
         return GradAccumulator(jnp.int32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
 
     def accumulate_chunk(params: Params, accumulator: GradAccumulator, ids_BT: jax.Array) -> GradAccumulator:
-        tokens = ids_BT.size - len(ids_BT)
-        chunk_BT = jax.lax.dynamic_slice_in_dim(ids_BT, accumulator.chunks * config.chunk_size, config.chunk_size)
+        tokens = (ids_BT.size - len(ids_BT)) * devices
+        chunk_BT = jax.lax.dynamic_slice_in_dim(ids_BT, accumulator.chunks * rows, rows)
         inputs_BT, targets_BT = chunk_BT[:, :-1], chunk_BT[:, 1:]
-        loss_sum, grads = loss_and_gradient(config.model, params, inputs_BT, targets_BT, 1 / tokens, accumulator.grads)
+
+        def gradient(params: Params, grads: Params) -> tuple[jax.Array, Params]:
+            more = (gather_block,) if gather_block else ()
+            return loss_and_gradient(config.model, params, inputs_BT, targets_BT, 1 / tokens, grads, *more)
+
+        if gather_block:
+            loss_sum, grads = sharding.gather_gradient(config.model, gradient, params, accumulator.grads)
+        else:
+            loss_sum, grads = gradient(params, accumulator.grads)
         return GradAccumulator(accumulator.chunks + 1, accumulator.loss + loss_sum / tokens, grads)
 
     def update(state: TrainState, accumulator: GradAccumulator) -> tuple[TrainState, Metrics]:
@@ -106,10 +131,47 @@ def make_train_step(config: Config) -> Any:
         return TrainState(params, opt_state, batches, in_a_row, jnp.where(updated, 0, loss_sum), average), metrics
 
     chunks = config.batch_size // config.chunk_size
-    return ops.get(config.model.implementation).train_step(start, accumulate_chunk, update, chunks)
+    device_ops = ops.get(config.model.implementation)
+    if not mesh:
+        return device_ops.train_step(start, accumulate_chunk, update, chunks)
+    shapes = jax.eval_shape(partial(init_state, config, mesh))
+    shardings = sharding.state_shardings(config.model, mesh, shapes), NamedSharding(mesh, PartitionSpec())
+    spread = partial(_spread, config, mesh)
+    return device_ops.train_step(start, accumulate_chunk, update, chunks, spread=spread, out_shardings=shardings)
 
 
-def make_eval_step(config: Config) -> jax.stages.Wrapped:
-    """Builds the jitted evaluation step: (params, inputs [B, T], targets [B, T]) -> `Decoder.loss`."""
-    model = Decoder(config.model)
-    return jax.jit(lambda params, inputs, targets: model.apply({"params": params}, inputs, targets, method="loss"))
+def _spread(config: Config, mesh: Mesh, accumulate: Any) -> Any:
+    """Runs `accumulate` (params, ids) -> GradAccumulator on each device, for its part of the parameters and its rows.
+
+    The loss is that of all devices. With several replicas, the gradients have a leading axis for the part of each.
+    """
+    replicas = [sharding.DATA] * (sharding.replica_count(mesh) > 1)
+
+    def local(params: Params, ids_BT: jax.Array) -> GradAccumulator:
+        chunks, loss, grads = accumulate(params, ids_BT)
+        grads = jax.tree.map(lambda leaf: leaf[None], grads) if replicas else grads
+        return GradAccumulator(chunks, jax.lax.psum(loss, mesh.axis_names), grads)
+
+    in_specs = sharding.param_specs(config.model), sharding.ROWS
+    out_specs: Any = PartitionSpec(), PartitionSpec(), sharding.param_specs(config.model, *replicas)
+    return sharding.over_devices(local, mesh, in_specs, GradAccumulator(*out_specs))
+
+
+def make_eval_step(config: Config, mesh: Mesh | None = None) -> jax.stages.Wrapped:
+    """Builds the jitted evaluation step: (params, inputs [B, T], targets [B, T]) -> `model.loss`.
+
+    On a mesh, each device computes the loss of its rows.
+    """
+    if not mesh:
+        return jax.jit(partial(loss, config.model))
+
+    def local(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        gather_block = None
+        if sharding.fsdp_size(mesh) > 1:
+            others = {name: leaf for name, leaf in params.items() if name != "blocks"}
+            params |= sharding.gather_others(config.model, others)
+            gather_block = partial(sharding.gather_block, config.model)
+        return jax.lax.psum(loss(config.model, params, inputs_BT, targets_BT, gather_block), mesh.axis_names)
+
+    specs = sharding.param_specs(config.model), sharding.ROWS, sharding.ROWS
+    return jax.jit(sharding.over_devices(local, mesh, specs, PartitionSpec()))

@@ -224,8 +224,8 @@ def _compute_capability(device: jax.Device) -> tuple[int, int]:
     return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
-def resolve_run(config: Config, device: jax.Device) -> Config:
-    """Replaces what is automatic in a run by what fits the device.
+def resolve_run(config: Config, device: jax.Device, devices: int = 1) -> Config:
+    """Replaces what is automatic in a run by what fits the device, one of the `devices` that share a micro-batch.
 
     Without `microbatch_chunks` an NVIDIA GPU computes a micro-batch at once. Elsewhere a chunk is one sequence, or
     several short ones: larger chunks take more memory and no less time. Without `microbatch_chunks` neither kind of GPU
@@ -237,7 +237,7 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
         raise UsageError("jax-metal computes nothing in float16, as optimizer.average needs: set it to 0")
     model, chunks = resolve(config.model, device), config.microbatch_chunks
     if chunks == 0:
-        on_cuda, B = device.platform == "gpu", config.batch_size
+        on_cuda, B = device.platform == "gpu", config.batch_size // devices
         model = dataclasses.replace(model, remat=model.remat and not on_cuda and not on_apple(device))
         fitting = [n for n in range(1, B + 1) if B % n == 0 and B // n * model.context <= CHUNK_TOKENS]
         chunks = 1 if on_cuda else min(fitting, default=B)

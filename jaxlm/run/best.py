@@ -42,6 +42,6 @@ class BestCheckpoint:
             return None
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
         try:
-            return self._checkpoints.weights(step, shapes, jax.tree.leaves(like)[0].sharding)
+            return self._checkpoints.weights(step, shapes, jax.tree.map(lambda leaf: leaf.sharding, like))
         except CorruptCheckpointError:
             return None

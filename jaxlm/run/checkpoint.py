@@ -114,24 +114,28 @@ class Checkpoints:
             raise CorruptCheckpointError(f"its meta lacks one of {', '.join(sorted(META_KEYS))}")
         return meta
 
-    def weights(self, step: int, like: Params, sharding: jax.sharding.Sharding) -> Params:
-        """The parameters alone, their average if it is saved, placed by `sharding`; `like` gives the shapes.
+    def weights(self, step: int, like: Params, sharding: Any) -> Params:
+        """The parameters alone, their average if it is saved.
+
+        `like` gives the shapes, and `sharding` the place of all arrays, or a tree of places.
 
         Raises CorruptCheckpointError if they are not what was saved or cannot be restored, RunError if the cause is
         this process or machine, such as its memory or a permission.
         """
-        average = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, AVERAGE_DTYPE), like)
+        params = _placed(like, sharding)
+        average = jax.tree.map(lambda leaf: leaf.update(dtype=AVERAGE_DTYPE), params)
         saved_sums = self.meta(step)["checksums"]
-        like_items = {"params": like} | ({"average": average} if "average" in saved_sums else {})
-        items = self._arrays(step, sharding, saved_sums, like_items)
+        like_items = {"params": params} | ({"average": average} if "average" in saved_sums else {})
+        items = self._arrays(step, saved_sums, like_items)
         return averaged(items["params"], items.get("average"))
 
-    def state(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
+    def state(self, step: int, like: TrainState, sharding: Any) -> TrainState:
         """The training state; arguments and errors as for `weights`."""
-        items = self._arrays(step, sharding, self.meta(step)["checksums"], _items(like))
+        like = _placed(like, sharding)
+        items = self._arrays(step, self.meta(step)["checksums"], _items(like))
         optimizer = items["optimizer"]
         rest = like._replace(params={}, opt_state=like.opt_state._replace(inner_opt_state=()), average=None)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), rest)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), rest)
         opt_state = zeros.opt_state._replace(gradient_step=optimizer["step"], inner_opt_state=optimizer["moments"])
         zeros = zeros._replace(opt_state=opt_state, batches=optimizer["batches"])
         return zeros._replace(params=items["params"], average=items.get("average"))
@@ -280,12 +284,9 @@ class Checkpoints:
     def _unfinished(self) -> list[Path]:
         return sorted(self.directory.glob(f"*{_UNFINISHED}*"))
 
-    def _arrays(
-        self, step: int, sharding: jax.sharding.Sharding, saved_sums: dict[str, list[int]], like: dict[str, Arrays]
-    ) -> dict[str, Arrays]:
+    def _arrays(self, step: int, saved_sums: dict[str, list[int]], like: dict[str, Arrays]) -> dict[str, Arrays]:
         """Restores the items of `like` and compares their checksums with those of the checkpoint."""
-        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
-        items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in placed.items()})
+        items = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
         for name, item in items.items():
             for path, actual, saved in zip(_paths(item), checksums(item).tolist(), saved_sums[name], strict=True):
                 if actual != saved:
@@ -342,6 +343,12 @@ def _check_written(path: Path, item: Arrays) -> None:
         kinds = [(tuple(tree[name].shape), tree[name].dtype) if name in tree else None for tree in (written, expected)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"{path.name}.{'.'.join(name)} is {kinds[0]} on the disk and {kinds[1]} in memory")
+
+
+def _placed(like: Arrays, sharding: Any) -> Arrays:
+    """The shapes of `like` with their places: one for all, or a tree of them."""
+    places = jax.tree.map(lambda _: sharding, like) if isinstance(sharding, jax.sharding.Sharding) else sharding
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), like, places)
 
 
 @jax.jit

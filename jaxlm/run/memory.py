@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, Sharding
 
 from jaxlm.config import Config
 from jaxlm.core.ops.apple import HostLoopStep
@@ -46,9 +47,9 @@ class Memory:
 
 
 @functools.cache
-def state_shapes(config: Config) -> TrainState:
+def state_shapes(config: Config, mesh: Mesh | None = None) -> TrainState:
     """Shapes of the training state of a config."""
-    return jax.eval_shape(lambda: init_state(config))
+    return jax.eval_shape(lambda: init_state(config, mesh))
 
 
 def min_memory(config: Config) -> Memory:
@@ -95,9 +96,9 @@ def peak_bytes(device: jax.Device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def batch_shape(config: Config) -> jax.ShapeDtypeStruct:
+def batch_shape(config: Config, sharding: Sharding | None = None) -> jax.ShapeDtypeStruct:
     """Shape of a micro-batch: a sequence has one token more than the context."""
-    return jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32)
+    return jax.ShapeDtypeStruct((config.batch_size, config.model.context + 1), np.int32, sharding=sharding)
 
 
 def _allocated(analysis: Any) -> int:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 
 from jaxlm.config import Config, differences, from_config_dict, to_dict
 from jaxlm.core.optimizer import make_schedule
 from jaxlm.core.train_step import TrainState, init_state
 from jaxlm.data.token_files import TokenFiles
+from jaxlm.device.mesh import shardings
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import WEIGHTS, check_init, read_params
 from jaxlm.run.checkpoint import Checkpoints, checkpoint_bytes
@@ -57,33 +58,35 @@ def describe_run(config: Config, tokens: TokenFiles, seconds: float) -> dict[str
 
 
 def restore_or_init(
-    checkpoints: Checkpoints, config: Config, tokens: TokenFiles, device: jax.Device
+    checkpoints: Checkpoints, config: Config, tokens: TokenFiles, device: jax.Device, mesh: Mesh | None = None
 ) -> tuple[TrainState, float, list[str]]:
-    """Restores the newest whole checkpoint on `device`, or initialises the state.
+    """Restores the newest whole checkpoint on the mesh or else on `device`, or initialises the state.
 
-    Initial parameters are those of the folder `config.init_from`, or are drawn on the CPU, so that one seed gives the
-    same model on every device. Returns the state, the seconds trained before, and lines that say what was skipped and
-    which settings have changed.
+    Initial parameters are those of the folder `config.init_from`, or are drawn: on the CPU, or on a mesh by each device
+    for its part. One seed gives the same model on every device. Returns the state, the seconds trained before, and
+    lines that say what was skipped and which settings have changed.
 
     Raises UsageError if the newest whole checkpoint does not fit the settings or the tokens, if none is whole, or if
     the folder does not fit the settings.
     """
+    shapes = state_shapes(config, mesh)
+    places = shardings(config, mesh, device, shapes)
 
     def load(step: int) -> tuple[TrainState, dict[str, Any]]:
         meta = checkpoints.meta(step)
         _check_same_run(f"{checkpoints.directory / str(step)}", meta, config, tokens)
-        return checkpoints.state(step, state_shapes(config), SingleDeviceSharding(device)), meta
+        return checkpoints.state(step, shapes, places), meta
 
     mark = checkpoints.directory.parent / NEVER_SAVED
     steps = checkpoints.steps()
     if not steps:
         mark.touch()
         with jax.default_device(jax.devices("cpu")[0]):
-            state = init_state(config)
+            state = init_state(config, mesh)
         if config.init_from:
             check_init(config, tokens.tokenizer)
             state = state._replace(params=read_params(Path(config.init_from), config.model))
-        return jax.device_put(state, device), 0.0, checkpoints.clean_up(0)
+        return jax.device_put(state, places), 0.0, checkpoints.clean_up(0)
     (state, meta), skipped = checkpoints.newest(load, steps)
     mark.unlink(missing_ok=True)
     notes = [f"Skipped {reason}" for reason in skipped] + checkpoints.clean_up(int(state.step))

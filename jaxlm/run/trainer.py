@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.config import Config
 from jaxlm.core.generate import generate, up_to_end
@@ -21,6 +22,7 @@ from jaxlm.data.beginnings import beginnings
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import encode_prompts
 from jaxlm.device import backend
+from jaxlm.device.mesh import batch_sharding, on_one_device, place_rows
 from jaxlm.errors import RunError, Stopped
 from jaxlm.interop.huggingface import edited_texts, write_model
 from jaxlm.interop.model_card import model_card
@@ -74,6 +76,7 @@ class Trainer:
         device: jax.Device,
         ready: Callable[[Any, int], str] | None = None,
         listeners: Sequence[Listener] = (),
+        mesh: Mesh | None = None,
     ):
         """Restores the newest checkpoint of `workdir`, or initialises the parameters.
 
@@ -81,19 +84,21 @@ class Trainer:
             config: the settings, as `backend.resolve_run` returns them.
             workdir: an existing directory.
             tokens: the training and validation tokens.
-            device: the device to train on.
+            device: the device to train on, or the one of `mesh` that samples and whose memory is reported.
             ready: takes the compiled step and the number of steps done; returns lines to print, or raises.
             listeners: each is called with every event, in its own thread; see `jaxlm.run.events`.
+            mesh: the devices to train on, as `mesh.make_mesh` returns them; None: `device` alone.
 
         Raises UsageError as `restore_or_init` does, or if a prompt does not fit the context.
         """
         self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
-        self._ready = ready
+        self.mesh, self._ready = mesh, ready
+        self._place = partial(place_rows, sharding=batch_sharding(mesh, device))
         self._tokenizer = tokens.tokenizer
         self._prompts = config.sample.prompts or beginnings(tokens)
         self._prompt_ids = encode_prompts(self._tokenizer, self._prompts, config.model.context)
         checkpoints = Checkpoints(workdir, config.max_checkpoints, config.keep_every)
-        self.state, seconds, self._notes = restore_or_init(checkpoints, config, tokens, device)
+        self.state, seconds, self._notes = restore_or_init(checkpoints, config, tokens, device, mesh)
         self._accepted = int(self.state.step) * config.grad_accum_steps  # micro-batches, by the host's count
         self._skipped = int(self.state.batches) - self._accepted
         self._step_batches = int(self.state.batches)  # read up to the end of the last optimizer step
@@ -143,6 +148,7 @@ class Trainer:
         step, weights = self.step, self.state.weights
         if self._best and (best := self._best.weights(self._validation_monitor.best_step, weights)):
             step, weights = self._validation_monitor.best_step, best
+        weights = on_one_device(weights)
         card = model_card(self.workdir, self.config, step, self._describe(0), parameter_count(weights))
         folder = write_model(self.workdir / FINAL_MODEL, self.config, weights, self._tokenizer, card)
         lines = [f"{folder / name} stays as it was edited" for name in edited_texts(folder)]
@@ -166,18 +172,19 @@ class Trainer:
         c, done = self.config, int(self.state.batches)
         with self._pause("compilation"):
             batches = train_batch_stream(self.tokens.train, c.model.context, c.batch_size, c.seed, done)
-            train_step = make_train_step(c).lower(self.state, batch_shape(c)).compile()
+            shape = batch_shape(c, batch_sharding(self.mesh, self.device) if self.mesh else None)
+            train_step = make_train_step(c, self.mesh).lower(self.state, shape).compile()
             memory = step_memory(c, train_step)
             backend.keep_freed_memory(self.device, memory.gradients + memory.temporaries if memory else 0)
         if self._ready:
             self._emit(MessageEvent(self._ready(train_step, self.step)))
-        self._eval_step = make_eval_step(c)
+        self._eval_step = make_eval_step(c, self.mesh)
         return batches, train_step
 
     def _run_steps(self, last: int, batches: Iterator[np.ndarray], train_step: Any) -> None:
         in_flight: InFlight | None = None
         while self.step < last:
-            self.state, metrics = train_step(self.state, jax.device_put(next(batches), self.device))
+            self.state, metrics = train_step(self.state, self._place(next(batches)))
             self._accepted += 1
             if event := self._process_metrics(in_flight):
                 self._report_step(event)
@@ -303,7 +310,7 @@ class Trainer:
             if self._signals.number:
                 return None
             jax.block_until_ready(loss_sums[-2:-1])  # so a stop waits for two batches at most
-            loss_sums.append(self._eval_step(weights, inputs, targets))
+            loss_sums.append(self._eval_step(weights, self._place(inputs), self._place(targets)))
             count += int((targets >= 0).sum())
             text_bytes += self.tokens.text_bytes(targets)
         loss = float(np.sum(jax.device_get(loss_sums), dtype=np.float64)) / count
@@ -316,7 +323,7 @@ class Trainer:
         chosen = [int(order[i % len(order)]) for i in range(c.texts)]
         key = jax.random.fold_in(jax.random.PRNGKey(self.config.seed), step)
         ids = [self._prompt_ids[i] for i in chosen]
-        params = prepare_decode_params(self.config.model, self.state.weights)
+        params = prepare_decode_params(self.config.model, on_one_device(self.state.weights))
         (tokens_BN,) = generate(self.config.model, params, ids, sampling_params(c), key, c.tokens, end_of_text)
         prompts = [self._prompts[i] for i in chosen]
         return tuple((prompt, prompt + self._completion(row)) for prompt, row in zip(prompts, tokens_BN, strict=True))
@@ -342,7 +349,7 @@ class Trainer:
         if step == 0:
             raise Stopped("stopped before the first step was done: nothing is saved", signal)
         with self._pause("checkpoint"):
-            batches = jax.device_put(np.int32(self._step_batches), self.device)
+            batches = jax.device_put(np.int32(self._step_batches), self.state.batches.sharding)
             self._saver.finish(step, self.state._replace(batches=batches))
         raise Stopped(f"stopped after step {step}: the same command resumes from there", signal)
 
@@ -351,10 +358,12 @@ class Trainer:
             self._emit(WarningEvent("step", text))
 
     def _header(self) -> str:
-        c, parameters = self.config, parameter_count(self.state.params)
+        c, parameters, mesh = self.config, parameter_count(self.state.params), self.mesh
+        each = backend.describe(self.device)
+        devices = f"{mesh.size} x {each} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']})" if mesh else each
         run_tokens, data_tokens = c.max_steps * c.tokens_per_step, len(self.tokens.train)
         lines = [
-            f"{parameters:,} parameters in {c.model.precision} on {backend.describe(self.device)}",
+            f"{parameters:,} parameters in {c.model.precision} on {devices}",
             f"{c.max_steps:,} steps of {c.tokens_per_step:,} tokens: {run_tokens / parameters:.3g} tokens a parameter,"
             f" {run_tokens / data_tokens:.3g} epochs of {data_tokens:,} tokens",
             f"Data in {self.tokens.directory}, work in {self.workdir}",

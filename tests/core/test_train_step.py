@@ -207,7 +207,7 @@ def test_an_optimizer_may_start_from_other_numbers_than_zeros(monkeypatch):
         opt_state = optimizer.init(params)
         return opt_state._replace(inner_opt_state=(opt_state.inner_opt_state, params))
 
-    monkeypatch.setattr("jaxlm.core.train_step.make_optimizer", lambda config: optimizer._replace(init=init))
+    monkeypatch.setattr("jaxlm.core.train_step.make_optimizer", lambda *_: optimizer._replace(init=init))
     state = init_state(CONFIG)
     copies = state.opt_state.inner_opt_state[1]
     for copy, leaf in zip(jax.tree.leaves(copies), jax.tree.leaves(state.params), strict=True):

@@ -682,7 +682,7 @@ def test_metrics_are_fetched_after_the_next_step_is_dispatched(console):
 
     with tiny_run.shared_compilation("plain"), pytest.MonkeyPatch.context() as patch:
         make_train_step = trainer.make_train_step
-        patch.setattr(trainer, "make_train_step", lambda config: Compiled(make_train_step(config)))
+        patch.setattr(trainer, "make_train_step", lambda *arguments: Compiled(make_train_step(*arguments)))
         train("watched", share="")
     assert without_clock(rows("watched/metrics.jsonl")) == without_clock(rows("run/metrics.jsonl"))
     interval_ends = {2 * step for step in range(1, LAST + 1) if not (step % 4 and step % 3 and step % 6)}

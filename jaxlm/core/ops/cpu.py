@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def _transposed(x_ND: jax.Array) -> jax.Array:
 
 # XLA's default scheduler, for parallel work, updates all parameters at once and keeps the temporaries of all. It is no
 # faster here. jax 0.4.34 does not have it.
-_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.__version_info__ >= (0, 5) else {}
+_SCHEDULER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+_OPTIONS: Any = {"compiler_options": _SCHEDULER} if jax.__version_info__ >= (0, 5) else {}
 
 
 def layer_by_layer(function: Callable, *stacks: jax.Array) -> jax.Array:
@@ -45,5 +47,5 @@ CPU = replace(
     weight_gradient=weight_gradient,
     map_layers=layer_by_layer,
     decode_layout=Transposed,
-    train_step=partial(xla.train_step, compiler_options=_OPTIONS),
+    train_step=partial(xla.train_step, **_OPTIONS),
 )

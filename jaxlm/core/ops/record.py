@@ -39,6 +39,7 @@ class Ops:
     row_multiple: int  # number of sequences to pad a batch of prompts to
     # (start, accumulate_chunk, update, chunks) -> the jitted micro-step, (state, ids [B, T + 1]) -> (state, metrics).
     # start: params -> accumulator. accumulate_chunk: params, accumulator, ids -> accumulator, called for each chunk.
-    # update: state, accumulator -> state, metrics.
+    # update: state, accumulator -> state, metrics. For several devices also `spread`, which makes of the function that
+    # accumulates a micro-batch, (params, ids) -> accumulator, one for all devices, and options of `jax.jit`.
     train_step: Callable[..., Any]
     decode_on_device: bool  # whether one program decodes all tokens; else the host calls one program a token

@@ -155,20 +155,26 @@ def unrolled_search(condition: Callable, body: Callable[[Any], Any], carry: Any,
 
 
 def train_step(
-    start: Callable, accumulate_chunk: Callable, update: Callable, chunks: int, compiler_options: Any = None
+    start: Callable,
+    accumulate_chunk: Callable,
+    update: Callable,
+    chunks: int,
+    spread: Callable = lambda accumulate: accumulate,
+    **jit_options: Any,
 ) -> jax.stages.Wrapped:
     """`Ops.train_step` as one program, which reuses the buffers of the state it is given."""
-    options = {"compiler_options": compiler_options} if compiler_options else {}  # jax 0.4.34 takes none here
+
+    def accumulate(params: Any, ids_BT: jax.Array) -> Any:
+        def body(accumulator: Any, _: None) -> tuple[Any, None]:
+            return accumulate_chunk(params, accumulator, ids_BT), None
+
+        accumulator = start(params)
+        return (jax.lax.scan(body, accumulator, length=chunks) if chunks > 1 else body(accumulator, None))[0]
 
     def step(state: Any, ids_BT: jax.Array) -> tuple[Any, Any]:
-        def body(accumulator: Any, _: None) -> tuple[Any, None]:
-            return accumulate_chunk(state.params, accumulator, ids_BT), None
+        return update(state, spread(accumulate)(state.params, ids_BT))
 
-        accumulator = start(state.params)
-        accumulator, _ = jax.lax.scan(body, accumulator, length=chunks) if chunks > 1 else body(accumulator, None)
-        return update(state, accumulator)
-
-    return jax.jit(step, donate_argnums=0, **options)
+    return jax.jit(step, donate_argnums=0, **jit_options)
 
 
 XLA = Ops(

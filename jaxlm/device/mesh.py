@@ -1,0 +1,87 @@
+"""The mesh: which devices a run is spread over, and where its arrays are."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxlm.config import Config
+from jaxlm.core.parameters import parameter_table
+from jaxlm.core.sharding import DATA, FSDP, ROWS, state_shardings
+from jaxlm.errors import UsageError
+
+
+def make_mesh(config: Config, device: jax.Device) -> Mesh | None:
+    """The mesh of a run on the devices of one kind with `device`; None if that is one device.
+
+    A run of one process may leave devices unused. Raises UsageError if the devices, the batch or a parameter do not
+    divide as the settings say.
+    """
+    data, fsdp = config.mesh.data, config.mesh.fsdp
+    devices = jax.devices(device.platform)
+    if data == -1:
+        data = len(devices) // fsdp
+        if data * fsdp != len(devices):
+            raise UsageError(f"mesh.fsdp is {fsdp}, which does not divide the {_devices(len(devices))} that are here")
+    count = data * fsdp
+    if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
+        raise UsageError(
+            f"mesh.data {data} x mesh.fsdp {fsdp} is {_devices(count)}, and {len(devices)} are here: set mesh.data to"
+            " -1"
+        )
+    if count == 1:
+        return None
+    _check_divides(config, count)
+    return Mesh(np.array(devices[:count]).reshape(data, fsdp), (DATA, FSDP))
+
+
+def _check_divides(config: Config, count: int) -> None:
+    chunks, fsdp = config.microbatch_chunks or 1, config.mesh.fsdp
+    if config.batch_size % (count * chunks):
+        parts = f" in {chunks} microbatch_chunks" if chunks > 1 else ""
+        raise UsageError(
+            f"batch_size {config.batch_size} is not divisible among {_devices(count)}{parts}: choose a multiple of"
+            f" {count * chunks}, or fewer devices with mesh.data"
+        )
+    for parameter in parameter_table(config.model):
+        if (size := parameter.shape[parameter.fsdp_axis]) % fsdp:
+            raise UsageError(
+                f"mesh.fsdp {fsdp} does not divide axis {parameter.fsdp_axis} of the parameter"
+                f" {'/'.join(parameter.path)}, which is {size}: choose a divisor"
+            )
+    if config.model.implementation == "apple":
+        raise UsageError("model.implementation apple is for one device: set mesh.data to 1")
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' * (count != 1)}"
+
+
+def shardings(config: Config, mesh: Mesh | None, device: jax.Device, state: Any) -> Any:
+    """Where each array of a training state (or of its shapes) is: on the mesh, or without one on `device`."""
+    if mesh:
+        return state_shardings(config.model, mesh, state)
+    return jax.tree.map(lambda _: SingleDeviceSharding(device), state)
+
+
+def batch_sharding(mesh: Mesh | None, device: jax.Device) -> Sharding:
+    """Where a batch is: its rows are split over all devices, in order."""
+    return NamedSharding(mesh, ROWS) if mesh else SingleDeviceSharding(device)
+
+
+def place_rows(rows: np.ndarray, sharding: Sharding) -> jax.Array:
+    """A batch on the devices of `batch_sharding`, from this process's rows of it."""
+    if isinstance(sharding, SingleDeviceSharding):
+        return jax.device_put(rows, sharding)
+    return jax.make_array_from_process_local_data(sharding, rows)
+
+
+def on_one_device(tree: Any) -> Any:
+    """The whole arrays, each on one device of this process. All processes of a run call it together."""
+    leaves = jax.tree.leaves(tree)
+    if all(isinstance(leaf.sharding, SingleDeviceSharding) for leaf in leaves):
+        return tree
+    whole = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+    gathered = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered)
