@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core import ops
 from jaxlm.core.parameters import Params, tree_of
+from jaxlm.core.sharding import FSDP, over_devices
 
 SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # (end value, steps) -> from 1 down to the end value
     "cosine": lambda end, steps: optax.cosine_decay_schedule(1.0, steps, alpha=end),
@@ -74,36 +76,36 @@ def cautious_decay(decay: float, mask: Params) -> optax.GradientTransformation:
     return optax.masked(optax.stateless(add_decay), mask)
 
 
-def adamw(config: Config) -> optax.GradientTransformation:
+def adamw(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
     c = config.optimizer
     return _decay_and_scale(config, optax.scale_by_adam(c.b1, c.b2), c.weight_decay, c.learning_rate)
 
 
-def muon(config: Config) -> optax.GradientTransformation:
+def muon(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) on the blocks' matrices, AdamW on the rest.
 
     With `muon_b2` it is NorMuon (Li et al. 2025, arXiv 2510.05491).
     """
     c = config.optimizer
     normalize = normalize_neurons(c.muon_b2) if c.muon_b2 else optax.identity()
-    direction = optax.chain(orthogonalized_momentum(config), normalize)
+    direction = optax.chain(orthogonalized_momentum(config, mesh), normalize)
     by_muon = _decay_and_scale(config, direction, c.muon_weight_decay, c.muon_learning_rate)
     # checkpoints hold the states of the two under these labels
     labels = tree_of(config.model, lambda parameter: "muon" if parameter.optimizer == "muon" else "adam")
     return optax.multi_transform({"adam": adamw(config), "muon": by_muon}, labels)
 
 
-OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {"adamw": adamw, "muon": muon}
+OPTIMIZERS: dict[str, Callable[[Config, Mesh | None], optax.GradientTransformation]] = {"adamw": adamw, "muon": muon}
 
 
-def make_transformation(config: Config) -> optax.GradientTransformation:
+def make_transformation(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """From averaged gradients to one optimizer step: records the global norm, clips by it, then `optimizer.name`.
 
     Raises KeyError if OPTIMIZERS has no such name.
     """
     clip = clip_by_global_norm(config.optimizer.clip_norm)
-    return optax.chain(record_grad_norm(), clip, OPTIMIZERS[config.optimizer.name](config))
+    return optax.chain(record_grad_norm(), clip, OPTIMIZERS[config.optimizer.name](config, mesh))
 
 
 class Optimizer(NamedTuple):
@@ -117,15 +119,15 @@ class Optimizer(NamedTuple):
     step: Callable[..., tuple[Params, optax.MultiStepsState, Params | None, Any]]
 
 
-def make_optimizer(config: Config, replicas: int = 1) -> Optimizer:
+def make_optimizer(config: Config, replicas: int = 1, mesh: Mesh | None = None) -> Optimizer:
     """`make_transformation` applied to the mean gradient of `grad_accum_steps` micro-batches.
 
     A micro-batch whose gradient norm is not finite is skipped: the state and the parameters stay as they are.
-    `replicas` is that of `multi_steps`.
+    `replicas` is that of `multi_steps`, and `mesh` has the arrays.
     """
     cond, every = ops.get(config.model.implementation).cond, config.grad_accum_steps
     measure = partial(update_ratios, config.model)
-    return multi_steps(make_transformation(config), every, cond, config.optimizer.average, measure, replicas)
+    return multi_steps(make_transformation(config, mesh), every, cond, config.optimizer.average, measure, replicas)
 
 
 def multi_steps(
@@ -235,7 +237,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def orthogonalized_momentum(config: Config) -> optax.GradientTransformationExtraArgs:
+def orthogonalized_momentum(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformationExtraArgs:
     """Nesterov's momentum of each stack [L, D, F], each matrix by `newton_schulz`, scaled to the RMS of Adam's updates.
 
     The momentum's decay rises linearly over the warm-up, from MOMENTUM_START or less to `muon_momentum`. The scale is
@@ -245,6 +247,8 @@ def orthogonalized_momentum(config: Config) -> optax.GradientTransformationExtra
     start = min(MOMENTUM_START, c.muon_momentum)
     decay_at = optax.linear_schedule(start, c.muon_momentum, c.muon_momentum_warmup)
     map_layers = ops.get(model.implementation).map_layers
+    if mesh and model.layers % (parts := mesh.shape[FSDP]) == 0 and parts > 1:
+        map_layers = partial(_map_layers_on_mesh, map_layers, mesh)
 
     def update(grads: Params, state: optax.TraceState, params: Any = None, *, step: jax.Array) -> tuple[Params, Any]:
         decay = decay_at(step) if c.muon_momentum_warmup else c.muon_momentum
@@ -256,6 +260,12 @@ def orthogonalized_momentum(config: Config) -> optax.GradientTransformationExtra
         return jax.tree.map(partial(map_layers, direction), trace, grads), optax.TraceState(trace)
 
     return optax.GradientTransformationExtraArgs(optax.trace(0.0).init, update)
+
+
+def _map_layers_on_mesh(map_layers: Callable, mesh: Mesh, function: Callable, *stacks: jax.Array) -> jax.Array:
+    """`map_layers` where each device of FSDP has whole layers."""
+    layers = PartitionSpec(FSDP)
+    return over_devices(partial(map_layers, function), mesh, (layers,) * len(stacks), layers)(*stacks)
 
 
 def newton_schulz(m_DF: jax.Array, dtype: Any = jnp.float32) -> jax.Array:

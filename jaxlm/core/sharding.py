@@ -8,7 +8,7 @@ micro-batches of an optimizer step are summed once, by the optimizer: until then
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,45 +72,49 @@ def _spec_like(parameter: Parameter, shape: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec(*leading, *[None] * parameter.fsdp_axis, *[FSDP] * is_split)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(part: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """The whole of an array that is split over FSDP along `axis`, rounded to `dtype`. Its gradient is summed and split,
-    in the dtype of the array."""
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(part: jax.Array, axis: int, dtype: Any, sums_data: bool) -> jax.Array:
+    """The whole of an array that is split over FSDP along `axis`, rounded to `dtype`.
+
+    Its gradient is summed over FSDP and split, with `sums_data` also summed over DATA, in the dtype of the array.
+    """
     return jax.lax.all_gather(part.astype(dtype), FSDP, axis=axis, tiled=True).astype(part.dtype)
 
 
-_gather.defvjp(
-    lambda part, axis, dtype: (_gather(part, axis, dtype), None),
-    lambda axis, dtype, _, d_whole: (jax.lax.psum_scatter(d_whole, FSDP, scatter_dimension=axis, tiled=True),),
-)
+def _gather_backward(axis, dtype, sums_data, _, d_whole):
+    d_part = jax.lax.psum_scatter(d_whole, FSDP, scatter_dimension=axis, tiled=True)
+    return (jax.lax.psum(d_part, DATA) if sums_data else d_part,)
 
 
-def gather_block(config: ModelConfig, p: Blocks) -> Blocks:
-    """The whole parameters of one block, on a device that has its part of them."""
-    return {name: _gather_parameter(config, by_path(config)["blocks", name], leaf) for name, leaf in p.items()}
+_gather.defvjp(lambda part, *static: (_gather(part, *static), None), _gather_backward)
 
 
-def gather_others(config: ModelConfig, others: Params) -> Params:
-    """The whole parameters that are in no block."""
-    return {name: _gather_parameter(config, by_path(config)[name,], leaf) for name, leaf in others.items()}
+class Gather(NamedTuple):
+    """Makes whole parameters on a device from its part of them. Their gradients become parts again."""
 
+    config: ModelConfig
+    sums_data: bool = False  # whether the gradients are summed over DATA too, each as soon as it is computed
 
-def _gather_parameter(config: ModelConfig, parameter: Parameter, leaf: jax.Array) -> jax.Array:
-    """Gathered in the dtype of the matmuls, if nothing else reads it: half the bytes, and no other result."""
-    only_matmuls = parameter.kind == "matrix" or (
-        parameter.kind == "embedding" and config.activation_dtype == config.matmul_dtype
-    )
-    dtype = config.matmul_dtype if only_matmuls else jnp.float32
-    return _gather(leaf, parameter.fsdp_axis - parameter.stacked, dtype)
+    def block(self, p: Blocks) -> Blocks:
+        """The parameters of one block."""
+        return {name: self._parameter(by_path(self.config)["blocks", name], leaf) for name, leaf in p.items()}
 
+    def others(self, params: Params) -> Params:
+        """Those of `params` that are in no block."""
+        table = by_path(self.config)
+        return {name: self._parameter(table[name,], leaf) for name, leaf in params.items() if name != "blocks"}
 
-def gather_gradient(config: ModelConfig, gradient: Gradient, params: Params, accumulator: Params) -> Any:
-    """`gradient(params, accumulator)`, for the parts of one device.
+    def _parameter(self, parameter: Parameter, leaf: jax.Array) -> jax.Array:
+        """Gathered in the dtype of the matmuls, if nothing else reads it: half the bytes, and no other result."""
+        c = self.config
+        of_rows = parameter.kind == "embedding" and c.activation_dtype == c.matmul_dtype
+        dtype = c.matmul_dtype if parameter.kind == "matrix" or of_rows else jnp.float32
+        return _gather(leaf, parameter.fsdp_axis - parameter.stacked, dtype, self.sums_data)
 
-    `gradient` gets the parts of the blocks, which it gathers one by one, and all else whole.
-    """
-    others, sums = ({name: leaf for name, leaf in tree.items() if name != "blocks"} for tree in (params, accumulator))
-    whole, scatter = jax.vjp(partial(gather_others, config), others)
-    loss_sum, grads = gradient(params | whole, accumulator | jax.tree.map(jnp.zeros_like, whole))
-    (parts,) = scatter({name: grads[name] for name in others})
-    return loss_sum, grads | jax.tree.map(jnp.add, sums, parts)
+    def gradient(self, gradient: Gradient, params: Params, accumulator: Params) -> tuple[jax.Array, Params]:
+        """`gradient(params, accumulator)`, for parts. It is given those of the blocks, and all else whole."""
+        whole, scatter = jax.vjp(self.others, params)
+        loss_sum, grads = gradient(params | whole, accumulator | jax.tree.map(jnp.zeros_like, whole))
+        (parts,) = scatter({name: grads[name] for name in whole})
+        sums = {name: accumulator[name] + parts[name] for name in whole}
+        return loss_sum, grads | sums

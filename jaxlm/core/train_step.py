@@ -86,27 +86,29 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Any:
         buffers are reused, except on an Apple GPU. Every `grad_accum_steps` micro-batches with finite gradients make
         one optimizer step.
     """
-    optimizer = make_optimizer(config, sharding.replica_count(mesh))
-    devices, rows = sharding.device_count(mesh), config.chunk_size // sharding.device_count(mesh)
-    gather_block = partial(sharding.gather_block, config.model) if sharding.fsdp_size(mesh) > 1 else None
+    devices, chunks = sharding.device_count(mesh), config.batch_size // config.chunk_size
+    # with one gradient a step, its sum over the replicas can begin while the rest of it is computed
+    sums_at_once = sharding.replica_count(mesh) > 1 and config.grad_accum_steps == chunks == 1
+    gathers = sharding.fsdp_size(mesh) > 1 or sums_at_once
+    gather = sharding.Gather(config.model, sums_at_once) if gathers else None
+    replicas = 1 if sums_at_once else sharding.replica_count(mesh)
+    optimizer = make_optimizer(config, replicas, mesh)
     schedule = make_schedule(config.optimizer, config.max_steps)
 
     def start(params: Params) -> GradAccumulator:
         return GradAccumulator(jnp.int32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
 
     def accumulate_chunk(params: Params, accumulator: GradAccumulator, ids_BT: jax.Array) -> GradAccumulator:
-        tokens = (ids_BT.size - len(ids_BT)) * devices
+        tokens, rows = (ids_BT.size - len(ids_BT)) * devices, config.chunk_size // devices
         chunk_BT = jax.lax.dynamic_slice_in_dim(ids_BT, accumulator.chunks * rows, rows)
         inputs_BT, targets_BT = chunk_BT[:, :-1], chunk_BT[:, 1:]
 
         def gradient(params: Params, grads: Params) -> tuple[jax.Array, Params]:
-            more = (gather_block,) if gather_block else ()
-            return loss_and_gradient(config.model, params, inputs_BT, targets_BT, 1 / tokens, grads, *more)
+            gather_block = (gather.block,) if gather else ()
+            return loss_and_gradient(config.model, params, inputs_BT, targets_BT, 1 / tokens, grads, *gather_block)
 
-        if gather_block:
-            loss_sum, grads = sharding.gather_gradient(config.model, gradient, params, accumulator.grads)
-        else:
-            loss_sum, grads = gradient(params, accumulator.grads)
+        run = partial(gather.gradient, gradient) if gather else gradient
+        loss_sum, grads = run(params, accumulator.grads)
         return GradAccumulator(accumulator.chunks + 1, accumulator.loss + loss_sum / tokens, grads)
 
     def update(state: TrainState, accumulator: GradAccumulator) -> tuple[TrainState, Metrics]:
@@ -130,30 +132,29 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Any:
         )
         return TrainState(params, opt_state, batches, in_a_row, jnp.where(updated, 0, loss_sum), average), metrics
 
-    chunks = config.batch_size // config.chunk_size
     device_ops = ops.get(config.model.implementation)
     if not mesh:
         return device_ops.train_step(start, accumulate_chunk, update, chunks)
     shapes = jax.eval_shape(partial(init_state, config, mesh))
     shardings = sharding.state_shardings(config.model, mesh, shapes), NamedSharding(mesh, PartitionSpec())
-    spread = partial(_spread, config, mesh)
+    spread = partial(_spread, config, mesh, replicas)
     return device_ops.train_step(start, accumulate_chunk, update, chunks, spread=spread, out_shardings=shardings)
 
 
-def _spread(config: Config, mesh: Mesh, accumulate: Any) -> Any:
+def _spread(config: Config, mesh: Mesh, replicas: int, accumulate: Any) -> Any:
     """Runs `accumulate` (params, ids) -> GradAccumulator on each device, for its part of the parameters and its rows.
 
     The loss is that of all devices. With several replicas, the gradients have a leading axis for the part of each.
     """
-    replicas = [sharding.DATA] * (sharding.replica_count(mesh) > 1)
+    leading = [sharding.DATA] * (replicas > 1)
 
     def local(params: Params, ids_BT: jax.Array) -> GradAccumulator:
         chunks, loss, grads = accumulate(params, ids_BT)
-        grads = jax.tree.map(lambda leaf: leaf[None], grads) if replicas else grads
+        grads = jax.tree.map(lambda leaf: leaf[None], grads) if leading else grads
         return GradAccumulator(chunks, jax.lax.psum(loss, mesh.axis_names), grads)
 
     in_specs = sharding.param_specs(config.model), sharding.ROWS
-    out_specs: Any = PartitionSpec(), PartitionSpec(), sharding.param_specs(config.model, *replicas)
+    out_specs: Any = PartitionSpec(), PartitionSpec(), sharding.param_specs(config.model, *leading)
     return sharding.over_devices(local, mesh, in_specs, GradAccumulator(*out_specs))
 
 
@@ -165,13 +166,11 @@ def make_eval_step(config: Config, mesh: Mesh | None = None) -> jax.stages.Wrapp
     if not mesh:
         return jax.jit(partial(loss, config.model))
 
+    gather = sharding.Gather(config.model)
+
     def local(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        gather_block = None
-        if sharding.fsdp_size(mesh) > 1:
-            others = {name: leaf for name, leaf in params.items() if name != "blocks"}
-            params |= sharding.gather_others(config.model, others)
-            gather_block = partial(sharding.gather_block, config.model)
-        return jax.lax.psum(loss(config.model, params, inputs_BT, targets_BT, gather_block), mesh.axis_names)
+        loss_sum = loss(config.model, params | gather.others(params), inputs_BT, targets_BT, gather.block)
+        return jax.lax.psum(loss_sum, mesh.axis_names)
 
     specs = sharding.param_specs(config.model), sharding.ROWS, sharding.ROWS
     return jax.jit(sharding.over_devices(local, mesh, specs, PartitionSpec()))

@@ -1,0 +1,120 @@
+"""A step on a mesh compared with a step on one device. `test_sharding.py` runs this file on eight devices."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from jaxlm.core.checksum import checksums
+from jaxlm.core.model import loss_and_gradient
+from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
+from jaxlm.device.mesh import batch_sharding, make_mesh, place_rows
+
+STEPS = 20
+NAN = 255  # a micro-batch that holds this token has a gradient that is not finite, on the device with its row
+SIZES = {"vocab_size": 257, "context": 16, "layers": 2, "heads": 2, "width": 32, "mlp_width": 48}
+CONFIG = Config(
+    batch_size=16,
+    grad_accum_steps=2,
+    microbatch_chunks=2,
+    max_steps=STEPS,
+    model=ModelConfig(**SIZES, precision="float32"),
+    optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2, clip_norm=0.3, average=0.5),
+)
+MUON = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon", muon_b2=0.9))
+NO_REMAT = replace(CONFIG, microbatch_chunks=1, model=replace(CONFIG.model, remat=False, tied=False, qk_norm=True))
+LAYOUTS = [(2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2)]
+DEVICE = jax.devices()[0]
+
+
+def on(config, layout):
+    """The config and its mesh; None for one device."""
+    config = replace(config, mesh=MeshConfig(*layout))
+    return config, make_mesh(config, DEVICE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_gradient():
+    def poisoned(config, params, inputs_BT, *more):
+        loss_sum, grads = loss_and_gradient(config, params, inputs_BT, *more)
+        poison = jnp.where(jnp.any(inputs_BT == NAN), jnp.nan, 0)
+        return loss_sum, grads | {"embedding": grads["embedding"].at[3, 5].add(poison)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxlm.core.train_step.loss_and_gradient", poisoned)
+        yield
+
+
+def micro_batches():
+    """Enough for STEPS, and three more whose gradient is not finite: one in the first row, two in the last."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 250, (2 * STEPS + 3, CONFIG.batch_size, SIZES["context"] + 1), np.int32)
+    ids[(0, 5, 6), (0, -1, -1), (3, 7, 2)] = NAN
+    return ids
+
+
+@functools.cache
+def trained(config, layout):
+    """What each micro-step reports, the evaluation and the state after STEPS."""
+    config, mesh = on(config, layout)
+    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    place = functools.partial(place_rows, sharding=batch_sharding(mesh, DEVICE))
+    reports = []
+    for ids in micro_batches():
+        state, metrics = step(state, place(ids))
+        reports.append(jax.device_get(metrics))
+    ids = micro_batches()[1]
+    inputs, targets = place(ids[:, :-1]), place(np.where(ids[:, 1:] < 30, -1, ids[:, 1:]))
+    return reports, float(make_eval_step(config, mesh)(state.weights, inputs, targets)), state
+
+
+def assert_same_training(config, layout):
+    (one_reports, one_loss, one), (reports, loss, state) = trained(config, (1, 1)), trained(config, layout)
+    for a, b in zip(one_reports, reports, strict=True):
+        counted = ("updated", "step", "skipped", "skipped_in_a_row")
+        assert [getattr(a, name) for name in counted] == [getattr(b, name) for name in counted]
+        if a.updated:
+            assert float(b.loss) == pytest.approx(float(a.loss), rel=2e-6)
+            assert float(b.grad_norm) == pytest.approx(float(a.grad_norm), rel=1e-4)
+            for kind, ratio in a.update_ratios.items():
+                assert float(b.update_ratios[kind]) == pytest.approx(float(ratio), rel=1e-3)
+    assert [int(report.skipped) for report in reports][:8] == [1, 1, 1, 1, 1, 2, 3, 3]
+    assert int(state.step) == STEPS
+    assert loss == pytest.approx(one_loss, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(one.weights), jax.tree.leaves(state.weights), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_twenty_steps_are_those_of_one_device():
+    assert_same_training(CONFIG, (2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_twenty_steps_are_those_of_one_device_in_every_layout(layout):
+    assert_same_training(CONFIG, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [MUON, NO_REMAT], ids=["muon", "no remat"])
+def test_twenty_steps_are_those_of_one_device_for_every_kind_of_step(config):
+    for layout in ((4, 1), (2, 2), (1, 8)):
+        assert_same_training(config, layout)
+
+
+def test_a_drawn_state_has_the_same_bits_and_each_device_its_part_only():
+    one = init_state(CONFIG)
+    for data, fsdp in ((4, 2), (1, 8)):
+        state = init_state(*on(CONFIG, (data, fsdp)))
+        for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(state.params), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert checksums(state.params).tolist() == checksums(one.params).tolist()
+        moments = [leaf for leaf in jax.tree.leaves(state.opt_state.inner_opt_state) if leaf.ndim]
+        assert len(moments) == 2 * len(jax.tree.leaves(one.params))
+        for tree, parts in (((state.params, state.average, moments), fsdp), (state.opt_state.acc_grads, data * fsdp)):
+            for leaf in jax.tree.leaves(tree):
+                assert {shard.data.size * parts for shard in leaf.addressable_shards} == {leaf.size}
