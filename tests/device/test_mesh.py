@@ -1,0 +1,60 @@
+"""The mesh of a run: its size, and the errors of a person's settings."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.config import Config, MeshConfig, ModelConfig
+from jaxlm.device import mesh
+from jaxlm.device.mesh import make_mesh
+from jaxlm.errors import UsageError
+from tests.tiny_run import is_one_line
+
+CPU = jax.devices("cpu")[0]
+MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=3, width=24, mlp_width=40)
+
+
+@pytest.fixture
+def eight(monkeypatch):
+    """Makes jax report eight devices; a Mesh is then the array of them."""
+    devices = [SimpleNamespace(platform="cpu", id=number) for number in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda platform: devices)
+    monkeypatch.setattr(mesh, "Mesh", lambda devices, axes: np.vectorize(lambda device: device.id)(devices).tolist())
+    return devices[0]
+
+
+def test_one_device_has_no_mesh():
+    assert make_mesh(Config(), CPU) is None
+
+
+def test_a_mesh_takes_the_devices_that_are_left_over(eight):
+    def ids(data, fsdp):
+        return make_mesh(Config(model=MODEL, mesh=MeshConfig(data, fsdp)), eight)
+
+    assert ids(-1, 1) == [[number] for number in range(8)]
+    assert ids(-1, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert ids(2, 1) == [[0], [1]]
+    assert ids(1, 1) is None
+
+
+def test_what_does_not_divide_is_named(eight):
+    def error(**settings):
+        with pytest.raises(UsageError) as raised:
+            make_mesh(Config(**{"model": MODEL, "batch_size": 24, **settings}), eight)
+        assert is_one_line(raised.value)
+        return str(raised.value)
+
+    assert error(mesh=MeshConfig(-1, 3)) == "mesh.fsdp is 3, which does not divide the 8 devices that are here"
+    assert "mesh.data 4 x mesh.fsdp 4 is 16 devices, and 8 are here" in error(mesh=MeshConfig(4, 4))
+    assert "batch_size 12 is not divisible among 8 devices: choose a multiple of 8" in error(batch_size=12)
+    assert "in 2 microbatch_chunks: choose a multiple of 16" in error(microbatch_chunks=2)
+    wrong = error(mesh=MeshConfig(1, 5), batch_size=5)
+    assert "mesh.fsdp 5 does not divide axis 1 of the parameter embedding, which is 24" in wrong
+    assert "one device" in error(model=ModelConfig(implementation="apple"))
+
+
+def test_a_mesh_has_devices():
+    with pytest.raises(UsageError, match=r"mesh\.data is 0"):
+        MeshConfig(data=0)
