@@ -6,6 +6,7 @@ newest checkpoint in the work directory. If the data is missing, the corpus that
 --show prints every setting with its value, what set it and what it is for, and starts nothing.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -188,14 +189,16 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
     encode_prompts(tokens.tokenizer, config.sample.prompts, config.model.context)
     device = backend.start(config.platform, config.deterministic)
     mesh = make_mesh(config, device)
-    resolved = backend.resolve_run(config, device, mesh.size if mesh else 1)
+    devices = mesh.size if mesh else 1
+    resolved = backend.resolve_run(config, device, devices)
+    share = dataclasses.replace(resolved, batch_size=resolved.batch_size // devices)  # of one device
     check_room(workdir, resolved)
-    benchmark = cached_benchmark(resolved, device)
+    benchmark = cached_benchmark(share, device)
     if not force:
-        check_memory(known_memory(resolved, device, benchmark), device)
+        check_memory(known_memory(share, device, benchmark), device)
 
     def before_first_step(compiled: Any, step: int) -> str:
-        memory = known_memory(resolved, device, benchmark, compiled)
+        memory = known_memory(share, device, benchmark, compiled)
         if not force:
             check_memory(memory, device)
         atomic.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
@@ -204,7 +207,7 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
 
     with run_errors(workdir):
         if device.platform != "cpu":
-            numerics.require(resolved, device, say=print)
+            numerics.require(share, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         with only_writer(workdir), log_libraries(workdir):
             listeners = _trackio(project, workdir, config) if project else ()

@@ -78,11 +78,14 @@ def _gather(part: jax.Array, axis: int, dtype: Any, sums_data: bool) -> jax.Arra
 
     Its gradient is summed over FSDP and split, with `sums_data` also summed over DATA, in the dtype of the array.
     """
+    if jax.lax.psum(1, FSDP) == 1:
+        return part
     return jax.lax.all_gather(part.astype(dtype), FSDP, axis=axis, tiled=True).astype(part.dtype)
 
 
-def _gather_backward(axis, dtype, sums_data, _, d_whole):
-    d_part = jax.lax.psum_scatter(d_whole, FSDP, scatter_dimension=axis, tiled=True)
+def _gather_backward(axis, dtype, sums_data, _, d_part):
+    if jax.lax.psum(1, FSDP) > 1:
+        d_part = jax.lax.psum_scatter(d_part, FSDP, scatter_dimension=axis, tiled=True)
     return (jax.lax.psum(d_part, DATA) if sums_data else d_part,)
 
 

@@ -65,7 +65,7 @@ def test_a_stopped_run_resumes_on_fewer_devices_as_if_on_one(one):
     assert_same_run("many", one)
 
 
-@pytest.mark.parametrize("layout", [(8, 1), (1, 8), (2, 4), (1, 2), (2, 2)])
+@pytest.mark.parametrize("layout", [(8, 1), (1, 4), (2, 2)])
 def test_a_checkpoint_of_one_device_resumes_on_any_and_back(one, layout):
     there, back = "there{}x{}".format(*layout), "back{}x{}".format(*layout)
     resume_from(there, "one", 3)
