@@ -1,6 +1,7 @@
 """A step on a mesh compared with a step on one device. `test_sharding.py` runs this file on eight devices."""
 
 import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -124,3 +125,47 @@ def test_a_drawn_state_has_the_same_bits_and_each_device_its_part_only():
         for tree, parts in (((state.params, state.average, moments), fsdp), (state.opt_state.acc_grads, data * fsdp)):
             for leaf in jax.tree.leaves(tree):
                 assert {shard.data.size * parts for shard in leaf.addressable_shards} == {leaf.size}
+
+
+def collectives(config, layout):
+    """The kind, the shapes of the result and the name of each collective operation of the compiled step."""
+    config, mesh = on(config, layout)
+    ids = jax.ShapeDtypeStruct(micro_batches()[0].shape, np.int32, sharding=batch_sharding(mesh, DEVICE))
+    text = make_train_step(config, mesh).lower(init_state(config, mesh), ids).compile().as_text()
+    rows, V = CONFIG.batch_size // mesh.size * SIZES["context"], config.model.vocab_size
+    assert f"[{rows},{V}]" not in text, "the whole logits"
+    found = re.findall(r"(?m)^.* = (.*) (all-reduce|all-gather|reduce-scatter)(?:-start)?\((.*)$", text)
+    return [(kind, re.findall(r"(\w+)\[([\d,]*)\]", shapes), rest) for shapes, kind, rest in found]
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_over_data_once_a_step_in_float32():
+    model = replace(CONFIG.model, vocab_size=4096, precision="bf16", remat=False)
+    config = replace(CONFIG, microbatch_chunks=1, model=model)
+    for every, place in ((2, "cond/branch_1_fun"), (1, "transpose(jvp())/psum")):
+        sums = [
+            (dtype, rest)
+            for kind, shapes, rest in collectives(replace(config, grad_accum_steps=every), (4, 1))
+            for dtype, shape in shapes
+            if kind == "all-reduce" and "," in shape
+        ]
+        assert len(sums) >= len(jax.tree.leaves(init_state(config).params)) - 1  # all but the last norm are matrices
+        assert {dtype for dtype, _ in sums} == {"f32"}
+        assert all(place in rest for _, rest in sums)
+
+
+@pytest.mark.slow
+def test_the_embedding_is_gathered_once_a_micro_batch():
+    config = replace(CONFIG, microbatch_chunks=1, model=replace(CONFIG.model, vocab_size=4096))
+    gathers = [
+        (shape, rest)
+        for kind, shapes, rest in collectives(config, (1, 4))
+        for _, shape in shapes
+        if kind == "all-gather" and shape
+    ]
+    whole = [rest for shape, rest in gathers if "4096" in shape]
+    assert len(whole) == 1
+    assert "while" not in whole[0]
+    blocks = [rest for shape, rest in gathers if "," in shape and "4096" not in shape]
+    assert len(blocks) >= 14  # seven matrices forward, and again backward
+    assert all("while/body" in rest for rest in blocks)
