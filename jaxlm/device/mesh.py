@@ -19,7 +19,7 @@ def make_mesh(config: Config, device: jax.Device) -> Mesh | None:
     divide as the settings say.
     """
     data, fsdp = config.mesh.data, config.mesh.fsdp
-    devices = jax.devices(device.platform)
+    devices = [each for each in jax.devices() if each.platform == device.platform] or [device]
     if data == -1:
         data = len(devices) // fsdp
         if data * fsdp != len(devices):

@@ -20,7 +20,7 @@ MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=3, width=24, mlp
 def eight(monkeypatch):
     """Makes jax report eight devices; a Mesh is then the array of them."""
     devices = [SimpleNamespace(platform="cpu", id=number) for number in range(8)]
-    monkeypatch.setattr(jax, "devices", lambda platform: devices)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(mesh, "Mesh", lambda devices, axes: np.vectorize(lambda device: device.id)(devices).tolist())
     return devices[0]
 

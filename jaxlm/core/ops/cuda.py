@@ -31,6 +31,13 @@ def _cudnn_fits(*qkv: jax.Array) -> bool:
     return True
 
 
+def train_step(*functions: Any, **options: Any) -> jax.stages.Wrapped:
+    """`xla.train_step`. On several devices, XLA is told to overlap communication with computation."""
+    if "spread" in options:
+        options["compiler_options"] = {"xla_gpu_enable_latency_hiding_scheduler": True}
+    return xla.train_step(*functions, **options)
+
+
 CUDA = replace(
     xla.XLA,
     attention=causal_attention,
@@ -41,4 +48,5 @@ CUDA = replace(
     search_loop=xla.unrolled_search,
     search_parts=1,
     row_multiple=8,  # else each bfloat16 matmul pads its rows again
+    train_step=train_step,
 )
