@@ -113,8 +113,8 @@ def train(workdir: str, *flags: str, config: str = "tiny.py", share: str = "") -
 def shared_compilation(name: str) -> Iterator[None]:
     """Reuses what runs in contexts of this name compile; training alone would clear it and compile again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "make_train_step", lambda config, mesh: _SharedStep(_key(config), name))
-        patch.setattr(trainer, "make_eval_step", lambda config, mesh: _eval_step(_key(config), name))
+        patch.setattr(trainer, "make_train_step", lambda config, *_: _SharedStep(_key(config), name))
+        patch.setattr(trainer, "make_eval_step", lambda config, *_: _eval_step(_key(config), name))
         patch.setattr(backend, "keep_freed_memory", lambda device, temporaries: None)
         yield
 

@@ -1,5 +1,6 @@
 """The mesh: which devices a run is spread over, and where its arrays are."""
 
+import functools
 from typing import Any
 
 import jax
@@ -82,6 +83,10 @@ def on_one_device(tree: Any) -> Any:
     leaves = jax.tree.leaves(tree)
     if all(isinstance(leaf.sharding, SingleDeviceSharding) for leaf in leaves):
         return tree
-    whole = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
-    gathered = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+    gathered = _gather_everywhere(leaves[0].sharding.mesh)(tree)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered)
+
+
+@functools.cache
+def _gather_everywhere(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -28,6 +28,7 @@ CONFIG = Config(
 )
 MUON = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon", muon_b2=0.9))
 NO_REMAT = replace(CONFIG, microbatch_chunks=1, model=replace(CONFIG.model, remat=False, tied=False, qk_norm=True))
+AT_ONCE = replace(NO_REMAT, grad_accum_steps=1)  # gradients are summed as soon as they are computed
 LAYOUTS = [(2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2)]
 DEVICE = jax.devices()[0]
 
@@ -63,7 +64,7 @@ def trained(config, layout):
     """What each micro-step reports, and the state after STEPS."""
     config, mesh = on(config, layout)
     state, step, reports = init_state(config, mesh), make_train_step(config, mesh), []
-    for ids in micro_batches():
+    for ids in micro_batches()[: STEPS * config.grad_accum_steps + 3]:
         state, metrics = step(state, place_rows(ids, batch_sharding(mesh, DEVICE)))
         reports.append(jax.device_get(metrics))
     return reports, state
@@ -85,7 +86,7 @@ def assert_same_training(config, layout):
         assert [getattr(a, name) for name in counted] == [getattr(b, name) for name in counted]
         if a.updated:
             assert float(b.loss) == pytest.approx(float(a.loss), rel=2e-6)
-            assert float(b.grad_norm) == pytest.approx(float(a.grad_norm), rel=1e-4)
+            assert float(b.grad_norm) == pytest.approx(float(a.grad_norm), rel=1e-3)
             for kind, ratio in a.update_ratios.items():
                 assert float(b.update_ratios[kind]) == pytest.approx(float(ratio), rel=1e-3)
     assert [int(report.skipped) for report in reports][:8] == [1, 1, 1, 1, 1, 2, 3, 3]
@@ -106,7 +107,7 @@ def test_twenty_steps_are_those_of_one_device_in_every_layout(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [MUON, NO_REMAT], ids=["muon", "no remat"])
+@pytest.mark.parametrize("config", [MUON, NO_REMAT, AT_ONCE, replace(AT_ONCE, model=CONFIG.model)])
 def test_twenty_steps_are_those_of_one_device_for_every_kind_of_step(config):
     for layout in ((4, 1), (2, 2), (1, 8)):
         assert_same_training(config, layout)
