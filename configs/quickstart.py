@@ -2,10 +2,10 @@
 
     python -m jaxlm.main --config configs/quickstart.py
 
-The model has 1.9 million parameters and trains on 1.5 million tokens of its own vocabulary. It ends with about 1.64 bits
-per byte on the last 5% of the text, and writes sentences that sound like Tolstoy's at first.
-`experiments.quickstart_peer` measures it beside nanoGPT's character model. A slower machine takes longer and reaches the
-same score.
+The model has 1.9 million parameters and trains on 1.5 million tokens of its own vocabulary. It ends with about 1.64
+bits per byte on the last 5% of the text, and writes sentences that sound like Tolstoy's at first.
+`experiments.quickstart_peer` measures it beside nanoGPT's character model. A slower machine takes longer and reaches
+the same score.
 """
 
 import ml_collections
