@@ -23,7 +23,9 @@ from jaxlm.errors import RunError, Stopped, UsageError, disk_advice
 _PACKAGE = Path(__file__).parent
 PRESETS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE)
 QUICKSTART = PRESETS / "quickstart.py"
-FLAGS_OF_MAIN = ("--config", "--workdir", "--force", "--show")  # declared by `define_flags`
+FLAGS_OF_MAIN = tuple(  # declared by `define_flags`
+    f"--{name}" for name in ("config", "workdir", "force", "show", "coordinator", "processes", "process")
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -162,6 +164,9 @@ class Flags(NamedTuple):
     force: bool  # start a run that does not fit
     show: bool  # print the settings instead
     trackio: str  # the project to log the run to; empty: none
+    coordinator: str  # HOST:PORT of the first process; empty: as the environment says
+    processes: int  # of this run; 0: as the environment says
+    process: int  # the number of this one; -1: as the environment says
     config_file: Path
     overridden: list[str]  # settings that have their value from a flag
 
@@ -216,7 +221,8 @@ def read_flags(argv: list[str]) -> Flags:
         settings["data"] |= several
     workdir = path(values.workdir) if values.workdir else Path("runs", config_file.stem)
     config = _with_homes(from_config_dict(settings))
-    return Flags(config, workdir, values.force, values.show, values.trackio, config_file, overridden)
+    group = values.coordinator, values.processes, values.process
+    return Flags(config, workdir, values.force, values.show, values.trackio, *group, config_file, overridden)
 
 
 def _with_homes(config: Config) -> Config:
@@ -251,6 +257,9 @@ def define_flags(words: list[str]) -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", "", "work directory; empty: runs/NAME-OF-THE-CONFIG", flag_values=values)
     flags.DEFINE_string("trackio", "", "log the run to this trackio project; empty: no", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of the first of several processes", flag_values=values)
+    flags.DEFINE_integer("processes", 0, "how many processes train this run together", 0, flag_values=values)
+    flags.DEFINE_integer("process", -1, "the number of this process, from 0", -1, flag_values=values)
     flags.DEFINE_bool("force", False, "start a run even if it does not fit in memory", flag_values=values)
     flags.DEFINE_bool("show", False, "print every setting and what set it, and start nothing", flag_values=values)
     return values

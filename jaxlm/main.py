@@ -6,6 +6,7 @@ newest checkpoint in the work directory. If the data is missing, the corpus that
 --show prints every setting with its value, what set it and what it is for, and starts nothing.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -25,6 +26,7 @@ from jaxlm.data.directories import check_named_directory, data_directory, own_di
 from jaxlm.data.encode import TRAINING_FLAGS
 from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
 from jaxlm.data.tokenizer import encode_prompts
+from jaxlm.device import distributed
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import check_init, own_vocabulary
 from jaxlm.prepare import prepare
@@ -88,10 +90,28 @@ def main(argv: list[str]) -> None:
     if flags.show:
         _show(flags)
         return
+    with distributed.joined(flags.coordinator, flags.processes, flags.process):
+        _run(argv, flags)
+
+
+def _run(argv: list[str], flags: Flags) -> None:
+    """Trains as the flags say, in each process of the run."""
+    config, workdir = flags.config, flags.workdir
+    distributed.check_same("settings", json.dumps(to_dict(config)))
+    with distributed.first_goes_first("data"):
+        config, tokens = _choose(argv, flags)
+    distributed.check_same("tokens", json.dumps(tokens.sha256))
+    _train(config, workdir, flags.force, tokens, flags.trackio)
+
+
+def _choose(argv: list[str], flags: Flags) -> tuple[Config, TokenFiles]:
+    """The config, with the sizes that `hours` chooses, and the tokens, which are prepared if they are missing."""
     config, workdir = flags.config, flags.workdir
     if config.hours:
         from jaxlm.planner import sizes  # only now, as below
 
+        if distributed.is_several():
+            raise UsageError("hours measures one process: set the sizes instead, and hours to 0")
         with run_errors(workdir):
             config = sizes.resolve(config, workdir, flags.overridden, say=lambda line: print(printable(line)))
     saved = check_workdir(workdir, config)
@@ -99,8 +119,7 @@ def main(argv: list[str]) -> None:
     if config.init_from and not resumes:
         check_init(config)
     own = _own_tokens(argv, workdir, saved, config) if resumes else None
-    tokens = open_data(config, own, _names_corpus(argv, config))
-    _train(config, workdir, flags.force, tokens, flags.trackio)
+    return config, open_data(config, own, _names_corpus(argv, config))
 
 
 def _show(flags: Flags) -> None:
@@ -201,16 +220,19 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
         memory = known_memory(share, device, benchmark, compiled)
         if not force:
             check_memory(memory, device)
-        atomic.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
-        append_session(workdir, _describe_session(resolved, device, tokens, step))
+        if distributed.is_first():
+            atomic.write_file(workdir / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
+            append_session(workdir, _describe_session(resolved, device, tokens, step))
         return summary(resolved, device, workdir, memory, step)
 
     with run_errors(workdir):
         if device.platform != "cpu":
             numerics.require(share, device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
-        with only_writer(workdir), log_libraries(workdir):
-            listeners = _trackio(project, workdir, config) if project else ()
+        first = distributed.is_first()
+        with only_writer(workdir) if first else contextlib.nullcontext(), log_libraries(workdir):
+            distributed.check_shared(workdir)
+            listeners = _trackio(project, workdir, config) if project and first else ()
             Trainer(resolved, workdir, tokens, device, before_first_step, listeners, mesh).train()
 
 

@@ -208,7 +208,7 @@ def _rope_cos_sin_on_host(length: int, c: ModelConfig) -> tuple[jax.Array, jax.A
     Otherwise XLA computes a sine and a cosine for each number that they rotate. The CPU computes them, because the
     numerics check has yet to trust the device.
     """
-    with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
+    with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
         one_program = jax.jit(layers.rope_cos_sin, static_argnums=(1, 2))  # eager, each operation would compile alone
         return one_program(jnp.arange(length)[None], c.width // c.heads, c.rope_theta)
 

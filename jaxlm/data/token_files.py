@@ -205,20 +205,23 @@ def _open_ids(path: Path, vocab_size: int, meta: Meta | None) -> Ids:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the file") from error
 
 
-def train_batch_stream(ids: Ids, context: int, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
+def train_batch_stream(
+    ids: Ids, context: int, batch_size: int, seed: int, start_batch: int = 0, rows: slice = slice(None)
+) -> Iterator[Batch]:
     """An endless stream of batches [batch_size, context + 1] from number `start_batch` on, prefetched by a thread.
 
-    Batch n is a pure function of the arguments and n. The ids are cut into windows of `context` + 1, which overlap by
-    one. Each epoch visits all windows in a new random order, so that each token is a target once, but for the first
-    and the last (len(ids) - 1) % context, which never are. A batch may span two epochs. `seed` is 0 to 2**32 - 1.
+    Only `rows` of each batch are read and returned. Batch n is a pure function of the arguments and n. The ids are cut
+    into windows of `context` + 1, which overlap by one. Each epoch visits all windows in a new random order, so that
+    each token is a target once, but for the first and the last (len(ids) - 1) % context, which never are. A batch may
+    span two epochs. `seed` is 0 to 2**32 - 1.
     """
     import grain  # imported here because it takes more than a second
 
-    def window(index: int) -> Batch:
-        return ids[index * context : (index + 1) * context + 1].astype(np.int32)
+    def windows(indices: npt.NDArray[np.int64]) -> Batch:
+        return np.stack([ids[i * context : (i + 1) * context + 1].astype(np.int32) for i in indices[rows].tolist()])
 
     order = grain.MapDataset.range((len(ids) - 1) // context).shuffle(seed=seed).repeat(_EPOCHS)
-    batches = order.map(window).batch(batch_size)[start_batch:]
+    batches = order.batch(batch_size)[start_batch:].map(windows)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 

@@ -102,7 +102,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
     may_be_cpu = "cpu" in names.split(",")
     jax.config.update("jax_platforms", names if may_be_cpu else f"{names},cpu")  # the CPU draws the parameters
     try:
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         if device in jax.devices("cpu") and not may_be_cpu:  # jax passes over cuda where it sees no GPU
             raise RuntimeError("it finds no device")
     except RuntimeError as error:
@@ -114,7 +114,7 @@ def start(platform: str, deterministic: bool = False) -> jax.Device:
             ) from error
         print(f"Computing without {plugin}, which no longer starts ({reason})", file=sys.stderr)
         jax.config.update("jax_platforms", "cpu")
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
     return device
 
 

@@ -31,6 +31,8 @@ def make_mesh(config: Config, device: jax.Device) -> Mesh | None:
             f"mesh.data {data} x mesh.fsdp {fsdp} is {_devices(count)}, and {len(devices)} are here: set mesh.data to"
             " -1"
         )
+    if fsdp > 1 and device.platform == "cpu" and jax.process_count() > 1:
+        raise UsageError("mesh.fsdp of several processes needs GPUs, as gloo mixes up what CPUs gather: set it to 1")
     if count == 1:
         return None
     _check_divides(config, count)
@@ -69,6 +71,16 @@ def shardings(config: Config, mesh: Mesh | None, device: jax.Device, state: Any)
 def batch_sharding(mesh: Mesh | None, device: jax.Device) -> Sharding:
     """Where a batch is: its rows are split over all devices, in order."""
     return NamedSharding(mesh, ROWS) if mesh else SingleDeviceSharding(device)
+
+
+def local_rows(sharding: Sharding, rows: int) -> slice:
+    """Which of the `rows` of a batch this process holds. Raises UsageError if they are not in one piece."""
+    places = sharding.addressable_devices_indices_map((rows,)).values()
+    parts = {index[0].indices(rows)[:2] for index in places if index}
+    start, stop = min(first for first, _ in parts), max(last for _, last in parts)
+    if stop - start != sum(last - first for first, last in parts):
+        raise UsageError("the rows of this process are not in one piece: start the processes of a machine side by side")
+    return slice(start, stop)
 
 
 def place_rows(rows: np.ndarray, sharding: Sharding) -> jax.Array:

@@ -269,7 +269,7 @@ def _compare(
 
 
 def _cpu() -> jax.Device:
-    return jax.devices("cpu")[0]
+    return jax.local_devices(backend="cpu")[0]
 
 
 def _plain(config: Config) -> Config:

@@ -27,7 +27,7 @@ def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
     if cached := _cached(config, device):
         return cached
     show(f"compiling (microbatch_chunks {config.microbatch_chunks}, remat {config.model.remat})", 0.0)
-    with jax.default_device(jax.devices("cpu")[0]) if backend.on_apple(device) else nullcontext():
+    with jax.default_device(jax.local_devices(backend="cpu")[0]) if backend.on_apple(device) else nullcontext():
         compiled = compile_step(config)
     return _with_process(config, device, step_memory(config, compiled), allocated=0)
 

@@ -9,6 +9,7 @@ import jax
 
 from jaxlm.core.parameters import Params
 from jaxlm.core.train_step import TrainState
+from jaxlm.device import distributed
 from jaxlm.errors import CorruptCheckpointError, RunError
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.workdir import BEST
@@ -20,8 +21,10 @@ class BestCheckpoint:
     def __init__(self, workdir: Path, step: int):
         """Opens it, and deletes the one of a step after `step`, from which the run resumes."""
         self._checkpoints = Checkpoints(workdir / BEST, max_to_keep=1)
-        for later in (each for each in self._checkpoints.steps() if each > step):
-            shutil.rmtree(self._checkpoints.directory / str(later), ignore_errors=True)
+        if distributed.is_first():
+            for later in (each for each in self._checkpoints.steps() if each > step):
+                shutil.rmtree(self._checkpoints.directory / str(later), ignore_errors=True)
+        distributed.exchange("best")
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Replaces it by the state after `step`, in the background."""

@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -37,6 +36,7 @@ from jaxlm.core.checksum import checksums
 from jaxlm.core.optimizer import AVERAGE_DTYPE, averaged
 from jaxlm.core.parameters import Params
 from jaxlm.core.train_step import TrainState
+from jaxlm.device import distributed
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice, disk_error
 from jaxlm.run.quiet import LIBRARY_LOG
 from jaxlm.run.workdir import CHECKPOINTS, NEVER_SAVED, saved_steps
@@ -52,7 +52,9 @@ _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what is no checkpoint ye
 _OLD = f"old{_UNFINISHED}"  # holds the checkpoints that a new one replaces, until they are deleted
 _SAFE_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,=@+~ -]+", re.ASCII)
 
-_ONE_SAVE = threading.Lock()  # orbax numbers the saves of a process: two at a time wait for each other's signals
+# All saves, one after the other and in the same order in all processes of a run: orbax numbers them, and two at a time
+# wait for each other's signals.
+_SAVES = ThreadPoolExecutor(1)
 
 T = TypeVar("T")
 Arrays = Any  # a tree of arrays, or of their shapes
@@ -73,7 +75,6 @@ class Checkpoints:
             pass
         self._max_to_keep, self._keep_every = max_to_keep, keep_every
         self._place, self._is_mount = os.stat(self.directory), os.path.ismount(self.directory)
-        self._thread = ThreadPoolExecutor(1)
         self._save: Future[None] | None = None  # the last save, until it is waited for
 
     def steps(self) -> list[int]:
@@ -95,7 +96,7 @@ class Checkpoints:
         items = _items(state)
         self.wait()
         sums = {name: checksums(item) for name, item in items.items()}
-        self._save = self._thread.submit(self._write_in_place, step, _copy(items), sums, dict(meta))
+        self._save = _SAVES.submit(self._write_in_place, step, _copy(items), sums, dict(meta))
 
     def saving(self) -> bool:
         """Whether a save is in progress."""
@@ -157,8 +158,13 @@ class Checkpoints:
         )
 
     def clean_up(self, newest: int) -> list[str]:
-        """Moves checkpoints after step `newest` aside and deletes unfinished saves; returns a line for each."""
-        lines = []
+        """Moves checkpoints after step `newest` aside and deletes unfinished saves; returns a line for each.
+
+        Of several processes, the first one does.
+        """
+        lines: list[str] = []
+        if not distributed.is_first():
+            return lines
         for path in self._unfinished():
             shutil.rmtree(path, ignore_errors=True)
             lines.append(f"Deleted {CHECKPOINTS}/{path.name}, which is not a whole checkpoint")
@@ -171,11 +177,13 @@ class Checkpoints:
     def _write(self, step: int, items: dict[str, Arrays], sums: dict[str, jax.Array], meta: dict[str, Any]) -> None:
         self._delete_unfinished()  # threads of a failed save may have written after it failed
         try:
-            free, needed = shutil.disk_usage(self.directory).free, _size(items)
-            if free < needed:
-                raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
+            with distributed.all_or_none("save"):
+                free, needed = shutil.disk_usage(self.directory).free, _size(items)
+                if free < needed and distributed.is_first():
+                    raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
             meta["checksums"] = {name: item_sums.tolist() for name, item_sums in sums.items()}
-            self._write_items(step, items, meta)
+            with distributed.all_or_none("save"):
+                self._write_items(step, items, meta)
             atomic.sync(self.directory)
         except Exception as error:  # a full disk shows as OSError, ValueError or an XLA error
             self._delete_unfinished()
@@ -187,7 +195,7 @@ class Checkpoints:
     def _write_items(self, step: int, items: dict[str, Arrays], meta: dict[str, Any]) -> None:
         arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         files = self.directory / str(step) / FILES
-        with _ONE_SAVE, _safe_path(self.directory) as directory:
+        with _safe_path(self.directory) as directory:
             manager, rolling = self._new_manager(directory, step, items, meta["config"])
             with contextlib.closing(manager):
                 if not manager.save(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))):
@@ -221,6 +229,7 @@ class Checkpoints:
             keep_period=self._keep_every or None,
             todelete_subdir=_OLD,
             create=False,
+            multiprocessing_options=_multiprocessing("orbax save"),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=partial(self._finish, directory, items)),
         )
         replaced = {old for old in rolling if not self._keep_every or old % self._keep_every} if keep else set()
@@ -239,6 +248,8 @@ class Checkpoints:
 
     def _undo(self, step: int) -> None:
         """Deletes a checkpoint that is not whole, and moves those that it replaced back."""
+        if not distributed.is_first():
+            return
         shutil.rmtree(self.directory / str(step), ignore_errors=True)
         for old in self.directory.glob(f"{_OLD}/*"):
             old.rename(self.directory / old.name)
@@ -278,7 +289,7 @@ class Checkpoints:
             return False
 
     def _delete_unfinished(self) -> None:
-        for path in self._unfinished():
+        for path in self._unfinished() if distributed.is_first() else ():
             shutil.rmtree(path, ignore_errors=True)
 
     def _unfinished(self) -> list[Path]:
@@ -294,10 +305,18 @@ class Checkpoints:
         return items
 
     def _restore(self, step: int, **items: Any) -> Any:
-        checkpoint = self.directory / str(step)
-        _check_files(checkpoint, set(items))
+        checkpoint, options = self.directory / str(step), _multiprocessing("orbax restore")
+        with distributed.all_or_none("restore"):
+            if distributed.is_first():
+                _check_files(checkpoint, set(items))
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+        )
         try:
-            with _safe_path(checkpoint) as path, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with (
+                _safe_path(checkpoint) as path,
+                ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer,
+            ):
                 return checkpointer.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds; the files match their hashes
             message = f"cannot restore {checkpoint} ({_reason(error)})"
@@ -306,6 +325,16 @@ class Checkpoints:
             if (cause := disk_error(error)) and cause.errno not in (errno.EIO, errno.ENOENT):
                 raise RunError(f"{message}: {disk_advice(cause)}") from error
             raise CorruptCheckpointError(f"it cannot be restored ({_reason(error)})") from error
+
+
+def _multiprocessing(purpose: str) -> ocp.options.MultiprocessingOptions:
+    """Lets orbax wait for the other processes through the coordination service, as a save has a thread of its own."""
+    if not distributed.is_several():
+        return ocp.options.MultiprocessingOptions()
+    prefix = distributed.unique(purpose)
+    return ocp.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count())), barrier_sync_key_prefix=prefix
+    )
 
 
 @contextlib.contextmanager

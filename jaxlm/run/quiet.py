@@ -10,6 +10,8 @@ from typing import Any
 
 import absl.logging  # noqa: F401  (sets its logger's level when it is imported)
 
+from jaxlm.device import distributed
+
 LIBRARY_LOG = "library.log"
 _LOGGERS = [logging.getLogger(name) for name in ("absl", "asyncio", "jaxlm")]
 _BYTES = 200_000  # of a log; the one before is kept as library.log.1
@@ -50,8 +52,14 @@ class _LogFile(logging.Handler):
 
 @contextlib.contextmanager
 def log_libraries(workdir: Path) -> Iterator[None]:
-    """Appends the warnings of the libraries to LIBRARY_LOG in `workdir`. If the disk fails, they are lost."""
-    handler = _LogFile(workdir.absolute() / LIBRARY_LOG)
+    """Appends the warnings of the libraries to LIBRARY_LOG in `workdir`. If the disk fails, they are lost.
+
+    Of several processes, each but the first has its own file.
+    """
+    log = Path(LIBRARY_LOG)
+    path = workdir.absolute() / (f"{log.stem}-{distributed.index()}{log.suffix}" if distributed.index() else log)
+    distributed.capture_stderr(path)
+    handler = _LogFile(path)
     for logger in _LOGGERS:
         logger.addHandler(handler)
     try:

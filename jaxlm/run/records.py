@@ -29,13 +29,16 @@ class Records:
     last step is in `lacks`; its evaluation and its samples, when they come, are added to the rows of that step.
     """
 
-    def __init__(self, workdir: Path, step: int):
-        """Opens the files and drops the rows after `step`, from which this session resumes. Raises OSError."""
+    def __init__(self, workdir: Path, step: int, writes: bool = True):
+        """Opens the files and drops the rows after `step`, from which this session resumes. Raises OSError.
+
+        Without `writes` it only reads them, and may get no events.
+        """
         files = [workdir / name for name in RECORDS]
-        kept = {path: keep_up_to(path, step) for path in files}
+        kept = {path: keep_up_to(path, step) for path in files if writes}
         self.damaged = {path: original for path, original in kept.items() if original}  # files that had damaged lines
         self._paths, self._step = files, step
-        self._files = [AppendOnlyFile(path) for path in files]
+        self._files = [AppendOnlyFile(path) for path in files if writes]
         metrics, samples = (list(rows_up_to(path, step)) for path in files)
         self.evaluations = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]  # up to `step`
         metrics, samples = ([row for row in rows if row["step"] == step] for rows in (metrics, samples))

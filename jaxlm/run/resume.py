@@ -12,6 +12,7 @@ from jaxlm.config import Config, differences, from_config_dict, to_dict
 from jaxlm.core.optimizer import make_schedule
 from jaxlm.core.train_step import TrainState, init_state
 from jaxlm.data.token_files import TokenFiles
+from jaxlm.device import distributed
 from jaxlm.device.mesh import shardings
 from jaxlm.errors import UsageError
 from jaxlm.interop.huggingface import WEIGHTS, check_init, read_params
@@ -80,15 +81,17 @@ def restore_or_init(
     mark = checkpoints.directory.parent / NEVER_SAVED
     steps = checkpoints.steps()
     if not steps:
-        mark.touch()
-        with jax.default_device(jax.devices("cpu")[0]):
+        if distributed.is_first():
+            mark.touch()
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
             state = init_state(config, mesh)
         if config.init_from:
             check_init(config, tokens.tokenizer)
             state = state._replace(params=read_params(Path(config.init_from), config.model))
         return jax.device_put(state, places), 0.0, checkpoints.clean_up(0)
     (state, meta), skipped = checkpoints.newest(load, steps)
-    mark.unlink(missing_ok=True)
+    if distributed.is_first():
+        mark.unlink(missing_ok=True)
     notes = [f"Skipped {reason}" for reason in skipped] + checkpoints.clean_up(int(state.step))
     return state, meta["seconds"], notes + describe_changes(meta["config"], config, int(state.step))
 

@@ -38,11 +38,13 @@ class Saver:
         self._failure = ""
         self._last_save = self._last_look = clock.seconds()
 
-    def due(self, step: int) -> bool:
+    def is_late(self) -> bool:
+        """Whether the last save was `save_minutes` ago."""
+        return 0 < 60 * self._config.save_minutes <= self._clock.seconds() - self._last_save
+
+    def due(self, step: int, is_late: bool = False) -> bool:
         """Whether to save after `step`."""
-        c = self._config
-        by_time = 0 < 60 * c.save_minutes <= self._clock.seconds() - self._last_save
-        return step % c.save_interval == 0 or step == c.max_steps or by_time
+        return step % self._config.save_interval == 0 or step == self._config.max_steps or is_late
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts a save once the rows of all steps up to this one are on the disk. Raises as `check_place`."""

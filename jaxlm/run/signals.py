@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,7 @@ class StopSignals:
                 self._make_room()
                 os._exit(128 + signal.SIGINT)
             if len(received) == 1 or byte[0] == signal.SIGINT:
-                with contextlib.suppress(OSError):  # the terminal may be gone
+                with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
                     self._make_room()
-                    os.write(2, STOPPING.format("again" if interrupts else "twice").encode())
+                    os.write(sys.stderr.fileno(), STOPPING.format("again" if interrupts else "twice").encode())
         os.close(read_end)

@@ -21,11 +21,12 @@ from jaxlm.core.train_step import Metrics, make_eval_step, make_train_step
 from jaxlm.data.beginnings import beginnings
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.data.tokenizer import encode_prompts
-from jaxlm.device import backend
-from jaxlm.device.mesh import batch_sharding, on_one_device, place_rows
+from jaxlm.device import backend, distributed
+from jaxlm.device.mesh import batch_sharding, local_rows, on_one_device, place_rows
 from jaxlm.errors import RunError, Stopped
 from jaxlm.interop.huggingface import edited_texts, write_model
 from jaxlm.interop.model_card import model_card
+from jaxlm.run.agreement import Agreement
 from jaxlm.run.best import BestCheckpoint
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.clock import Clock
@@ -58,6 +59,7 @@ class InFlight(NamedTuple):
 
     metrics: Metrics
     ended_at: Future[float]  # by the run's clock
+    vote: Any  # of the agreement, after it
 
 
 class Trainer:
@@ -93,7 +95,8 @@ class Trainer:
         """
         self.config, self.workdir, self.tokens, self.device = config, workdir, tokens, device
         self.mesh, self._ready = mesh, ready
-        self._place = partial(place_rows, sharding=batch_sharding(mesh, device))
+        sharding = batch_sharding(mesh, device)
+        self._place, self._rows = partial(place_rows, sharding=sharding), partial(local_rows, sharding)
         self._tokenizer = tokens.tokenizer
         self._prompts = config.sample.prompts or beginnings(tokens)
         self._prompt_ids = encode_prompts(self._tokenizer, self._prompts, config.model.context)
@@ -105,7 +108,7 @@ class Trainer:
         self._clock = Clock(seconds)
         self._timer = ThreadPoolExecutor(1)  # waits for the device, to know when each micro-batch ends
         self._loss_monitor, self._step_monitor = LossMonitor(), StepMonitor()
-        self._records = Records(workdir, self.step)
+        self._records = Records(workdir, self.step, writes=distributed.is_first())
         self._validation_monitor = ValidationMonitor()
         for evaluation in self._records.evaluations:
             self._validation_monitor(*evaluation)
@@ -113,13 +116,16 @@ class Trainer:
         console = Console(config, self.step, partial(peak_bytes, device))
         others: list[Listener] = [BackgroundListener(listener) for listener in listeners]
         try:
-            others.append(TensorBoard(workdir, config, self.step))
+            if distributed.is_first():
+                others.append(TensorBoard(workdir, config, self.step))
         except OSError as error:
             self._notes.append(f"TensorBoard's events are not written ({error.strerror or error})")
         self._listeners = Listeners(console, others)
         self._describe = partial(describe_run, config, tokens)
         self._saver = Saver(config, checkpoints, self._clock, self.step, self._describe, self._sync_records, self._emit)
         self._signals = StopSignals(console.make_room)
+        distributed.before_exit(console.make_room)
+        self._agreement = Agreement(mesh, lambda: self._signals.number, self._saver.is_late)
         self._notes += [
             f"{path} had damaged lines; {original.name} holds the original"
             for path, original in self._records.damaged.items()
@@ -149,6 +155,8 @@ class Trainer:
         if self._best and (best := self._best.weights(self._validation_monitor.best_step, weights)):
             step, weights = self._validation_monitor.best_step, best
         weights = on_one_device(weights)
+        if not distributed.is_first():
+            return
         card = model_card(self.workdir, self.config, step, self._describe(0), parameter_count(weights))
         folder = write_model(self.workdir / FINAL_MODEL, self.config, weights, self._tokenizer, card)
         lines = [f"{folder / name} stays as it was edited" for name in edited_texts(folder)]
@@ -171,11 +179,13 @@ class Trainer:
         """The stream of batches and the compiled step."""
         c, done = self.config, int(self.state.batches)
         with self._pause("compilation"):
-            batches = train_batch_stream(self.tokens.train, c.model.context, c.batch_size, c.seed, done)
+            rows = self._rows(c.batch_size)
+            batches = train_batch_stream(self.tokens.train, c.model.context, c.batch_size, c.seed, done, rows)
             shape = batch_shape(c, batch_sharding(self.mesh, self.device) if self.mesh else None)
             train_step = make_train_step(c, self.mesh).lower(self.state, shape).compile()
             memory = step_memory(c, train_step)
             backend.keep_freed_memory(self.device, memory.gradients + memory.temporaries if memory else 0)
+        distributed.exchange("compiled")  # collectives on CPUs wait for 30 s only
         if self._ready:
             self._emit(MessageEvent(self._ready(train_step, self.step)))
         self._eval_step = make_eval_step(c, self.mesh)
@@ -188,9 +198,9 @@ class Trainer:
             self._accepted += 1
             if event := self._process_metrics(in_flight):
                 self._report_step(event)
-            in_flight = InFlight(metrics, self._timer.submit(self._wait_for, metrics))
+            in_flight = InFlight(metrics, self._timer.submit(self._wait_for, metrics), self._agreement.vote())
             step_ends = self._accepted % self.config.grad_accum_steps == 0
-            if self._signals.number or (step_ends and (self.step == last or self._any_due())):
+            if self._agreement.signal or (step_ends and (self.step == last or self._any_due())):
                 event, in_flight = self._process_metrics(in_flight), None
                 if event:
                     self._run_due_events(event)
@@ -204,8 +214,9 @@ class Trainer:
         """Waits for a micro-step; returns the event of the optimizer step that it completed, if any."""
         if in_flight is None:
             return None
-        metrics, ended_at = in_flight
+        metrics, ended_at, vote = in_flight
         m = jax.device_get(metrics)
+        self._agreement.take(vote)
         if m.skipped > self._skipped:
             self._skipped = int(m.skipped)
             self._accepted -= 1
@@ -245,7 +256,10 @@ class Trainer:
         self._saver.report()
 
     def _any_due(self) -> bool:
-        return any(self.step % every == 0 for every in intervals(self.config).values()) or self._saver.due(self.step)
+        return any(self.step % every == 0 for every in intervals(self.config).values()) or self._save_is_due()
+
+    def _save_is_due(self) -> bool:
+        return self._saver.due(self.step, self._agreement.is_late)
 
     def _run_due_events(self, event: StepEvent) -> None:
         """Evaluates, samples and saves: whatever is due after the step of `event`, which is the state's.
@@ -261,7 +275,7 @@ class Trainer:
         self._stop_if_signalled()
         self._sample_if_due()
         self._stop_if_signalled()
-        if last or self._saver.due(step):
+        if last or self._save_is_due():
             save = self._saver.finish if last else self._saver.save
             with self._pause("checkpoint"):
                 save(step, self.state)
@@ -280,7 +294,7 @@ class Trainer:
 
     def _evaluate_if_due(self) -> EvaluationEvent | None:
         """The evaluation of this step; None if none is due or if a signal ends it."""
-        if not self._is_due(self.config.eval_interval) or self._signals.number:
+        if not self._is_due(self.config.eval_interval) or self._agreement.signal:
             return None
         with self._pause("evaluation"):
             last = self.step == self.config.max_steps
@@ -306,11 +320,12 @@ class Trainer:
         weights = self.state.weights
         loss_sums: list[jax.Array] = []
         count = text_bytes = 0
+        rows = self._rows(c.chunk_size)
         for inputs, targets in val_batches(self.tokens.val, c.model.context, c.chunk_size, limit):
-            if self._signals.number:
+            if self._agreement.now():
                 return None
             jax.block_until_ready(loss_sums[-2:-1])  # so a stop waits for two batches at most
-            loss_sums.append(self._eval_step(weights, self._place(inputs), self._place(targets)))
+            loss_sums.append(self._eval_step(weights, self._place(inputs[rows]), self._place(targets[rows])))
             count += int((targets >= 0).sum())
             text_bytes += self.tokens.text_bytes(targets)
         loss = float(np.sum(jax.device_get(loss_sums), dtype=np.float64)) / count
@@ -336,7 +351,7 @@ class Trainer:
             return f" ({error})"
 
     def _stop_if_signalled(self) -> None:
-        if self._signals.number:
+        if self._agreement.now():
             self._stop()
 
     def _stop(self) -> None:
@@ -344,7 +359,7 @@ class Trainer:
 
         What the next step has accumulated is dropped: its micro-batches are computed again.
         """
-        step, signal = self.step, self._signals.number
+        step, signal = self.step, self._agreement.signal
         self._emit(StoppingEvent(step, signal))
         if step == 0:
             raise Stopped("stopped before the first step was done: nothing is saved", signal)
@@ -387,9 +402,10 @@ class Trainer:
         self._emit(PauseEvent(kind, self._clock.seconds() - start))
 
     def _emit(self, event: Event) -> None:
-        """Sends an event to the records, and then to the listeners."""
-        self._records(event)
-        self._listeners.call("__call__", event)
+        """Sends an event to the records, and then to the listeners; of several processes, the first one does."""
+        if distributed.is_first():
+            self._records(event)
+            self._listeners.call("__call__", event)
 
     def close(self) -> None:
         """Closes the records and the listeners."""

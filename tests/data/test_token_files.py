@@ -48,6 +48,33 @@ def test_start_batch_skips_batches():
     assert rows != take_rows(train_batch_stream(ids, 10, 7, seed=2), 30)
 
 
+def test_a_process_reads_only_its_rows():
+    """The rows of all processes are the batch, and no other window is read."""
+
+    class Ids:
+        def __init__(self):
+            self.read = set()
+
+        def __len__(self):
+            return len(ids)
+
+        def __getitem__(self, index):
+            self.read.add(index.start)
+            return ids[index]
+
+    ids = np.arange(501, dtype=np.uint16)
+    whole = [next(batches) for batches in [train_batch_stream(ids, 10, 6, seed=1)] for _ in range(3)]
+    parts = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        stream = train_batch_stream(own := Ids(), 10, 6, seed=1, rows=rows)
+        parts.append([next(stream) for _ in range(3)])
+        read = set(own.read)
+        ahead = [next(stream) for _ in range(8)]  # more than are prefetched
+        assert read <= {int(row[0]) for batch in parts[-1] + ahead for row in batch}
+    for batch, *pieces in zip(whole, *parts, strict=True):
+        assert (np.concatenate(pieces) == batch).all()
+
+
 def test_a_seed_gives_the_same_batches_in_every_process_and_version_of_grain():
     stream = train_batch_stream(np.arange(2001, dtype=np.uint16), 20, 6, seed=7)
     batches = b"".join(next(stream).tobytes() for _ in range(31))  # into the second epoch

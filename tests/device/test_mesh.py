@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.device import mesh
-from jaxlm.device.mesh import make_mesh
+from jaxlm.device.mesh import local_rows, make_mesh
 from jaxlm.errors import UsageError
 from tests.tiny_run import is_one_line
 
@@ -53,6 +53,18 @@ def test_what_does_not_divide_is_named(eight):
     wrong = error(mesh=MeshConfig(1, 5), batch_size=5)
     assert "mesh.fsdp 5 does not divide axis 1 of the parameter embedding, which is 24" in wrong
     assert "one device" in error(model=ModelConfig(implementation="apple"))
+
+
+def test_a_process_has_the_rows_of_its_devices():
+    def rows(*slices):
+        places = dict(enumerate((each,) for each in slices))
+        return local_rows(SimpleNamespace(addressable_devices_indices_map=lambda shape: places), 8)
+
+    assert rows(slice(None)) == slice(0, 8)
+    assert rows(slice(6, None), slice(4, 6)) == slice(4, 8)
+    assert rows(slice(2, 4), slice(2, 4)) == slice(2, 4)
+    with pytest.raises(UsageError, match="not in one piece"):
+        rows(slice(0, 2), slice(4, 6))
 
 
 def test_a_mesh_has_devices():

@@ -295,7 +295,7 @@ def test_a_plugin_that_no_longer_starts_is_named(monkeypatch, capsys, jax_platfo
         return cpus
 
     cpus = jax.devices("cpu")
-    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax, "local_devices", devices)
     monkeypatch.setattr(plugins, "choose", lambda platform: ("mps", "jax-mps 1"))
     assert backend.start("auto") == cpus[0]
     assert capsys.readouterr().err == "Computing without jax-mps 1, which no longer starts (no queue)\n"
