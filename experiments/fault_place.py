@@ -133,16 +133,27 @@ def contents(home: Path) -> dict[str, bytes]:
     rows = [json.loads(line) for line in (home / "run/metrics.jsonl").read_text().splitlines()]
     lines = [json.dumps({key: value for key, value in row.items() if key not in TIMES}) for row in rows]
     paths = [home / "run/samples.jsonl", home / "run/final_model/model.safetensors", *home.glob("data/*/*.bin")]
-    arrays = ocp.args.StandardRestore()
+    items = ("params", "optimizer")
     with tempfile.TemporaryDirectory() as place:  # orbax cannot read below every name
         shutil.copytree(home / "run/checkpoints" / str(newest(home)), Path(place, "0"))
         with ocp.CheckpointManager(place) as manager:
-            state = manager.restore(0, args=ocp.args.Composite(params=arrays, optimizer=arrays))
+            restore = {item: ocp.args.StandardRestore(_like(Path(place, "0", item))) for item in items}
+            state = manager.restore(0, args=ocp.args.Composite(**restore))
     leaves, _ = jax.tree_util.tree_flatten_with_path(dict(state))
     return (
         {"metrics.jsonl": "\n".join(lines).encode(), "the last checkpoint's step": str(newest(home)).encode()}
         | {str(path.relative_to(home)): path.read_bytes() for path in paths}
         | {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+    )
+
+
+def _like(item: Path) -> Any:
+    """The arrays of an item of a checkpoint, placed on one device, as their shapes."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        ocp.StandardCheckpointHandler().metadata(item).tree,
+        is_leaf=lambda leaf: hasattr(leaf, "dtype"),
     )
 
 
