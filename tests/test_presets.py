@@ -24,11 +24,11 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(("preset", "tokenizer"), [("m2_60m_fast", "gpt2"), ("m2_8k_fast", "own")])
 def test_a_fast_preset_trains_resumes_to_the_bit_and_exports(tmp_path_factory, preset, tokenizer):
     with workplace(tmp_path_factory):
-        train("whole", *FLAGS, config=preset)
+        train("whole", *FLAGS, config=preset, share="presets")
         config = config_of("whole")
         assert (config.data.tokenizer, config.optimizer.name, config.model.qk_norm) == (tokenizer, "muon", True)
         shutil.copytree("whole", "resumed", ignore=shutil.ignore_patterns("6", "final_model", "tensorboard", "lock"))
-        assert "Resuming from step 3" in train("resumed", *FLAGS, config=preset)
+        assert "Resuming from step 3" in train("resumed", *FLAGS, config=preset, share="presets")
         assert_same_bits(saved_state("resumed", 6), saved_state("whole", 6))
         export(["--workdir", "resumed", "--out", "exported"])
         assert json.loads(Path("exported/config.json").read_text())["model_type"] == "qwen3"
@@ -45,14 +45,14 @@ def test_own_text_takes_its_sizes_and_its_prompts_from_the_text_and_resumes_to_t
     monkeypatch.setattr(sizes, "cached_benchmark", lambda config, device: benchmark)
     monkeypatch.setattr(sizes, "store_benchmark", lambda *arguments: None)
     with workplace(tmp_path_factory):
-        train("whole", *flags, config="own_text")
+        train("whole", *flags, config="own_text", share="presets")
         config = config_of("whole")
         assert (config.model.layers, config.model.width, config.hours) == (*sizes.LADDER[0][:2], 1.0)
         text = " ".join(Path("text.txt").read_text().split())
         assert all(row["prompt"] in text for row in rows("whole/samples.jsonl"))
         shutil.copytree("whole", "resumed", ignore=shutil.ignore_patterns("6", "final_model", "tensorboard", "lock"))
         monkeypatch.setattr(sizes, "LADDER", sizes.LADDER[1:])  # what would be chosen now
-        assert "Resuming from step 3" in train("resumed", *flags, config="own_text")
+        assert "Resuming from step 3" in train("resumed", *flags, config="own_text", share="presets")
         assert_same_bits(saved_state("resumed", 6), saved_state("whole", 6))
         weights = [Path(folder, "final_model/model.safetensors").read_bytes() for folder in ("resumed", "whole")]
         assert weights[0] == weights[1]
