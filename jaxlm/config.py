@@ -255,6 +255,11 @@ class MeshConfig:
         if not self.data:
             raise UsageError("mesh.data is 0: it must be at least 1, or -1 for as many as there are")
 
+    @property
+    def devices(self) -> int:
+        """How many devices there are in all; with `data` -1 those of one group."""
+        return abs(self.data) * self.fsdp
+
 
 @dataclass(frozen=True)
 class Config:

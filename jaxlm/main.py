@@ -7,7 +7,6 @@ newest checkpoint in the work directory. If the data is missing, the corpus that
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -198,7 +197,7 @@ def _names_corpus(argv: list[str], config: Config) -> bool:
 
 def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, project: str) -> None:
     from jaxlm.device import backend, numerics  # only now, so that --help and most errors need neither jax nor a device
-    from jaxlm.device.mesh import make_mesh
+    from jaxlm.device.mesh import make_mesh, share
     from jaxlm.planner.memory import cached_benchmark, check_memory, known_memory
     from jaxlm.planner.report import summary
     from jaxlm.run.records import append_session
@@ -207,17 +206,15 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
 
     encode_prompts(tokens.tokenizer, config.sample.prompts, config.model.context)
     device = backend.start(config.platform, config.deterministic)
-    mesh = make_mesh(config, device)
-    devices = mesh.size if mesh else 1
-    resolved = backend.resolve_run(config, device, devices)
-    share = dataclasses.replace(resolved, batch_size=resolved.batch_size // devices)  # of one device
+    resolved = backend.resolve_run(config, device)
+    mesh = make_mesh(resolved, device)
     check_room(workdir, resolved)
-    benchmark = cached_benchmark(share, device)
+    benchmark = cached_benchmark(resolved, device)
     if not force:
-        check_memory(known_memory(share, device, benchmark), device)
+        check_memory(known_memory(resolved, device, benchmark), device)
 
     def before_first_step(compiled: Any, step: int) -> str:
-        memory = known_memory(share, device, benchmark, compiled)
+        memory = known_memory(resolved, device, benchmark, compiled)
         if not force:
             check_memory(memory, device)
         if distributed.is_first():
@@ -227,7 +224,7 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
 
     with run_errors(workdir):
         if device.platform != "cpu":
-            numerics.require(share, device, say=print)
+            numerics.require(share(resolved), device, say=print)
         workdir.mkdir(parents=True, exist_ok=True)
         first = distributed.is_first()
         with only_writer(workdir) if first else contextlib.nullcontext(), log_libraries(workdir):

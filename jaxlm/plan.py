@@ -40,9 +40,10 @@ def check(config: Config, as_json: bool) -> None:
     Raises RunError if a difference is larger than allowed.
     """
     from jaxlm.device import backend, numerics
+    from jaxlm.device.mesh import share
 
     device = backend.start(config.platform, config.deterministic)
-    config = backend.resolve_run(config, device)
+    config = share(backend.resolve_run(config, device))
     parts = numerics.check(config, device)
     numerics.store_result(config, device, parts)
     rows = [

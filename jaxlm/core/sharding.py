@@ -53,16 +53,22 @@ def param_specs(config: ModelConfig, *leading: str) -> Params:
     return tree_of(config, lambda parameter: PartitionSpec(*leading, *[None] * parameter.fsdp_axis, FSDP))
 
 
-def state_shardings(config: ModelConfig, mesh: Mesh, state: Any) -> Any:
-    """The sharding of each array of a training state (or of its shapes). What is not like a parameter is replicated."""
+def state_specs(config: ModelConfig, state: Any) -> Any:
+    """How each array of a training state (or of its shapes) is split. What is not like a parameter is replicated."""
     table = by_path(config)
 
-    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         parameter = table.get(names[-2:]) or table.get(names[-1:])
-        return NamedSharding(mesh, _spec_like(parameter, leaf.shape) if parameter else PartitionSpec())
+        return _spec_like(parameter, leaf.shape) if parameter else PartitionSpec()
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def state_shardings(config: ModelConfig, mesh: Mesh, state: Any) -> Any:
+    """The sharding of each array of a training state (or of its shapes)."""
+    specs = state_specs(config, state)
+    return jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), state, specs)
 
 
 def _spec_like(parameter: Parameter, shape: tuple[int, ...]) -> PartitionSpec:

@@ -17,6 +17,7 @@ from jaxlm.config import Config, ModelConfig
 from jaxlm.core.ops import hopper
 from jaxlm.device import plugins
 from jaxlm.device.memory_limit import memory_limit
+from jaxlm.device.mesh import resolve_mesh
 from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
@@ -224,20 +225,21 @@ def _compute_capability(device: jax.Device) -> tuple[int, int]:
     return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
-def resolve_run(config: Config, device: jax.Device, devices: int = 1) -> Config:
-    """Replaces what is automatic in a run by what fits the device, one of the `devices` that share a micro-batch.
+def resolve_run(config: Config, device: jax.Device) -> Config:
+    """Replaces what is automatic in a run by what fits the device, or each device of its mesh.
 
     Without `microbatch_chunks` an NVIDIA GPU computes a micro-batch at once. Elsewhere a chunk is one sequence, or
     several short ones: larger chunks take more memory and no less time. Without `microbatch_chunks` neither kind of GPU
     recomputes blocks, for speed.
 
-    Raises UsageError as `resolve`.
+    Raises UsageError as `resolve` and `resolve_mesh`.
     """
+    config = resolve_mesh(config, device)
     if device.platform == "METAL" and config.optimizer.average:
         raise UsageError("jax-metal computes nothing in float16, as optimizer.average needs: set it to 0")
     model, chunks = resolve(config.model, device), config.microbatch_chunks
     if chunks == 0:
-        on_cuda, B = device.platform == "gpu", config.batch_size // devices
+        on_cuda, B = device.platform == "gpu", config.batch_size // config.mesh.devices
         model = dataclasses.replace(model, remat=model.remat and not on_cuda and not on_apple(device))
         fitting = [n for n in range(1, B + 1) if B % n == 0 and B // n * model.context <= CHUNK_TOKENS]
         chunks = 1 if on_cuda else min(fitting, default=B)

@@ -1,5 +1,6 @@
 """The mesh: which devices a run is spread over, and where its arrays are."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,36 +8,59 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxlm.config import Config
+from jaxlm.config import Config, MeshConfig
 from jaxlm.core.parameters import parameter_table
 from jaxlm.core.sharding import DATA, FSDP, ROWS, state_shardings
 from jaxlm.errors import UsageError
 
 
+def resolve_mesh(config: Config, device: jax.Device) -> Config:
+    """Replaces `mesh.data` -1 by the number of groups that the devices of one kind with `device` make.
+
+    Any other number stays, also if there are fewer devices. Raises UsageError if the devices, the batch or a parameter
+    do not divide as the settings say.
+    """
+    data, fsdp, here = config.mesh.data, config.mesh.fsdp, len(_alike(device))
+    if data == -1:
+        data = here // fsdp
+        if data * fsdp != here:
+            raise UsageError(f"mesh.fsdp is {fsdp}, which does not divide the {_devices(here)} that are here")
+    config = dataclasses.replace(config, mesh=MeshConfig(data, fsdp))
+    if config.mesh.devices > 1:
+        _check_divides(config, config.mesh.devices)
+    return config
+
+
+def is_here(config: Config, device: jax.Device) -> bool:
+    """Whether there are as many devices as `resolve_mesh` says."""
+    return config.mesh.devices <= len(_alike(device))
+
+
 def make_mesh(config: Config, device: jax.Device) -> Mesh | None:
     """The mesh of a run on the devices of one kind with `device`; None if that is one device.
 
-    A run of one process may leave devices unused. Raises UsageError if the devices, the batch or a parameter do not
-    divide as the settings say.
+    A run of one process may leave devices unused. Raises UsageError as `resolve_mesh`, or if there are other devices.
     """
-    data, fsdp = config.mesh.data, config.mesh.fsdp
-    devices = [each for each in jax.devices() if each.platform == device.platform] or [device]
-    if data == -1:
-        data = len(devices) // fsdp
-        if data * fsdp != len(devices):
-            raise UsageError(f"mesh.fsdp is {fsdp}, which does not divide the {_devices(len(devices))} that are here")
-    count = data * fsdp
+    mesh, devices = resolve_mesh(config, device).mesh, _alike(device)
+    count = mesh.devices
     if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
         raise UsageError(
-            f"mesh.data {data} x mesh.fsdp {fsdp} is {_devices(count)}, and {len(devices)} are here: set mesh.data to"
-            " -1"
+            f"mesh.data {mesh.data} x mesh.fsdp {mesh.fsdp} is {_devices(count)}, and {len(devices)} are here: set"
+            " mesh.data to -1"
         )
-    if fsdp > 1 and device.platform == "cpu" and jax.process_count() > 1:
+    if mesh.fsdp > 1 and device.platform == "cpu" and jax.process_count() > 1:
         raise UsageError("mesh.fsdp of several processes needs GPUs, as gloo mixes up what CPUs gather: set it to 1")
-    if count == 1:
-        return None
-    _check_divides(config, count)
-    return Mesh(np.array(devices[:count]).reshape(data, fsdp), (DATA, FSDP))
+    return Mesh(np.array(devices[:count]).reshape(mesh.data, mesh.fsdp), (DATA, FSDP)) if count > 1 else None
+
+
+def share(config: Config) -> Config:
+    """A resolved run as one of its devices would do it alone: with its rows of a micro-batch, and all parameters."""
+    return dataclasses.replace(config, batch_size=config.batch_size // config.mesh.devices, mesh=MeshConfig(1, 1))
+
+
+def _alike(device: jax.Device) -> list[jax.Device]:
+    """The devices of one kind with `device`, of all processes."""
+    return [each for each in jax.devices() if each.platform == device.platform] or [device]
 
 
 def _check_divides(config: Config, count: int) -> None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.config import Config, from_config_dict, to_dict
 from jaxlm.core.optimizer import make_optimizer
@@ -32,6 +33,7 @@ from jaxlm.core.train_step import TrainState
 from jaxlm.data.token_files import TokenFiles
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.device import backend
+from jaxlm.device.mesh import make_mesh
 from jaxlm.errors import RunError, UsageError
 from jaxlm.interop.huggingface import write_model
 from jaxlm.interop.model_card import model_card
@@ -228,7 +230,8 @@ class _ShortRun(NamedTuple):
 
 
 def _plan_run(config: Config, brief: bool, matmul_speed: float) -> _ShortRun:
-    expected = config.tokens_per_step * flops_per_token(config.model) / (EXPECTED_SHARE * matmul_speed)
+    speed = EXPECTED_SHARE * matmul_speed * config.mesh.devices
+    expected = config.tokens_per_step * flops_per_token(config.model) / speed
     is_chunk = expected > WHOLE_STEP_SECONDS
     if is_chunk:
         expected /= config.microbatch_chunks * config.grad_accum_steps
@@ -262,7 +265,8 @@ def _measure(plan: _ShortRun, workdir: Path, call_time: float, show: Callable[[f
     call_time += time.monotonic() - before  # a run does not do this
     workdir.mkdir()
     stopwatch = _Stopwatch(last, show)
-    run = trainer.Trainer(config, workdir, tokens, device, listeners=[stopwatch])
+    mesh = make_mesh(config, device)
+    run = trainer.Trainer(config, workdir, tokens, device, listeners=[stopwatch], mesh=mesh)
     start = time.monotonic() - call_time
     with contextlib.closing(run):
         run.run_steps(last)
@@ -283,7 +287,7 @@ def _measure(plan: _ShortRun, workdir: Path, call_time: float, show: Callable[[f
         "step": median(steps),
         "step_fast": steps[len(steps) // 4],
         "step_slow": steps[-1 - len(steps) // 4],
-        "update": _update_seconds(config, run.state) if plan.is_chunk else 0.0,
+        "update": _update_seconds(config, run.state, mesh) if plan.is_chunk else 0.0,
         "evaluation": pauses["evaluation"] / (config.data.eval_sequences // config.chunk_size),
         "samples": pauses["samples"],
         "save": pauses["checkpoint"] + slowed_by_saves / max(plan.cycles - 1, 1),
@@ -333,8 +337,8 @@ def matmul_speed(dtype: str, device: jax.Device) -> float:
     return 2 * size**3 / _median_seconds(lambda: matmul(a, a))
 
 
-def _update_seconds(config: Config, state: TrainState) -> float:
-    step = jax.jit(make_optimizer(config).step)
+def _update_seconds(config: Config, state: TrainState, mesh: Mesh | None) -> float:
+    step = jax.jit(make_optimizer(config, mesh=mesh).step)
     return _median_seconds(lambda: step(state.params, state.opt_state, state.params, state.average))
 
 

@@ -9,10 +9,11 @@ import jax
 
 from jaxlm.config import Config
 from jaxlm.device import backend
+from jaxlm.device.mesh import is_here, make_mesh
 from jaxlm.errors import UsageError
 from jaxlm.planner import measure
 from jaxlm.planner.measure import BenchmarkResult
-from jaxlm.run.memory import Memory, compile_step, min_memory, step_memory
+from jaxlm.run.memory import Memory, compile_step, memory_elsewhere, min_memory, step_memory
 from jaxlm.storage import user_cache
 from jaxlm.units import gb
 
@@ -22,14 +23,18 @@ ShowProgress = Callable[[str, float], None]  # receives the current activity and
 def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
     """The memory that a resolved config takes: from the user's cache, or by compiling its step.
 
-    Apple's plugins do not analyse memory, so the step for an Apple GPU is compiled for the CPU.
+    Apple's plugins do not analyse memory, so the step for an Apple GPU is compiled for the CPU. If there are fewer
+    devices than those of its mesh, the memory is an upper bound.
     """
     if cached := _cached(config, device):
         return cached
     show(f"compiling (microbatch_chunks {config.microbatch_chunks}, remat {config.model.remat})", 0.0)
     with jax.default_device(jax.local_devices(backend="cpu")[0]) if backend.on_apple(device) else nullcontext():
-        compiled = compile_step(config)
-    return _with_process(config, device, step_memory(config, compiled), allocated=0)
+        if is_here(config, device):
+            memory = step_memory(config, compile_step(config, make_mesh(config, device)))
+        else:
+            memory = memory_elsewhere(config)
+    return _with_process(config, device, memory, allocated=0)
 
 
 def known_memory(config: Config, device: jax.Device, benchmark: BenchmarkResult | None, compiled: Any = None) -> Memory:
@@ -95,7 +100,8 @@ def better_setting(
     chunks are not faster, so they are only tried if `config` does not fit. "fits" is False if nothing fits.
     """
     fits = memory.arrays <= room
-    divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    rows = config.batch_size // config.mesh.devices
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     if fits and device.platform != "gpu":
         divisors = [config.microbatch_chunks]
     for remat, chunks in [(remat, chunks) for remat in (False, True) for chunks in divisors]:

@@ -15,12 +15,13 @@ from jaxlm.config import Config
 from jaxlm.data.directories import data_directory
 from jaxlm.data.token_files import TOKEN_DTYPE, TRAIN, VAL
 from jaxlm.device import backend, numerics
+from jaxlm.device.mesh import is_here, share
 from jaxlm.errors import RunError
 from jaxlm.planner import estimate, measure
 from jaxlm.planner.estimate import Timings
 from jaxlm.planner.measure import BenchmarkResult
 from jaxlm.planner.memory import ShowProgress, better_setting, by_benchmark, cached_benchmark, memory_of
-from jaxlm.run.memory import Memory
+from jaxlm.run.memory import Memory, min_memory
 from jaxlm.run.records import record_bytes
 from jaxlm.run.workdir import existing_parent
 from jaxlm.storage import user_cache
@@ -49,8 +50,8 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
     memory = memory_of(config, device, show)
     benchmark, problem, wrong_numbers = None if measured else cached_benchmark(config, device), "", ""
     if benchmark is None and measured is not False:
-        problem = "it does not fit"
-        if memory.total <= available:
+        problem = "it does not fit" if is_here(config, device) else "it needs more devices than are here"
+        if memory.total <= available and is_here(config, device):
             benchmark, problem, wrong_numbers = run_benchmark(config, device, workdir, show)
     memory = by_benchmark(memory, config, device, benchmark, show)
     setting = better_setting(config, device, available - memory.process, memory, show)
@@ -61,14 +62,20 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
         speed = _speed(config, benchmark, timings)
         schedule |= _dates(config, timings, speed, schedule["first_step_of"])
     return {
-        "machine": {"device": backend.describe(device), "jax": jax.__version__, "precision": config.model.precision},
+        "machine": {
+            "device": backend.describe(device),
+            "data_devices": config.mesh.data,
+            "fsdp_devices": config.mesh.fsdp,
+            "jax": jax.__version__,
+            "precision": config.model.precision,
+        },
         "model": _model(config, train),
         "memory": _memory(memory, available) | {"process_is_measured": benchmark is not None},
         "setting": setting,
         "speed": speed,
         "not_measured_because": problem or None,
         "numerics_check_failure": wrong_numbers or None,
-        "disk": _disk(config, workdir, benchmark, memory, (train or 0) + (val or 0)),
+        "disk": _disk(config, workdir, benchmark, (train or 0) + (val or 0)),
         "schedule": schedule,
     }
 
@@ -76,7 +83,7 @@ def make_plan(config: Config, workdir: Path, measured: bool | None, show: ShowPr
 def summary(config: Config, device: jax.Device, workdir: Path, memory: Memory, step: int) -> str:
     """The plan in three lines, for the start of a run that has done `step` steps. Measures and compiles nothing."""
     benchmark = cached_benchmark(config, device)
-    disk = _disk(config, workdir, benchmark, memory, tokens=0)
+    disk = _disk(config, workdir, benchmark, tokens=0)
     time = "Time: not measured here; python -m jaxlm.plan with the same flags does"
     if benchmark:
         timings = measure.seconds(config, benchmark, 0)
@@ -108,7 +115,7 @@ def run_benchmark(
     wrong_numbers = ""
     try:
         if device.platform != "cpu":
-            numerics.require(config, device)  # first, as in a run: its time is not the benchmark's
+            numerics.require(share(config), device)  # first, as in a run: its time is not the benchmark's
     except RunError as error:
         wrong_numbers = str(error)
     try:
@@ -157,16 +164,15 @@ def _speed(config: Config, benchmark: BenchmarkResult, timings: Timings) -> dict
         "step_slow_seconds": timings.step * benchmark.step_slow / benchmark.step,
         "measured_tokens_per_step": benchmark.batch_size * benchmark.grad_accum_steps * config.model.context,
         "matmul_flops_per_second": benchmark.flops_per_second,
-        "utilisation": rate * flops / benchmark.flops_per_second,
+        "utilisation": rate * flops / (benchmark.flops_per_second * config.mesh.devices),
     } | {f"{name}_seconds": seconds for name, seconds in dataclasses.asdict(timings).items()}
 
 
-def _disk(
-    config: Config, workdir: Path, benchmark: BenchmarkResult | None, memory: Memory, tokens: int
-) -> dict[str, Any]:
+def _disk(config: Config, workdir: Path, benchmark: BenchmarkResult | None, tokens: int) -> dict[str, Any]:
     """What the run writes. At the peak there are two checkpoints more than at the end: a rolling one and the next."""
-    checkpoint = benchmark.checkpoint_bytes if benchmark else memory.checkpoint_copy
-    model, records = benchmark.model_bytes if benchmark else memory.weights, record_bytes(config, config.max_steps)
+    whole = min_memory(share(config))
+    checkpoint = benchmark.checkpoint_bytes if benchmark else whole.checkpoint_copy
+    model, records = benchmark.model_bytes if benchmark else whole.weights, record_bytes(config, config.max_steps)
     count = len(estimate.kept(config, config.max_steps))
     replaced = len(estimate.saves(config)) > config.max_checkpoints
     count += config.keep_best

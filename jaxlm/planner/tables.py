@@ -17,9 +17,11 @@ def tables(report: dict[str, Any], now: datetime) -> Iterator[Table | str]:
         now: when the run would start.
     """
     machine = report["machine"]
-    yield f"{machine['precision']} on {machine['device']}, jax {machine['jax']}"
+    data, fsdp = machine["data_devices"], machine["fsdp_devices"]
+    several = f"{data * fsdp} x " if data * fsdp > 1 else ""
+    yield f"{machine['precision']} on {several}{machine['device']}, jax {machine['jax']}"
     yield _model_table(report["model"])
-    yield _memory_table(report["memory"])
+    yield _memory_table(report["memory"], f"Memory of each (data {data}, fsdp {fsdp})" if several else "Memory")
     yield _advice(report)
     yield from _speed_lines(report)
     yield _disk_table(report["disk"])
@@ -42,7 +44,7 @@ def _model_table(model: dict[str, Any]) -> Table:
     return _table("Model", rows)
 
 
-def _memory_table(memory: dict[str, Any]) -> Table:
+def _memory_table(memory: dict[str, Any], title: str) -> Table:
     parts = {
         "weights": "weights",
         "moments": "optimizer state",
@@ -59,7 +61,7 @@ def _memory_table(memory: dict[str, Any]) -> Table:
         ("available", gb(memory["available_bytes"])),
         ("fits", "yes" if memory["fits"] else "NO"),
     ]
-    return _table("Memory", rows)
+    return _table(title, rows)
 
 
 def _disk_table(disk: dict[str, Any]) -> Table:

@@ -6,21 +6,25 @@ import math
 import resource
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxlm.config import Config
 from jaxlm.core.ops.apple import HostLoopStep
+from jaxlm.core.parameters import parameter_table
+from jaxlm.core.sharding import FSDP, ROWS, state_shardings, state_specs
 from jaxlm.core.train_step import TrainState, init_state, make_train_step
+from jaxlm.device.mesh import share
 from jaxlm.run.checkpoint import META_BYTES, checkpoint_bytes
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of a run on its device, by part. A checkpoint's copy exists beside the memory of a step."""
+    """Peak bytes of a run on its device, or on one of its mesh, by part. A checkpoint's copy exists beside the memory of a step."""
 
     weights: int
     moments: int  # and the average of the weights
@@ -52,17 +56,33 @@ def state_shapes(config: Config, mesh: Mesh | None = None) -> TrainState:
     return jax.eval_shape(lambda: init_state(config, mesh))
 
 
-def min_memory(config: Config) -> Memory:
-    """The memory that no setting avoids: all but the temporaries. Compiles nothing and allocates nothing."""
+def device_shapes(config: Config) -> TrainState:
+    """Shapes of what one device holds of the training state: of what is like a parameter, its part by `mesh.fsdp`."""
+
+    def part(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        split = zip_longest(leaf.shape, spec)
+        shape = tuple(size // config.mesh.fsdp if name == FSDP else size for size, name in split)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
     state = state_shapes(config)
+    return jax.tree.map(part, state, state_specs(config.model, state))
+
+
+def min_memory(config: Config) -> Memory:
+    """The memory that no other setting avoids: all but the temporaries. Compiles nothing and allocates nothing."""
+    state = device_shapes(config)
     weights = _size(state.params)
     moments, accumulated = _size((state.opt_state.inner_opt_state, state.average)), _size(state.opt_state.acc_grads)
     return Memory(weights, moments, accumulated, weights, 0, checkpoint_bytes(state) - META_BYTES)
 
 
-def compile_step(config: Config) -> Any:
+def compile_step(config: Config, mesh: Mesh | None = None) -> Any:
     """The compiled training step of a resolved config, from shapes: allocates nothing."""
-    return make_train_step(config).lower(state_shapes(config), batch_shape(config)).compile()
+    state, rows = state_shapes(config, mesh), None
+    if mesh:
+        places, rows = state_shardings(config.model, mesh, state), NamedSharding(mesh, ROWS)
+        state = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, places)
+    return make_train_step(config, mesh).lower(state, batch_shape(config, rows)).compile()
 
 
 def step_memory(config: Config, compiled: Any) -> Memory | None:
@@ -87,6 +107,27 @@ def step_memory(config: Config, compiled: Any) -> Memory | None:
         return None
     least = min_memory(config)
     return dataclasses.replace(least, temporaries=max(step - least.step, 0))
+
+
+def memory_elsewhere(config: Config) -> Memory | None:
+    """The most memory of one device of a mesh that is not here, by compiling the step of one device for its rows.
+
+    To its temporaries come what a device of `mesh.fsdp` gathers, and its gradients: all outside the blocks, and a block.
+    Or, if that is more, its part of an update's temporaries, with Muon's whole layers: momentum, gradient and result.
+    Without `mesh.fsdp` it is the largest gradient, while it is summed.
+    """
+    alone = share(config)
+    by_step = step_memory(alone, compile_step(alone))
+    if not by_step:
+        return None
+    table, fsdp = parameter_table(config.model), config.mesh.fsdp
+    if fsdp == 1:
+        temporaries = by_step.temporaries + 4 * max(p.size for p in table)
+    else:
+        gathered = 4 * sum(p.size // config.model.layers if p.stacked else p.size for p in table)
+        layers = 4 * sum(p.size for p in table if p.optimizer == config.optimizer.name == "muon")
+        temporaries = max(by_step.temporaries + 2 * gathered, (by_step.temporaries + 3 * layers) // fsdp)
+    return dataclasses.replace(min_memory(config), temporaries=temporaries)
 
 
 def peak_bytes(device: jax.Device) -> int:

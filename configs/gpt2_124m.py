@@ -1,0 +1,49 @@
+"""GPT-2 small's sizes in jaxlm's architecture, for one to eight GPUs of a server.
+
+    python -m jaxlm.main --config configs/gpt2_124m.py
+
+BODY
+"""
+
+import ml_collections
+
+from jaxlm.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.batch_size = 64
+    config.grad_accum_steps = 1
+    config.max_steps = 38_000
+    config.eval_interval = 100
+    config.save_interval = 500
+    config.generation_interval = 500
+    config.max_checkpoints = 5
+
+    config.model.vocab_size = 50_257
+    config.model.context = 1024
+    config.model.layers = 12
+    config.model.heads = 12
+    config.model.width = 768
+    config.model.mlp_width = 2048
+    config.model.qk_norm = True
+
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-2
+    config.optimizer.b2 = 0.98
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.muon_learning_rate = 3.6e-3
+    config.optimizer.muon_momentum = 0.95
+    config.optimizer.muon_momentum_warmup = 200
+    config.optimizer.muon_b2 = 0.95
+    config.optimizer.muon_weight_decay = 0.8
+    config.optimizer.cautious = True
+    config.optimizer.average = 0.98
+    config.optimizer.warmup_steps = 80
+    config.optimizer.lr_schedule = "linear"
+    config.optimizer.lr_decay_fraction = 0.4
+    config.optimizer.min_lr_ratio = 0.0
+
+    config.data.corpus = "tinystories"
+    config.sample.texts = 10
+    return config
