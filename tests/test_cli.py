@@ -59,8 +59,8 @@ def test_a_file_has_precedence_over_a_preset(folder):
         ("m2_6om", "did you mean m2_60m?"),
         ("configs/m2_60m.py", "did you mean m2_60m?"),
         ("quickstrat.py", "did you mean quickstart?"),
-        ("no/such/folder/xyzzy.py", "choose from m2_60m, m2_60m_fast, m2_8k_fast, own_text, quickstart"),
-        ("xyzzy", "choose from mine.py, m2_60m, m2_60m_fast, m2_8k_fast, own_text, quickstart"),
+        ("no/such/folder/xyzzy.py", "choose from gpt2_124m, gpt2_350m, m2_60m, m2_60m_fast, m2_8k_fast"),
+        ("xyzzy", "choose from mine.py, gpt2_124m, gpt2_350m, m2_60m, m2_60m_fast"),
         ("", "choose from"),
     ],
 )

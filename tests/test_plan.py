@@ -98,7 +98,7 @@ def test_the_memory_is_that_of_the_compiled_step(capsys):
 
 def test_without_a_benchmark_memory_disk_and_schedule_are_known(capsys, monkeypatch):
     program = jax.jit(lambda: jnp.zeros(10**6)).lower().compile()  # larger than the state
-    monkeypatch.setattr(memory, "compile_step", lambda config: program)
+    monkeypatch.setattr(memory, "compile_step", lambda config, mesh: program)
     flags = ("--no-measure", "--config.model.remat=false")
     report = planned(capsys, *flags)
     monkeypatch.setattr(memory, "compile_step", None)
@@ -115,6 +115,20 @@ def test_without_a_benchmark_memory_disk_and_schedule_are_known(capsys, monkeypa
     assert not Path("runs").exists()
 
 
+def test_a_mesh_of_devices_that_are_not_here_is_planned_and_not_measured(capsys, monkeypatch, benchmark_calls):
+    flags = ("--config.batch_size=4", "--config.mesh.data=2", "--config.mesh.fsdp=2")
+    monkeypatch.setattr(backend, "available_memory", lambda device: MEMORY.total)
+    assert planned(capsys, *flags)["memory"]["fits"]
+    plan.main([*TINY, *flags])
+    shown = capsys.readouterr().out
+    assert "float32 on 4 x CPU" in shown
+    assert "Memory of each (data 2, fsdp 2)" in shown
+    assert "Speed: not measured (it needs more devices than are here)" in shown
+    assert benchmark_calls == []
+    with pytest.raises(UsageError, match="batch_size 4 is not divisible among 8 devices"):
+        plan.main([*TINY, *flags, "--config.mesh.data=4"])
+
+
 def test_keys_of_numbers_name_the_unit(capsys, benchmark_calls):
     def check(tree, above=""):
         for key, value in tree.items():
@@ -124,7 +138,7 @@ def test_keys_of_numbers_name_the_unit(capsys, benchmark_calls):
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 assert re.search(
                     r"_bytes|_seconds|tokens|parameters|flops|steps?\b|epochs|utilisation|chunks|second\b"
-                    r"|embedding|share|attention|feed-forward|norms|samples|evaluation|checkpoint",
+                    r"|embedding|share|attention|feed-forward|norms|samples|evaluation|checkpoint|devices",
                     name,
                 ), name
 

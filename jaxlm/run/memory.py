@@ -24,7 +24,7 @@ from jaxlm.run.checkpoint import META_BYTES, checkpoint_bytes
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of a run on its device, or on one of its mesh, by part. A checkpoint's copy exists beside the memory of a step."""
+    """Peak bytes of a run on a device, by part. A checkpoint's copy exists beside the memory of a step."""
 
     weights: int
     moments: int  # and the average of the weights
@@ -112,22 +112,19 @@ def step_memory(config: Config, compiled: Any) -> Memory | None:
 def memory_elsewhere(config: Config) -> Memory | None:
     """The most memory of one device of a mesh that is not here, by compiling the step of one device for its rows.
 
-    To its temporaries come what a device of `mesh.fsdp` gathers, and its gradients: all outside the blocks, and a block.
-    Or, if that is more, its part of an update's temporaries, with Muon's whole layers: momentum, gradient and result.
-    Without `mesh.fsdp` it is the largest gradient, while it is summed.
+    Beside its temporaries, a device holds the gradients that are being summed: of all outside the blocks and of a block.
+    One of `mesh.fsdp` also holds these parameters, gathered; or, if that is more, its part of the temporaries of an
+    update and of Muon's layers: momentum, gradient and result.
     """
     alone = share(config)
     by_step = step_memory(alone, compile_step(alone))
     if not by_step:
         return None
-    table, fsdp = parameter_table(config.model), config.mesh.fsdp
-    if fsdp == 1:
-        temporaries = by_step.temporaries + 4 * max(p.size for p in table)
-    else:
-        gathered = 4 * sum(p.size // config.model.layers if p.stacked else p.size for p in table)
-        layers = 4 * sum(p.size for p in table if p.optimizer == config.optimizer.name == "muon")
-        temporaries = max(by_step.temporaries + 2 * gathered, (by_step.temporaries + 3 * layers) // fsdp)
-    return dataclasses.replace(min_memory(config), temporaries=temporaries)
+    table, fsdp, temporaries = parameter_table(config.model), config.mesh.fsdp, by_step.temporaries
+    gathered = 4 * sum(p.size // config.model.layers if p.stacked else p.size for p in table)
+    layers = 4 * sum(p.size for p in table if p.optimizer == config.optimizer.name == "muon")
+    most = temporaries + gathered if fsdp == 1 else max(temporaries + 2 * gathered, (temporaries + 3 * layers) // fsdp)
+    return dataclasses.replace(min_memory(config), temporaries=most)
 
 
 def peak_bytes(device: jax.Device) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxlm.config import Config, ModelConfig, OptimizerConfig
+from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from jaxlm.device import backend
 from jaxlm.device.backend import APPLE, CHUNK_TOKENS, available_memory, identity, resolve_run
 from jaxlm.errors import UsageError
@@ -158,7 +158,8 @@ def test_an_apple_gpu_gets_chunks_of_one_sequence_and_no_remat(platform):
     resolved = resolve_run(Config(), device)
     assert (resolved.chunk_size, resolved.model.remat) == (1, False)
     assert (resolved.model.precision, resolved.model.implementation) == ("float32", "apple")
-    explicit = Config(microbatch_chunks=8, model=ModelConfig(precision="float32", implementation="xla"))
+    model = ModelConfig(precision="float32", implementation="xla")
+    explicit = Config(microbatch_chunks=8, model=model, mesh=MeshConfig(data=1))
     assert resolve_run(explicit, device) == explicit
 
 

@@ -12,6 +12,7 @@ from jaxlm.errors import UsageError
 from jaxlm.planner import memory
 from jaxlm.run.memory import Memory
 from jaxlm.storage import user_cache
+from tests.eight_devices import run_tests
 
 PRESET = from_config_dict(m2_60m.get_config())
 SIZES = Memory(weights=100, moments=200, accumulated=100, gradients=100, temporaries=50, checkpoint_copy=300)
@@ -32,7 +33,7 @@ def cache(monkeypatch):
     monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: 1000)
     monkeypatch.setattr(memory, "step_memory", lambda config, compiled: SIZES if compiled == "compiled" else None)
     monkeypatch.setattr(memory, "min_memory", lambda config: LEAST)
-    monkeypatch.setattr(memory, "compile_step", lambda config: "compiled")
+    monkeypatch.setattr(memory, "compile_step", lambda config, mesh: "compiled")
     monkeypatch.setattr(backend, "on_apple", lambda device: False)
     return cache
 
@@ -94,3 +95,8 @@ def test_faster_settings_are_named_on_a_gpu_with_room(monkeypatch):
 
     assert better(8, True, 1700) == {"microbatch_chunks": 2, "remat": False, "arrays_bytes": 1600, "fits": True}
     assert better(1, False, 3300) is None
+
+
+@pytest.mark.slow
+def test_the_memory_on_a_mesh_is_that_of_its_compiled_programs():
+    run_tests("planner/memory_on_eight.py")

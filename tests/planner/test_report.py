@@ -55,7 +55,7 @@ def test_the_planned_seconds_are_those_of_the_cached_benchmark(monkeypatch, tmp_
 def test_what_a_run_has_written_is_room_for_what_it_will_write(monkeypatch, tmp_path):
     usage = report.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(report.shutil, "disk_usage", lambda _: usage._replace(free=0))
-    most = report._disk(CONFIG, tmp_path, None, MEMORY, 0)["most_bytes"]
+    most = report._disk(CONFIG, tmp_path, None, 0)["most_bytes"]
     for size, fits in ((most - 1, False), (most, True)):
         (tmp_path / "metrics.jsonl").write_bytes(bytes(size))
-        assert report._disk(CONFIG, tmp_path, None, MEMORY, 0)["fits"] == fits
+        assert report._disk(CONFIG, tmp_path, None, 0)["fits"] == fits

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import m2_60m
-from jaxlm.config import Config, ModelConfig, from_config_dict
+from jaxlm.config import Config, MeshConfig, ModelConfig, from_config_dict
 from jaxlm.core.train_step import init_state
 from jaxlm.device.backend import APPLE, resolve_run
 from jaxlm.run.memory import compile_step, min_memory, step_memory
@@ -32,6 +32,9 @@ def test_min_memory_of_the_preset_by_hand():
     assert least.moments == pytest.approx(2 * weights, abs=100)  # and counters
     assert least.checkpoint_copy == pytest.approx(3 * weights, abs=100)
     assert least.temporaries == 0
+    part = min_memory(dataclasses.replace(PRESET, mesh=MeshConfig(data=2, fsdp=8)))
+    for name in ("weights", "accumulated", "gradients", "moments", "checkpoint_copy"):
+        assert getattr(part, name) == pytest.approx(getattr(least, name) / 8, abs=100)
 
 
 @pytest.mark.parametrize(("implementation", "chunks"), [("cpu", 64), pytest.param("apple", 2, marks=pytest.mark.slow)])
