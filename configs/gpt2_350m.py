@@ -2,7 +2,17 @@
 
     python -m jaxlm.main --config configs/gpt2_350m.py
 
-BODY
+The model has 350,360,576 parameters, with norms of queries and keys as Qwen3: RMSNorm, RoPE and SwiGLU instead of
+GPT-2's layers, and GPT-2's vocabulary. 107,000 steps of 65,536 tokens are 7.0 billion tokens, 20 a parameter.
+TinyStories has about 0.5 billion. For a wider text, name its files with --config.data.corpus, or its tokens with
+--config.data.dir.
+
+Nobody has trained this preset. The recipe is that of `m2_60m_fast.py`, whose rates fall with the root of the width
+(1,024 ran with 0.7 of them) and grow with the root of the batch, here to 1.4 of them. docs/learning.md measured each on
+few tokens, and not both together, and no more than 12 layers.
+
+Memory of a device: weights, optimizer state and gradients take 5.11 GB, with mesh.fsdp 8 an eighth, 0.64 GB. During a
+save come 3.71 GB, or 0.46 GB. Activations are beside that (docs/planning.md): `python -m jaxlm.plan` shows them.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from configs import m2_60m
+from configs import gpt2_124m, gpt2_350m, m2_60m
 from jaxlm.config import Config, ModelConfig, from_config_dict
 from jaxlm.planner import estimate
 from jaxlm.planner.estimate import Timings
@@ -24,6 +24,14 @@ def test_parameters_and_flops_of_the_preset_by_hand():
     assert sum(by_part.values()) == 59_294_720
     # 59,286,016 parameters in matrices; attention over 8 layers, 1024 positions, width 512
     assert estimate.flops_per_token(PRESET.model) == 6 * 59_286_016 + 25_165_824
+
+
+def test_the_larger_presets_say_how_many_parameters_they_have():
+    for preset, layers, width, mlp_width in ((gpt2_124m, 12, 768, 2048), (gpt2_350m, 24, 1024, 2688)):
+        norms = layers * (2 * width + 2 * 64) + width
+        by_hand = 50_257 * width + layers * (4 * width**2 + 3 * width * mlp_width) + norms
+        assert sum(estimate.parameters_by_part(from_config_dict(preset.get_config()).model).values()) == by_hand
+        assert f" {by_hand:,} parameters" in preset.__doc__
 
 
 def test_an_untied_head_is_a_part_and_its_embedding_needs_no_flops():
