@@ -112,9 +112,9 @@ def step_memory(config: Config, compiled: Any) -> Memory | None:
 def memory_elsewhere(config: Config) -> Memory | None:
     """The most memory of one device of a mesh that is not here, by compiling the step of one device for its rows.
 
-    Beside its temporaries, a device holds gradients while they are summed: of all outside the blocks and of a block. One
-    of `mesh.fsdp` also holds these parameters, gathered; or, if that is more, its part of the temporaries of an update
-    and of Muon's layers: momentum, gradient and result.
+    Beside its temporaries, a device holds gradients while they are summed: of a block and of all outside the blocks.
+    One of `mesh.fsdp` also holds these parameters, gathered; or, if that is more, its part of the temporaries of an
+    update and of Muon's layers: momentum, gradient and result.
     """
     alone = share(config)
     by_step = step_memory(alone, compile_step(alone))
