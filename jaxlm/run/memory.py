@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxlm.config import Config
+from jaxlm.core.model import loss_and_gradient
 from jaxlm.core.ops.apple import HostLoopStep
-from jaxlm.core.parameters import parameter_table
+from jaxlm.core.parameters import Params, parameter_table
 from jaxlm.core.sharding import FSDP, ROWS, state_shardings, state_specs
 from jaxlm.core.train_step import TrainState, init_state, make_train_step
 from jaxlm.device.mesh import share
@@ -113,8 +114,8 @@ def memory_elsewhere(config: Config) -> Memory | None:
     """The most memory of one device of a mesh that is not here, by compiling the step of one device for its rows.
 
     Beside its temporaries, a device holds gradients while they are summed: of a block and of all outside the blocks.
-    One of `mesh.fsdp` also holds these parameters, gathered; or, if that is more, its part of the temporaries of an
-    update and of Muon's layers: momentum, gradient and result.
+    One of `mesh.fsdp` also holds these parameters, gathered, beside what the gradient alone allocates; or, if that is
+    more, its part of the temporaries of an update and of Muon's layers: momentum, gradient and result.
     """
     alone = share(config)
     by_step = step_memory(alone, compile_step(alone))
@@ -122,9 +123,25 @@ def memory_elsewhere(config: Config) -> Memory | None:
         return None
     table, fsdp, temporaries = parameter_table(config.model), config.mesh.fsdp, by_step.temporaries
     gathered = 4 * sum(p.size // config.model.layers if p.stacked else p.size for p in table)
-    layers = 4 * sum(p.size for p in table if p.optimizer == config.optimizer.name == "muon")
-    most = temporaries + gathered if fsdp == 1 else max(temporaries + 2 * gathered, (temporaries + 3 * layers) // fsdp)
+    if fsdp == 1:
+        most = temporaries + gathered
+    else:
+        layers = 4 * sum(p.size for p in table if p.optimizer == config.optimizer.name == "muon")
+        of_gradient = min(_gradient_temporaries(alone), temporaries)
+        most = max(of_gradient + 2 * gathered, (temporaries + 3 * layers) // fsdp)
     return dataclasses.replace(min_memory(config), temporaries=most)
+
+
+def _gradient_temporaries(config: Config) -> int:
+    """Bytes that the gradient of a chunk allocates beside the parameters and the accumulated gradients."""
+    params = state_shapes(config).params
+    ids_BT = jax.ShapeDtypeStruct((config.chunk_size, config.model.context), np.int32)
+
+    def gradient(params: Params, grads: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> Any:
+        return loss_and_gradient(config.model, params, inputs_BT, targets_BT, 1.0, grads)
+
+    compiled = jax.jit(gradient, donate_argnums=1).lower(params, params, ids_BT, ids_BT).compile()
+    return _allocated(compiled.memory_analysis())
 
 
 def peak_bytes(device: jax.Device) -> int:

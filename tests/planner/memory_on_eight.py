@@ -41,7 +41,7 @@ def test_the_plan_of_a_larger_preset_is_what_the_compiled_programs_say(preset, m
         assert least.weights + least.moments == pytest.approx(state, abs=100_000)  # the batch
         assert least.checkpoint_copy == pytest.approx(least.weights + least.moments, abs=1000)  # counters
         elsewhere = memory.memory_elsewhere(config)
-        assert here.step < elsewhere.step < (1.05 if fsdp == 1 else 1.7) * here.step
+        assert here.step < elsewhere.step < 1.2 * here.step
 
 
 def test_a_plan_measures_the_run_on_all_devices(tmp_path_factory, monkeypatch, capsys):
