@@ -16,6 +16,7 @@ from jaxlm.config import default_config
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.hours = 8.0
+    config.mesh.data = 1  # too small for several devices
     config.keep_best = True
     config.grad_accum_steps = 1
     config.max_checkpoints = 2

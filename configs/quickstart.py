@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.batch_size = 12
     config.grad_accum_steps = 1
+    config.mesh.data = 1  # too small for several devices
     config.microbatch_chunks = 1
     config.max_steps = 480
     config.eval_interval = 40

@@ -24,7 +24,7 @@ def resolve_mesh(config: Config, device: jax.Device) -> Config:
     if data == -1:
         data = here // fsdp
         if data * fsdp != here:
-            raise UsageError(f"mesh.fsdp is {fsdp}, which does not divide the {_devices(here)} that are here")
+            raise UsageError(f"mesh.fsdp is {fsdp}, which does not divide the number of devices here, {here}")
     config = dataclasses.replace(config, mesh=MeshConfig(data, fsdp))
     if config.mesh.devices > 1:
         _check_divides(config, config.mesh.devices)

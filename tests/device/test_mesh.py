@@ -46,7 +46,7 @@ def test_what_does_not_divide_is_named(eight):
         assert is_one_line(raised.value)
         return str(raised.value)
 
-    assert error(mesh=MeshConfig(-1, 3)) == "mesh.fsdp is 3, which does not divide the 8 devices that are here"
+    assert error(mesh=MeshConfig(-1, 3)) == "mesh.fsdp is 3, which does not divide the number of devices here, 8"
     assert "mesh.data 4 x mesh.fsdp 4 is 16 devices, and 8 are here" in error(mesh=MeshConfig(4, 4), batch_size=16)
     assert "batch_size 12 is not divisible among 8 devices: choose a multiple of 8" in error(batch_size=12)
     assert "in 2 microbatch_chunks: choose a multiple of 16" in error(microbatch_chunks=2)
