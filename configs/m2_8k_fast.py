@@ -3,7 +3,7 @@
     python -m jaxlm.main --config configs/m2_8k_fast.py
 
 The model has 37,758,464 parameters. A token takes 0.25 GFLOP forward and backward, where GPT-2's vocabulary takes 0.38,
-and holds about 8% less text. The vocabulary is learnt while the text is prepared, and is part of every checkpoint and
+and holds about 6% less text. The vocabulary is learnt while the text is prepared, and is part of every checkpoint and
 export. Losses compare with those of `m2_60m_fast.py` in bits per byte. 30,000 steps of 16,384 tokens are 0.49 billion
 tokens.
 

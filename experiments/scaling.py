@@ -1,8 +1,9 @@
 """How the time of a step grows with the devices, on paper: python -m experiments.scaling [--config m2_60m] [--fsdp 1]
 
-The time of a step is that of its arithmetic and, after it, of its communication: nothing overlaps, so a measured run
-is at least as fast where the assumptions hold. They are flags: tokens/s of one device (which a run prints), bytes/s in
-one direction of a device's link within a machine and of its share of the network, and the delay of one message.
+The time of a step is that of its arithmetic and, after it, of its communication: nothing overlaps. The optimizer's
+part of the arithmetic, a few percent, is divided too, though each device of the data axis computes all of it. The
+assumptions are flags: tokens/s of one device (which a run prints), bytes/s in one direction of a device's link within
+a machine and of its share of the network, and the delay of one message.
 
 Each device computes its rows of a micro-batch. Once a step, the float32 gradients are summed over the data axis in
 rings: within a machine, then between machines, each device for its part. Over the fsdp axis, each micro-batch gathers

@@ -8,6 +8,7 @@ anything.
 import collections
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
@@ -31,7 +32,7 @@ _NOT_FOUND = f"the processes did not find each other in {FIND_SECONDS} s: start 
 _WAIT_SECONDS = 7 * 24 * 3600  # of jax for a process, dead or late: the watch here is faster, and bears a sleep
 _ALIVE, _VERDICT = "jaxlm/alive/", "jaxlm/verdict/"  # keys of the service
 # variables that hold the number of processes, where jax recognises the rest of the environment
-_COUNTS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+_COUNTS = {"SLURM_STEP_NODELIST": "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
 _SHARED_ERRORS = {kind.__name__: kind for kind in (UsageError, RunError, CorruptCheckpointError)}
 _TPU_HOSTS = "TPU_WORKER_HOSTNAMES"  # of a pod, separated by commas
 
@@ -72,6 +73,11 @@ def exchange(purpose: str, value: str = "") -> list[str]:
     _watch.client.wait_at_barrier(key, 1000 * _WAIT_SECONDS)
     values = dict(_watch.client.key_value_dir_get(key))
     return [values[f"{key}{process}"] for process in range(_watch.count)]
+
+
+def of_first(purpose: str, value: Any) -> Any:
+    """The `value` of process 0, which JSON can hold, once all have called this for this purpose."""
+    return json.loads(exchange(purpose, json.dumps(value))[0])
 
 
 @contextlib.contextmanager
@@ -163,7 +169,7 @@ def joined(coordinator: str, processes: int, process: int) -> Iterator[None]:
         watch.start()
         try:
             yield
-        except (Stopped, KeyboardInterrupt):
+        except Stopped:
             watch.leave()
             raise
         except BaseException as error:
@@ -265,12 +271,13 @@ class _Watch:
         """Tells the others why this process ends, unless it ends because of one of them: that one is named then."""
         if _may_come_from_others(error):
             self._ends.wait(1.5 * SILENT_SECONDS)
-        text = str(error) if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: {error}"
+        expected = isinstance(error, UsageError | RunError | KeyboardInterrupt)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
         self._ends.set()
         with contextlib.suppress(Exception):
-            self._condemn(self.index, f"has failed ({' '.join(text.split())})")
+            self._condemn(self.index, f"has failed ({' '.join(text.split()) or 'stopped by Ctrl-C'})")
         self._wait_for_others()
-        if not isinstance(error, UsageError | RunError):
+        if not expected:
             traceback.print_exception(error)
             os._exit(1)  # the interpreter would wait for the others
 
@@ -298,7 +305,8 @@ class _Watch:
         """Handles SIGABRT: jax aborts the process when the service is gone, or was never found."""
         if self._ends.is_set():
             time.sleep(SILENT_SECONDS)  # the main thread ends the process
-        self._exit(f"{self._name(0)} has ended" if self.hosts else "")
+        has = "has ended" if self.index else "has aborted (library.log in its work directory says why)"
+        self._exit(f"{self._name(0)} {has}" if self.hosts else "")
 
     def _exit(self, reason: str) -> None:
         """Ends the process with a line of error."""

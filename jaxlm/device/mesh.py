@@ -17,14 +17,18 @@ from jaxlm.errors import UsageError
 def resolve_mesh(config: Config, device: jax.Device) -> Config:
     """Replaces `mesh.data` -1 by the number of groups that the devices of one kind with `device` make.
 
-    Any other number stays, also if there are fewer devices. Raises UsageError if the devices, the batch or a parameter
-    do not divide as the settings say.
+    A run of one process leaves devices unused if the batch does not divide among all. Any other number stays, also if
+    there are fewer devices. Raises UsageError if the devices, the batch or a parameter do not divide as the settings
+    say.
     """
     data, fsdp, here = config.mesh.data, config.mesh.fsdp, len(_alike(device))
     if data == -1:
         data = here // fsdp
         if data * fsdp != here:
             raise UsageError(f"mesh.fsdp is {fsdp}, which does not divide the number of devices here, {here}")
+        if jax.process_count() == 1:
+            parts = config.batch_size // (config.microbatch_chunks or 1)
+            data = next((fewer for fewer in range(data, 0, -1) if parts % (fewer * fsdp) == 0), data)
     config = dataclasses.replace(config, mesh=MeshConfig(data, fsdp))
     if config.mesh.devices > 1:
         _check_divides(config, config.mesh.devices)
@@ -60,7 +64,8 @@ def share(config: Config) -> Config:
 
 def _alike(device: jax.Device) -> list[jax.Device]:
     """The devices of one kind with `device`, of all processes."""
-    return [each for each in jax.devices() if each.platform == device.platform] or [device]
+    here = [each for each in jax.devices() if each.platform == device.platform]
+    return [each for each in here if each.device_kind == device.device_kind] if len(here) > 1 else [device]
 
 
 def _check_divides(config: Config, count: int) -> None:

@@ -23,7 +23,7 @@ from jaxlm.run.workdir import existing_parent, saved_settings
 
 BYTES_PER_TOKEN = 3.0  # of the vocabularies below, about
 PARAMETERS_PER_TOKEN = 64.0  # of the blocks, for each token of the text; at most
-TOKENS_PER_PARAMETER = 2.0  # that the machine must be able to read in the time; the quickstart reads 2.2
+TOKENS_PER_PARAMETER = 2.0  # that the machine must be able to read in the time
 EPOCHS = 5.0  # at most
 PROCESS_BYTES = 10**9  # beside the arrays
 TIME_SHARE = 0.95  # the rest is for heat and other programs

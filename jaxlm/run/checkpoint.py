@@ -220,8 +220,9 @@ class Checkpoints:
         It calls `_finish` after it has written a checkpoint and before it renames it. It keeps as many as reach back to
         the oldest regular one to keep, and the multiples of `keep_every`.
         """
-        rolling = {old for old in self.steps() if self._is_rolling(old)}
-        steps = [*self.steps(), step]
+        saved = distributed.of_first("saved steps", self.steps())  # a shared folder may show them late to others
+        rolling = {old for old in saved if self._is_rolling(old)}
+        steps = [*saved, step]
         regular = [each for each in steps if each not in rolling and (each != step or not _is_rolling(step, config))]
         keep = self._max_to_keep and sum(each >= min(regular[-self._max_to_keep :], default=0) for each in steps)
         options = ocp.CheckpointManagerOptions(
@@ -314,6 +315,7 @@ class Checkpoints:
         )
         try:
             with (
+                distributed.all_or_none("restored"),
                 _safe_path(checkpoint) as path,
                 ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer,
             ):

@@ -79,7 +79,7 @@ def restore_or_init(
         return checkpoints.state(step, shapes, places), meta
 
     mark = checkpoints.directory.parent / NEVER_SAVED
-    steps = checkpoints.steps()
+    steps = distributed.of_first("steps", checkpoints.steps())
     if not steps:
         if distributed.is_first():
             mark.touch()
@@ -104,6 +104,7 @@ def describe_changes(saved: Any, config: Config, step: int) -> list[str]:
     lines = [
         f"{change.name} is {change.value!r:.100}, was {change.saved!r:.100} up to step {step}"
         for change in differences(saved, config)
+        if not change.name.startswith("mesh.")  # any layout gives the same numbers
     ]
     former, jumps = from_config_dict(saved), False
     for name in ("learning_rate", "muon_learning_rate")[: 1 + (config.optimizer.name == "muon")]:

@@ -88,7 +88,7 @@ def test_wrong_flags_are_one_line():
 @pytest.mark.parametrize(
     "variables",
     [
-        {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4"},
+        {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8"},
         {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
         {"TPU_WORKER_HOSTNAMES": "a,b,c,d"},
     ],

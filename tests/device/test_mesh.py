@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.config import Config, MeshConfig, ModelConfig
 from jaxlm.device import mesh
-from jaxlm.device.mesh import local_rows, make_mesh
+from jaxlm.device.mesh import local_rows, make_mesh, resolve_mesh
 from jaxlm.errors import UsageError
 from tests.tiny_run import is_one_line
 
@@ -19,7 +19,7 @@ MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=3, width=24, mlp
 @pytest.fixture
 def eight(monkeypatch):
     """Makes jax report eight devices; a Mesh is then the array of them."""
-    devices = [SimpleNamespace(platform="cpu", id=number) for number in range(8)]
+    devices = [SimpleNamespace(platform="cpu", device_kind="cpu", id=number) for number in range(8)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(mesh, "Mesh", lambda devices, axes: np.vectorize(lambda device: device.id)(devices).tolist())
     return devices[0]
@@ -48,11 +48,24 @@ def test_what_does_not_divide_is_named(eight):
 
     assert error(mesh=MeshConfig(-1, 3)) == "mesh.fsdp is 3, which does not divide the number of devices here, 8"
     assert "mesh.data 4 x mesh.fsdp 4 is 16 devices, and 8 are here" in error(mesh=MeshConfig(4, 4), batch_size=16)
-    assert "batch_size 12 is not divisible among 8 devices: choose a multiple of 8" in error(batch_size=12)
-    assert "in 2 microbatch_chunks: choose a multiple of 16" in error(microbatch_chunks=2)
+    every = {"mesh": MeshConfig(8, 1)}
+    assert "batch_size 12 is not divisible among 8 devices: choose a multiple of 8" in error(**every, batch_size=12)
+    assert "in 2 microbatch_chunks: choose a multiple of 16" in error(**every, microbatch_chunks=2)
     wrong = error(mesh=MeshConfig(1, 5), batch_size=5)
     assert "mesh.fsdp 5 does not divide axis 1 of the parameter embedding, which is 24" in wrong
     assert "one device" in error(model=ModelConfig(implementation="apple"))
+
+
+@pytest.mark.parametrize(("batch_size", "fsdp", "data"), [(12, 1, 6), (32, 1, 8), (7, 1, 7), (12, 2, 3), (11, 1, 1)])
+def test_by_default_as_many_devices_train_as_divide_the_batch(eight, batch_size, fsdp, data):
+    config = resolve_mesh(Config(model=MODEL, batch_size=batch_size, mesh=MeshConfig(-1, fsdp)), eight)
+    assert config.mesh == MeshConfig(data, fsdp)
+
+
+def test_devices_of_another_kind_are_left_alone(eight, monkeypatch):
+    small = SimpleNamespace(platform="cpu", device_kind="small", id=8)
+    monkeypatch.setattr(jax, "devices", lambda: [eight, small])
+    assert make_mesh(Config(model=MODEL), eight) is None
 
 
 def test_a_process_has_the_rows_of_its_devices():
