@@ -31,7 +31,7 @@ QUICKSTART = {
     "model.vocab_size": 300,
     "model.context": 16,
     "model.layers": 1,
-    "model.width": 16,
+    "model.width": 24,
     "model.mlp_width": 16,
     "data.eval_sequences": 2,
     "sample.texts": 1,

@@ -282,7 +282,10 @@ def last_layer(error):
 
 def optimizer(**changes):
     def change(make_optimizer):
-        return lambda config: make_optimizer(replace(config, optimizer=replace(config.optimizer, **changes)))
+        def changed(config, *mesh):
+            return make_optimizer(replace(config, optimizer=replace(config.optimizer, **changes)), *mesh)
+
+        return changed
 
     return partial(replaced, train_step, "make_optimizer", change)
 
