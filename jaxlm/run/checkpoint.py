@@ -310,9 +310,9 @@ class Checkpoints:
         with distributed.all_or_none("restore"):
             if distributed.is_first():
                 _check_files(checkpoint, set(items))
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
-        )
+        several = distributed.is_several()  # orbax of jax-metal's set has no such options
+        composite = {"composite_options": ocp.CompositeOptions(multiprocessing_options=options)} if several else {}
+        handler = ocp.CompositeCheckpointHandler(**composite)
         try:
             with (
                 distributed.all_or_none("restored"),
