@@ -124,7 +124,9 @@ class Checkpoints:
         this process or machine, such as its memory or a permission.
         """
         params = _placed(like, sharding)
-        average = jax.tree.map(lambda leaf: leaf.update(dtype=AVERAGE_DTYPE), params)
+        average = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, AVERAGE_DTYPE, sharding=leaf.sharding), params
+        )
         saved_sums = self.meta(step)["checksums"]
         like_items = {"params": params} | ({"average": average} if "average" in saved_sums else {})
         items = self._arrays(step, saved_sums, like_items)
