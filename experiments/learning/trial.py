@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.model import parameter_count
-from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
+from jaxlm.core.train_step import init_state, make_eval_step
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, train_batch_stream, val_batches
 from jaxlm.device import backend
+from jaxlm.run.memory import compile_step
 
 CURVE_POINTS = 40  # of each trial
 CURVE_SEQUENCES = 64  # of the validation text, for each point
@@ -71,11 +72,7 @@ def prepare(trial: Trial, device: jax.Device) -> Prepared:
     if trial.grows:
         smaller = replace(config, batch_size=config.batch_size // 2)
         plans = [(smaller, half, 0), (config, config.max_steps - half, half // 2 * config.grad_accum_steps)]
-    phases = []
-    for c, steps, first in plans:
-        ids = jax.ShapeDtypeStruct((c.batch_size, c.model.context + 1), np.int32)
-        shapes = jax.eval_shape(lambda c=c: init_state(c))
-        phases.append(Phase(c, make_train_step(c).lower(shapes, ids).compile(), steps, first))
+    phases = [Phase(c, compile_step(c), steps, first) for c, steps, first in plans]
     state = jax.device_put(init_state(config), device)
     ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context), np.int32)
     return Prepared(trial, phases, state, make_eval_step(config).lower(state.weights, ids, ids).compile())

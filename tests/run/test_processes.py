@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.process_kills import free_port
 from jaxlm.prepare import prepare
 from tests import tiny_run
 from tests.tiny_run import rows
@@ -40,9 +41,7 @@ def start(workdir, *flags, devices=1):
 
 
 def start_two(workdir):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     return [start(workdir, f"--coordinator={address}", "--processes=2", f"--process={process}") for process in range(2)]
 
 
