@@ -3,13 +3,16 @@
     python -m experiments.torch_llama --device cuda --batch 32 --accum 2 --dtype bfloat16 --steps 20
 
 torch.compile, scaled_dot_product_attention, fused AdamW, gradient clipping, autocast to bfloat16 where asked, and the
-vocabulary padded to a multiple of 64. The command trains the 60M preset on random tokens and prints one JSON line.
+vocabulary padded to a multiple of 64. The command trains the 60M preset on random tokens and prints one JSON line. With
+`--devices` it trains on so many GPUs of this machine by DistributedDataParallel, a process each; the batch and the rate
+are those of one GPU.
 """
 
 import argparse
 import json
 import math
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -102,8 +105,11 @@ class Peer:
     The config's precision is float32, bf16 or auto: bf16 on a GPU, float32 on a CPU.
     """
 
-    def __init__(self, config: Config, device: str):
-        """Draws the weights from the config's seed. `device` is cpu or cuda."""
+    def __init__(self, config: Config, device: str, distributed: bool = False):
+        """Draws the weights from the config's seed. `device` is cpu or cuda.
+
+        If `distributed`, the processes of torch.distributed average the gradients of each optimizer step.
+        """
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
         c = config.optimizer
@@ -114,6 +120,9 @@ class Peer:
         groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": scales, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(c.b1, c.b2), fused=True)
         self._compiled = torch.compile(self.model)
+        self._distributed = distributed
+        if distributed:
+            self._compiled = nn.parallel.DistributedDataParallel(self._compiled, gradient_as_bucket_view=True)
         use_bf16 = config.model.precision == "bf16" or (config.model.precision == "auto" and device == "cuda")
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=use_bf16)
 
@@ -134,7 +143,9 @@ class Peer:
         for _ in range(steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = c.optimizer.learning_rate * lr_scale(c.optimizer, c.max_steps, self.step)
-            for _ in range(c.grad_accum_steps):
+            for micro_batch in range(c.grad_accum_steps):
+                if self._distributed:
+                    self._compiled.require_backward_grad_sync = micro_batch == c.grad_accum_steps - 1
                 loss = self._backward(next(batches))
             nn.utils.clip_grad_norm_(self.model.parameters(), c.optimizer.clip_norm)
             self.optimizer.step()
@@ -162,11 +173,29 @@ def main() -> None:
     parser.add_argument("--accum", type=int, required=True, help="micro-steps of an optimizer step")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps of a timing")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs, each with this batch")
     args = parser.parse_args()
+    if args.devices == 1:
+        measure(args)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(measure_one_of, (args, f"file://{directory}/store"), args.devices)
 
+
+def measure_one_of(rank: int, args: argparse.Namespace, store: str) -> None:
+    """`measure` in one process of several."""
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("nccl", store, rank=rank, world_size=args.devices)
+    measure(args, rank)
+    torch.distributed.destroy_process_group()
+
+
+def measure(args: argparse.Namespace, rank: int = 0) -> None:
+    """Trains, and prints the result if this is the first process."""
     config = from_config_dict(m2_60m.get_config())
     model = replace(config.model, precision={"float32": "float32", "bfloat16": "bf16"}[args.dtype])
-    peer = Peer(replace(config, batch_size=args.batch, grad_accum_steps=args.accum, model=model), args.device)
+    config = replace(config, batch_size=args.batch, grad_accum_steps=args.accum, model=model)
+    peer = Peer(config, args.device, distributed=args.devices > 1)
     batches = cycle(torch.randint(model.vocab_size, (4, args.batch, model.context + 1), device=args.device))
 
     peer.train(batches, 2)
@@ -179,7 +208,8 @@ def main() -> None:
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = median(timings)
     rate = args.batch * model.context / seconds
-    print(json.dumps({"name": f"torch {torch.__version__}", "rate": rate, "ms": seconds * 1e3, "mb": peak / 1e6}))
+    if rank == 0:
+        print(json.dumps({"name": f"torch {torch.__version__}", "rate": rate, "ms": seconds * 1e3, "mb": peak / 1e6}))
 
 
 if __name__ == "__main__":
