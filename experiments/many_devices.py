@@ -1,7 +1,6 @@
 """Measures training of the 60M preset on several GPUs of one machine, beside PyTorch's DistributedDataParallel.
 
     python -m experiments.many_devices
-    python -m experiments.many_devices --profile
 
 Layouts: `data`, each device has the whole model; `fsdp`, each holds its part. The batch is 32 x 1024 tokens a device,
 two of them a step. `fixed` is `data` with 65,536 tokens a step in all: two micro-batches on one device, one on several.
@@ -11,8 +10,8 @@ The ratio is to the same program on one device: of tokens/s, a median over the r
 the training state, and what the compiled step allocates beside it. The loss is after ten steps on the same batch of
 65,536 tokens, so it should be the same in all rows but for rounding.
 
-With `--profile`, the kernels of a few steps are traced. `sends` is how long a device's collective kernels ran in a
-step, and `hidden` the part of it in which another kernel of the device ran too.
+After the rounds, the kernels of a few steps are traced. `sends` is how many milliseconds of a step the first device's
+collective kernels ran, and `hidden` the part of them in which another of its kernels ran too.
 """
 
 import argparse
@@ -153,36 +152,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a measurement")
-    parser.add_argument("--profile", action="store_true", help="trace the kernels instead of timing beside PyTorch")
     args = parser.parse_args()
     device = backend.start("auto")
     here = len(jax.devices())
     counts = [n for n in (1, 2, 4, 8) if n <= here]
     programs = [Program(layout, device) for layout in layouts(counts)]
     print(f"{here} x {backend.describe(device)}, jax {jax.__version__}, tokens/s of all devices")
-    if args.profile:
-        print("| layout | devices | sends, ms | hidden |\n|---|---|---|---|")
-        for program in programs[1:]:
-            milliseconds, hidden = sends(program)
-            print(
-                f"| {program.layout.name} | {program.layout.devices} | {milliseconds:.2f} | {hidden:.0%} |", flush=True
-            )
-        return
     for program in programs:
         program.train(3)
     for _ in range(args.rounds):
         for program in programs:
             program.rates.append(program.train(args.steps))
-    print("| program | layout | devices | tokens/s | ratio | quartiles | state, MB | step, MB | loss |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| program | layout | devices | tokens/s | ratio | quartiles | state, MB | step, MB | sends | hidden | loss |"
+    )
+    print("|---" * 11 + "|")
     for program in programs:
         ratios = sorted(rate / one for rate, one in zip(program.rates, programs[0].rates, strict=True))
         state, temporaries = program.megabytes()
+        sent, hidden = sends(program) if program.mesh else (0.0, 0.0)
         loss = "" if program.loss is None else f"{program.loss:.4f}"
         print(
             f"| jaxlm | {program.layout.name} | {program.layout.devices} | {median(program.rates):,.0f} |"
             f" **{median(ratios):.2f}** | {ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f} |"
-            f" {state:,.0f} | {temporaries:,.0f} | {loss} |",
+            f" {state:,.0f} | {temporaries:,.0f} | {sent:.2f} | {hidden:.0%} | {loss} |",
             flush=True,
         )
     for program in programs:
@@ -190,7 +183,7 @@ def main() -> None:
     results = peers(counts, args.steps)
     for name, n, result in results:
         ratio = result["rate"] / results[0][2]["rate"]
-        print(f"| {result['name']} | {name} | {n} | {result['rate']:,.0f} | **{ratio:.2f}** | | | | |", flush=True)
+        print(f"| {result['name']} | {name} | {n} | {result['rate']:,.0f} | **{ratio:.2f}** | | | | | | |", flush=True)
 
 
 if __name__ == "__main__":
