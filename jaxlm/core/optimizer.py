@@ -246,45 +246,47 @@ def orthogonalized_momentum(config: Config, mesh: Mesh | None = None) -> optax.G
     c, model = config.optimizer, config.model
     start = min(MOMENTUM_START, c.muon_momentum)
     decay_at = optax.linear_schedule(start, c.muon_momentum, c.muon_momentum_warmup)
-    map_layers = ops.get(model.implementation).map_layers
+    map_matrices = ops.get(model.implementation).map_matrices
     if mesh and model.layers % (parts := mesh.shape[FSDP]) == 0 and parts > 1:
-        map_layers = partial(_map_layers_on_mesh, map_layers, mesh)
+        map_matrices = partial(_map_matrices_on_mesh, map_matrices, mesh)
+
+    def direction(m_LDF: jax.Array) -> jax.Array:
+        return newton_schulz(m_LDF, model.matmul_dtype) * (0.2 * max(m_LDF.shape[1:]) ** 0.5)
 
     def update(grads: Params, state: optax.TraceState, params: Any = None, *, step: jax.Array) -> tuple[Params, Any]:
         decay = decay_at(step) if c.muon_momentum_warmup else c.muon_momentum
-
-        def direction(m_DF: jax.Array, g_DF: jax.Array) -> jax.Array:
-            return newton_schulz(g_DF + decay * m_DF, model.matmul_dtype) * (0.2 * max(m_DF.shape) ** 0.5)
-
         trace = jax.tree.map(lambda m, g: g + decay * m, state.trace, grads)
-        return jax.tree.map(partial(map_layers, direction), trace, grads), optax.TraceState(trace)
+        stacks, structure = jax.tree.flatten(jax.tree.map(lambda m, g: g + decay * m, trace, grads))
+        return jax.tree.unflatten(structure, map_matrices(direction, stacks)), optax.TraceState(trace)
 
     return optax.GradientTransformationExtraArgs(optax.trace(0.0).init, update)
 
 
-def _map_layers_on_mesh(map_layers: Callable, mesh: Mesh, function: Callable, *stacks: jax.Array) -> jax.Array:
-    """`map_layers` where each device of FSDP has whole layers."""
-    layers = PartitionSpec(FSDP)
-    return over_devices(partial(map_layers, function), mesh, (layers,) * len(stacks), layers)(*stacks)
+def _map_matrices_on_mesh(map_matrices: Callable, mesh: Mesh, function: Callable, stacks: list[jax.Array]) -> Any:
+    """`map_matrices` where each device of FSDP has whole layers."""
+    layers = [PartitionSpec(FSDP)] * len(stacks)
+    return over_devices(partial(map_matrices, function), mesh, (layers,), layers)(stacks)
 
 
-def newton_schulz(m_DF: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """Five Newton-Schulz iterations towards the nearest orthogonal matrix, with the coefficients of Jordan (2024).
+def newton_schulz(m_LDF: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Five Newton-Schulz iterations towards the nearest orthogonal matrices, with the coefficients of Jordan (2024).
 
     Matmuls read and write `dtype`, and what is between them is added in float32.
 
     Returns:
-        [D, F] float32: the singular vectors of m, with singular values between about 0.7 and 1.2.
+        [L, D, F] float32: the singular vectors of each m, with singular values between about 0.7 and 1.2.
     """
-    transpose = m_DF.shape[0] > m_DF.shape[1]  # the Gram matrix of the shorter side is the smaller one
-    x = m_DF.T if transpose else m_DF
-    x = (x / (jnp.linalg.norm(x) + 1e-7)).astype(dtype)
-    for _ in range(5):
-        gram = x @ x.T
-        polynomial = -4.7750 * gram.astype(jnp.float32) + 2.0315 * (gram @ gram).astype(jnp.float32)
-        x = (3.4445 * x.astype(jnp.float32) + (polynomial.astype(dtype) @ x).astype(jnp.float32)).astype(dtype)
-    x = x.astype(jnp.float32)
-    return x.T if transpose else x
+    x, transpose = m_LDF.astype(dtype), m_LDF.shape[1] > m_LDF.shape[2]
+    identity = jnp.eye(min(m_LDF.shape[1:]))
+    for iteration in range(5):
+        gram = jnp.einsum("LDF,LDE->LFE" if transpose else "LDF,LEF->LDE", x, x)  # that of the shorter side is smaller
+        if iteration == 0:  # m / |m|, by its gram matrix, whose trace is the square of the norm
+            scale = jax.lax.rsqrt(jnp.trace(gram.astype(jnp.float32), axis1=1, axis2=2) + 1e-14)[:, None, None]
+            gram = (gram * scale**2).astype(dtype)
+        polynomial = 3.4445 * identity - 4.7750 * gram.astype(jnp.float32) + 2.0315 * (gram @ gram).astype(jnp.float32)
+        polynomial = (polynomial * scale if iteration == 0 else polynomial).astype(dtype)
+        x = x @ polynomial if transpose else polynomial @ x
+    return x.astype(jnp.float32)
 
 
 class NeuronState(NamedTuple):

@@ -341,20 +341,20 @@ def test_newton_schulz_equalises_singular_values_and_keeps_the_vectors(shape):
     for smallest in (1.0, 0.1, 0.01):
         values = np.geomspace(1, smallest, min(shape))
         matrix = np.float32(left * values @ right * 10.0 ** rng.uniform(-4, 4))
-        out = np.asarray(jax.jit(newton_schulz)(matrix))
+        out = np.asarray(jax.jit(newton_schulz)(matrix[None])[0])
         assert out.shape == shape
         core = left.T @ out @ right.T
         assert (np.diag(core) > 0.65).all()
         assert (np.diag(core) < 1.21).all()
         np.testing.assert_allclose(core - np.diag(np.diag(core)), 0, atol=2e-4)
         np.testing.assert_allclose(out, left @ core @ right, atol=2e-4)
-    assert not jax.jit(newton_schulz)(np.zeros(shape, np.float32)).any()
+    assert not jax.jit(newton_schulz)(np.zeros((1, *shape), np.float32)).any()
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
 def test_newton_schulz_in_bfloat16_is_close(shape):
-    matrix = np.float32(np.random.default_rng(0).normal(size=shape))
-    out, exact = (jax.jit(newton_schulz, static_argnums=1)(matrix, dtype) for dtype in ("bfloat16", "float32"))
+    matrices = np.float32(np.random.default_rng(0).normal(size=(1, *shape)))
+    out, exact = (jax.jit(newton_schulz, static_argnums=1)(matrices, dtype) for dtype in ("bfloat16", "float32"))
     assert out.dtype == np.float32
     assert 1e-4 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.04
 

@@ -1,6 +1,6 @@
 """The operations for a CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,16 +36,16 @@ _SCHEDULER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 _OPTIONS: Any = {"compiler_options": _SCHEDULER} if jax.__version_info__ >= (0, 5) else {}
 
 
-def layer_by_layer(function: Callable, *stacks: jax.Array) -> jax.Array:
-    """`Ops.map_layers` in a loop: XLA for the CPU would keep the temporaries of all layers."""
-    return jax.lax.map(lambda arrays: function(*arrays), stacks)
+def layer_by_layer(function: Callable, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """`Ops.map_matrices` in loops: XLA for the CPU would keep the temporaries of all layers."""
+    return [jax.lax.map(lambda matrix_DF: function(matrix_DF[None])[0], stack_LDF) for stack_LDF in stacks]
 
 
 CPU = replace(
     xla.XLA,
     vocab_tile=4096,
     weight_gradient=weight_gradient,
-    map_layers=layer_by_layer,
+    map_matrices=layer_by_layer,
     decode_layout=Transposed,
     train_step=partial(xla.train_step, **_OPTIONS),
 )

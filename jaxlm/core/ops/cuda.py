@@ -1,5 +1,6 @@
 """The operations for an NVIDIA GPU."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,16 @@ def _cudnn_fits(*qkv: jax.Array) -> bool:
     return True
 
 
+def all_of_a_shape(function: Callable, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """`Ops.map_matrices` for all matrices of a shape at once: a matmul of few small ones leaves a GPU idle."""
+    done: dict[int, jax.Array] = {}
+    for shape in {stack.shape: None for stack in stacks}:
+        places = [place for place, stack in enumerate(stacks) if stack.shape == shape]
+        together = function(jnp.concatenate([stacks[place] for place in places]))
+        done |= zip(places, jnp.split(together, len(places)), strict=True)
+    return [done[place] for place in range(len(stacks))]
+
+
 def train_step(*functions: Any, **options: Any) -> jax.stages.Wrapped:
     """`xla.train_step`. On several devices, XLA is told to overlap communication with computation."""
     if "spread" in options:
@@ -47,6 +58,7 @@ CUDA = replace(
     sampling_cond=xla.select,
     search_loop=xla.unrolled_search,
     search_parts=1,
+    map_matrices=all_of_a_shape,
     row_multiple=8,  # else each bfloat16 matmul pads its rows again
     train_step=train_step,
 )

@@ -27,8 +27,9 @@ class Ops:
     # the next loop.
     exp_buffer_as_bits: bool
     scan: Callable[..., Any]  # `jax.lax.scan` (body, carry, xs, reverse=False)
-    # (function, *stacks [L, ...]) -> the function of each layer's arrays, stacked; for the optimizer's matmuls
-    map_layers: Callable[..., Any]
+    # (function, stacks [L, D, F] each) -> list of the function of each. The function maps each matrix of [N, D, F] by
+    # itself, to the same shape. For the optimizer's matmuls.
+    map_matrices: Callable[..., Any]
     cond: Callable[..., Any]  # `jax.lax.cond` (predicate, true_fun, false_fun, *operands), for the optimizer's update
     sampling_cond: Callable[..., Any]  # the same, for what a temperature chooses
     # (condition, body, carry, rounds) -> carry. Repeats body while the condition holds, or `rounds` times; rounds after

@@ -136,9 +136,9 @@ def search_loop(condition: Callable[[Any], jax.Array], body: Callable[[Any], Any
     return jax.lax.while_loop(condition, body, carry)
 
 
-def all_layers_at_once(function: Callable, *stacks: jax.Array) -> jax.Array:
-    """`Ops.map_layers` in batched matmuls."""
-    return jax.vmap(function)(*stacks)
+def stack_by_stack(function: Callable, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """`Ops.map_matrices` in matmuls of all layers."""
+    return [function(stack_LDF) for stack_LDF in stacks]
 
 
 def select(predicate: jax.Array, true_fun: Callable, false_fun: Callable, *operands: Any) -> Any:
@@ -189,7 +189,7 @@ XLA = Ops(
     exp_buffer_bytes=2**27,  # less than the backward pass of a block takes in the preset
     exp_buffer_as_bits=True,
     scan=jax.lax.scan,
-    map_layers=all_layers_at_once,
+    map_matrices=stack_by_stack,
     cond=jax.lax.cond,
     sampling_cond=jax.lax.cond,
     search_loop=search_loop,
