@@ -68,9 +68,10 @@ def exchange(purpose: str, value: str = "") -> list[str]:
     """
     if not _watch:
         return [value]
-    key = f"jaxlm/{unique(purpose)}/"
+    earlier, key = f"jaxlm/{purpose} {_asked[purpose]}/", f"jaxlm/{unique(purpose)}/"
     _watch.client.key_value_set(f"{key}{_watch.index}", value)
     _watch.client.wait_at_barrier(key, 1000 * _WAIT_SECONDS)
+    _watch.client.key_value_delete(f"{earlier}{_watch.index}")  # who is here has read it
     values = dict(_watch.client.key_value_dir_get(key))
     return [values[f"{key}{process}"] for process in range(_watch.count)]
 

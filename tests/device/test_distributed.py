@@ -1,5 +1,6 @@
 """How processes find each other, agree and end together, without others; tests/run/test_processes.py has two."""
 
+import collections
 import os
 import threading
 import time
@@ -24,6 +25,9 @@ class Service:
 
     def key_value_dir_get(self, key):
         return [(name, value) for name, value in dict(self.values).items() if name.startswith(key)]
+
+    def key_value_delete(self, key):
+        self.values.pop(key, None)
 
 
 @pytest.fixture
@@ -148,3 +152,19 @@ def test_what_fails_in_one_process_fails_in_all(monkeypatch):
             pass
     with pytest.raises(KeyError), distributed.all_or_none("save"):
         raise KeyError("x")
+
+
+def test_values_are_kept_until_all_have_read_them(watch, monkeypatch):
+    service, kept = Service(), []
+
+    def wait_at_barrier(key, milliseconds):
+        kept.append([value for name, value in service.values.items() if name.endswith("/0")])
+        service.values[f"{key}1"] = "theirs"
+
+    service.wait_at_barrier = wait_at_barrier
+    monkeypatch.setattr(distributed, "_watch", watch(service, 0))
+    monkeypatch.setattr(distributed, "_asked", collections.Counter())
+    for value in "abc":
+        assert distributed.exchange("vote", value) == [value, "theirs"]
+    assert kept == [["a"], ["a", "b"], ["b", "c"]]  # the other may still read the values before
+    assert [value for name, value in service.values.items() if name.endswith("/0")] == ["c"]
