@@ -148,7 +148,7 @@ def measure(config: Config, device: jax.Device, place: Path, show: Callable[[flo
     Args:
         config: the resolved config.
         device: the device that will train.
-        place: a directory in which the subprocesses write; they leave nothing there.
+        place: a directory in which the subprocesses write; they leave nothing there, also where this process is killed.
         show: called with the share that is done.
 
     Raises RunError if the run fails, for example for lack of memory.
@@ -156,25 +156,25 @@ def measure(config: Config, device: jax.Device, place: Path, show: Callable[[flo
     speed = matmul_speed(config.model.matmul_dtype, device)  # in this process: a run has no such arrays
     with tempfile.TemporaryDirectory(dir=place, prefix="jaxlm-measure-") as name:
         if jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
-            _run_child(config, speed, Path(name, "brief"), True, lambda share: show(share / 4))
-        values = _run_child(config, speed, Path(name, "short"), False, lambda share: show(0.25 + 0.75 * share))
+            _run_child(config, speed, name, True, lambda share: show(share / 4))
+        values = _run_child(config, speed, name, False, lambda share: show(0.25 + 0.75 * share))
         return BenchmarkResult(**values)
 
 
 def _run_child(
-    config: Config, matmul_speed: float, workdir: Path, brief: bool, show: Callable[[float], None]
+    config: Config, matmul_speed: float, folder: str, brief: bool, show: Callable[[float], None]
 ) -> dict[str, Any]:
     """Runs `main` in a subprocess and returns its last line. Raises RunError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    request = json.dumps([str(workdir), brief, matmul_speed, time.monotonic(), to_dict(config)])
+    request = json.dumps([folder, brief, matmul_speed, time.monotonic(), to_dict(config)])
     command = [sys.executable, "-m", "jaxlm.planner.measure", request]
     pipe = subprocess.PIPE
     message: dict[str, Any] = {}
     last = ""
-    with subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-    ) as child:
+    options: dict[str, Any] = {"text": True, "errors": "replace", "env": environment}
+    options["start_new_session"] = True  # a signal to both would not let it remove the folder
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, **options) as child:
         try:
             for line in child.stdout or ():
                 if line.startswith("{"):
@@ -194,31 +194,32 @@ def _run_child(
 def main(request: str) -> None:
     """Measures in this process, and ends it. The last line on stdout is a JSON object: the result, or the error.
 
-    The process also ends when the other end of its stdin closes.
+    The process also ends when the other end of its stdin closes, and then removes the directory.
 
     Args:
-        request: as JSON, the directory to create and write in; whether the run is brief and only fills the compilation
+        request: as JSON, the directory to write in; whether the run is brief and only fills the compilation
             cache; the speed of a matmul; the monotonic clock when the process was started; the config.
     """
     stdout, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    folder, brief, matmul_speed, call_time, settings = json.loads(request)
+    threading.Thread(target=_end_with_stdin, args=(folder,), daemon=True).start()
 
     def send(message: dict[str, Any]) -> None:
         print(f"\n{json.dumps(message)}", file=stdout, flush=True)  # after an unfinished line of a plugin
 
     try:
-        workdir, brief, matmul_speed, call_time, settings = json.loads(request)
         plan = _plan_run(from_config_dict(settings), brief, matmul_speed)
-        result = _measure(plan, Path(workdir), call_time, lambda share: send({"share": share}))
+        workdir = Path(folder, "brief" if brief else "short")
+        result = _measure(plan, workdir, call_time, lambda share: send({"share": share}))
         send(result | {"flops_per_second": matmul_speed})
     except (UsageError, RunError, jax.errors.JaxRuntimeError) as error:
         send({"error": str(error).splitlines()[0][:200]})
     os._exit(0)
 
 
-def _end_with_stdin() -> None:
+def _end_with_stdin(folder: str) -> None:
     sys.stdin.read()
-    os._exit(1)
+    os.execlp("rm", "rm", "-rf", "--", folder)  # in place of this process, so that no thread writes any more
 
 
 class _ShortRun(NamedTuple):

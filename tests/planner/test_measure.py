@@ -1,14 +1,17 @@
 """The short run in its own process, and the times computed from it for a larger run."""
 
 import dataclasses
+import glob
 import io
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
+import psutil
 import pytest
 
 from jaxlm.cli import read_config
@@ -96,7 +99,7 @@ def run_child(monkeypatch, tmp_path, config):
         (tmp_path / "child").chmod(0o700)
         monkeypatch.setattr(measure.sys, "executable", str(tmp_path / "child"))
         shares = []
-        return measure._run_child(config, 1e9, tmp_path / "short", True, shares.append), shares
+        return measure._run_child(config, 1e9, str(tmp_path), True, shares.append), shares
 
     return run_child
 
@@ -126,27 +129,36 @@ def test_the_process_reports_an_error_in_one_line(monkeypatch, capfd, config, tm
     monkeypatch.setattr(measure.os, "_exit", ended.append)
     monkeypatch.setattr(measure.threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(measure.sys, "stdout", open(1, "w", closefd=False))  # noqa: SIM115  (capfd reads it)
-    measure.main(json.dumps([str(tmp_path / "short"), True, 1e9, time.monotonic(), to_dict(longer)]))
+    measure.main(json.dumps([str(tmp_path), True, 1e9, time.monotonic(), to_dict(longer)]))
     message = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert "context" in message["error"]
     assert ended == [0]
 
 
 @pytest.mark.slow
-def test_the_short_run_ends_when_its_stdin_closes(config, tmp_path):
-    request = json.dumps([str(tmp_path / "short"), False, 1e9, time.monotonic(), to_dict(config)])
-    command = [sys.executable, "-m", "jaxlm.planner.measure", request]
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    assert process.returncode == 1
-    assert "checkpoint_bytes" not in process.stdout
+def test_a_plan_that_is_killed_leaves_nothing_in_the_directory(place, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    (place / "dir").mkdir()
+    command = [sys.executable, "-m", "jaxlm.plan", "--config", "../tiny.py"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    plan = subprocess.Popen(command, cwd="dir", env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    started = "dir/jaxlm-measure-*/*/*"  # the short run writes
+    while not glob.glob(started):
+        assert plan.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(plan.pid).children()
+    plan.kill()
+    plan.wait()
+    psutil.wait_procs(children, timeout=60)
+    assert listing(Path("dir")) == {}
 
 
-def test_the_process_ends_when_its_stdin_closes(monkeypatch):
-    ended = []
+def test_the_process_becomes_one_that_removes_its_directory_when_its_stdin_closes(monkeypatch, tmp_path):
+    (tmp_path / "folder/short").mkdir(parents=True)
     monkeypatch.setattr(measure.sys, "stdin", io.StringIO())
-    monkeypatch.setattr(measure.os, "_exit", ended.append)
-    measure._end_with_stdin()
-    assert ended == [1]
+    monkeypatch.setattr(measure.os, "execlp", lambda file, *command: subprocess.run(command, check=True))
+    measure._end_with_stdin(str(tmp_path / "folder"))
+    assert listing(tmp_path) == {}
 
 
 def test_whole_steps_take_the_measured_time(config):
