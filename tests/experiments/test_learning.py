@@ -1,15 +1,19 @@
-"""The study of learning: what is held out, equal arithmetic, and the table of results."""
+"""The study of learning: what is held out, equal arithmetic, other losses, and the table of results."""
 
 import hashlib
 import json
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from experiments.learning import losses
 from experiments.learning.data import held_out_corpus
 from experiments.learning.show import by_name, table
 from experiments.learning.study import finished
 from experiments.learning.tables import TABLES, equal_arithmetic, flops_per_step, muon
+from jaxlm.core import ops
 from jaxlm.core.parameters import parameter_table
 
 CPU = SimpleNamespace(platform="cpu")
@@ -68,3 +72,44 @@ def test_the_table_has_means_and_spreads_and_the_best_first(tmp_path):
     ]
     assert finished(file) == {"a, seed 0", "a, seed 1", "b, seed 0"}
     assert finished(tmp_path / "none") == set()
+
+
+def float64_loss(name, x_ND, embedding_VD, targets_N):
+    """The training loss, and without the z-loss that of the validation, one row at a time."""
+    kind, value = name.split()
+    rows = []
+    for row, target in zip(x_ND, targets_N, strict=True):
+        logits = embedding_VD @ row
+        if kind == "soft-cap":
+            logits = float(value) * np.tanh(logits / float(value))
+        logsumexp = np.log(np.sum(np.exp(logits)))
+        rows.append((target >= 0) * np.array([logsumexp - logits[target], logsumexp**2]))
+    cross_entropy, squares = np.sum(rows, axis=0)
+    return cross_entropy + (float(value) * squares if kind == "z-loss" else 0.0), cross_entropy
+
+
+@pytest.mark.parametrize("name", ["soft-cap 2.5", "z-loss 0.3"])
+def test_another_loss_and_its_gradient_are_those_of_float64(name, monkeypatch):
+    monkeypatch.setattr(ops, "IMPLEMENTATIONS", dict(ops.IMPLEMENTATIONS))
+    losses.install(name)
+    record, rng = ops.get("cpu"), np.random.default_rng(0)
+    x_ND, embedding_VD, accumulator_VD = (rng.normal(0, 1, shape) for shape in ((7, 5), (11, 5), (11, 5)))
+    targets_N = np.array([3, 0, -1, 10, 5, -1, 3])
+    expected, validation = float64_loss(name, x_ND, embedding_VD, targets_N)
+    arrays = [jnp.asarray(array, jnp.float32) for array in (x_ND, embedding_VD)]
+    result = record.cross_entropy(record, *arrays, targets_N, "float32")
+    assert float(result) == pytest.approx(validation, rel=1e-6)
+    loss_sum, d_x_ND, d_embedding_VD = record.cross_entropy_and_grad(
+        record, *arrays, targets_N, 0.25, jnp.asarray(accumulator_VD, jnp.float32), "float32"
+    )
+    assert float(loss_sum) == pytest.approx(expected, rel=1e-6)
+    for given, d_given, before in ((x_ND, d_x_ND, 0.0), (embedding_VD, d_embedding_VD, accumulator_VD)):
+        slopes = np.zeros_like(given)
+        for index in np.ndindex(given.shape):
+            given[index] += 1e-6
+            above, _ = float64_loss(name, x_ND, embedding_VD, targets_N)
+            given[index] -= 2e-6
+            below, _ = float64_loss(name, x_ND, embedding_VD, targets_N)
+            given[index] += 1e-6
+            slopes[index] = (above - below) / 2e-6
+        np.testing.assert_allclose(d_given, before + 0.25 * slopes, atol=1e-5)
