@@ -1,6 +1,7 @@
 """Runs everything on the CPU; holds the models that the tests share."""
 
 import atexit
+import collections
 import importlib.metadata
 import os
 import shutil
@@ -29,6 +30,18 @@ from jaxlm.core.model import init_params
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # an example compiles, or waits for other processes
 hypothesis.settings.load_profile("no deadline")
+
+LONG = 100  # quick tests that take as long as one that is slow
+FEW_AND_LONG = ("test_sharding.py", "test_evening.py")
+
+
+@pytest.hookimpl(trylast=True)  # without those that a marker leaves out
+def pytest_collection_modifyitems(items):
+    """Begins with the files that take long, so that no worker waits for another at the end."""
+    work = collections.Counter()
+    for item in items:
+        work[item.path] += LONG if item.path.name in FEW_AND_LONG or item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -work[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,7 +29,7 @@ CONFIG = Config(
 MUON = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon", muon_b2=0.9))
 NO_REMAT = replace(CONFIG, microbatch_chunks=1, model=replace(CONFIG.model, remat=False, tied=False, qk_norm=True))
 AT_ONCE = replace(NO_REMAT, grad_accum_steps=1)  # gradients are summed as soon as they are computed
-LAYOUTS = [(2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2)]
+LAYOUTS = [(8, 1), (1, 8), (2, 4), (4, 2)]
 DEVICE = jax.devices()[0]
 
 
@@ -101,7 +101,7 @@ def test_twenty_steps_are_those_of_one_device():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_twenty_steps_are_those_of_one_device_in_every_layout(layout):
+def test_twenty_steps_are_those_of_one_device_in_every_kind_of_layout(layout):
     assert_same_training(CONFIG, layout)
     assert evaluation(CONFIG, layout) == pytest.approx(evaluation(CONFIG, (1, 1)), rel=1e-5)
 
@@ -109,7 +109,7 @@ def test_twenty_steps_are_those_of_one_device_in_every_layout(layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [MUON, NO_REMAT, AT_ONCE, replace(AT_ONCE, model=CONFIG.model)])
 def test_twenty_steps_are_those_of_one_device_for_every_kind_of_step(config):
-    for layout in ((4, 1), (2, 2), (1, 8)):
+    for layout in ((4, 1), (2, 4)):
         assert_same_training(config, layout)
 
 

@@ -14,7 +14,7 @@ def test_a_mesh_trains_as_one_device():
 
 
 @pytest.mark.slow
-def test_every_mesh_trains_as_one_device():
+def test_every_kind_of_mesh_trains_as_one_device():
     run_tests(FILE, "-m", "slow")
 
 

@@ -19,8 +19,9 @@ FLAGS = ("--config.batch_size=8", "--config.optimizer.average=0.5", "--config.da
 
 def train(workdir, data, fsdp):
     """Runs the command on a mesh. It says on which devices, and how many micro-batches it skips."""
-    shown = tiny_run.train(workdir, *FLAGS, f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}")
-    devices = f"on {data * fsdp} x CPU" if data * fsdp > 1 else "on CPU"
+    several, layout = data * fsdp > 1, (f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}")
+    shown = tiny_run.train(workdir, *FLAGS, *layout, share="" if several else "poisoned")
+    devices = f"on {data * fsdp} x CPU" if several else "on CPU"
     assert devices in shown
     return shown
 
@@ -65,7 +66,7 @@ def test_a_stopped_run_resumes_on_fewer_devices_as_if_on_one(one):
     assert_same_run("many", one)
 
 
-@pytest.mark.parametrize("layout", [(8, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("layout", [(8, 1), (2, 2)])
 def test_a_checkpoint_of_one_device_resumes_on_any_and_back(one, layout):
     there, back = "there{}x{}".format(*layout), "back{}x{}".format(*layout)
     resume_from(there, "one", 3)
