@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import resource
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from configs import m2_60m
+from experiments.cleanup import temporary_folder
 from jaxlm.config import Config, ModelConfig, OptimizerConfig, from_config_dict
 from jaxlm.data.token_files import IGNORED_TARGET
 
@@ -178,8 +178,8 @@ def main() -> None:
     if args.devices == 1:
         measure(args)
         return
-    with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(measure_one_of, (args, f"file://{directory}/store"), args.devices)
+    with temporary_folder("torch-llama") as folder:
+        torch.multiprocessing.spawn(measure_one_of, (args, f"file://{folder}/store"), args.devices)
 
 
 def measure_one_of(rank: int, args: argparse.Namespace, store: str) -> None:
