@@ -19,6 +19,26 @@ from tests.tiny_run import rows
 pytestmark = pytest.mark.slow
 FLAGS = ("--config.max_steps=60", "--config.save_interval=10", "--config.generation_interval=20")
 
+TRACKIO = """
+import os
+
+Markdown = str
+
+
+class Run:
+    def log(self, metrics, step):
+        if "loss" in metrics:
+            with open("logged", "a") as file:
+                print(os.getpid(), step, file=file)
+
+    def finish(self):
+        pass
+
+
+def init(*arguments, **options):
+    return Run()
+"""
+
 
 @pytest.fixture
 def place(tmp_path_factory):
@@ -40,9 +60,9 @@ def start(workdir, *flags, devices=1):
     )
 
 
-def start_two(workdir):
-    address = f"127.0.0.1:{free_port()}"
-    return [start(workdir, f"--coordinator={address}", "--processes=2", f"--process={process}") for process in range(2)]
+def start_two(workdir, *flags):
+    flags = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", *flags)
+    return [start(workdir, *flags, f"--process={process}") for process in range(2)]
 
 
 def wait_for_step(processes, workdir, step):
@@ -82,10 +102,17 @@ def test_two_processes_are_one_run(place):
     assert f"Resuming from step {stopped}" in first[1]
     assert second[0] == -signal.SIGKILL
 
-    first, second = ended(start_two("two"))
+    Path("trackio.py").write_text(TRACKIO)
+    processes = start_two("two", "--trackio=stories")
+    first, second = ended(processes)
     assert (first[0], first[2]) == (second[0], second[2]) == (0, []), (first, second)
     assert first[1][-1] == "Done: 60 steps, the model is in two/final_model"
     assert second[1] == []  # one writes
+    logged = [[int(word) for word in line.split()] for line in Path("logged").read_text().splitlines()]
+    assert {pid for pid, _ in logged} == {processes[0].pid}
+    steps = [step for _, step in logged]
+    assert steps == list(range(steps[0], 61))
+    assert steps[0] > stopped + 15
 
     assert ended([alone])[0][0] == 0
     two, one = (rows(Path(workdir, "metrics.jsonl")) for workdir in ("two", "one"))
