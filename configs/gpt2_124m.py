@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.heads = 12
     config.model.width = 768
     config.model.mlp_width = 2048
+    config.model.remat = True
     config.model.qk_norm = True
 
     config.optimizer.name = "muon"

@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.heads = 16
     config.model.width = 1024
     config.model.mlp_width = 2688
+    config.model.remat = True
     config.model.qk_norm = True
 
     config.optimizer.name = "muon"

@@ -3,7 +3,8 @@
     python -m experiments.throughput --device cuda
     python -m experiments.throughput --device cuda --microbatch-chunks 8
     python -m experiments.throughput --device cpu
-    python -m experiments.throughput --device cpu --dtype bfloat16 --no-remat
+    python -m experiments.throughput --device cpu --dtype bfloat16
+    python -m experiments.throughput --device cpu --remat
 
 Both train the same model on random tokens. They alternate for `--rounds` rounds, each run in a process of its own, and
 the table shows medians. bfloat16 means autocast in PyTorch and `bf16` in jaxlm, on a CPU `bf16_matmul`. Memory is the
@@ -130,14 +131,12 @@ def main() -> None:
     parser.add_argument(
         "--remat",
         action=argparse.BooleanOptionalAction,
-        help="of jaxlm: recompute each block (on a GPU only with --microbatch-chunks); default: on a CPU",
+        help="of jaxlm: recompute each block (on a GPU only with --microbatch-chunks); default: if memory is short",
     )
     parser.add_argument("--steps", type=int, help="optimizer steps of a measurement; default: 20 on cuda, 3 on cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-ours", action="store_true", help="one run of jaxlm, in this process")
     args = parser.parse_args()
-    if args.remat is None:
-        args.remat = args.device == "cpu"
     defaults = {"cuda": ("bfloat16", 32, 2, 20), "cpu": ("float32", 2, 1, 3)}[args.device]
     for name, default in zip(("dtype", "batch", "accum", "steps"), defaults, strict=True):
         setattr(args, name, getattr(args, name) or default)
@@ -146,7 +145,8 @@ def main() -> None:
         return
 
     shared = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "batch", "accum", "steps")]
-    own = ["--only-ours", f"--microbatch-chunks={args.microbatch_chunks}", "--remat" if args.remat else "--no-remat"]
+    own = ["--only-ours", f"--microbatch-chunks={args.microbatch_chunks}"]
+    own += {None: [], True: ["--remat"], False: ["--no-remat"]}[args.remat]
     ours, peers = [], []
     for _ in range(args.rounds):
         ours.append(run("throughput", shared + own))

@@ -155,7 +155,7 @@ class ModelConfig:
     output_init: str = setting("scaled", "output matrices; scaled: 0.02/sqrt(2 layers)", ("scaled", "zero"), fixed=True)
     precision: str = setting("auto", "float32, bf16 (mixed precision) or bf16_matmul; weights are float32", PRECISIONS)
     implementation: str = setting("auto", "xla (plain JAX), cpu, cuda, hopper (H100, H200) or apple", IMPLEMENTATIONS)
-    remat: bool = setting(True, "recompute blocks backward: less memory, a fifth more work. GPU: set microbatch_chunks")
+    remat: bool | None = setting(None, "recompute blocks backward: less memory, a fifth more work. None: if needed")
 
     def __post_init__(self):
         check_values(self, "model.")
@@ -380,6 +380,7 @@ def default_config() -> ml_collections.ConfigDict:
     settings = to_dict(Config())
     corpus = settings["data"]["corpus"]
     settings["data"]["corpus"] = ml_collections.FieldReference(corpus, field_type=(str, tuple, list))
+    settings["model"]["remat"] = ml_collections.FieldReference(settings["model"]["remat"], field_type=bool)
     return ml_collections.ConfigDict(settings)
 
 
@@ -453,6 +454,8 @@ def _with_new_names(settings: Mapping[str, Any], group: str) -> dict[str, Any]:
 
 def _converted(name: str, kind: Any, value: Any) -> Any:
     """The value as `kind`, which also takes an integer as a float and a list as a tuple. Raises UsageError."""
+    if kind == bool | None:
+        return value if value is None else _converted(name, bool, value)
     if kind == tuple[str, ...]:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise UsageError(f"{name} must be a list of strings")

@@ -211,7 +211,7 @@ def test_the_process_counts_in_what_fits(capsys, monkeypatch, benchmark_calls):
     """The benchmark's peak is that of arrays and process; one byte less does not fit, though the arrays do."""
     for available, fits in ((BENCHMARK.peak_bytes, True), (BENCHMARK.peak_bytes - 1, False)):
         monkeypatch.setattr(backend, "available_memory", lambda device, available=available: available)
-        report = planned(capsys)
+        report = planned(capsys, "--config.model.remat=true")
         assert report["memory"]["process_bytes"] == BENCHMARK.peak_bytes - MEMORY.total
         assert report["memory"]["total_bytes"] == BENCHMARK.peak_bytes
         assert report["memory"]["fits"] is fits

@@ -15,6 +15,7 @@ import jaxlib
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core.ops import hopper
+from jaxlm.core.parameters import parameter_table
 from jaxlm.device import plugins
 from jaxlm.device.memory_limit import memory_limit
 from jaxlm.device.mesh import resolve_mesh
@@ -230,7 +231,8 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
 
     Without `microbatch_chunks` an NVIDIA GPU computes a micro-batch at once. Elsewhere a chunk is one sequence, or
     several short ones: larger chunks take more memory and no less time. Without `microbatch_chunks` neither kind of GPU
-    recomputes blocks, for speed.
+    recomputes blocks, for speed. Otherwise blocks are recomputed if `remat` says so, or if it is None and the run could
+    take more than half the memory without.
 
     Raises UsageError as `resolve` and `resolve_mesh`.
     """
@@ -240,16 +242,30 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
     model, chunks = resolve(config.model, device), config.microbatch_chunks
     if chunks == 0:
         on_cuda, B = device.platform == "gpu", config.batch_size // config.mesh.devices
-        model = dataclasses.replace(model, remat=model.remat and not on_cuda and not on_apple(device))
+        if on_cuda or on_apple(device):
+            model = dataclasses.replace(model, remat=False)
         fitting = [n for n in range(1, B + 1) if B % n == 0 and B // n * model.context <= CHUNK_TOKENS]
         chunks = 1 if on_cuda else min(fitting, default=B)
     config = dataclasses.replace(config, microbatch_chunks=chunks, model=model)
+    if model.remat is None:
+        remat = 2 * _bytes_without_remat(config) > available_memory(device)
+        config = dataclasses.replace(config, model=dataclasses.replace(model, remat=remat))
     if on_apple(device) and config.chunk_size * model.context >= CONTRACTION_LIMIT:
         raise UsageError(
             f"an Apple GPU computes sums of {CONTRACTION_LIMIT:,} or more numbers wrong, and a gradient is one over the"
             f" {config.chunk_size * model.context:,} tokens of a chunk: set more microbatch_chunks, or 0"
         )
     return config
+
+
+def _bytes_without_remat(config: Config) -> int:
+    """About the memory of a training step that recomputes no block: eight arrays like the weights, and what it saves.
+
+    The eight are the weights, two moments, gradients, their sum, an average and copies for the blocks.
+    """
+    c, tokens = config.model, config.chunk_size * config.model.context
+    weights = sum(parameter.size for parameter in parameter_table(c))
+    return 4 * (8 * weights + tokens * c.layers * (16 * c.width + 4 * c.mlp_width))
 
 
 def available_memory(device: jax.Device) -> int:

@@ -378,7 +378,7 @@ class Trainer:
         devices = f"{mesh.size} x {each} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']})" if mesh else each
         run_tokens, data_tokens = c.max_steps * c.tokens_per_step, len(self.tokens.train)
         lines = [
-            f"{parameters:,} parameters in {c.model.precision} on {devices}",
+            f"{parameters:,} parameters in {c.model.precision}{' with remat' * bool(c.model.remat)} on {devices}",
             f"{c.max_steps:,} steps of {c.tokens_per_step:,} tokens: {run_tokens / parameters:.3g} tokens a parameter,"
             f" {run_tokens / data_tokens:.3g} epochs of {data_tokens:,} tokens",
             f"Data in {self.tokens.directory}, work in {self.workdir}",

@@ -19,6 +19,7 @@ from jaxlm.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from jaxlm.device import backend
 from jaxlm.device.backend import APPLE, CHUNK_TOKENS, available_memory, identity, resolve_run
 from jaxlm.errors import UsageError
+from jaxlm.run.memory import compile_step, step_memory
 from tests.tiny_run import is_one_line
 
 EVENTS: list[str] = []
@@ -148,8 +149,28 @@ def test_a_cpu_gets_the_largest_chunks_that_fit(batch, context):
     assert resolved.chunk_size == 1 or resolved.chunk_size * context <= CHUNK_TOKENS
     larger = [size for size in range(resolved.chunk_size + 1, batch + 1) if batch % size == 0]
     assert all(size * context > CHUNK_TOKENS for size in larger)
-    model = resolved.model
-    assert (model.precision, model.remat, model.implementation) == ("float32", True, "cpu")
+    assert (resolved.model.precision, resolved.model.implementation) == ("float32", "cpu")
+
+
+def test_blocks_are_recomputed_where_memory_is_short(monkeypatch):
+    def recomputes(room, batch=32, chunks=0, **sizes):
+        monkeypatch.setattr(backend, "available_memory", lambda device: room)
+        config = Config(batch_size=batch, microbatch_chunks=chunks, model=ModelConfig(**sizes))
+        return resolve_run(config, CPU).model.remat
+
+    assert [recomputes(room * 10**9) for room in (1, 4, 16, 25)] == [True, True, False, False]
+    assert recomputes(16 * 10**9, chunks=1)  # 32 sequences at once
+    assert recomputes(16 * 10**9, layers=64)
+    assert recomputes(16 * 10**9, remat=True) and not recomputes(10**9, remat=False)  # as a person says
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"vocab_size": 300, "mlp_width": 512, "layers": 4}])
+def test_a_step_without_remat_takes_about_what_is_expected(sizes):
+    """By XLA's analysis."""
+    config = resolve_run(Config(batch_size=2, model=ModelConfig(remat=False, **sizes)), CPU)
+    expected = backend._bytes_without_remat(config)
+    assert 0.5 * expected < step_memory(config, compile_step(config)).step < 1.2 * expected
 
 
 @pytest.mark.parametrize("platform", APPLE)
@@ -159,7 +180,7 @@ def test_an_apple_gpu_gets_chunks_of_one_sequence_and_no_remat(platform):
     assert (resolved.chunk_size, resolved.model.remat) == (1, False)
     assert (resolved.model.precision, resolved.model.implementation) == ("float32", "apple")
     model = ModelConfig(precision="float32", implementation="xla")
-    explicit = Config(microbatch_chunks=8, model=model, mesh=MeshConfig(data=1))
+    explicit = Config(microbatch_chunks=8, model=replace(model, remat=True), mesh=MeshConfig(data=1))
     assert resolve_run(explicit, device) == explicit
 
 
@@ -202,14 +223,15 @@ def test_jax_metal_refuses_the_float16_of_an_average():
     assert resolve_run(config, SimpleNamespace(platform="mps")).optimizer.average == 0.9
 
 
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("remat", [None, True, False])
 def test_an_nvidia_gpu_computes_a_micro_batch_at_once(remat):
-    gpu = SimpleNamespace(platform="gpu", compute_capability="8.0")
+    small = {"bytes_limit": 2 * 10**9}
+    gpu = SimpleNamespace(platform="gpu", compute_capability="8.0", memory_stats=lambda: small)
     config = Config(model=ModelConfig(remat=remat))
     resolved = resolve_run(config, gpu)
     assert (resolved.microbatch_chunks, resolved.model.remat, resolved.model.precision) == (1, False, "bf16")
     explicit = resolve_run(replace(config, microbatch_chunks=8), gpu)
-    assert (explicit.microbatch_chunks, explicit.model.remat) == (8, remat)
+    assert (explicit.microbatch_chunks, explicit.model.remat) == (8, remat is not False)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux tells its memory there")

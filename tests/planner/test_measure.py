@@ -182,7 +182,7 @@ def test_a_measurement_is_valid_for_other_intervals_but_not_for_other_shapes(con
     assert json.loads(json.dumps(key)) == json.loads(json.dumps(measure.key(config, device)))
     for other in (
         dataclasses.replace(config, batch_size=4),
-        dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False)),
+        dataclasses.replace(config, model=dataclasses.replace(config.model, remat=not config.model.remat)),
         dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="muon")),
         dataclasses.replace(config, sample=dataclasses.replace(config.sample, tokens=6)),
     ):

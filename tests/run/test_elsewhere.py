@@ -23,7 +23,8 @@ from jaxlm.device import backend  # noqa: F401  (its import settles how jax draw
 from jaxlm.run.checkpoint import Checkpoints
 
 SAVED = Path(__file__).parents[1] / "checkpoints"
-MODEL = ModelConfig(vocab_size=257, context=16, layers=2, heads=2, width=8, mlp_width=8, precision="float32")
+SIZES = {"vocab_size": 257, "context": 16, "layers": 2, "heads": 2, "width": 8, "mlp_width": 8}
+MODEL = ModelConfig(**SIZES, precision="float32", remat=True)
 OPTIMIZER = OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
 CONFIG = Config(batch_size=8, grad_accum_steps=2, microbatch_chunks=1, max_steps=20, model=MODEL, optimizer=OPTIMIZER)
 SAVED_AT, LAST = 4, 8  # steps
