@@ -43,7 +43,7 @@ def layer_by_layer(function: Callable, stacks: Sequence[jax.Array]) -> list[jax.
 
 CPU = replace(
     xla.XLA,
-    vocab_tile=4096,
+    vocab_tile=8192,
     weight_gradient=weight_gradient,
     map_matrices=layer_by_layer,
     decode_layout=Transposed,
