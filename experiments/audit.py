@@ -40,8 +40,8 @@ from jaxlib.mlir.dialects import stablehlo
 import jaxlm
 from experiments import lowered
 from jaxlm.config import Config, from_config_dict
+from jaxlm.core.average import add_average
 from jaxlm.core.checksum import checksums
-from jaxlm.core.optimizer import add_average
 from jaxlm.core.sampling import sequence_keys
 from jaxlm.device import backend
 from jaxlm.device.backend import CONTRACTION_LIMIT

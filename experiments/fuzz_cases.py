@@ -31,7 +31,7 @@ else:
 from jaxlm import sample
 from jaxlm.cli import read_config
 from jaxlm.config import Config, ModelConfig, differences, from_config_dict, to_dict
-from jaxlm.core.model import init_params
+from jaxlm.core.decoder import init_params
 from jaxlm.core.parameters import Params
 from jaxlm.data.token_files import META, TRAIN, VAL, TokenFiles, open_tokens
 from jaxlm.data.tokenizer import END_OF_TEXT, encode_prompts, load_tokenizer

@@ -29,8 +29,9 @@ import numpy as np
 
 from experiments.cleanup import temporary_folder
 from jaxlm.config import Config, ModelConfig
+from jaxlm.core.decoder import Decoder, init_params
 from jaxlm.core.generate import generate
-from jaxlm.core.model import Decoder, init_params, loss_and_gradient, prepare_decode_params
+from jaxlm.core.model import loss_and_gradient, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, val_batches
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer

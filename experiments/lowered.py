@@ -28,8 +28,9 @@ import numpy as np
 
 from configs import m2_60m, quickstart
 from jaxlm.config import Config, from_config_dict
+from jaxlm.core.decoder import init_params
 from jaxlm.core.generate import PROMPT_BUCKET
-from jaxlm.core.model import init_params, prepare_decode_params
+from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import _decode_on_device, decode_step, prefill, sampling_params
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.device import backend

@@ -24,7 +24,8 @@ import optax
 from configs import m2_60m
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core import layers, ops
-from jaxlm.core.model import Decoder, init_params, parameter_count
+from jaxlm.core.decoder import Decoder, init_params
+from jaxlm.core.model import parameter_count
 from jaxlm.core.optimizer import make_transformation
 from jaxlm.core.train_step import init_state, make_train_step
 from jaxlm.device import backend

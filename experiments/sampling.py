@@ -23,8 +23,9 @@ import numpy as np
 
 from experiments.cleanup import temporary_folder
 from jaxlm.config import ModelConfig
+from jaxlm.core.decoder import init_params
 from jaxlm.core.generate import generate
-from jaxlm.core.model import init_params, prepare_decode_params
+from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.device import backend

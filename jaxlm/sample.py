@@ -13,19 +13,21 @@ import stat
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.cli import ArgumentParser, path, run
-from jaxlm.config import PLATFORMS, PRECISIONS, Config, SampleConfig
+from jaxlm.config import PLATFORMS, PRECISIONS, Config, ModelConfig, SampleConfig
 from jaxlm.core.generate import generate, up_to_end
 from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import sampling_params
-from jaxlm.data.tokenizer import encode_prompts
+from jaxlm.data.tokenizer import Tokenizer, encode_prompts
 from jaxlm.errors import RunError, UsageError
-from jaxlm.run.load import LoadedModel, load, restore
+from jaxlm.run.load import LoadedModel, load, param_shapes, restore
 from jaxlm.run.quiet import quiet_libraries
 from jaxlm.terminal import printable
 
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
         loaded = load(args.model, args.platform, args.precision)
         print(f"Model in {args.model}", file=sys.stderr)
     else:
-        checkpoint = restore(args.workdir, args.step, args.platform, args.precision)
+        checkpoint = restore(args.workdir, args.step, args.platform, args.precision, partial(_compile, args))
         weights = prepare_decode_params(checkpoint.model, checkpoint.params)
         loaded = LoadedModel(checkpoint.model, weights, checkpoint.tokenizer)
         print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
@@ -188,7 +190,7 @@ def _print_all(loaded: LoadedModel, groups: Iterable[Sequence[Prompt]], args: Na
     """Prints a text for each prompt, separated by blank lines, or a JSON object per line."""
     on_terminal, separators = sys.stdout.isatty(), itertools.chain([""], itertools.repeat("\n"))
     for group in groups:
-        if on_terminal and len(group) == 1 and not args.json:
+        if _streams(group, args):
             print(end=next(separators))
             _stream(loaded, group[0], args, [])
             continue
@@ -200,6 +202,26 @@ def _print_all(loaded: LoadedModel, groups: Iterable[Sequence[Prompt]], args: Na
             else:
                 print(next(separators) + (printable(text) if on_terminal else text))
         sys.stdout.flush()
+
+
+def _compile(args: Namespace, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Compiles the programs for the texts of the flags or of a session, or reads them from the cache.
+
+    It runs them with weights that are NaN, with which a text ends at once. Does nothing if the prompts come from stdin.
+    Texts raise again what it raises.
+    """
+    if args.stdin or (not args.prompt and _stdin_has_lines()):
+        return
+    shapes = jax.eval_shape(partial(prepare_decode_params, model), param_shapes(model))
+    nan = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes))
+    loaded = LoadedModel(model, jax.device_put(nan(), jax.local_devices()[0]), tokenizer)
+    group = _given(loaded, args.prompt or [""])[0]
+    list(_generate(loaded, group, args, STREAM_CHUNK if _streams(group, args) else None))
+
+
+def _streams(group: Sequence[Prompt], args: Namespace) -> bool:
+    """Whether a terminal shows the text of a group while it is generated."""
+    return sys.stdout.isatty() and len(group) == 1 and not args.json
 
 
 def _stream(loaded: LoadedModel, prompt: Prompt, args: Namespace, new: list[int]) -> None:

@@ -26,7 +26,7 @@ import pytest
 
 import jaxlm.device.backend  # noqa: F401  (its import sets how jax draws random bits, as in every command)
 from jaxlm.config import ModelConfig
-from jaxlm.core.model import init_params
+from jaxlm.core.decoder import init_params
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # an example compiles, or waits for other processes
 hypothesis.settings.load_profile("no deadline")

@@ -17,7 +17,7 @@ import pytest
 
 from experiments import interop
 from jaxlm.config import Config, ModelConfig
-from jaxlm.core.model import Decoder
+from jaxlm.core.decoder import Decoder
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.data.vocabulary import learn_tokenizer

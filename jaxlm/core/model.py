@@ -1,4 +1,4 @@
-"""The decoder: a flax module that holds the parameters and calls the layers.
+"""The decoder: functions of its parameters, which call the layers. `decoder.Decoder` holds these as a flax module.
 
 Architecture: Llama's (RMSNorm before, RoPE, SwiGLU, no biases), or Qwen3's with `qk_norm`. The input embedding and the
 output head are tied unless the configuration says otherwise. `parameters.parameter_table` lists the parameters; those
@@ -8,17 +8,16 @@ of all blocks are stacked along a leading axis L, so that one scan runs them.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.core import layers, ops
 from jaxlm.core.grad_accumulation import embed_with_accumulator, remat_blocks, unstack_with_accumulator
-from jaxlm.core.parameters import Parameter, Params, by_path, parameter_table
+from jaxlm.core.parameters import Params, by_path
 
 Attend = Callable[..., tuple[jax.Array, Any]]  # q, k, v [B, T, H, K], saved=None -> [B, T, H, K], residuals
 FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # matrices with the same input
@@ -33,34 +32,6 @@ class Cache(NamedTuple):
 
     keys_GSK: tuple[jax.Array, ...]
     values_GSK: tuple[jax.Array, ...]
-
-
-def approx_normal_init(key: Any, shape: tuple[int, ...], std: float) -> jax.Array:
-    """Draws numbers of mean 0 and this standard deviation, float32: the same bits from a key on every device.
-
-    Each is the sum of eight random bytes, in whole numbers up to the one multiplication at the end. (The logarithm that
-    a normal number needs differs in its last bit between versions of XLA.) The excess kurtosis is -0.15, and no number
-    is beyond 4.9 standard deviations. The first axis is drawn index by index, which takes little memory.
-    """
-    scale = std / math.sqrt(8 * (256**2 - 1) / 12)
-
-    def draw(key: jax.Array) -> jax.Array:
-        words = jax.random.bits(key, (2, *shape[1:]), jnp.uint32)
-        byte_sum = jax.lax.bitcast_convert_type(words, jnp.uint8).sum(axis=(0, -1), dtype=jnp.int32)
-        return (byte_sum - 4 * 255).astype(jnp.float32) * scale
-
-    return jax.lax.map(draw, jax.random.split(key, shape[0]))
-
-
-def init_group(key: jax.Array, group: Sequence[Parameter]) -> jax.Array | dict[str, jax.Array]:
-    """Draws one array, or the dict of the stacked ones. Each random one has its own part of the key; others are 1."""
-    count = sum(p.init_std is not None for p in group)
-    keys = iter(list(jax.random.split(key, count)) if group[0].stacked else [key])
-    arrays = {
-        p.path[-1]: jnp.ones(p.shape) if p.init_std is None else approx_normal_init(next(keys), p.shape, p.init_std)
-        for p in group
-    }
-    return arrays if group[0].stacked else arrays[group[0].path[-1]]
 
 
 def fused_linear(p: Mapping[str, Any], name: str, x_BTD: jax.Array, c: ModelConfig) -> Sequence[jax.Array]:
@@ -133,32 +104,6 @@ def mlp(p: Mapping[str, Any], x_BTD: jax.Array, c: ModelConfig) -> jax.Array:
 def linear(x_BTD: jax.Array, w_DF: Any, c: ModelConfig) -> jax.Array:
     """x times a matrix, in the dtypes and the form of the configuration."""
     return layers.linear(x_BTD, w_DF, c.matmul_dtype, ops.get(c.implementation).weight_gradient)
-
-
-class Decoder(nn.Module):
-    """The language model. `init` draws float32 parameters; the methods go through `apply`."""
-
-    config: ModelConfig
-
-    def setup(self):
-        groups = groupby(parameter_table(self.config), lambda parameter: parameter.path[0])
-        arrays = {name: self.param(name, init_group, list(group)) for name, group in groups}
-        self.embedding, self.blocks, self.norm = (arrays[name] for name in ("embedding", "blocks", "norm"))
-        self.head_VD = arrays.get("head", self.embedding)
-
-    def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        """Logits [B, T, V] float32 for the token that follows each position of ids [B, T]."""
-        return layers.tied_head(self.final_hidden(ids_BT), self.head_VD)
-
-    def final_hidden(self, ids_BT: jax.Array) -> jax.Array:
-        """The normed residual stream [B, T, D], in the activation dtype: the input of the head."""
-        params = {"embedding": self.embedding, "blocks": self.blocks, "norm": self.norm}
-        return final_hidden_with_accumulator(self.config, params, ids_BT)[0]
-
-    def loss(self, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """`loss` of its parameters."""
-        params = {"embedding": self.embedding, "blocks": self.blocks, "norm": self.norm, "head": self.head_VD}
-        return loss(self.config, params, inputs_BT, targets_BT)
 
 
 def final_hidden_with_accumulator(
@@ -244,12 +189,6 @@ def loss_and_gradient(
 
 
 @partial(jax.jit, static_argnums=0)
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Draws the parameters, float32, without running the model."""
-    return Decoder(config).init(key, method=lambda decoder: decoder.norm)["params"]
-
-
-@partial(jax.jit, static_argnums=0)
 def prepare_decode_params(config: ModelConfig, params: Params) -> Params:
     """The parameters as `forward_with_cache` reads them, so that no token pays for slicing, casting or transposing.
 
@@ -297,24 +236,29 @@ def forward_with_cache(
     Returns:
         Logits [B, V] float32 for the token after the last one read, and the new cache.
     """
-    layout = ops.get(c.implementation).decode_layout
     rope_cos_sin = layers.rope_cos_sin(positions_BT, c.width // c.heads, c.rope_theta)
     x_BTD = layers.embed(ids_BT, weights["embedding"]).astype(c.activation_dtype)
     filled = []
-    for layer, p in enumerate(weights["blocks"]):
-
-        def attend(q_BTHK, k_BTHK, v_BTHK, saved, layer=layer):
-            k_GTK, v_GTK = layers.split_heads(k_BTHK), layers.split_heads(v_BTHK)
-            keys_GSK = jax.lax.dynamic_update_slice(cache.keys_GSK[layer], k_GTK, (0, start, 0))
-            values_GSK = jax.lax.dynamic_update_slice(cache.values_GSK[layer], v_GTK, (0, start, 0))
-            return layers.attention(q_BTHK, keys_GSK, values_GSK, mask_BTS), (keys_GSK, values_GSK)
-
-        p = {name: layout(leaf) if leaf.ndim == 2 else leaf for name, leaf in p.items()}
-        x_BTD, keys_and_values = block(p, x_BTD, rope_cos_sin, attend=attend, c=c)
+    for p, *keys_and_values in zip(weights["blocks"], *cache, strict=True):
+        x_BTD, keys_and_values = _block_with_cache(c, p, x_BTD, rope_cos_sin, *keys_and_values, start, mask_BTS)
         filled.append(keys_and_values)
+    layout = ops.get(c.implementation).decode_layout
     x_BD = layers.rms_norm(x_BTD[:, -1], weights["norm"], c.norm_eps)
     logits_BV = linear(x_BD.astype(jnp.float32), layout(weights["head"]), c)
     return logits_BV[:, : c.vocab_size], Cache(*zip(*filled, strict=True))
+
+
+@partial(jax.jit, static_argnums=0)  # traced once for all blocks
+def _block_with_cache(c, p, x_BTD, rope_cos_sin, keys_GSK, values_GSK, start, mask_BTS):
+    def attend(q_BTHK, k_BTHK, v_BTHK, saved):
+        k_GTK, v_GTK = layers.split_heads(k_BTHK), layers.split_heads(v_BTHK)
+        k_GSK = jax.lax.dynamic_update_slice(keys_GSK, k_GTK, (0, start, 0))
+        v_GSK = jax.lax.dynamic_update_slice(values_GSK, v_GTK, (0, start, 0))
+        return layers.attention(q_BTHK, k_GSK, v_GSK, mask_BTS), (k_GSK, v_GSK)
+
+    layout = ops.get(c.implementation).decode_layout
+    p = {name: layout(leaf) if leaf.ndim == 2 else leaf for name, leaf in p.items()}
+    return block(p, x_BTD, rope_cos_sin, attend=attend, c=c)
 
 
 def parameter_count(params: Params) -> int:

@@ -10,8 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config import Config
 from jaxlm.core import ops, sharding
-from jaxlm.core.model import init_params, loss, loss_and_gradient
-from jaxlm.core.optimizer import average_start, averaged, make_optimizer, make_schedule
+from jaxlm.core.average import average_start, averaged
+from jaxlm.core.decoder import init_params
+from jaxlm.core.model import loss, loss_and_gradient
+from jaxlm.core.optimizer import make_optimizer, make_schedule
 from jaxlm.core.parameters import Params
 
 
@@ -23,7 +25,7 @@ class TrainState(NamedTuple):
     batches: jax.Array  # [] int32: micro-batches read, with the skipped ones; the index of the next one
     skipped_in_a_row: jax.Array  # [] int32: micro-batches skipped since the last one with finite gradients
     loss_sum: jax.Array  # [] float32: sum of the mean losses of the micro-batches since the last optimizer step
-    average: Params | None  # of the weights, as `optimizer.average_step` keeps it; None: none is kept
+    average: Params | None  # of the weights, as `average.average_step` keeps it; None: none is kept
 
     @property
     def step(self) -> jax.Array:

@@ -37,8 +37,9 @@ import numpy as np
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.core import ops, sampling
+from jaxlm.core.decoder import Decoder
 from jaxlm.core.generate import PROMPT_BUCKET
-from jaxlm.core.model import Decoder, loss_and_gradient, prepare_decode_params
+from jaxlm.core.model import loss_and_gradient, prepare_decode_params
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.parameters import Params, parameter_table, tree_of
 from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step

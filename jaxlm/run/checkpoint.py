@@ -4,7 +4,7 @@ The newest checkpoint may be a rolling one, saved between two intervals by time 
 The manager moves what it no longer keeps into a folder that is no checkpoint: half of a checkpoint never looks whole.
 
 Each checkpoint has the items `params` (the model's parameters), `optimizer` (its state and the counters), `average` (of
-the weights, as `optimizer.average_step` keeps it; only if the run has one) and `meta` (JSON: the settings, fingerprints
+the weights, as `average.average_step` keeps it; only if the run has one) and `meta` (JSON: the settings, fingerprints
 of the tokens, seconds trained, checksums of all arrays), and `files.json` with the hash of every file. Damaged files
 are found by their hash before anything reads them, and arrays that differ from the training state by their checksum,
 whatever the cause. A save is complete only after what it wrote has been opened again and its arrays listed.
@@ -26,21 +26,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxlm.core.average import AVERAGE_DTYPE, averaged
 from jaxlm.core.checksum import checksums
-from jaxlm.core.optimizer import AVERAGE_DTYPE, averaged
 from jaxlm.core.parameters import Params
-from jaxlm.core.train_step import TrainState
 from jaxlm.device import distributed
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice, disk_error
 from jaxlm.run.quiet import LIBRARY_LOG
 from jaxlm.run.workdir import CHECKPOINTS, NEVER_SAVED, saved_steps
 from jaxlm.storage import atomic
+
+if TYPE_CHECKING:  # it imports optax, which sampling does not need
+    from jaxlm.core.train_step import TrainState
 
 FILES = "files.json"
 META_BYTES = 2**21  # at most, of the files beside the arrays; the largest own vocabulary takes two thirds
@@ -88,7 +90,7 @@ class Checkpoints:
         except OSError as error:
             return error.errno not in (errno.ENOENT, errno.ENOTDIR)
 
-    def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: "TrainState", meta: Mapping[str, Any]) -> None:
         """Waits for the previous save and starts this one. The state's buffers may be donated at once.
 
         Raises RunError if the previous save failed, ValueError if the state has a part that a checkpoint does not save.
@@ -132,7 +134,7 @@ class Checkpoints:
         items = self._arrays(step, saved_sums, like_items)
         return averaged(items["params"], items.get("average"))
 
-    def state(self, step: int, like: TrainState, sharding: Any) -> TrainState:
+    def state(self, step: int, like: "TrainState", sharding: Any) -> "TrainState":
         """The training state; arguments and errors as for `weights`."""
         like = _placed(like, sharding)
         items = self._arrays(step, self.meta(step)["checksums"], _items(like))
@@ -389,7 +391,7 @@ def _copy(tree: Arrays) -> Arrays:
     return jax.tree.map(jnp.copy, tree)
 
 
-def checkpoint_bytes(state: TrainState) -> int:
+def checkpoint_bytes(state: "TrainState") -> int:
     """An upper bound of the bytes that a checkpoint takes on disk. `state` may hold shapes."""
     return _size(_items(state))
 
@@ -443,7 +445,7 @@ def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].split(" [")[0]
 
 
-def _items(state: TrainState) -> dict[str, Arrays]:
+def _items(state: "TrainState") -> dict[str, Arrays]:
     """The items that hold the state. Raises ValueError if it has a part that would be lost."""
     unsaved = [path for path in _paths(state) if not re.match(rf"\.({SAVED}|{ZERO_BETWEEN_STEPS})(?!\w)", path)]
     if unsaved:

@@ -2,16 +2,19 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxlm.config import Config, ModelConfig, from_config_dict
-from jaxlm.core.model import init_params, prepare_decode_params
-from jaxlm.core.parameters import Params
+from jaxlm.core.model import prepare_decode_params
+from jaxlm.core.parameters import Params, tree_of
 from jaxlm.data.tokenizer import Tokenizer, TokenizerProtocol, from_bytes, load_tokenizer
 from jaxlm.device import backend
 from jaxlm.errors import CorruptCheckpointError, UsageError
@@ -32,8 +35,7 @@ class Checkpoint(NamedTuple):
     @property
     def tokenizer(self) -> Tokenizer:
         """An own tokenizer is in the checkpoint, so that it needs no token files."""
-        vocabulary = self.meta.get("vocabulary")
-        return from_bytes(vocabulary.encode()) if vocabulary else load_tokenizer(self.model.vocab_size)
+        return _tokenizer(self.model, self.meta)
 
 
 class LoadedModel(NamedTuple):
@@ -44,11 +46,23 @@ class LoadedModel(NamedTuple):
     tokenizer: TokenizerProtocol
 
 
-def restore(workdir: Path, step: int | None, platform: str, precision: str = "auto") -> Checkpoint:
+def restore(
+    workdir: Path,
+    step: int | None,
+    platform: str,
+    precision: str = "auto",
+    meanwhile: Callable[[ModelConfig, Tokenizer], None] | None = None,
+) -> Checkpoint:
     """Restores the model of a run's checkpoint.
 
-    It is that of `step`. If that is None, it is the best step's, if the run keeps it, or else the newest that is whole.
-    `platform` and `precision` are those of the computation. Raises UsageError if there is no such checkpoint.
+    Args:
+        workdir: of the run.
+        step: that of the checkpoint; None: the best step's, if the run keeps it, or else the newest that is whole.
+        platform, precision: those of the computation.
+        meanwhile: called in a thread while the weights are read, with the model as resolved for the device. Not on an
+            Apple GPU, whose plugins may not expect two threads.
+
+    Raises UsageError if there is no such checkpoint.
     """
     if not (workdir / CHECKPOINTS).is_dir():
         raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
@@ -58,8 +72,10 @@ def restore(workdir: Path, step: int | None, platform: str, precision: str = "au
         meta = checkpoints.meta(step)
         config = from_config_dict(meta["config"])
         model = _resolve(config.model, device, precision)
-        like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        params = checkpoints.weights(step, like, SingleDeviceSharding(device))
+        with ThreadPoolExecutor(1) as thread:
+            if meanwhile and not backend.on_apple(device):
+                thread.submit(meanwhile, model, _tokenizer(model, meta))
+            params = checkpoints.weights(step, param_shapes(model), SingleDeviceSharding(device))
         return Checkpoint(step, config, meta, model, params)
 
     best = saved_steps(workdir / BEST)
@@ -91,6 +107,16 @@ def load(folder: Path, platform: str, precision: str = "auto") -> LoadedModel:
     device = backend.start(platform)
     model = _resolve(config, device, precision)
     return LoadedModel(model, prepare_decode_params(model, jax.device_put(params, device)), tokenizer)
+
+
+def param_shapes(model: ModelConfig) -> Params:
+    """The shapes of the parameters."""
+    return tree_of(model, lambda parameter: jax.ShapeDtypeStruct(parameter.shape, np.float32))
+
+
+def _tokenizer(model: ModelConfig, meta: Mapping[str, Any]) -> Tokenizer:
+    vocabulary = meta.get("vocabulary")
+    return from_bytes(vocabulary.encode()) if vocabulary else load_tokenizer(model.vocab_size)
 
 
 def _resolve(model: ModelConfig, device: jax.Device, precision: str) -> ModelConfig:

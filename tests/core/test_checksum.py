@@ -30,12 +30,13 @@ TREE = {
     "a": np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32),
     "b": (np.float32(-0.0), np.array([2**31 - 1, -1], np.int32)),
     "c": np.array([[np.nan, np.inf, -np.inf, 1e-45]], np.float32),
+    "d": np.random.default_rng(1).normal(size=(19, 3)).astype(np.float32),  # adds parts of two rows, and three more
 }
 
 
 def test_the_checksum_of_each_leaf():
     found = checksums(jax.tree.map(jnp.asarray, TREE))
-    assert (found.shape, found.dtype) == ((4,), np.uint32)
+    assert (found.shape, found.dtype) == ((5,), np.uint32)
     assert found.tolist() == [expected_checksum(leaf) for leaf in jax.tree.leaves(TREE)]
 
 

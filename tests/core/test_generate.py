@@ -11,8 +11,9 @@ import pytest
 
 from jaxlm.core import generate as generate_module
 from jaxlm.core import sampling
+from jaxlm.core.decoder import Decoder
 from jaxlm.core.generate import generate, up_to_end, window_start
-from jaxlm.core.model import Decoder, prepare_decode_params
+from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
 
 SAMPLED = SamplingParams(1.2)

@@ -13,8 +13,9 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.core import ops
+from jaxlm.core.decoder import init_params
 from jaxlm.core.loss import cross_entropy, cross_entropy_and_grad
-from jaxlm.core.model import init_params, loss_and_gradient
+from jaxlm.core.model import loss_and_gradient
 from tests.core import float64
 
 IGNORED = -1

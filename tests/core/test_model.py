@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.model import Decoder, approx_normal_init, init_params, loss_and_gradient, parameter_count
+from jaxlm.core.decoder import Decoder, approx_normal_init, init_params
+from jaxlm.core.model import loss_and_gradient, parameter_count
 from tests.core import float64
 
 IDS = np.random.default_rng(1).integers(0, 257, (2, 7))

@@ -12,10 +12,8 @@ import pytest
 import jaxlm.config
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core import ops, optimizer
+from jaxlm.core.average import average_start, average_step, averaged
 from jaxlm.core.optimizer import (
-    average_start,
-    average_step,
-    averaged,
     cautious_decay,
     make_optimizer,
     make_schedule,

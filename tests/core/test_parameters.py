@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.core.model import init_params
+from jaxlm.core.decoder import init_params
 from jaxlm.core.parameters import PARTS, check_tree, leaves_by_path, parameter_table, tree_of
 
 TINY = {"vocab_size": 11, "context": 5, "layers": 3, "heads": 4, "width": 16, "mlp_width": 24}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxlm.core import ops
-from jaxlm.core.model import Decoder, prepare_decode_params
+from jaxlm.core.decoder import Decoder
+from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import (
     NOT_FINITE,
     SamplingParams,

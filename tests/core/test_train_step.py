@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
-from jaxlm.core.model import Decoder, loss_and_gradient
+from jaxlm.core.decoder import Decoder
+from jaxlm.core.model import loss_and_gradient
 from jaxlm.core.optimizer import make_optimizer
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from tests.core import float64

@@ -10,8 +10,8 @@ import pytest
 from experiments import time_to_loss
 from experiments.time_to_loss import JaxlmRun, alternate, compare, in_process, measure, parts, report
 from jaxlm.config import Config
-from jaxlm.core.model import Decoder
-from jaxlm.core.optimizer import averaged
+from jaxlm.core.average import averaged
+from jaxlm.core.decoder import Decoder
 from jaxlm.data.token_files import val_batches
 from jaxlm.main import open_data
 from tests import tiny_run

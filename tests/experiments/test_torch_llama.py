@@ -11,7 +11,7 @@ import pytest
 
 from experiments.time_to_loss import JaxlmRun, TorchRun, alternate, measure
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig
-from jaxlm.core.model import Decoder
+from jaxlm.core.decoder import Decoder
 from jaxlm.core.optimizer import make_schedule
 from jaxlm.core.train_step import init_state, make_eval_step, make_train_step
 from jaxlm.data.token_files import val_batches

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from jaxlm.config import Config
-from jaxlm.core.model import Decoder, loss_and_gradient
+from jaxlm.core.decoder import Decoder
+from jaxlm.core.model import loss_and_gradient
 from jaxlm.core.train_step import init_state
 from jaxlm.data.token_files import train_batch_stream
 from jaxlm.errors import RunError, Stopped, UsageError, disk_advice

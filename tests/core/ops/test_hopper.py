@@ -11,7 +11,8 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.core import layers, ops
-from jaxlm.core.model import init_params, loss_and_gradient
+from jaxlm.core.decoder import init_params
+from jaxlm.core.model import loss_and_gradient
 from jaxlm.core.ops import hopper, xla
 from jaxlm.device import backend
 from jaxlm.errors import UsageError
