@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import Config, ModelConfig, to_dict
+from jaxlm.core import sampling
 from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.parameters import tree_of
 from jaxlm.data.tokenizer import load_tokenizer
@@ -148,10 +149,27 @@ def test_precision_sets_the_dtype_of_the_weights(sample, monkeypatch):
         return weights
 
     monkeypatch.setattr("jaxlm.sample.prepare_decode_params", noting)
-    monkeypatch.setattr("jaxlm.sample._print_all", lambda *arguments: None)  # compiles nothing
+    for function in ("_compile", "_print_all"):
+        monkeypatch.setattr(f"jaxlm.sample.{function}", lambda *arguments: None)
     for precision in ("float32", "bf16", "bf16_matmul"):
         sample("--precision", precision)
     assert dtypes == ["float32", "bfloat16", "bfloat16"]
+
+
+def test_a_text_compiles_nothing_after_the_weights_are_read(sample, monkeypatch):
+    sizes = []
+
+    def noting(*arguments):
+        sizes.append(programs())
+        _print_all(*arguments)
+
+    def programs():
+        return sampling.prefill._cache_size() + sampling._decode_on_device._cache_size()
+
+    monkeypatch.setattr("jaxlm.sample._print_all", noting)
+    before = programs()
+    assert sample("--prompt", "日", "--tokens", "13")
+    assert before < sizes[0] == programs()
 
 
 @pytest.mark.slow

@@ -682,6 +682,13 @@ def test_a_save_whose_parts_orbax_does_not_merge_is_no_checkpoint(saved, tmp_pat
     assert_same_bits(checkpoints.state(1, like(), CPU), trained)
 
 
+@pytest.mark.skipif(not checkpoint._UNCOMPRESSED, reason="this orbax always compresses")
+def test_arrays_are_not_compressed(three, trained):
+    three.save(7, trained._replace(params={"norm": jnp.zeros(2**18)}), META)
+    three.wait()
+    assert sum(file.stat().st_size for file in three.directory.glob("7/params/**/*") if file.is_file()) > 2**20
+
+
 CHANGES = ["missing", "added", "shape", "dtype"]
 OTHERS = [("optimizer", change) for change in CHANGES] + [("average", change) for change in CHANGES]
 FAST = [("optimizer", "shape"), ("average", "dtype")]
@@ -695,7 +702,8 @@ FAST = [("optimizer", "shape"), ("average", "dtype")]
     ],
 )
 def test_a_save_that_lacks_or_alters_an_array_is_no_checkpoint(three, trained, monkeypatch, change, item):
-    standard_save, names = ocp.args.StandardSave, {np.float32: "params", np.float16: "average"}
+    handler, names = ocp.PyTreeCheckpointHandler, {np.float32: "params", np.float16: "average"}
+    async_save = handler.async_save
 
     def altered(tree):
         name = "step" if item == "optimizer" else "norm"
@@ -705,9 +713,12 @@ def test_a_save_that_lacks_or_alters_an_array_is_no_checkpoint(three, trained, m
             tree = rest | ({} if change == "missing" else {"more" if change == "added" else name: other})
             if change == "added":
                 tree["more"] = jnp.zeros(3)
-        return standard_save(tree)
+        return tree
 
-    monkeypatch.setattr(ocp.args, "StandardSave", altered)
+    async def save_altered(self, *place, args):
+        return await async_save(self, *place, args=dataclasses.replace(args, item=altered(args.item)))
+
+    monkeypatch.setattr(handler, "async_save", save_altered)
     name = "more" if change == "added" else "step" if item == "optimizer" else "norm"
     assert f"{item}.{name} is " in failed_save(three, trained)
     assert sorted(path.name for path in three.directory.iterdir()) == ["1", "3", "5"]
