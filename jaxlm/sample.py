@@ -13,7 +13,7 @@ import stat
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -212,9 +212,11 @@ def _compile(args: Namespace, model: ModelConfig, tokenizer: Tokenizer) -> None:
     """
     if args.stdin or (not args.prompt and _stdin_has_lines()):
         return
+    device = jax.local_devices()[0]
+    nan = cache(lambda shape, dtype: jnp.full(shape, jnp.nan, dtype, device=device))  # shared, to save memory
     shapes = jax.eval_shape(partial(prepare_decode_params, model), param_shapes(model))
-    nan = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes))
-    loaded = LoadedModel(model, jax.device_put(nan(), jax.local_devices()[0]), tokenizer)
+    weights = jax.tree.map(lambda leaf: nan(leaf.shape, leaf.dtype), shapes)
+    loaded = LoadedModel(model, weights, tokenizer)
     group = _given(loaded, args.prompt or [""])[0]
     list(_generate(loaded, group, args, STREAM_CHUNK if _streams(group, args) else None))
 

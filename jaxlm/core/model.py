@@ -21,7 +21,6 @@ from jaxlm.core.parameters import Params, by_path
 
 Attend = Callable[..., tuple[jax.Array, Any]]  # q, k, v [B, T, H, K], saved=None -> [B, T, H, K], residuals
 FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}  # matrices with the same input
-VOCAB_MULTIPLE = 8  # rows of the head for decoding: a GPU would pad it again for each matmul in bfloat16
 
 
 class Cache(NamedTuple):
@@ -193,7 +192,7 @@ def prepare_decode_params(config: ModelConfig, params: Params) -> Params:
     """The parameters as `forward_with_cache` reads them, so that no token pays for slicing, casting or transposing.
 
     `blocks` becomes a tuple with the parameters of each block, in which matrices with the same input are fused (FUSED).
-    `head` is [V, D] with zero rows up to a multiple of VOCAB_MULTIPLE. Matrices have the matmul dtype and are
+    `head` is [V, D] with zero rows up to a multiple of `Ops.head_row_multiple`. Matrices have the matmul dtype and are
     transposed, [F, D], the form in which a CPU multiplies fastest.
     """
     blocks = []
@@ -203,7 +202,8 @@ def prepare_decode_params(config: ModelConfig, params: Params) -> Params:
         names = [name for name in p if not any(name in parts for parts in FUSED.values())]
         blocks.append({name: p[name].astype(config.matmul_dtype).T if p[name].ndim == 2 else p[name] for name in names})
     head_VD = params["embedding" if config.tied else "head"].astype(config.matmul_dtype)
-    head_VD = jnp.pad(head_VD, ((0, -config.vocab_size % VOCAB_MULTIPLE), (0, 0)))
+    if missing := -config.vocab_size % ops.get(config.implementation).head_row_multiple:
+        head_VD = jnp.pad(head_VD, ((0, missing), (0, 0)))
     return params | {"blocks": tuple(blocks), "head": head_VD}
 
 

@@ -47,5 +47,6 @@ CPU = replace(
     weight_gradient=weight_gradient,
     map_matrices=layer_by_layer,
     decode_layout=Transposed,
+    head_row_multiple=1,  # a tied head is the embedding itself
     train_step=partial(xla.train_step, **_OPTIONS),
 )

@@ -37,6 +37,8 @@ class Ops:
     search_loop: Callable[..., Any]
     search_parts: int  # parts of the vocabulary that the search counts in one expression
     decode_layout: Callable[..., Any]  # a matrix stored as [F, D] -> what `layers.linear` reads fastest
+    # number of rows to pad the head to for decoding: a GPU would pad it again for each matmul in bfloat16
+    head_row_multiple: int
     row_multiple: int  # number of sequences to pad a batch of prompts to
     # (start, accumulate_chunk, update, chunks) -> the jitted micro-step, (state, ids [B, T + 1]) -> (state, metrics).
     # start: params -> accumulator. accumulate_chunk: params, accumulator, ids -> accumulator, called for each chunk.

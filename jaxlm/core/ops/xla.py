@@ -195,6 +195,7 @@ XLA = Ops(
     search_loop=search_loop,
     search_parts=16,
     decode_layout=jnp.transpose,
+    head_row_multiple=8,
     row_multiple=1,
     train_step=train_step,
     decode_on_device=True,
