@@ -64,7 +64,7 @@ def optimized_compilation():
 def small_model():
     """A model of odd sizes, with parameters so large and unequal that each of them changes the logits."""
     sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 3, "width": 24, "mlp_width": 20}
-    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, precision="float32")
+    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, precision="float32", remat=True)
     return config, strong_params(config)
 
 
@@ -72,7 +72,7 @@ def small_model():
 def small_shared_model():
     """As `small_model`, with keys and values that two query heads share and a head that is not the embedding."""
     sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 4, "kv_heads": 2, "width": 24, "mlp_width": 20}
-    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, tied=False, precision="float32")
+    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, tied=False, precision="float32", remat=True)
     return config, strong_params(config)
 
 
@@ -80,7 +80,7 @@ def small_shared_model():
 def small_qk_norm_model():
     """As `small_model`, with norms of queries and keys, and keys and values that two query heads share."""
     sizes = {"vocab_size": 257, "context": 24, "layers": 2, "heads": 4, "kv_heads": 2, "width": 24, "mlp_width": 20}
-    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, qk_norm=True, precision="float32")
+    config = ModelConfig(**sizes, rope_theta=50.0, norm_eps=0.03, qk_norm=True, precision="float32", remat=True)
     return config, strong_params(config)
 
 

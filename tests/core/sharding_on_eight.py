@@ -23,7 +23,7 @@ CONFIG = Config(
     grad_accum_steps=2,
     microbatch_chunks=2,
     max_steps=STEPS,
-    model=ModelConfig(**SIZES, precision="float32"),
+    model=ModelConfig(**SIZES, precision="float32", remat=True),
     optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2, clip_norm=0.3, average=0.5),
 )
 MUON = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon", muon_b2=0.9))

@@ -23,7 +23,9 @@ CONFIG = Config(
     batch_size=8,
     grad_accum_steps=4,
     max_steps=60,
-    model=ModelConfig(vocab_size=257, context=8, layers=2, heads=2, width=16, mlp_width=24, precision="float32"),
+    model=ModelConfig(
+        vocab_size=257, context=8, layers=2, heads=2, width=16, mlp_width=24, precision="float32", remat=True
+    ),
     optimizer=OptimizerConfig(
         learning_rate=LEARNING_RATE, muon_learning_rate=0.03, warmup_steps=3, clip_norm=10.0, average=0.5
     ),

@@ -40,7 +40,7 @@ CONFIG = Config(
     microbatch_chunks=2,
     grad_accum_steps=3,
     max_steps=60,
-    model=ModelConfig(**SIZES, precision="float32", implementation="cpu"),
+    model=ModelConfig(**SIZES, precision="float32", implementation="cpu", remat=True),
     optimizer=OptimizerConfig(warmup_steps=3),
     sample=SampleConfig(texts=3, tokens=4),
 )

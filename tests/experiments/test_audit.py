@@ -43,7 +43,7 @@ def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(pl
     assert [name for name, _, _ in seen] == ["training step", "evaluation step", "sampling", "saving"]
     for name, counts, wrong in seen:
         assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"
-        assert counts.total() > 1000
+        assert counts.total() > 400  # the checksums of a save are the smallest program
         assert set(counts) <= set(CONVERTED[platform]["stablehlo"]) - {"while", "case", "if"}
 
 
