@@ -6,13 +6,12 @@ K head width, F MLP width, V vocabulary, L layers. A name ends in the shape of i
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 MASK_VALUE = -1e30  # finite, so that a row with nothing to attend to gives no NaN
-ROW_GROUP = 8  # rows that a CPU multiplies at a time
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -116,15 +115,17 @@ def attention(q_BTHK: jax.Array, k_GSK: jax.Array, v_GSK: jax.Array, mask_BTS: j
     return merge_heads(jnp.einsum("GTS,GSK->GTK", weights_GTS, v_GSK), H)
 
 
-class Transposed(NamedTuple):
-    """A matrix [D, F] that is stored transposed, as F rows of D numbers."""
+@runtime_checkable
+class DecodeMatrix(Protocol):
+    """A matrix [D, F] in a layout of its device's own, without a gradient: what `Ops.decode_layout` may return."""
 
-    w_FD: jax.Array
+    def product(self, x_ND: jax.Array, dtype: Any) -> jax.Array:
+        """x times the matrix, [N, F] in the dtype of x, from factors in `dtype`."""
 
 
 def linear(
     x_BTD: jax.Array,
-    w_DF: jax.Array | Transposed,
+    w_DF: jax.Array | DecodeMatrix,
     matmul_dtype: Any,
     weight_gradient: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
@@ -134,31 +135,16 @@ def linear(
 
     Args:
         x_BTD: [..., D].
-        w_DF: the matrix; a Transposed one has no gradient.
+        w_DF: the matrix.
         matmul_dtype: dtype that the matmuls read, forward and backward. Sums are float32.
         weight_gradient: as in `ops.record.Ops`.
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    if isinstance(w_DF, Transposed):
-        out_NF = _matmul_transposed(x_ND, w_DF.w_FD, matmul_dtype)
+    if isinstance(w_DF, DecodeMatrix):
+        out_NF = w_DF.product(x_ND, matmul_dtype)
     else:
         out_NF = _matmul(x_ND, w_DF, matmul_dtype, weight_gradient)
     return out_NF.reshape(*x_BTD.shape[:-1], -1)
-
-
-def _matmul_transposed(x_ND, w_FD, dtype):
-    """x w^T in the form that is fastest on a CPU: w on the left, which the barrier keeps there.
-
-    On the right, XLA would pack it. It computes whole groups of rows of x in float32 faster. It multiplies one row in
-    place, but in float32 even if w is bfloat16.
-    """
-    N, x_lowp_ND, w_FD = len(x_ND), x_ND.astype(dtype), w_FD.astype(dtype)
-    is_float32 = w_FD.dtype != jnp.bfloat16
-    if N == 1 and is_float32:
-        return jnp.einsum("ND,FD->NF", x_lowp_ND, w_FD)
-    x_lowp_ND = jnp.pad(x_lowp_ND, ((0, -N % ROW_GROUP if is_float32 else N == 1), (0, 0)))
-    out_FN = jax.lax.optimization_barrier(jnp.einsum("FD,ND->FN", w_FD, x_lowp_ND, preferred_element_type=x_ND.dtype))
-    return out_FN[:, :N].T
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

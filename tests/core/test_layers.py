@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core import layers
+from jaxlm.core.ops.cpu import Transposed
 from jaxlm.core.ops.xla import weight_gradient
 from tests.core import float64
 from tests.core.float64 import assert_matches, draw, in_bfloat16
@@ -129,7 +130,7 @@ def test_attention_of_bfloat16_takes_its_softmax_in_float32():
 def test_linear_of_a_transposed_matrix(rows, dtype):
     """In numbers that bfloat16 can hold, so that only the sums round."""
     x, w = in_bfloat16(draw(rows, 2, 32)), in_bfloat16(draw(32, 300))
-    transposed = layers.Transposed(jnp.asarray(w.T, dtype))
+    transposed = Transposed(jnp.asarray(w.T, dtype))
     run = jax.jit(partial(layers.linear, matmul_dtype=dtype, weight_gradient=weight_gradient))
     for array, shape in ((x, (rows, 2, 300)), (x[:1, :1], (1, 1, 300))):
         out = run(array, transposed)

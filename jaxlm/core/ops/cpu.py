@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.layers import Transposed
 from jaxlm.core.ops import xla
+
+ROW_GROUP = 8  # rows of float32 that XLA multiplies at a time
 
 
 def weight_gradient(a_ND: jax.Array, b_NF: jax.Array) -> jax.Array:
@@ -28,6 +29,26 @@ def weight_gradient(a_ND: jax.Array, b_NF: jax.Array) -> jax.Array:
 def _transposed(x_ND: jax.Array) -> jax.Array:
     N, D = x_ND.shape
     return x_ND.reshape(N // 16, 16, D // 16, 16).transpose(2, 3, 0, 1).reshape(D, N)
+
+
+class Transposed(NamedTuple):
+    """A matrix [D, F] that is stored as F rows of D numbers, as `layers.linear` multiplies with it in decoding."""
+
+    w_FD: jax.Array
+
+    def product(self, x_ND: jax.Array, dtype: Any) -> jax.Array:
+        """x w in the fastest form: w on the left, which the barrier keeps there.
+
+        On the right, XLA would pack it. It computes whole groups of rows of x in float32 faster. It multiplies one row
+        in place, but in float32 even if w is bfloat16.
+        """
+        N, x_lowp_ND, w_FD = len(x_ND), x_ND.astype(dtype), self.w_FD.astype(dtype)
+        is_float32 = w_FD.dtype != jnp.bfloat16
+        if N == 1 and is_float32:
+            return jnp.einsum("ND,FD->NF", x_lowp_ND, w_FD)
+        x_lowp_ND = jnp.pad(x_lowp_ND, ((0, -N % ROW_GROUP if is_float32 else N == 1), (0, 0)))
+        out_FN = jnp.einsum("FD,ND->FN", w_FD, x_lowp_ND, preferred_element_type=x_ND.dtype)
+        return jax.lax.optimization_barrier(out_FN)[:, :N].T
 
 
 # XLA's default scheduler, for parallel work, updates all parameters at once and keeps the temporaries of all. It is no
