@@ -487,6 +487,7 @@ def test_run_resumes_with_its_own_tokens_whatever_became_of_the_corpus(fate, mon
     assert "delete" not in shown
 
 
+@pytest.mark.slow
 def test_command_for_a_text_that_grew_starts_from_the_model_and_the_old_run_keeps_its_tokens():
     """The flags that train the old run longer are not the new run's."""
     longer = ["--config.max_steps=16", "--config.optimizer.lr_restart_step=12"]
@@ -567,6 +568,7 @@ def test_named_data_directory_needs_no_corpus(config, flags, monkeypatch):
     assert opened == [Path("tokens")]
 
 
+@pytest.mark.slow
 def test_run_that_began_with_a_model_folder_written_in_another_way_resumes():
     shutil.copytree(DONE / "final_model", "start")
     train("begun", "--config.init_from=start", share="plain")

@@ -73,6 +73,7 @@ def test_the_files_beside_the_tokens(own):
     assert own.vocabulary[256:] != load_tokenizer(300).vocabulary[256:]
 
 
+@pytest.mark.slow
 def test_a_run_without_its_tokens_is_sampled_and_exported(own, capsys, tmp_path):
     texts = {answer(capsys, "--workdir", "own"), answer(capsys, "--model", "own/final_model")}
     shutil.rmtree("data")
@@ -222,6 +223,7 @@ def test_the_size_has_bounds(size):
     assert "257 to 65536 for the tokenizer own" in refused(*OWN, f"--config.model.vocab_size={size}", workdir="new")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_model_of_its_own_vocabulary_only(own):
     flags = ["--config.init_from=own/final_model", "--config.max_steps=3"]
     train("started", *OWN, *flags, share="plain")

@@ -295,6 +295,7 @@ def test_each_line_of_stdin_is_a_prompt(sample, type_in, monkeypatch):
     assert given == "\n\n".join(row["text"] for row in objects) + "\n"
 
 
+@pytest.mark.slow
 def test_the_text_of_a_line_does_not_depend_on_its_neighbours(sample, type_in, capsys):
     """Neither on a prompt whose window slides after one token, nor on one that does not fit."""
 

@@ -47,7 +47,7 @@ def both(host_model):
     return tokens
 
 
-@pytest.mark.parametrize("params", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("params", [pytest.param(SAMPLED, marks=pytest.mark.slow), GREEDY], ids=["sampled", "greedy"])
 def test_neither_chunks_nor_padding_rows_nor_the_host_loop_change_a_token(padded_model, host_model, params):
     chunks = chunks_of(padded_model, [SHORT, LONG], params=params, chunk=3)
     assert {chunk.shape for chunk in chunks[:-1]} == {(2, 3)}

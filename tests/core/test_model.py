@@ -110,7 +110,9 @@ def loss_and_gradients(small_model):
     return of
 
 
-@pytest.mark.parametrize("model", ["small_model", "small_shared_model", "small_qk_norm_model"])
+@pytest.mark.parametrize(
+    "model", ["small_model", pytest.param("small_shared_model", marks=pytest.mark.slow), "small_qk_norm_model"]
+)
 def test_scaled_gradients_of_the_loss_are_added_to_the_accumulator(request, model):
     config, params = request.getfixturevalue(model)
     batch = IDS[:, :-1], IDS[:, 1:]
@@ -176,9 +178,8 @@ def test_bfloat16_computes_the_same_to_its_rounding(small_model, loss_and_gradie
 @pytest.mark.parametrize(
     ("implementation", "precision"),
     [
-        ("cpu", "float32"),
         ("apple", "bf16"),
-        *(pytest.param("cpu", precision, marks=pytest.mark.slow) for precision in ("bf16", "bf16_matmul")),
+        *(pytest.param("cpu", precision, marks=pytest.mark.slow) for precision in ("float32", "bf16", "bf16_matmul")),
         *(pytest.param("apple", precision, marks=pytest.mark.slow) for precision in ("float32", "bf16_matmul")),
     ],
 )

@@ -9,6 +9,7 @@ from tests.eight_devices import run_tests
 FILE = "core/sharding_on_eight.py"
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_as_one_device():
     run_tests(FILE)
 

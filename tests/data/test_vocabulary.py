@@ -139,6 +139,7 @@ def test_every_number_of_threads_gives_the_same_vocabulary(tmp_path):
     assert files[0] == files[1] == files[2]
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_that_of_the_training_text(tmp_path, monkeypatch):
     """Every second of the documents has its own words, and none of the validation text counts."""
     documents = [some_text(40, seed) for seed in range(300)]

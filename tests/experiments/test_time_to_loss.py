@@ -32,6 +32,7 @@ def row(program, steps, seed=0, bits=1.0, part_seconds=(1.0, 1.0)):
     return values | {"part_seconds": list(part_seconds)}
 
 
+@pytest.mark.slow
 def test_a_run_of_jaxlm_ends_with_the_loss_of_the_training_command(place):
     (merged,) = alternate([measure(JaxlmRun, tiny_run.config_of("run"), ROUNDS)])
     last = tiny_run.rows("run/metrics.jsonl")[-1]
@@ -87,6 +88,7 @@ def test_runs_take_turns_and_rows_are_merged():
     assert merged == [{"name": name, "part_seconds": [0, 1, 2]} for name in ("peer", "ours")]
 
 
+@pytest.mark.slow
 def test_a_process_works_only_while_an_item_is_awaited(tmp_path):
     folders = [str(tmp_path / name) for name in "abc"]
     items = in_process(map, os.mkdir, folders)
@@ -97,6 +99,7 @@ def test_a_process_works_only_while_an_item_is_awaited(tmp_path):
     assert list(items) == []
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_raises(capfd):
     with pytest.raises(RuntimeError, match="range failed"):
         next(in_process(range, "not a number"))

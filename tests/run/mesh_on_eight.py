@@ -66,12 +66,10 @@ def test_a_stopped_run_resumes_on_fewer_devices_as_if_on_one(one):
     assert_same_run("many", one)
 
 
-@pytest.mark.parametrize("layout", [(8, 1), (2, 2)])
-def test_a_checkpoint_of_one_device_resumes_on_any_and_back(one, layout):
-    there, back = "there{}x{}".format(*layout), "back{}x{}".format(*layout)
-    resume_from(there, "one", 3)
-    train(there, *layout)
-    assert_same_run(there, one)
-    resume_from(back, there, 6)
-    train(back, 1, 1)
-    assert_same_run(back, one)
+def test_a_checkpoint_of_one_device_resumes_on_several_and_back(one):
+    resume_from("there", "one", 3)
+    train("there", 2, 2)
+    assert_same_run("there", one)
+    resume_from("back", "there", 6)
+    train("back", 1, 1)
+    assert_same_run("back", one)

@@ -15,6 +15,7 @@ from jaxlm.main import open_data
 from jaxlm.run.load import restore
 from tests.tiny_run import assert_same_bits, config_of, resolved, rows, saved_state, train, workplace
 
+pytestmark = pytest.mark.slow
 RECIPE = {"name": "muon", "muon_momentum_warmup": 6, "muon_b2": 0.9, "cautious": "true", "average": 0.8}
 FLAGS = [f"--config.optimizer.{name}={value}" for name, value in RECIPE.items()]
 LAST = 12

@@ -843,14 +843,9 @@ def stop_in_micro_batch(number, workdir, *flags):
 
 
 # of 36 good micro-batches and two skipped ones, with the last of the steps before
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workdir", "number", "step"),
-    [
-        pytest.param("third", 13, 3, marks=pytest.mark.slow),
-        pytest.param("second", 21, 6, marks=pytest.mark.slow),
-        pytest.param("skipped", 11, 3, marks=pytest.mark.slow),
-        ("end", 24, 7),
-    ],
+    ("workdir", "number", "step"), [("third", 13, 3), ("second", 21, 6), ("skipped", 11, 3), ("end", 24, 7)]
 )
 def test_a_stop_within_a_step_saves_the_step_before_and_resumes_exactly(monkeypatch, workdir, number, step):
     """Micro-batch 10 is skipped, so step 4 takes 10 to 13; a signal in its third drops what it has accumulated."""
@@ -909,7 +904,12 @@ def board(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "due"), [(6, [SamplesEvent]), (8, [EvaluationEvent]), pytest.param(LAST, None, marks=pytest.mark.slow)]
+    ("step", "due"),
+    [
+        (6, [SamplesEvent]),
+        pytest.param(8, [EvaluationEvent], marks=pytest.mark.slow),
+        pytest.param(LAST, None, marks=pytest.mark.slow),
+    ],
 )
 def test_after_a_signal_nothing_is_computed_and_the_next_session_does_it_first(
     console, monkeypatch, tmp_path, step, due

@@ -42,7 +42,7 @@ def relative_error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("N", "D", "F"), [(512, 128, 192), pytest.param(256, 64, 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("N", "D", "F"), [(256, 64, 64), pytest.param(512, 128, 192, marks=pytest.mark.slow)])
 def test_swiglu_and_its_gradients(interpreted, N, D, F):
     x, d_out = draw(N, D), draw(N, D, seed=1)
     weights = draw(D, F, scale=0.1), draw(D, F, scale=0.1, seed=1), draw(F, D, scale=0.1)
@@ -60,7 +60,7 @@ def test_swiglu_and_its_gradients(interpreted, N, D, F):
 
 
 @pytest.mark.parametrize(
-    ("N", "V"), [(300, 300), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((1, 257), (1100, 512)))]
+    ("N", "V"), [(1, 257), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((300, 300), (1100, 512)))]
 )
 def test_cross_entropy_and_its_gradients(interpreted, N, V):
     x, embedding, accumulator = draw(N, 64), draw(V, 64, scale=0.3), draw(V, 64, seed=2)
@@ -81,6 +81,7 @@ def test_cross_entropy_and_its_gradients(interpreted, N, V):
     assert not by_x[targets < 0].any()
 
 
+@pytest.mark.slow
 def test_a_certain_and_a_hopeless_prediction(interpreted):
     embedding = jnp.eye(257, 64) * 40
     x = jnp.eye(64, dtype=jnp.bfloat16)[:2] * 4
