@@ -7,9 +7,9 @@ GPT-2's layers, and GPT-2's vocabulary. 107,000 steps of 65,536 tokens are 7.0 b
 TinyStories has about 0.5 billion. For a wider text, name its files with --config.data.corpus, or its tokens with
 --config.data.dir.
 
-Nobody has trained this preset. The recipe is that of `m2_60m_fast.py`, whose rates fall with the root of the width
-(1,024 ran with 0.7 of them) and grow with the root of the batch, here to 1.4 of them. docs/learning.md measured each on
-few tokens, and not both together, and no more than 12 layers.
+Nobody has trained this preset. The recipe is that of `m2_60m_fast.py`. Both of its learning rates are multiplied by
+1.41, the root of 4 times the batch and of 1 / 2 of the width. docs/learning.md has one measurement of either rule, on few
+tokens and at most 12 layers. `model.remat` acts on a CPU, and on a GPU with `microbatch_chunks`.
 
 Memory of a device: weights, optimizer state and gradients take 5.11 GB, with mesh.fsdp 8 an eighth, 0.64 GB. During a
 save come 3.71 GB, or 0.46 GB. Activations are beside that (docs/planning.md): `python -m jaxlm.plan` shows them.

@@ -207,6 +207,9 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
     encode_prompts(tokens.tokenizer, config.sample.prompts, config.model.context)
     device = backend.start(config.platform, config.deterministic)
     resolved = backend.resolve_run(config, device)
+    kind = [device.platform, device.device_kind]
+    advice = "use machines of one kind, with as much memory free"
+    distributed.check_same("settings for its device", json.dumps([kind, to_dict(resolved)]), advice)
     mesh = make_mesh(resolved, device)
     check_room(workdir, resolved)
     benchmark = cached_benchmark(resolved, device)
@@ -254,10 +257,11 @@ def _describe_session(config: Config, device: Any, tokens: TokenFiles, step: int
     from jaxlm.planner.estimate import parameters_by_part
     from jaxlm.planner.report import planned_seconds
 
+    count = config.mesh.devices
     return {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": describe(device),
+        "device": f"{count} x " * (count > 1) + describe(device),
         "precision": config.model.precision,
         "versions": {name: version_of(name) for name in ("jaxlm", "jax", "jaxlib")} | {"python": python_version()},
         "parameters": sum(parameters_by_part(config.model).values()),

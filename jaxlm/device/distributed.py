@@ -1,8 +1,7 @@
 """Several processes of one run: how they find each other, agree, and end together.
 
-They talk through jax's coordination service, which process 0 hosts. Each shows by a thread that it lives. Once one has
-failed or shows nothing any more, the others name it in one line and end. Of one process alone, nothing here does
-anything.
+They talk through jax's coordination service, which process 0 hosts. A thread of each shows that it lives. Once one has
+failed or is silent, the others name it in one line and end. With one process, all of this does nothing.
 """
 
 import collections
@@ -121,10 +120,10 @@ def check_shared(workdir: Path) -> None:
         )
 
 
-def check_same(what: str, value: str) -> None:
-    """Raises UsageError if process 0 has another `value`. All processes call it."""
+def check_same(what: str, value: str, advice: str = "start all processes by the same command") -> None:
+    """Raises UsageError with `advice` if process 0 has another `value`. All processes call it."""
     if exchange(what, value)[0] != value:
-        raise UsageError(f"process {index()} has other {what} than process 0: start all processes by the same command")
+        raise UsageError(f"process {index()} has other {what} than process 0: {advice}")
 
 
 def capture_stderr(log: Path) -> None:

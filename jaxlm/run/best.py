@@ -29,8 +29,11 @@ class BestCheckpoint:
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Replaces it by the state after `step`, in the background."""
         self.wait()
-        if step not in self._checkpoints.steps():
+        if not self._holds(step):
             self._checkpoints.save(step, state, meta)
+
+    def _holds(self, step: int) -> bool:
+        return distributed.of_first("best step", step in self._checkpoints.steps())
 
     def wait(self) -> None:
         """Waits for the save in progress. Why one failed is in the library's log."""
@@ -41,7 +44,7 @@ class BestCheckpoint:
 
     def weights(self, step: int, like: Params) -> Params | None:
         """The weights of `step`, shaped and placed as `like`; None if the checkpoint is of another step or damaged."""
-        if step not in self._checkpoints.steps():
+        if not self._holds(step):
             return None
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
         try:

@@ -194,7 +194,7 @@ class Checkpoints:
             meta["checksums"] = {name: item_sums.tolist() for name, item_sums in sums.items()}
             with distributed.all_or_none("save"):
                 self._write_items(step, items, meta)
-            atomic.sync(self.directory)
+                atomic.sync(self.directory)
         except Exception as error:  # a full disk shows as OSError, ValueError or an XLA error
             self._delete_unfinished()
             logging.getLogger(__name__).warning("step %d is not saved", step, exc_info=True)

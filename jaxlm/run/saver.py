@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxlm.config import Config
 from jaxlm.core.train_step import TrainState
+from jaxlm.device import distributed
 from jaxlm.errors import RunError, disk_advice
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.clock import Clock
@@ -52,14 +53,21 @@ class Saver:
         self._last_save = self._clock.seconds()
         self.check_place()
         try:
-            self._sync_records()
-        except OSError as error:
-            reason = f"cannot store the rows up to it ({error.strerror or error}): {disk_advice(error)}"
-            self._fail(step, f"{self._checkpoints.workdir} {reason}")
+            with distributed.all_or_none("rows"):
+                self._sync_rows()
+        except RunError as error:
+            self._fail(step, str(error))
             return
         self._checkpoints.save(step, state, self._describe(self._last_save))
         self._saving_step = step
         self._emit(SavingEvent(step))
+
+    def _sync_rows(self) -> None:
+        try:
+            self._sync_records()
+        except OSError as error:
+            reason = f"cannot store the rows up to it ({error.strerror or error}): {disk_advice(error)}"
+            raise RunError(f"{self._checkpoints.workdir} {reason}") from error
 
     def report(self, wait: bool = False) -> None:
         """Reports the save in progress once it is complete or has failed. Raises as `check_place`."""

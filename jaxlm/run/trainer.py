@@ -320,10 +320,12 @@ class Trainer:
         weights = self.state.weights
         loss_sums: list[jax.Array] = []
         count = text_bytes = 0
-        rows = self._rows(c.chunk_size)
+        rows, vote = self._rows(c.chunk_size), None
         for inputs, targets in val_batches(self.tokens.val, c.model.context, c.chunk_size, limit):
-            if self._agreement.now():
+            self._agreement.take(vote)
+            if self._agreement.signal:
                 return None
+            vote = self._agreement.vote()
             jax.block_until_ready(loss_sums[-2:-1])  # so a stop waits for two batches at most
             loss_sums.append(self._eval_step(weights, self._place(inputs[rows]), self._place(targets[rows])))
             count += int((targets >= 0).sum())

@@ -72,10 +72,11 @@ def start_two(workdir, *flags):
 
 def wait_for_step(processes, workdir, step):
     """Returns once a step is recorded, or a process has ended."""
-    file = Path(workdir, "metrics.jsonl")
+    file, deadline = Path(workdir, "metrics.jsonl"), time.monotonic() + 300
     while all(process.poll() is None for process in processes):
         if file.exists() and file.read_bytes().count(b"\n") >= step:
             return
+        assert time.monotonic() < deadline, f"step {step} is not recorded"
         time.sleep(0.005)
 
 

@@ -24,6 +24,7 @@ from jaxlm.core.decoder import Decoder
 from jaxlm.core.model import loss_and_gradient
 from jaxlm.core.train_step import init_state
 from jaxlm.data.token_files import train_batch_stream
+from jaxlm.device import distributed
 from jaxlm.errors import RunError, Stopped, UsageError, disk_advice
 from jaxlm.interop.huggingface import write_model
 from jaxlm.main import open_data
@@ -34,6 +35,7 @@ from jaxlm.run.console import Console
 from jaxlm.run.events import (
     EvaluationEvent,
     MessageEvent,
+    NotSavedEvent,
     PauseEvent,
     PauseStartEvent,
     SamplesEvent,
@@ -1247,6 +1249,17 @@ def test_what_the_monitor_says_of_a_loss_is_an_event_and_a_line(console, monkeyp
     (warning,) = of_type(events, WarningEvent)
     assert warning == WarningEvent("spike", "It jumps")
     assert events[events.index(warning) - 1].step == 4
+
+
+def test_rows_that_another_process_cannot_store_let_none_save(tmp_path, monkeypatch):
+    """Else the processes would save different steps from then on."""
+    (tmp_path / "run").mkdir()
+    checkpoints, events = Checkpoints(tmp_path / "run"), []
+    monkeypatch.setattr(checkpoints, "save", lambda *_: pytest.fail("one process saves alone"))
+    monkeypatch.setattr(distributed, "exchange", lambda purpose, value="": ["RunError:the disk is full", value])
+    saver = Saver(Config(), checkpoints, Clock(), 0, lambda seconds: {}, lambda: None, events.append)
+    saver.save(300, None)
+    assert events == [NotSavedEvent(300, "process 0: the disk is full")]
 
 
 def test_a_save_that_fails_as_its_folder_has_gone_is_told_as_that(tmp_path, monkeypatch):
