@@ -8,8 +8,8 @@ TinyStories has about 0.5 billion. For a wider text, name its files with --confi
 --config.data.dir.
 
 Nobody has trained this preset. The recipe is that of `m2_60m_fast.py`. Both of its learning rates are multiplied by
-1.63, the root of 4 times the batch and of 1 / 1.5 of the width. docs/learning.md has one measurement of either rule, on few
-tokens. `model.remat` acts on a CPU, and on a GPU with `microbatch_chunks`.
+1.63, the root of 4 times the batch and of 1 / 1.5 of the width. docs/learning.md has one measurement of either rule, on
+few tokens. `model.remat` acts on a CPU, and on a GPU with `microbatch_chunks`.
 
 Memory of a device: weights, optimizer state and gradients take 1.88 GB, with mesh.fsdp 8 an eighth, 0.24 GB. During a
 save come 1.39 GB, or 0.17 GB. Activations are beside that (docs/planning.md): `python -m jaxlm.plan` shows them.

@@ -8,8 +8,8 @@ TinyStories has about 0.5 billion. For a wider text, name its files with --confi
 --config.data.dir.
 
 Nobody has trained this preset. The recipe is that of `m2_60m_fast.py`. Both of its learning rates are multiplied by
-1.41, the root of 4 times the batch and of 1 / 2 of the width. docs/learning.md has one measurement of either rule, on few
-tokens and at most 12 layers. `model.remat` acts on a CPU, and on a GPU with `microbatch_chunks`.
+1.41, the root of 4 times the batch and of 1 / 2 of the width. docs/learning.md has one measurement of either rule, on
+few tokens and at most 12 layers. `model.remat` acts on a CPU, and on a GPU with `microbatch_chunks`.
 
 Memory of a device: weights, optimizer state and gradients take 5.11 GB, with mesh.fsdp 8 an eighth, 0.64 GB. During a
 save come 3.71 GB, or 0.46 GB. Activations are beside that (docs/planning.md): `python -m jaxlm.plan` shows them.

@@ -2,8 +2,8 @@
 
     python -m experiments.mesh_equality [--steps 20]
 
-The devices are virtual ones of this CPU. All layouts read the same batches of random tokens, in float32: 32 sequences of
-64 tokens a step, in two micro-batches of two chunks each. They may differ by the order of their sums only.
+The devices are virtual ones of this CPU. All layouts read the same batches of random tokens, in float32: 32 sequences
+of 64 tokens a step, in two micro-batches of two chunks each. They may differ by the order of their sums only.
 """
 
 import argparse

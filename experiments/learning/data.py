@@ -11,10 +11,11 @@ from itertools import chain
 from pathlib import Path
 
 from jaxlm.config import Config
-from jaxlm.data.corpus import Corpus, open_corpus
+from jaxlm.data.corpus import Corpus, files_sha256, open_corpus
 from jaxlm.data.encode import write_token_files
 from jaxlm.data.readers import TextChunk, read_chunks
 from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
+from jaxlm.errors import UsageError
 
 HELD_OUT = 10
 
@@ -40,10 +41,16 @@ def held_out_corpus(files: Sequence[Path], held_out: int = HELD_OUT) -> Corpus:
 
 
 def prepare_tokens(config: Config, files: Sequence[Path] | None, directory: Path) -> TokenFiles:
-    """The tokens of `files`, or (None) of the config's own corpus, in a part of `directory`; written if missing."""
+    """The tokens of `files`, or (None) of the config's own corpus, in a part of `directory`; written if missing.
+
+    Raises UsageError if that part holds the tokens of other files.
+    """
     data, vocab_size = config.data, config.model.vocab_size
     corpus = open_corpus(data.corpus) if files is None else held_out_corpus(files)
     part = directory / f"{corpus.source}-{data.tokenizer}-{vocab_size}"
-    if read_meta(part) is None:
+    meta = read_meta(part)
+    if meta and files and meta.source_sha256 != files_sha256(corpus.files):
+        raise UsageError(f"{part} has the tokens of other texts: choose another --data")
+    if not meta:
         write_token_files(corpus, part, vocab_size, data.val_fraction, tokenizer=data.tokenizer)
     return open_tokens(part, vocab_size, config.model.context, data.tokenizer)

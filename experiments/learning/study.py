@@ -3,16 +3,19 @@
     python -m experiments.learning.study TABLE --texts NOVELS.txt.xz MORE.txt.xz --out results.jsonl
 
 Each finished trial is a line of the results, and a trial that has one is not run again: the same command continues an
-interrupted table. Several processes, each with a GPU of its own, may share one: each claims a trial by a file beside
-the tokens. Trials with another loss run only in a process with this `--loss`. With `--seconds`, none begins a trial
-that would end later than so many seconds from the start.
+interrupted table. Several processes, each with a GPU of its own, may share one: each locks a file of the trial beside
+the tokens. Without `--texts` the trials train on the corpus of their config. Trials with another loss run only in a
+process with this `--loss`. With `--seconds`, none begins a trial that would end later than so many seconds from the
+start.
 """
 
 import argparse
+import fcntl
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 from experiments.learning import losses
 from experiments.learning.data import prepare_tokens
@@ -27,7 +30,7 @@ PREPARED = 2  # trials that are compiled ahead
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="the files of novels")
+    parser.add_argument("--texts", type=Path, nargs="+", help="the files of novels")
     parser.add_argument("--data", type=Path, default=Path("data/study"), help="directory of the tokens")
     parser.add_argument("--out", type=Path, required=True, help="file of the results")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to end, counted from the start")
@@ -42,18 +45,21 @@ def main() -> None:
     trials = [trial for trial in TABLES[args.table] if trial.loss == args.loss and trial.key not in done]
 
     def tokens_of(trial: Trial) -> TokenFiles:
-        return prepare_tokens(trial.config(device), args.texts if trial.preset == "m2_60m" else None, args.data)
+        return prepare_tokens(trial.config(device), args.texts, args.data)
 
     if args.prepare_only:
         for trial in trials:
             tokens_of(trial)
         return
     rates: list[float] = []  # FLOP/s of the trials so far
+    locks: list[TextIO] = []  # of its trials; the end of this process unlocks them
 
     def claim() -> Prepared | None:
         for trial in trials:
             late = rates and time.monotonic() + 1.3 * flops(trial) / min(rates) > ends
-            if not late and _claim(args.data / "claims", trial.key):
+            lock = None if late else _lock(args.data / "locks" / trial.key.replace("/", ":"))
+            if lock and trial.key not in finished(args.out):  # another process may have finished it since
+                locks.append(lock)
                 return prepare(trial, device)
         return None
 
@@ -78,13 +84,16 @@ def finished(results: Path) -> set[str]:
     return {json.loads(line)["trial"] for line in lines}
 
 
-def _claim(directory: Path, key: str) -> bool:
-    directory.mkdir(parents=True, exist_ok=True)
+def _lock(path: Path) -> TextIO | None:
+    """The file, locked until it is closed; None if it is locked already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
     try:
-        (directory / key.replace("/", ":")).open("x").close()
-    except FileExistsError:
-        return False
-    return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from experiments.learning import losses
-from experiments.learning.data import held_out_corpus
+from experiments.learning.data import held_out_corpus, prepare_tokens
 from experiments.learning.show import by_name, table
-from experiments.learning.study import finished
+from experiments.learning.study import _lock, finished
 from experiments.learning.tables import TABLES, equal_arithmetic, flops_per_step, muon
+from jaxlm.config import Config, ModelConfig
 from jaxlm.core import ops
 from jaxlm.core.parameters import parameter_table
+from jaxlm.errors import UsageError
 
 CPU = SimpleNamespace(platform="cpu")
 
@@ -27,6 +29,28 @@ def test_the_novels_of_the_smallest_hashes_are_held_out(tmp_path):
     by_hash = sorted(novels, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     assert documents(corpus.validation()) == sorted(by_hash[:3])
     assert documents(corpus.train()) == sorted(by_hash[3:])
+
+
+def test_tokens_of_other_texts_are_refused(tmp_path):
+    config = Config(model=ModelConfig(vocab_size=300, context=8))
+    files = []
+    for name in "ab":
+        files.append(tmp_path / f"{name}.txt")
+        files[-1].write_text("<|endoftext|>".join(f"{name} novel of {i} words" for i in range(20)))
+    tokens = prepare_tokens(config, files[:1], tmp_path)
+    assert prepare_tokens(config, files[:1], tmp_path).sha256 == tokens.sha256
+    with pytest.raises(UsageError, match="other texts"):
+        prepare_tokens(config, files[1:], tmp_path)
+
+
+def test_one_process_at_a_time_runs_a_trial(tmp_path):
+    """Until it ends, in whatever way."""
+    first = _lock(tmp_path / "locks" / "a")
+    assert first
+    assert _lock(tmp_path / "locks" / "a") is None
+    assert _lock(tmp_path / "locks" / "b")
+    first.close()
+    assert _lock(tmp_path / "locks" / "a")
 
 
 def documents(chunks):
