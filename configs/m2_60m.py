@@ -7,8 +7,8 @@ costs about 0.38 GFLOP forward and backward, or 0.44 with remat. As an estimate,
 22 to 26 s per step and 13 to 15 days in all; 5,000 make 8 days. Nobody has run it on a Mac yet.
 
 On novels, `m2_60m_fast.py` reaches the loss of 1,200 steps of this recipe with 5.5 times fewer tokens
-(docs/learning.md). If that holds for all 50,000 steps, it takes two and a half days for these 13 to 15, and
-`m2_8k_fast.py` less.
+(docs/learning.md). If that held for all 50,000 steps, it would take two and a half days for these 13 to 15, and
+`m2_8k_fast.py`, with 0.66 of the arithmetic a token, less than two.
 
 Memory, as XLA analyses the compiled step (`python -m experiments.memory`): 2.91 GB on an Apple GPU, which reuses no
 buffer and needs no remat; 1.36 GB on a CPU, with remat. Of these, 0.95 GB are the weights, the moments and the

@@ -1,4 +1,4 @@
-"""A first model in two minutes on two CPU cores: Sherlock Holmes and War and Peace.
+"""A first model in two and a half minutes of training on two CPU cores: Sherlock Holmes and War and Peace.
 
     python -m jaxlm.main --config configs/quickstart.py
 

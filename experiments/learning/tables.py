@@ -210,7 +210,7 @@ TABLES: dict[str, list[Trial]] = {
         *[
             trial
             for name, without in {
-                "Muon as Jordan's, no QK-norm": PLAIN_MUON | {"model__qk_norm": False},
+                "plain Muon, no QK-norm": PLAIN_MUON | {"model__qk_norm": False},
                 "and QK-norm": PLAIN_MUON,
                 "and NorMuon": _without(PLAIN_MUON, "muon_b2"),
                 "and momentum warm-up": _without(PLAIN_MUON, "muon_b2", "muon_momentum_warmup"),

@@ -91,7 +91,7 @@ def muon(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformati
     direction = optax.chain(orthogonalized_momentum(config, mesh), normalize)
     by_muon = _decay_and_scale(config, direction, c.muon_weight_decay, c.muon_learning_rate)
     # checkpoints hold the states of the two under these labels
-    labels = tree_of(config.model, lambda parameter: "muon" if parameter.optimizer == "muon" else "adam")
+    labels = tree_of(config.model, lambda parameter: parameter.optimizer)
     return optax.multi_transform({"adam": adamw(config), "muon": by_muon}, labels)
 
 
@@ -178,8 +178,8 @@ def multi_steps(
             measured = measure(updates, params)
             return optax.apply_updates(params, updates), average, inner_state, _zeros_after(measured, mean), measured
 
-        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, params, params))
-        operands = params, average, state.inner_opt_state, mean, nothing
+        unmeasured = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, params, params))
+        operands = params, average, state.inner_opt_state, mean, unmeasured
         params, average, inner_state, acc_grads, measured = cond(due, apply, lambda *operands: operands, *operands)
         state = optax.MultiStepsState(
             mini_step=jnp.where(skip, state.mini_step, (state.mini_step + 1) % every),

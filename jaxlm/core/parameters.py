@@ -36,9 +36,9 @@ class Parameter:
         return self.kind != "norm_scale"
 
     @property
-    def optimizer(self) -> Literal["muon", "adamw"]:
+    def optimizer(self) -> Literal["muon", "adam"]:
         """The optimizer that updates it under `optimizer.name = muon`: Muon is for the blocks' matrices."""
-        return "muon" if self.kind == "matrix" else "adamw"
+        return "muon" if self.kind == "matrix" else "adam"
 
     @property
     def stacked(self) -> bool:

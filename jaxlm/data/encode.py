@@ -147,7 +147,7 @@ def write_token_files(
     if tokenizer == "gpt2":
         encoder = load_tokenizer(vocab_size)
     elif not encoder:
-        texts = _training_texts(split(corpus, size, validation_fraction, flags.fraction), on_progress)
+        texts = _training_texts(split(corpus, size, validation_fraction, flags.fraction), size, on_progress)
         encoder = learn_tokenizer(sample(texts, min(1.0, SAMPLE_BYTES / size.bytes)), vocab_size, flags.vocab_size)
     own = encoder.to_bytes() if tokenizer != "gpt2" else b""
     if context and not corpus.validation:
@@ -194,13 +194,13 @@ def _check_share(corpus: Corpus, size: Size, encoder: Tokenizer, fraction: float
         )
 
 
-def _training_texts(chunks: Iterable[tuple[str, TextChunk]], on_progress: Progress) -> Iterator[str]:
+def _training_texts(chunks: Iterable[tuple[str, TextChunk]], size: Size, on_progress: Progress) -> Iterator[str]:
     done = 0
     for name, chunk in chunks:
         if name == TRAIN:
             yield chunk.text
         done += len(chunk.text.encode())
-        on_progress("Learning the vocabulary", done, 0)
+        on_progress("Learning the vocabulary", done, size.bytes)
 
 
 def sample(texts: Iterable[str], share: float) -> Iterator[str]:

@@ -30,7 +30,7 @@ def test_the_presets_table():
         if path.startswith("blocks/"):
             hf, gguf = f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
         assert (p.shape, p.init_std, p.part, p.weight_decay) == (shape, std, part, decayed), path
-        assert (p.optimizer, p.hf_name, p.gguf_name, p.rope_heads) == ("muon" if by_muon else "adamw", hf, gguf, heads)
+        assert (p.optimizer, p.hf_name, p.gguf_name, p.rope_heads) == ("muon" if by_muon else "adam", hf, gguf, heads)
         assert p.hf_transposed == by_muon
         assert p.part in PARTS
     assert sum(p.size for p in table) == 59_294_720

@@ -161,6 +161,22 @@ def test_the_vocabulary_is_that_of_the_training_text(tmp_path, monkeypatch):
     assert all(place % 2 == 0 for place in places)
 
 
+def test_each_stage_ends_at_its_total(tmp_path):
+    text, last = some_text(4000), {}
+    (tmp_path / "a.txt").write_text(text)
+    meta = write_token_files(
+        open_corpus(str(tmp_path / "a.txt")),
+        tmp_path / "out",
+        300,
+        0.5,
+        lambda stage, *counts: last.update({stage: counts}),
+        tokenizer="own",
+    )
+    size = len(text.encode())
+    assert meta.train.bytes + meta.val.bytes == size
+    assert last["Learning the vocabulary"] == last["Encoding"] == (size, size)
+
+
 @pytest.mark.parametrize("flag", ["--vocab_size", "--config.model.vocab_size"])
 def test_too_little_text_is_refused_with_the_size_that_fits(tmp_path, flag):
     texts = ["abab cd cd"] * 3
