@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.core import layers, ops
@@ -153,8 +154,10 @@ def _rope_cos_sin_on_host(length: int, c: ModelConfig) -> tuple[jax.Array, jax.A
     numerics check has yet to trust the device.
     """
     with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        one_program = jax.jit(layers.rope_cos_sin, static_argnums=(1, 2))  # eager, each operation would compile alone
-        return one_program(jnp.arange(length)[None], c.width // c.heads, c.rope_theta)
+        return _rope_cos_sin(np.arange(length, dtype=np.int32)[None], c.width // c.heads, c.rope_theta)
+
+
+_rope_cos_sin = jax.jit(layers.rope_cos_sin, static_argnums=(1, 2))  # eager, each operation would compile alone
 
 
 def loss_and_gradient(
