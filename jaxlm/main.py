@@ -208,7 +208,7 @@ def _train(config: Config, workdir: Path, force: bool, tokens: TokenFiles, proje
     device = backend.start(config.platform, config.deterministic)
     resolved = backend.resolve_run(config, device)
     kind = [device.platform, device.device_kind]
-    advice = "use machines of one kind, with as much memory free"
+    advice = "use machines of one kind, and set --config.model.remat if their memory differs"
     distributed.check_same("settings for its device", json.dumps([kind, to_dict(resolved)]), advice)
     mesh = make_mesh(resolved, device)
     check_room(workdir, resolved)
