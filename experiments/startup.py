@@ -34,7 +34,7 @@ SMALL = (
 
 
 class ReportingStep:
-    """A training step that reports when it is compiled and called."""
+    """A training step that reports when it is compiled and called; else it is the step."""
 
     def __init__(self, step: Any, report: Callable[[str], None]):
         self.step, self.report, self.calls = step, report, 0
@@ -43,6 +43,9 @@ class ReportingStep:
         self.calls += 1
         self.report(f"micro-batch {self.calls} dispatched")  # before the call, which on a CPU computes
         return self.step(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
 
     def lower(self, *arguments: Any) -> "ReportingStep":
         return ReportingStep(self.step.lower(*arguments), self.report)
@@ -119,16 +122,18 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     # prepares the data and leaves a checkpoint
     run(["-m", "jaxlm.main", *CONFIG, "--workdir", str(folder / "small"), *small], folder / "cache")
 
-    import jax
-
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores; seconds")
     caches = [folder / f"cache-{i}" for i in range(args.rounds)]
     starts = [
         tuple(start(folder / f"run-{i}-{j}", cache, last, args.platform) for j in (0, 1))
         for i, cache in enumerate(caches)
     ]
-    table("python -m jaxlm.main --config configs/m2_60m.py", starts)
+    caches = [folder / f"sample-cache-{i}" for i in range(args.rounds)]
     samples = [tuple(sample(folder / "small", cache, args.platform) for _ in (0, 1)) for cache in caches]
+
+    import jax  # only now: the device is free for what is timed
+
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores; seconds")
+    table("python -m jaxlm.main --config configs/m2_60m.py", starts)
     table("python -m jaxlm.sample --tokens 1", samples)
 
 

@@ -6,9 +6,10 @@
     python -m experiments.throughput --device cpu --dtype bfloat16
     python -m experiments.throughput --device cpu --remat
 
-Both train the same model on random tokens. They alternate for `--rounds` rounds, each run in a process of its own, and
-the table shows medians. bfloat16 means autocast in PyTorch and `bf16` in jaxlm, on a CPU `bf16_matmul`. Memory is the
-peak of the allocator on a GPU and of the resident set on a CPU.
+Both train the same model on random tokens, jaxlm without the preset's `model.remat` unless `--remat` asks for it. They
+alternate for `--rounds` rounds, each run in a process of its own, and the table shows medians. bfloat16 means autocast
+in PyTorch and `bf16` in jaxlm, on a CPU `bf16_matmul`. Memory is the peak of the allocator on a GPU and of the resident
+set on a CPU.
 
 Utilisation is relative to the speed of one large matmul, which is measured too. Forward and backward, a token takes
 6 P + 6 L T D floating-point operations. P counts the numbers in matrices, with the tied embedding once, for the head;

@@ -18,7 +18,7 @@ from jaxlm.core.ops import hopper
 from jaxlm.core.parameters import parameter_table
 from jaxlm.device import plugins
 from jaxlm.device.memory_limit import memory_limit
-from jaxlm.device.mesh import resolve_mesh
+from jaxlm.device.mesh import resolve_mesh, share
 from jaxlm.errors import UsageError
 from jaxlm.storage import user_cache
 
@@ -248,7 +248,8 @@ def resolve_run(config: Config, device: jax.Device) -> Config:
         chunks = 1 if on_cuda else min(fitting, default=B)
     config = dataclasses.replace(config, microbatch_chunks=chunks, model=model)
     if model.remat is None:
-        remat = 2 * _bytes_without_remat(config) > available_memory(device)
+        sharing = config.mesh.devices if device.platform == "cpu" else 1  # devices that share one memory
+        remat = 2 * sharing * _bytes_without_remat(share(config)) > available_memory(device)
         config = dataclasses.replace(config, model=dataclasses.replace(model, remat=remat))
     if on_apple(device) and config.chunk_size * model.context >= CONTRACTION_LIMIT:
         raise UsageError(

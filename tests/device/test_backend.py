@@ -153,14 +153,22 @@ def test_a_cpu_gets_the_largest_chunks_that_fit(batch, context):
 
 
 def test_blocks_are_recomputed_where_memory_is_short(monkeypatch):
-    def recomputes(room, batch=32, chunks=0, **sizes):
+    def recomputes(room, batch=32, chunks=0, devices=1, device=CPU, **sizes):
         monkeypatch.setattr(backend, "available_memory", lambda device: room)
-        config = Config(batch_size=batch, microbatch_chunks=chunks, model=ModelConfig(**sizes))
-        return resolve_run(config, CPU).model.remat
+        mesh = MeshConfig(devices, 1)
+        config = Config(batch_size=batch, microbatch_chunks=chunks, model=ModelConfig(**sizes), mesh=mesh)
+        return resolve_run(config, device).model.remat
 
     assert [recomputes(room * 10**9) for room in (1, 4, 16, 25)] == [True, True, False, False]
     assert recomputes(16 * 10**9, chunks=1)  # 32 sequences at once
     assert recomputes(16 * 10**9, layers=64)
+    # each of eight devices has 8 sequences, and devices of a CPU share its memory
+    gpu = SimpleNamespace(platform="gpu", compute_capability="8.0")
+    spread = [{"batch": 64, "chunks": 1, "devices": 8, "device": device} for device in (gpu, CPU)]
+    assert [[recomputes(room * 10**9, **each) for room in (10, 20, 110)] for each in spread] == [
+        [True, False, False],
+        [True, True, False],
+    ]
     assert recomputes(16 * 10**9, remat=True) and not recomputes(10**9, remat=False)  # as a person says
 
 
