@@ -17,6 +17,7 @@ from jaxlm.data.readers import TextChunk, read_chunks
 from jaxlm.data.token_files import TokenFiles, open_tokens, read_meta
 from jaxlm.errors import UsageError
 
+STUDY = "study"  # the name of the corpus
 HELD_OUT = 10
 
 
@@ -37,7 +38,7 @@ def held_out_corpus(files: Sequence[Path], held_out: int = HELD_OUT) -> Corpus:
             if (sha256 in validation) == is_validation
         )
 
-    return Corpus("study", tuple(files), partial(read, False), partial(read, True))
+    return Corpus(STUDY, tuple(files), partial(read, False), partial(read, True))
 
 
 def prepare_tokens(config: Config, files: Sequence[Path] | None, directory: Path) -> TokenFiles:
@@ -46,11 +47,12 @@ def prepare_tokens(config: Config, files: Sequence[Path] | None, directory: Path
     Raises UsageError if that part holds the tokens of other files.
     """
     data, vocab_size = config.data, config.model.vocab_size
-    corpus = open_corpus(data.corpus) if files is None else held_out_corpus(files)
-    part = directory / f"{corpus.source}-{data.tokenizer}-{vocab_size}"
+    source = STUDY if files else open_corpus(data.corpus).source
+    part = directory / f"{source}-{data.tokenizer}-{vocab_size}"
     meta = read_meta(part)
-    if meta and files and meta.source_sha256 != files_sha256(corpus.files):
+    if meta and files and meta.source_sha256 != files_sha256(files):
         raise UsageError(f"{part} has the tokens of other texts: choose another --data")
     if not meta:
+        corpus = held_out_corpus(files) if files else open_corpus(data.corpus)
         write_token_files(corpus, part, vocab_size, data.val_fraction, tokenizer=data.tokenizer)
     return open_tokens(part, vocab_size, config.model.context, data.tokenizer)

@@ -3,19 +3,18 @@
     python -m experiments.learning.study TABLE --texts NOVELS.txt.xz MORE.txt.xz --out results.jsonl
 
 Each finished trial is a line of the results, and a trial that has one is not run again: the same command continues an
-interrupted table. Several processes, each with a GPU of its own, may share one: each locks a file of the trial beside
+interrupted table. Several processes, each with a GPU of its own, may share one: each locks a folder of the trial beside
 the tokens. Without `--texts` the trials train on the corpus of their config. Trials with another loss run only in a
 process with this `--loss`. With `--seconds`, none begins a trial that would end later than so many seconds from the
 start.
 """
 
 import argparse
-import fcntl
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
 
 from experiments.learning import losses
 from experiments.learning.data import prepare_tokens
@@ -23,6 +22,8 @@ from experiments.learning.tables import TABLES, flops
 from experiments.learning.trial import Prepared, Trial, prepare, run
 from jaxlm.data.token_files import TokenFiles
 from jaxlm.device import backend
+from jaxlm.errors import UsageError
+from jaxlm.storage.lock import only_writer
 
 PREPARED = 2  # trials that are compiled ahead
 
@@ -52,18 +53,17 @@ def main() -> None:
             tokens_of(trial)
         return
     rates: list[float] = []  # FLOP/s of the trials so far
-    locks: list[TextIO] = []  # of its trials; the end of this process unlocks them
+    locks = ExitStack()  # of its trials
 
     def claim() -> Prepared | None:
         for trial in trials:
             late = rates and time.monotonic() + 1.3 * flops(trial) / min(rates) > ends
-            lock = None if late else _lock(args.data / "locks" / trial.key.replace("/", ":"))
-            if lock and trial.key not in finished(args.out):  # another process may have finished it since
-                locks.append(lock)
+            locked = not late and _lock(locks, args.data / "locks" / trial.key.replace("/", ":"))
+            if locked and trial.key not in finished(args.out):  # another process may have finished it since
                 return prepare(trial, device)
         return None
 
-    with ThreadPoolExecutor(PREPARED) as pool:  # compiles the next trials while one trains
+    with locks, ThreadPoolExecutor(PREPARED) as pool:  # compiles the next trials while one trains
         pending = [pool.submit(claim) for _ in range(PREPARED)]
         while prepared := pending.pop(0).result():
             pending.append(pool.submit(claim))
@@ -84,16 +84,14 @@ def finished(results: Path) -> set[str]:
     return {json.loads(line)["trial"] for line in lines}
 
 
-def _lock(path: Path) -> TextIO | None:
-    """The file, locked until it is closed; None if it is locked already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w")
+def _lock(locks: ExitStack, directory: Path) -> bool:
+    """Locks a directory until `locks` close; False if it is locked already."""
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+        locks.enter_context(only_writer(directory))
+    except UsageError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -45,12 +46,12 @@ def test_tokens_of_other_texts_are_refused(tmp_path):
 
 def test_one_process_at_a_time_runs_a_trial(tmp_path):
     """Until it ends, in whatever way."""
-    first = _lock(tmp_path / "locks" / "a")
-    assert first
-    assert _lock(tmp_path / "locks" / "a") is None
-    assert _lock(tmp_path / "locks" / "b")
-    first.close()
-    assert _lock(tmp_path / "locks" / "a")
+    with ExitStack() as second:
+        with ExitStack() as first:
+            assert _lock(first, tmp_path / "locks" / "a")
+            assert not _lock(second, tmp_path / "locks" / "a")
+            assert _lock(second, tmp_path / "locks" / "b")
+        assert _lock(second, tmp_path / "locks" / "a")
 
 
 def documents(chunks):
