@@ -197,9 +197,11 @@ TABLES: dict[str, list[Trial]] = {
         *seeds("AdamW 2e-3, 600 steps", adamw(600), (0, 1)),
         *seeds("AdamW tuned", adamw(1200, **ADAMW_TUNED)),
         *one("AdamW tuned, 3e-3", adamw(1200, 3e-3, **ADAMW_TUNED)),
-        *seeds("AdamW tuned, 2,400 steps", adamw(2400, **ADAMW_TUNED), (0, 1)),
+        *seeds("AdamW tuned, 2,400 steps", adamw(2400, **ADAMW_TUNED)),
         *one("AdamW tuned, 16k 1.4e-3", adamw(4800, 1.4e-3, 16_384, **ADAMW_TUNED)),
         *one("AdamW tuned, 16k 2e-3", adamw(4800, 2e-3, 16_384, **ADAMW_TUNED)),
+        *one("AdamW tuned, 16k 3e-3", adamw(4800, 3e-3, 16_384, **ADAMW_TUNED)),
+        *one("AdamW tuned, 8k 1.4e-3", adamw(9600, 1.4e-3, 8192, **ADAMW_TUNED)),
         *one("as written, 2,400 steps", as_written(2400)),
     ],
     # what the goals ask: whole schedules of fewer tokens, three seeds
@@ -259,14 +261,19 @@ TABLES: dict[str, list[Trial]] = {
                     "optimizer__learning_rate": 1.8e-2,
                     "optimizer__muon_learning_rate": 3.3e-3,
                 },
-                "Muon rate 3.3e-3, decay 0.5": {
-                    "optimizer__muon_learning_rate": 3.3e-3,
-                    "optimizer__muon_weight_decay": 0.5,
+                **{
+                    f"Muon rate {rate:g}, decay {decay}": {
+                        "optimizer__muon_learning_rate": rate,
+                        "optimizer__muon_weight_decay": decay,
+                    }
+                    for rate in (1.5e-3, 3.3e-3)
+                    for decay in (0.4, 1.6)
                 },
                 "b1 0.8, b2 0.99": {"optimizer__b1": 0.8, "optimizer__b2": 0.99},
             }.items()
             for trial in one(change, muon(QUARTER, **setting))
         ],
+        *[Trial(f"order: {order}", muon(QUARTER), 0, order=order) for order in ("text", "documents")],
         *[Trial(loss, muon(QUARTER), 0, loss=loss) for loss in ("soft-cap 15", "soft-cap 30", "z-loss 1e-4")],
     ],
     # what led to the rates of the recipe: one change to Adam's rate 6e-3 and Muon's 2.2e-3
@@ -328,6 +335,15 @@ TABLES: dict[str, list[Trial]] = {
         # at the arithmetic of the recipe's N/3.5 tokens with GPT-2's vocabulary
         *seeds("own 8k", equal_arithmetic(muon(SHORT) | own(8192))),
         *[t for size in (4, 16) for t in one(f"own {size}k", equal_arithmetic(muon(SHORT) | own(1024 * size)))],
+        *[
+            t
+            for name, sizes in {
+                "width 384": {"model__width": 384, "model__heads": 6},
+                "width 640": {"model__width": 640, "model__heads": 10},
+                "12 layers": {"model__layers": 12},
+            }.items()
+            for t in one(f"own 16k, {name}", equal_arithmetic(muon(SHORT) | own(16_384, **sizes)))
+        ],
         *one("own 8k, width 640", equal_arithmetic(muon(SHORT) | own(8192, model__width=640, model__heads=10))),
         *one("own 8k, 1/2 of it", equal_arithmetic(muon(round(N / 3.5 / 2)) | own(8192))),
     ],
@@ -376,6 +392,8 @@ TABLES: dict[str, list[Trial]] = {
                 | {"model__layers": 4, "model__heads": 2, "model__mlp_width": 256, "max_steps": 1016},
                 "tied head": {"model__tied": True},
                 "without QK-norm": {"model__qk_norm": False},
+                "480 steps of 12 sequences": {"batch_size": 12, "max_steps": 480},
+                "1,170 steps of 12 sequences": {"batch_size": 12, "max_steps": 1170},
             }.items()
         ],
     ],

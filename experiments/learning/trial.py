@@ -1,7 +1,7 @@
 """One trial: a whole schedule of training by a recipe, and its validation loss."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.learning import orders
 from jaxlm.config import Config, from_config_dict
 from jaxlm.core.model import parameter_count
 from jaxlm.core.train_step import init_state, make_eval_step
@@ -33,6 +34,7 @@ class Trial:
     grows: bool = False  # whether the first half of the steps has half the batch
     preset: str = "m2_60m"  # a file in configs/
     loss: str = ""  # of `losses.py`; empty: cross-entropy
+    order: str = ""  # of `orders.py`; empty: jaxlm's
 
     @property
     def key(self) -> str:
@@ -91,7 +93,7 @@ def run(prepared: Prepared, tokens: TokenFiles, device: jax.Device) -> dict[str,
     norms: list[jax.Array] = []
     step = trained = 0
     for c, train_step, steps, first in phases:
-        batches = train_batch_stream(tokens.train, c.model.context, c.batch_size, c.seed, first)
+        batches = _batches(trial, tokens, c, first)
         started = time.perf_counter()
         for _ in range(steps):
             for ids in islice(batches, c.grad_accum_steps):
@@ -121,6 +123,13 @@ def run(prepared: Prepared, tokens: TokenFiles, device: jax.Device) -> dict[str,
         "jax": jax.__version__,
         "curve": curve,
     }
+
+
+def _batches(trial: Trial, tokens: TokenFiles, config: Config, first: int) -> Iterator[np.ndarray]:
+    ids, context, rows, seed = tokens.train, config.model.context, config.batch_size, config.seed
+    if trial.order:
+        return orders.batches(trial.order, ids, tokens.tokenizer.end_of_text, context, rows, seed)
+    return train_batch_stream(ids, context, rows, seed, first)
 
 
 def _evaluate(config: Config, eval_step: Any, state: Any, tokens: TokenFiles, limit: int) -> tuple[float, float]:
