@@ -262,11 +262,11 @@ TABLES: dict[str, list[Trial]] = {
                     "optimizer__muon_learning_rate": 3.3e-3,
                 },
                 **{
-                    f"Muon rate {rate:g}, decay {decay}": {
-                        "optimizer__muon_learning_rate": rate,
+                    f"Muon rate {rate}, decay {decay}": {
+                        "optimizer__muon_learning_rate": float(rate),
                         "optimizer__muon_weight_decay": decay,
                     }
-                    for rate in (1.5e-3, 3.3e-3)
+                    for rate in ("1.5e-3", "3.3e-3")
                     for decay in (0.4, 1.6)
                 },
                 "b1 0.8, b2 0.99": {"optimizer__b1": 0.8, "optimizer__b2": 0.99},
