@@ -4,8 +4,9 @@
 
 The weights are random and the prompts have 4 tokens. It generates 128 greedy tokens of one sequence, and 100 tokens of
 each of 10 sequences, sampled from the 50 most likely. The programs alternate within each round. It prints tokens/s
-over all sequences, prefill included, as the median of the rounds, and the ratio to each peer. The peers are the
-installed ones of `pip install torch transformers llama-cpp-python gguf`. They run on the CPU, with a thread per core.
+over all sequences, prefill included, and the ratio to each peer in the same round: medians, with the least and the
+greatest of the rounds in brackets. The peers are the installed ones of `pip install torch transformers
+llama-cpp-python gguf`. They run on the CPU, with a thread for each core that this process may use.
 """
 
 import argparse
@@ -15,13 +16,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.cleanup import temporary_folder
+from experiments.rounds import median_and_range, ratios
 from jaxlm.config import ModelConfig
 from jaxlm.core.decoder import init_params
 from jaxlm.core.generate import generate
@@ -33,6 +34,7 @@ from jaxlm.interop.gguf import write_gguf
 
 PROMPT = [464, 3616, 286, 1204]
 CASES = {"1 sequence": (1, 128, SamplingParams(0.0)), "10 sequences": (10, 100, SamplingParams(1.0, 50))}
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 Generate = Callable[[int, int, SamplingParams], Any]  # number of sequences, tokens of each, how they are sampled
 
 
@@ -51,7 +53,7 @@ def transformers_generate(config: ModelConfig) -> Generate:
     import torch
     import transformers
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(THREADS)
     sizes = {"hidden_size": config.width, "intermediate_size": config.mlp_width, "vocab_size": config.vocab_size}
     layers = {"num_hidden_layers": config.layers, "num_attention_heads": config.heads}
     llama = transformers.LlamaConfig(**sizes, **layers, tie_word_embeddings=True, max_position_embeddings=1024)
@@ -73,8 +75,7 @@ def llama_cpp_generate(config: ModelConfig, params: Any, dtype: str, folder: Pat
 
     file = folder / f"{dtype}.gguf"
     write_gguf(file, config, params, load_tokenizer(config.vocab_size), dtype)
-    threads = os.cpu_count()
-    model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
+    model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
 
     def run(sequences: int, tokens: int, sampling: SamplingParams) -> None:
         model.reset()  # else it reuses the prompt's keys and values
@@ -100,7 +101,7 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             for dtype in ("f32", "f16"):
                 programs[f"llama.cpp {dtype}"] = llama_cpp_generate(config, params, dtype, folder)
-    print(f"jax {jax.__version__} on {backend.describe(device)}; tokens/s")
+    print(f"jax {jax.__version__} on {backend.describe(device)}, peers with {THREADS} threads; tokens/s")
     for case, (sequences, tokens, sampling) in CASES.items():
         compared = {name: run for name, run in programs.items() if sequences == 1 or "llama.cpp" not in name}
         rates: dict[str, list[float]] = {name: [] for name in compared}
@@ -110,12 +111,12 @@ def main() -> None:
                 run(sequences, tokens, sampling)
                 if round_number > 0:  # the first round compiles
                     rates[name].append(sequences * tokens / (time.perf_counter() - start))
-        medians = {name: median(values) for name, values in rates.items()}
-        peers = [name for name in medians if "jaxlm" not in name]
+        peers = [name for name in rates if "jaxlm" not in name]
         print(f"\n| {case} | tokens/s |" + "".join(f" ratio to {peer} |" for peer in peers))
         print("|---|---|" + "---|" * len(peers))
-        for name, rate in medians.items():
-            print(f"| {name} | {rate:.0f} |" + "".join(f" {rate / medians[peer]:.2f} |" for peer in peers))
+        for name, values in rates.items():
+            cells = [median_and_range(ratios(values, rates[peer])) for peer in peers]
+            print(f"| {name} | {' | '.join([median_and_range(values, '{:.0f}'), *cells])} |")
 
 
 if __name__ == "__main__":

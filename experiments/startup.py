@@ -3,9 +3,9 @@
     python -m experiments.startup [--rounds 3] [--computed] [--platform auto]
 
 Starts the training command on the corpus novels, each time in a new work directory: first with an empty compilation
-cache, then with the cache that the first start filled. Prints the seconds from the start of the process to each stage,
-as the median of the rounds. A process ends when it dispatches the first micro-batch, or with `--computed`
-when the metrics of the first step arrive (minutes on two CPU cores). Then it measures
+cache, then with the cache that the first start filled. Prints the seconds from the start of the process to each stage:
+the median of the rounds, with the least and the greatest in brackets. A process ends when it dispatches the first
+micro-batch, or with `--computed` when the metrics of the first step arrive (minutes on two CPU cores). Then it measures
 `python -m jaxlm.sample --tokens 1` in the same way, on a checkpoint of that size.
 """
 
@@ -17,10 +17,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from experiments.cleanup import temporary_folder
+from experiments.rounds import median_and_range
 
 CONFIG = ("--config", "configs/m2_60m.py", "--config.data.corpus=novels")
 SMALL = (
@@ -112,7 +112,7 @@ def sample(workdir: Path, cache: Path, platform: str) -> dict[str, float]:
 def table(title: str, rounds: list[tuple[dict[str, float], dict[str, float]]]) -> None:
     print(f"\n| {title} | first start | second start |\n|---|---|---|")
     for stage in rounds[0][0]:
-        print(f"| {stage} | " + " | ".join(f"{median(pair[i][stage] for pair in rounds):.2f}" for i in (0, 1)) + " |")
+        print(f"| {stage} | {' | '.join(median_and_range([pair[i][stage] for pair in rounds]) for i in (0, 1))} |")
 
 
 def compare(folder: Path, args: argparse.Namespace) -> None:

@@ -7,9 +7,9 @@
     python -m experiments.throughput --device cpu --remat
 
 Both train the same model on random tokens, jaxlm without the preset's `model.remat` unless `--remat` asks for it. They
-alternate for `--rounds` rounds, each run in a process of its own, and the table shows medians. bfloat16 means autocast
-in PyTorch and `bf16` in jaxlm, on a CPU `bf16_matmul`. Memory is the peak of the allocator on a GPU and of the resident
-set on a CPU.
+alternate for `--rounds` rounds, each run in a process of its own. The table shows medians, with the least and the
+greatest of the rounds in brackets; ratios are of runs of one round. bfloat16 means autocast in PyTorch and `bf16` in
+jaxlm, on a CPU `bf16_matmul`. Memory is the peak of the allocator on a GPU and of the resident set on a CPU.
 
 Utilisation is relative to the speed of one large matmul, which is measured too. Forward and backward, a token takes
 6 P + 6 L T D floating-point operations. P counts the numbers in matrices, with the tied embedding once, for the head;
@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 from experiments.cleanup import no_child_left
+from experiments.rounds import median_and_range, ratios
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,12 +155,14 @@ def main() -> None:
         peers.append(run("torch_llama", shared))
     print(f"{ours[0]['device']}, {args.dtype}, {args.batch} x 1024 tokens per micro-batch, {args.accum} per step")
     print("| | ms per micro-batch | tokens/s | peak MB |\n|---|---|---|---|")
-    rows = [{key: median(run[key] for run in runs) for key in ("ms", "rate", "mb")} for runs in (ours, peers)]
-    for row, name in zip(rows, (ours[0]["name"], peers[0]["name"]), strict=True):
-        print(f"| {name} | {row['ms']:.2f} | {row['rate']:,.0f} | {row['mb']:,.0f} |")
-    print(f"| ratio | {rows[0]['ms'] / rows[1]['ms']:.3f} | {rows[0]['rate'] / rows[1]['rate']:.3f} | ", end="")
-    print(f"{rows[0]['mb'] / rows[1]['mb']:.3f} |")
-    print(f"utilisation {median(run['utilisation'] for run in ours):.0%} of the speed of one large matmul")
+    forms = {"ms": "{:.2f}", "rate": "{:,.0f}", "mb": "{:,.0f}"}
+    for runs in (ours, peers):
+        cells = [median_and_range([run[key] for run in runs], form) for key, form in forms.items()]
+        print(f"| {runs[0]['name']} | {' | '.join(cells)} |")
+    columns = [ratios([run[key] for run in ours], [run[key] for run in peers]) for key in forms]
+    print(f"| ratio | {' | '.join(median_and_range(column, '{:.3f}') for column in columns)} |")
+    utilisation = median_and_range([run["utilisation"] for run in ours], "{:.0%}")
+    print(f"utilisation {utilisation} of the speed of one large matmul")
 
 
 if __name__ == "__main__":

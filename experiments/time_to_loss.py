@@ -36,6 +36,7 @@ from configs import m2_60m
 from experiments.cleanup import no_child_left
 from experiments.learning.tables import ADAMW_TUNED, adamw
 from experiments.learning.trial import validation_loss
+from experiments.rounds import median_and_range
 from jaxlm.cli import read_config
 from jaxlm.config import Config, DataConfig, from_config_dict
 from jaxlm.data.token_files import TokenFiles, train_batch_stream
@@ -270,7 +271,7 @@ def report(comparisons: list[list[Row]]) -> str:
     for schedule in reversed(list(zip(*comparisons, strict=True))):
         pairs = list(zip(schedule, peers, strict=True))
         cells = {
-            head: _median_and_range([value for pair in pairs for value in values(*pair)], form)
+            head: median_and_range([value for pair in pairs for value in values(*pair)], form)
             for head, (form, values) in COLUMNS.items()
         }
         lines.insert(3, f"| {schedule[0]['program']} | {' | '.join(cells.values())} |")
@@ -285,11 +286,6 @@ def report(comparisons: list[list[Row]]) -> str:
 
 def _bits_per_byte(runs: Iterable[Row]) -> float:
     return median(run["val_bits_per_byte"] for run in runs)
-
-
-def _median_and_range(values: list[float], form: str) -> str:
-    low, middle, high = (form.format(value) for value in (min(values), median(values), max(values)))
-    return middle if low == high else f"{middle} [{low}, {high}]"
 
 
 def peer_data(config: Config) -> DataConfig:
