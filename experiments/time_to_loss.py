@@ -297,7 +297,7 @@ def peer_data(config: Config) -> DataConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", default="configs/m2_60m_fast.py", help="what jaxlm trains")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1265], help="schedules of jaxlm")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1371], help="schedules of jaxlm")
     parser.add_argument("--peer-steps", type=int, default=1200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=10)

@@ -12,20 +12,17 @@ start.
 import argparse
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 from experiments.learning import losses
 from experiments.learning.data import prepare_tokens
 from experiments.learning.tables import TABLES, flops
-from experiments.learning.trial import Prepared, Trial, prepare, run
+from experiments.learning.trial import Trial, run
 from jaxlm.data.token_files import TokenFiles
 from jaxlm.device import backend
 from jaxlm.errors import UsageError
 from jaxlm.storage.lock import only_writer
-
-PREPARED = 2  # trials that are compiled ahead
 
 
 def main() -> None:
@@ -53,29 +50,21 @@ def main() -> None:
             tokens_of(trial)
         return
     rates: list[float] = []  # FLOP/s of the trials so far
-    locks = ExitStack()  # of its trials
-
-    def claim() -> Prepared | None:
-        for trial in trials:
-            late = rates and time.monotonic() + 1.3 * flops(trial) / min(rates) > ends
-            locked = not late and _lock(locks, args.data / "locks" / trial.key.replace("/", ":"))
-            if locked and trial.key not in finished(args.out):  # another process may have finished it since
-                return prepare(trial, device)
-        return None
-
-    with locks, ThreadPoolExecutor(PREPARED) as pool:  # compiles the next trials while one trains
-        pending = [pool.submit(claim) for _ in range(PREPARED)]
-        while prepared := pending.pop(0).result():
-            pending.append(pool.submit(claim))
+    for trial in trials:
+        if rates and time.monotonic() + 1.3 * flops(trial) / min(rates) > ends:
+            continue
+        with ExitStack() as lock:
+            locked = _lock(lock, args.data / "locks" / trial.key.replace("/", ":"))
+            if not locked or trial.key in finished(args.out):  # by another process since
+                continue
             started = time.monotonic()
-            row = run(prepared, tokens_of(prepared.trial), device)
-            rates.append(flops(prepared.trial) / (time.monotonic() - started))
+            row = run(trial, tokens_of(trial), device)
+            rates.append(flops(trial) / (time.monotonic() - started))
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(
-                f"{row['trial']:56} {row['val_loss']:.4f} {row['val_bits_per_byte']:.4f} {row['step_ms']:7.2f}",
-                flush=True,
-            )
+        print(
+            f"{row['trial']:56} {row['val_loss']:.4f} {row['val_bits_per_byte']:.4f} {row['step_ms']:7.2f}", flush=True
+        )
 
 
 def finished(results: Path) -> set[str]:
@@ -84,11 +73,11 @@ def finished(results: Path) -> set[str]:
     return {json.loads(line)["trial"] for line in lines}
 
 
-def _lock(locks: ExitStack, directory: Path) -> bool:
-    """Locks a directory until `locks` close; False if it is locked already."""
+def _lock(lock: ExitStack, directory: Path) -> bool:
+    """Locks a directory until `lock` is closed; False if it is locked already."""
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        locks.enter_context(only_writer(directory))
+        lock.enter_context(only_writer(directory))
     except UsageError:
         return False
     return True

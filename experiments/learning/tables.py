@@ -115,6 +115,7 @@ LENGTHS = {
     "2N/4.5": round(2 * N / 4.5),
     "2N/6": round(2 * N / 6),
 }
+FIRST_SEEDS = {"N/3.5": (2,), "N/4.5": SEEDS, "N/5.5": (0, 1), "N/8": (1, 2), "2N/4.5": (1, 2), "2N/6": (0, 2)}
 ADAMW_TUNED = {  # better than the recipe without each, at 1,200 steps
     "optimizer__weight_decay": 0.3,
     "optimizer__warmup_steps": 300,
@@ -282,7 +283,11 @@ TABLES: dict[str, list[Trial]] = {
             trial
             for batch_tokens, lengths in ((32_768, ("N/3.5", "N/4.5", "2N/4.5")), (16_384, LENGTHS))
             for name in lengths
-            for trial in seeds(f"ours {batch_tokens // 1024}k, {name}", _first(1.0, batch_tokens, tokens=LENGTHS[name]))
+            for trial in seeds(
+                f"ours {batch_tokens // 1024}k, {name}",
+                _first(1.0, batch_tokens, tokens=LENGTHS[name]),
+                SEEDS if batch_tokens == 32_768 else FIRST_SEEDS[name],
+            )
         ],
         *[
             trial
@@ -340,7 +345,6 @@ TABLES: dict[str, list[Trial]] = {
             for name, sizes in {
                 "width 384": {"model__width": 384, "model__heads": 6},
                 "width 640": {"model__width": 640, "model__heads": 10},
-                "12 layers": {"model__layers": 12},
             }.items()
             for t in one(f"own 16k, {name}", equal_arithmetic(muon(SHORT) | own(16_384, **sizes)))
         ],

@@ -52,47 +52,35 @@ class Phase(NamedTuple):
     """Steps of one batch size."""
 
     config: Config
-    train_step: Any  # compiled
     steps: int
     first_batch: int  # index in the stream of batches of this size
 
 
-class Prepared(NamedTuple):
-    """A trial with all that is compiled for it."""
-
-    trial: Trial
-    phases: list[Phase]
-    state: Any  # before the first step
-    eval_step: Any  # compiled
-
-
-def prepare(trial: Trial, device: jax.Device) -> Prepared:
-    """Compiles the trial's steps and draws its parameters."""
-    config = trial.config(device)
+def phases(trial: Trial, config: Config) -> list[Phase]:
+    """The phases of a trial with these settings."""
+    if not trial.grows:
+        return [Phase(config, config.max_steps, 0)]
     half = config.max_steps // 2
-    plans = [(config, config.max_steps, 0)]
-    if trial.grows:
-        smaller = replace(config, batch_size=config.batch_size // 2)
-        plans = [(smaller, half, 0), (config, config.max_steps - half, half // 2 * config.grad_accum_steps)]
-    phases = [Phase(c, compile_step(c), steps, first) for c, steps, first in plans]
-    state = jax.device_put(init_state(config), device)
-    ids = jax.ShapeDtypeStruct((config.batch_size, config.model.context), np.int32)
-    return Prepared(trial, phases, state, make_eval_step(config).lower(state.weights, ids, ids).compile())
+    smaller = replace(config, batch_size=config.batch_size // 2)
+    return [Phase(smaller, half, 0), Phase(config, config.max_steps - half, half // 2 * config.grad_accum_steps)]
 
 
-def run(prepared: Prepared, tokens: TokenFiles, device: jax.Device) -> dict[str, Any]:
+def run(trial: Trial, tokens: TokenFiles, device: jax.Device) -> dict[str, Any]:
     """Trains through the phases; returns the trial's row of the results.
 
     The time of a step is the median over the points of the curve in the second half of the run.
     """
-    trial, phases, state, eval_step = prepared
-    config = phases[-1].config
+    config = trial.config(device)
+    compiled = [(phase, compile_step(phase.config)) for phase in phases(trial, config)]
+    state = jax.device_put(init_state(config), device)
+    shape = jax.ShapeDtypeStruct((config.batch_size, config.model.context), np.int32)
+    eval_step = make_eval_step(config).lower(state.weights, shape, shape).compile()
     every = max(1, config.max_steps // CURVE_POINTS)
     curve: list[dict[str, float]] = []
     seconds: list[float] = []
     norms: list[jax.Array] = []
     step = trained = 0
-    for c, train_step, steps, first in phases:
+    for (c, steps, first), train_step in compiled:
         batches = _batches(trial, tokens, c, first)
         started = time.perf_counter()
         for _ in range(steps):

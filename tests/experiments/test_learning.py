@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from jaxlm.core import ops
 from jaxlm.core.parameters import parameter_table
 from jaxlm.errors import UsageError
 
+ROOT = Path(__file__).parents[2]
 CPU = SimpleNamespace(platform="cpu")
 
 
@@ -156,3 +159,11 @@ def test_windows_of_documents_end_with_them_and_those_of_the_text_follow_each_ot
 
 def take(stream, number):
     return [next(stream) for _ in range(number)]
+
+
+def test_the_page_has_the_tables_that_its_commands_print():
+    page = (ROOT / "docs" / "learning.md").read_text()
+    found = re.findall(r"`python -m\s+experiments\.learning\.show ([^`]*)`\s+prints:\n\n((?:\|.*\n)+)", page)
+    assert len(found) == 8
+    for files, shown in found:
+        assert shown.strip() == table(by_name([ROOT / file for file in files.split()]))
