@@ -163,7 +163,7 @@ def take(stream, number):
 
 def test_the_page_has_the_tables_that_its_commands_print():
     page = (ROOT / "docs" / "learning.md").read_text()
-    found = re.findall(r"`python -m\s+experiments\.learning\.show ([^`]*)`\s+prints:\n\n((?:\|.*\n)+)", page)
+    found = re.findall(r"`python -m\s+experiments\.learning\.show\s+([^`]*)`\s+prints:\n\n((?:\|.*\n)+)", page)
     assert len(found) == 8
     for files, shown in found:
         assert shown.strip() == table(by_name([ROOT / file for file in files.split()]))
