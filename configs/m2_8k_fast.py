@@ -7,8 +7,8 @@ and holds about 6% less text. The vocabulary is learnt while the text is prepare
 export. Losses compare with those of `m2_60m_fast.py` in bits per byte. 30,000 steps of 16,384 tokens are 0.49 billion
 tokens.
 
-On novels, it reaches the loss of 1,200 steps of a tuned AdamW in GPT-2's vocabulary with a quarter of their arithmetic
-(docs/learning.md). Nobody has trained this preset to its end or run it on a Mac yet. jax-metal needs
+On novels, its mean loss after a quarter of the arithmetic is below that of 1,200 steps of a tuned AdamW in GPT-2's
+vocabulary (docs/learning.md). Nobody has trained this preset to its end or run it on a Mac yet. jax-metal needs
 `--config.optimizer.average=0`.
 """
 

@@ -15,6 +15,7 @@ collective kernels ran, and `hidden` the part of them in which another of its ke
 """
 
 import argparse
+import os
 import tempfile
 import time
 from dataclasses import replace
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a measurement")
     args = parser.parse_args()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leaves memory for PyTorch
     device = backend.start("auto")
     here = len(jax.devices())
     counts = [n for n in (1, 2, 4, 8) if n <= here]
@@ -178,8 +180,6 @@ def main() -> None:
             f" {state:,.0f} | {temporaries:,.0f} | {sent:.2f} | {hidden:.0%} | {loss} |",
             flush=True,
         )
-    for program in programs:
-        del program.state
     results = peers(counts, args.steps)
     for name, n, result in results:
         ratio = result["rate"] / results[0][2]["rate"]

@@ -25,7 +25,7 @@ def install(name: str) -> None:
     ops.IMPLEMENTATIONS |= {key: replace(record, **functions) for key, record in ops.IMPLEMENTATIONS.items()}
 
 
-def _cross_entropy(cap, z_weight, _, x_ND, embedding_VD, targets_N, matmul_dtype) -> Any:
+def _cross_entropy(cap, z_weight, record, x_ND, embedding_VD, targets_N, matmul_dtype) -> Any:
     logits_NV = jnp.matmul(
         x_ND.astype(matmul_dtype), embedding_VD.astype(matmul_dtype).T, preferred_element_type=jnp.float32
     )
@@ -37,9 +37,9 @@ def _cross_entropy(cap, z_weight, _, x_ND, embedding_VD, targets_N, matmul_dtype
     return jnp.sum(jnp.where(targets_N >= 0, loss_N, 0))
 
 
-def _cross_entropy_and_grad(cap, z_weight, _, x_ND, embedding_VD, targets_N, scale, accumulator_VD, matmul_dtype):
+def _cross_entropy_and_grad(cap, z_weight, record, x_ND, embedding_VD, targets_N, scale, accumulator_VD, matmul_dtype):
     def loss(x_ND, embedding_VD):
-        return _cross_entropy(cap, z_weight, _, x_ND, embedding_VD, targets_N, matmul_dtype)
+        return _cross_entropy(cap, z_weight, record, x_ND, embedding_VD, targets_N, matmul_dtype)
 
     loss_sum, (d_x_ND, d_embedding_VD) = jax.value_and_grad(loss, (0, 1))(x_ND, embedding_VD)
     return loss_sum, scale * d_x_ND, accumulator_VD + scale * d_embedding_VD

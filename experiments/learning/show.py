@@ -1,7 +1,7 @@
 """Shows results of the study: a table in Markdown, and a plot of validation losses.
 
     python -m experiments.learning.show experiments/learning/results/adamw.jsonl
-    python -m experiments.learning.show RESULTS... --plot docs/learning.svg --names "AdamW tuned" "ours 16k, N/3.5"
+    python -m experiments.learning.show RESULTS... --plot docs/learning.svg --names "AdamW tuned" "recipe, N/3.5"
 
 A row has the mean over the seeds of a recipe; the spread is the largest value less the smallest. The plot (which needs
 matplotlib) draws the loss of the named recipes, or of all, against tokens, steps and seconds: of the first seed each.
@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="SVG file to draw")
     args = parser.parse_args()
     recipes = by_name(args.results)
+    if unknown := set(args.names or ()).difference(recipes):
+        parser.error(f"the results have no {', '.join(sorted(unknown))}")
     recipes = {name: recipes[name] for name in args.names or recipes}
     print(table(recipes))
     if args.plot:

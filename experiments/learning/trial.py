@@ -79,10 +79,10 @@ def run(trial: Trial, tokens: TokenFiles, device: jax.Device) -> dict[str, Any]:
     curve: list[dict[str, float]] = []
     seconds: list[float] = []
     norms: list[jax.Array] = []
-    step = trained = 0
+    step = trained = timed = 0
     for (c, steps, first), train_step in compiled:
         batches = _batches(trial, tokens, c, first)
-        started = time.perf_counter()
+        timed, started = step, time.perf_counter()
         for _ in range(steps):
             for ids in islice(batches, c.grad_accum_steps):
                 state, metrics = train_step(state, jax.device_put(ids, device))
@@ -90,11 +90,11 @@ def run(trial: Trial, tokens: TokenFiles, device: jax.Device) -> dict[str, Any]:
             norms.append(metrics.grad_norm)
             if step % every == 0:
                 jax.block_until_ready(metrics)
-                seconds.append((time.perf_counter() - started) / every)
+                seconds.append((time.perf_counter() - started) / (step - timed))
                 point = {"loss": metrics.loss, "grad_norm": np.median(jax.device_get(norms))}
                 point["val_loss"] = _evaluate(config, eval_step, state, tokens, CURVE_SEQUENCES)[0]
                 curve.append({"step": step, "tokens": trained} | {k: round(float(v), 4) for k, v in point.items()})
-                norms, started = [], time.perf_counter()
+                norms, timed, started = [], step, time.perf_counter()
     loss, bits = _evaluate(config, eval_step, state, tokens, 0)
     return {
         "trial": trial.key,

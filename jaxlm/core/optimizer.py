@@ -173,7 +173,7 @@ def multi_steps(
         ) -> tuple[Any, ...]:
             whole = jax.tree.map(partial(jnp.sum, axis=0), mean) if replicas > 1 else mean
             updates, inner_state = inner.update(whole, inner_state, params, step=state.gradient_step)
-            if average:
+            if average is not None:
                 average = average_step(average_decay, state.gradient_step, average, updates)
             measured = measure(updates, params)
             return optax.apply_updates(params, updates), average, inner_state, _zeros_after(measured, mean), measured
@@ -246,7 +246,8 @@ def orthogonalized_momentum(config: Config, mesh: Mesh | None = None) -> optax.G
     start = min(MOMENTUM_START, c.muon_momentum)
     decay_at = optax.linear_schedule(start, c.muon_momentum, c.muon_momentum_warmup)
     map_matrices = ops.get(model.implementation).map_matrices
-    if mesh and model.layers % (parts := mesh.shape[FSDP]) == 0 and parts > 1:
+    parts = mesh.shape[FSDP] if mesh else 1
+    if parts > 1 and model.layers % parts == 0:  # else each device computes all layers
         map_matrices = partial(_map_matrices_on_mesh, map_matrices, mesh)
 
     def direction(m_LDF: jax.Array) -> jax.Array:

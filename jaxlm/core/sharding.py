@@ -75,7 +75,7 @@ def _spec_like(parameter: Parameter, shape: tuple[int, ...]) -> PartitionSpec:
     """Of an array like a parameter; one with an axis more holds the gradients of each index of DATA."""
     leading = [DATA] * (len(shape) - len(parameter.shape))
     is_split = shape[len(leading) + parameter.fsdp_axis] == parameter.shape[parameter.fsdp_axis]
-    return PartitionSpec(*leading, *[None] * parameter.fsdp_axis, *[FSDP] * is_split)
+    return PartitionSpec(*leading, *[None] * parameter.fsdp_axis, *([FSDP] if is_split else []))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -17,7 +17,8 @@ from experiments.learning.data import held_out_corpus, prepare_tokens
 from experiments.learning.show import by_name, table
 from experiments.learning.study import _lock, finished
 from experiments.learning.tables import TABLES, equal_arithmetic, flops_per_step, muon
-from jaxlm.config import Config, ModelConfig
+from experiments.learning.trial import Trial, phases
+from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.core import ops
 from jaxlm.core.parameters import parameter_table
 from jaxlm.errors import UsageError
@@ -167,3 +168,14 @@ def test_the_page_has_the_tables_that_its_commands_print():
     assert len(found) == 8
     for files, shown in found:
         assert shown.strip() == table(by_name([ROOT / file for file in files.split()]))
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_a_batch_that_grows_continues_where_the_smaller_one_ended(accum):
+    config = Config(batch_size=8, grad_accum_steps=accum, max_steps=12, optimizer=OptimizerConfig(warmup_steps=2))
+    first, second = phases(Trial("grows", {}, grows=True), config)
+    read = first.steps * first.config.batch_size * accum
+    assert (first.config.batch_size, second.config.batch_size) == (4, 8)
+    assert (first.first_batch, second.first_batch * second.config.batch_size) == (0, read)
+    assert first.steps + second.steps == 12
+    assert phases(Trial("as usual", {}), config) == [(config, 12, 0)]
