@@ -246,8 +246,7 @@ def orthogonalized_momentum(config: Config, mesh: Mesh | None = None) -> optax.G
     start = min(MOMENTUM_START, c.muon_momentum)
     decay_at = optax.linear_schedule(start, c.muon_momentum, c.muon_momentum_warmup)
     map_matrices = ops.get(model.implementation).map_matrices
-    parts = mesh.shape[FSDP] if mesh else 1
-    if parts > 1 and model.layers % parts == 0:  # else each device computes all layers
+    if mesh and mesh.shape[FSDP] > 1 and model.layers % mesh.shape[FSDP] == 0:  # else each device computes all layers
         map_matrices = partial(_map_matrices_on_mesh, map_matrices, mesh)
 
     def direction(m_LDF: jax.Array) -> jax.Array:
