@@ -5,6 +5,7 @@ import collections
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -30,6 +31,7 @@ from jaxlm.core.decoder import init_params
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # an example compiles, or waits for other processes
 hypothesis.settings.load_profile("no deadline")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so do its processes
 
 LONG = 100  # quick tests that take as long as one that is slow
 FEW_AND_LONG = ("test_sharding.py", "test_evening.py")

@@ -39,13 +39,9 @@ def test_watching_writes_the_page_until_the_run_ends(tmp_path, monkeypatch, caps
 def test_an_open_page_stops_when_watching_is_stopped(tmp_path, monkeypatch):
     workdir = write_run(tmp_path / "run", steps=20)
     (workdir / "lock").write_text(json.dumps({"pid": 1, "host": "another"}))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    try:
-        monkeypatch.setattr(report.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            report.main(["--workdir", str(workdir), "--watch"])
-    finally:
-        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(report.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        report.main(["--workdir", str(workdir), "--watch"])
     assert data_of(workdir / "report.html")["refresh_seconds"] is None
 
 

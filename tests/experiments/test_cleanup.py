@@ -14,8 +14,7 @@ from experiments.cleanup import temporary_folder
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import signal, subprocess, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore these two
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 from experiments.cleanup import temporary_folder
 parent = '''
 import subprocess, sys, tempfile, time
