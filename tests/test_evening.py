@@ -13,6 +13,7 @@ from jaxlm.planner.measure import BenchmarkResult
 from tests.tiny_run import config_of, is_one_line, rows, workplace, write_text
 
 README = Path(__file__).parents[1] / "README.md"
+LADDER = sizes.LADDER
 SMALL = ["--config.model.vocab_size=300", "--config.max_steps=6", "--config.eval_interval=2"]
 SMALL += ["--config.save_interval=3", "--config.optimizer.warmup_steps=2", "--config.sample.tokens=5"]
 
@@ -40,7 +41,7 @@ def test_three_commands_train_on_a_folder_write_and_make_a_file_to_send(tmp_path
     benchmark = BenchmarkResult(*[1] * 3, *[0.1] * 11, *[1] * 4)
     monkeypatch.setattr(sizes, "cached_benchmark", lambda config, device: benchmark)
     monkeypatch.setattr(sizes, "store_benchmark", lambda *arguments: None)
-    monkeypatch.setattr(sizes, "LADDER", sizes.LADDER[:1])
+    monkeypatch.setattr(sizes, "LADDER", LADDER[:1])
     section = README.read_text().partition("## Your own text")[2]
     training, writing, sending = re.search(r"```sh\n(.*?)\n```", section, re.DOTALL)[1].splitlines()
     with workplace(tmp_path_factory):
@@ -53,6 +54,13 @@ def test_three_commands_train_on_a_folder_write_and_make_a_file_to_send(tmp_path
         assert re.search(r"Done: 6 steps, the model.* is in runs/mine/final_model", console)
         assert config_of("runs/mine").model.width == sizes.LADDER[0].width
         assert [row["step"] for row in rows("runs/mine/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+        texts = [
+            file.read_text("cp1252" if "windows" in file.name else "utf-8")
+            for file in Path("letters").glob("*.*")
+            if file.suffix != ".jpg"
+        ]
+        text = " ".join(" ".join(texts).split())
+        assert all(row["prompt"] in text for row in rows("runs/mine/samples.jsonl"))
 
         run(writing, "--tokens", "20")
         assert capsys.readouterr().out.startswith("Dear")
@@ -67,7 +75,9 @@ def test_three_commands_train_on_a_folder_write_and_make_a_file_to_send(tmp_path
 
         write_text(Path("letters/another day.txt"), seed=9)
         capsys.readouterr()
-        run(training, *SMALL)
+        with monkeypatch.context() as patch:
+            patch.setattr(sizes, "LADDER", LADDER[1:])  # what would be chosen now
+            run(training, *SMALL)
         console = capsys.readouterr().out
         assert "letters has changed: the run resumes with the tokens that it began with" in console
         command = re.search(r"To train its model on the new text: (.*)", console)[1]

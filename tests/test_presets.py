@@ -8,9 +8,7 @@ import pytest
 
 from jaxlm.export import main as export
 from jaxlm.interop.huggingface import read_sizes
-from jaxlm.planner import sizes
-from jaxlm.planner.measure import BenchmarkResult
-from tests.tiny_run import assert_same_bits, config_of, rows, saved_state, train, workplace
+from tests.tiny_run import assert_same_bits, config_of, saved_state, train, workplace
 
 SIZES = {"vocab_size": 300, "context": 64, "layers": 2, "heads": 2, "width": 16, "mlp_width": 24}
 FLAGS = [f"--config.model.{name}={size}" for name, size in SIZES.items()]
@@ -34,25 +32,4 @@ def test_a_fast_preset_trains_resumes_to_the_bit_and_exports(tmp_path_factory, p
         assert json.loads(Path("exported/config.json").read_text())["model_type"] == "qwen3"
         assert read_sizes(Path("exported")).vocab_size == 300
         weights = [Path(folder, "model.safetensors").read_bytes() for folder in ("exported", "whole/final_model")]
-        assert weights[0] == weights[1]
-
-
-def test_own_text_takes_its_sizes_and_its_prompts_from_the_text_and_resumes_to_the_bit(tmp_path_factory, monkeypatch):
-    flags = ["--config.hours=1", "--config.data.corpus=text.txt", "--config.model.vocab_size=300"]
-    flags += ["--config.max_steps=6", "--config.eval_interval=2", "--config.save_interval=3"]
-    flags += ["--config.optimizer.warmup_steps=2", "--config.sample.tokens=5"]
-    benchmark = BenchmarkResult(*[1] * 3, *[0.1] * 11, *[1] * 4)
-    monkeypatch.setattr(sizes, "cached_benchmark", lambda config, device: benchmark)
-    monkeypatch.setattr(sizes, "store_benchmark", lambda *arguments: None)
-    with workplace(tmp_path_factory):
-        train("whole", *flags, config="own_text", share="presets")
-        config = config_of("whole")
-        assert (config.model.layers, config.model.width, config.hours) == (*sizes.LADDER[0][:2], 1.0)
-        text = " ".join(Path("text.txt").read_text().split())
-        assert all(row["prompt"] in text for row in rows("whole/samples.jsonl"))
-        shutil.copytree("whole", "resumed", ignore=shutil.ignore_patterns("6", "final_model", "tensorboard", "lock"))
-        monkeypatch.setattr(sizes, "LADDER", sizes.LADDER[1:])  # what would be chosen now
-        assert "Resuming from step 3" in train("resumed", *flags, config="own_text", share="presets")
-        assert_same_bits(saved_state("resumed", 6), saved_state("whole", 6))
-        weights = [Path(folder, "final_model/model.safetensors").read_bytes() for folder in ("resumed", "whole")]
         assert weights[0] == weights[1]
