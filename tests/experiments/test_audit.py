@@ -32,10 +32,13 @@ def array(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-@pytest.mark.parametrize("platform", [pytest.param("mps", marks=pytest.mark.slow), "METAL"])
 @pytest.mark.parametrize(
-    ("name", "layers"),
-    [("m2_60m_fast", 2), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in ("m2_60m", "m2_60m_fast"))],
+    ("name", "layers", "platform"),
+    [
+        ("m2_60m_fast", 2, "METAL"),
+        pytest.param("m2_60m_fast", 8, "mps", marks=pytest.mark.slow),
+        *(pytest.param("m2_60m", 2, platform, marks=pytest.mark.slow) for platform in APPLE),
+    ],
 )
 def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(platform, name, layers):
     config = preset(platform, name)
@@ -43,7 +46,7 @@ def test_training_evaluating_and_writing_as_on_an_apple_gpu_have_no_violation(pl
     assert [name for name, _, _ in seen] == ["training step", "evaluation step", "sampling", "saving"]
     for name, counts, wrong in seen:
         assert not wrong, f"{name}: {wrong[0]} and {len(wrong) - 1} more"
-        assert counts.total() > 400  # the checksums of a save are the smallest program
+        assert counts.total() > 300  # the checksums of a save are the smallest program
         assert set(counts) <= set(CONVERTED[platform]["stablehlo"]) - {"while", "case", "if"}
 
 
