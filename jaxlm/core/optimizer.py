@@ -152,11 +152,15 @@ def multi_steps(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> optax.MultiStepsState:
-        state = optax.MultiSteps(inner, every, should_skip_update_fn=optax.skip_not_finite).init(params)
-        acc_grads = () if every == 1 else state.acc_grads
-        if replicas > 1:
-            acc_grads = jax.tree.map(lambda leaf: jnp.zeros((replicas, *leaf.shape), leaf.dtype), acc_grads)
-        return state._replace(acc_grads=acc_grads, skip_state={"should_skip": state.skip_state["should_skip"]})
+        leading = (replicas,) if replicas > 1 else ()
+        zeros = jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), leaf.dtype), params)
+        return optax.MultiStepsState(
+            mini_step=jnp.int32(0),
+            gradient_step=jnp.int32(0),
+            inner_opt_state=inner.init(params),
+            acc_grads=() if every == 1 else zeros,
+            skip_state={"should_skip": jnp.bool_(False)},
+        )
 
     def step(
         grads: Params, state: optax.MultiStepsState, params: Params, average: Params | None = None

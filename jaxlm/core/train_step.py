@@ -64,8 +64,9 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
 
 def _init_state(config: Config, replicas: int = 1) -> TrainState:
     params = init_params(config.model, jax.random.key(config.seed))
+    init = make_optimizer(config, replicas).init
     # each leaf its own array: a donated state may not hold one buffer twice
-    opt_state = jax.tree.map(jnp.copy, jax.jit(make_optimizer(config, replicas).init)(params))
+    opt_state = jax.jit(lambda params: jax.tree.map(jnp.copy, init(params)))(params)
     return TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0), average_start(config, params))
 
 
