@@ -1,61 +1,91 @@
-"""Measures the memory and the processor's time that saves of the 60M preset take, beside its training state.
+"""Measures the memory of a run of the 60M preset on a CPU, while it trains and while it also saves. Linux only.
 
     python -m experiments.save_memory [--saves 5]
 
-Saves a state of random numbers several times in one process, each time after the last has ended. It prints the resident
-set before the first save and at the peak of each, and each save's bytes and seconds of the processor. Linux only.
+Trains on the novels with one sequence in a micro-batch, as each of the preset's chunks has, and saves every third step.
+It prints the peak of the resident set over the steps before the first save, then over each save and the steps beside
+it, and what the plan of this run says.
 """
 
 import argparse
-import resource
-from functools import partial
+import contextlib
+import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.cleanup import temporary_folder
-from jaxlm.config import Config, to_dict
-from jaxlm.core.train_step import init_state
+from jaxlm.cli import read_config
 from jaxlm.device import backend
-from jaxlm.run.checkpoint import Checkpoints
-from jaxlm.run.workdir import CHECKPOINTS
+from jaxlm.main import open_data
+from jaxlm.planner.memory import known_memory
+from jaxlm.prepare import prepare
+from jaxlm.run.events import Event, PauseStartEvent, SavedEvent, StepEvent
+from jaxlm.run.memory import Memory
+from jaxlm.run.trainer import Trainer
+
+SETTINGS = ("batch_size=1", "microbatch_chunks=1", "save_interval=3", "eval_interval=1000", "generation_interval=1000")
 
 
-def random_like(rng: np.random.Generator, leaf: jax.Array) -> jax.Array:
-    """Incompressible numbers in place of large float32 arrays."""
-    is_large = leaf.dtype == np.float32 and leaf.size > 1000
-    return jnp.asarray(rng.standard_normal(leaf.shape, np.float32)) if is_large else leaf
+class MeasuredTrainer(Trainer):
+    """A trainer that keeps the peaks of the resident set, in GB: of its steps before a save, and of each save."""
+
+    steps_peak = 0.0
+    save_peaks: tuple[float, ...] = ()
+
+    def _emit(self, event: Event) -> None:
+        match event:
+            case StepEvent(step=1):  # compilation has ended
+                forget_peak()
+            case PauseStartEvent("checkpoint"):
+                self.steps_peak = self.steps_peak or peak()
+                forget_peak()
+            case SavedEvent():
+                self.save_peaks += (peak(),)
+        super()._emit(event)
 
 
-def resident(name: str) -> float:
-    """GB of the resident set (VmRSS) or of its peak (VmHWM)."""
+def peak() -> float:
+    """GB of the peak of the resident set."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e9
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+
+
+def forget_peak() -> None:
+    """Starts a new peak."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def train(folder: Path, saves: int) -> tuple[MeasuredTrainer, Memory]:
+    """A run of so many saves, and its plan."""
+    flags = [f"--config.{setting}" for setting in SETTINGS]
+    flags += ["--config.data.corpus=novels", f"--config.data.dir={folder / 'tokens'}", "--config.platform=cpu"]
+    config, _ = read_config(["--config=configs/m2_60m.py", *flags])
+    prepare(config.data.corpus, Path(config.data.dir), config.model.vocab_size, config.data.val_fraction)
+    tokens, device = open_data(config), backend.start(config.platform)
+    config = backend.resolve_run(config, device)
+    plans: list[Memory] = []
+
+    def plan(compiled: jax.stages.Compiled, step: int) -> str:
+        plans.append(known_memory(config, device, None, compiled))
+        return ""
+
+    with contextlib.closing(MeasuredTrainer(config, folder, tokens, device, plan)) as run:
+        run.run_steps(saves * config.save_interval + 2)
+    return run, plans[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--saves", type=int, default=5)
-    args = parser.parse_args()
-    backend.start("cpu")
-    config = Config()
-    state = jax.tree.map(partial(random_like, np.random.default_rng(0)), init_state(config))
-    meta = {"config": to_dict(config), "tokens": {}, "seconds": 0}
-    with temporary_folder("save-memory") as folder:
-        checkpoints, before = Checkpoints(folder, 1), resident("VmRSS")
-        print(f"{before:.2f} GB before\n\n| save | peak, GB | more than before | MB | seconds |\n|---|---|---|---|---|")
-        for number in range(1, args.saves + 1):
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-            start = resource.getrusage(resource.RUSAGE_SELF)
-            checkpoints.save(config.save_interval * number, state, meta)
-            checkpoints.wait()
-            end, peak = resource.getrusage(resource.RUSAGE_SELF), resident("VmHWM")
-            seconds = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
-            path = folder / CHECKPOINTS / str(config.save_interval * number)
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            print(f"| {number} | {peak:.2f} | {peak - before:.2f} | {size / 1e6:.0f} | {seconds:.1f} |", flush=True)
+    saves = parser.parse_args().saves
+    with temporary_folder("save-memory") as folder, contextlib.redirect_stdout(sys.stderr):
+        run, plan = train(folder, saves)
+    print("| | peak, GB | beside the step |\n|---|---|---|")
+    print(f"| steps | {run.steps_peak:.2f} | |")
+    for number, save_peak in enumerate(run.save_peaks, 1):
+        print(f"| save {number} | {save_peak:.2f} | +{save_peak - run.steps_peak:.2f} |")
+    print(f"| the plan | {plan.total / 1e9:.2f} | +{plan.checkpoint_copy / 1e9:.2f} |")
 
 
 if __name__ == "__main__":

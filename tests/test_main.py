@@ -26,7 +26,7 @@ from jaxlm.errors import RunError, UsageError
 from jaxlm.main import main
 from jaxlm.planner import memory
 from jaxlm.run import trainer
-from jaxlm.run.checkpoint import checkpoint_bytes
+from jaxlm.run.checkpoint import checkpoint_bytes, writer_bytes
 from jaxlm.run.memory import min_memory
 from jaxlm.run.quiet import quiet_libraries
 from jaxlm.run.records import record_bytes
@@ -314,7 +314,7 @@ def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
 
 def test_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
     smallest = min_memory(tiny_run.config_of(DONE))
-    least = smallest.total + 10**12 + smallest.checkpoint_copy * 2 // 3
+    least = smallest.total + 10**12 + writer_bytes(smallest.checkpoint_copy)
     message = "python -m jaxlm.plan"
     monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: 10**12)
     monkeypatch.setattr(user_cache, "get", lambda *key: None)

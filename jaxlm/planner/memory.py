@@ -13,6 +13,7 @@ from jaxlm.device.mesh import is_here, make_mesh
 from jaxlm.errors import UsageError
 from jaxlm.planner import measure
 from jaxlm.planner.measure import BenchmarkResult
+from jaxlm.run.checkpoint import writer_bytes
 from jaxlm.run.memory import Memory, compile_step, memory_elsewhere, min_memory, step_memory
 from jaxlm.storage import user_cache
 from jaxlm.units import gb
@@ -68,12 +69,11 @@ def by_benchmark(
 def _with_process(config: Config, device: jax.Device, memory: Memory | None, allocated: int) -> Memory:
     """Adds what a run takes beside its arrays, outside an NVIDIA GPU; caches it if the compiled step is known.
 
-    The runtime and the compiler take the peak of this process, without the bytes of arrays that it has allocated. A
-    save takes more than the copy that it writes: on a CPU, saves in succession peaked at 1.3 to 1.6 times the copy.
+    The runtime and the compiler take the peak of this process, without the bytes of arrays that it has allocated.
     """
     least = memory or min_memory(config)
     if device.platform != "gpu":
-        process = max(measure.peak_bytes(device) - allocated, 0) + least.checkpoint_copy * 2 // 3
+        process = max(measure.peak_bytes(device) - allocated, 0) + writer_bytes(least.checkpoint_copy)
         least = dataclasses.replace(least, process=process)
     if memory:
         user_cache.put("run_memory", measure.key(config, device), dataclasses.asdict(least))

@@ -37,6 +37,7 @@ from jaxlm.core.average import AVERAGE_DTYPE, averaged
 from jaxlm.core.checksum import checksums
 from jaxlm.core.parameters import Params
 from jaxlm.device import distributed
+from jaxlm.device.snapshot import snapshot
 from jaxlm.errors import CorruptCheckpointError, RunError, UsageError, disk_advice, disk_error
 from jaxlm.run.quiet import LIBRARY_LOG
 from jaxlm.run.workdir import CHECKPOINTS, NEVER_SAVED, saved_steps
@@ -104,7 +105,7 @@ class Checkpoints:
         items = _items(state)
         self.wait()
         sums = {name: checksums(item) for name, item in items.items()}
-        self._save = _SAVES.submit(self._write_in_place, step, _copy(items), sums, dict(meta))
+        self._save = _SAVES.submit(self._write_in_place, step, snapshot(items), sums, dict(meta))
 
     def saving(self) -> bool:
         """Whether a save is in progress."""
@@ -397,14 +398,14 @@ def _placed(like: Arrays, sharding: Any) -> Arrays:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), like, places)
 
 
-@jax.jit
-def _copy(tree: Arrays) -> Arrays:
-    return jax.tree.map(jnp.copy, tree)
-
-
 def checkpoint_bytes(state: "TrainState") -> int:
     """An upper bound of the bytes that a checkpoint takes on disk. `state` may hold shapes."""
     return _size(_items(state))
+
+
+def writer_bytes(copy: int) -> int:
+    """About the bytes that a save takes beside a copy of this size: 0.13 of it were measured, compressed up to 0.6."""
+    return copy // 6 if _UNCOMPRESSED else copy * 2 // 3
 
 
 def _size(items: Arrays) -> int:

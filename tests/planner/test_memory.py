@@ -10,6 +10,7 @@ from jaxlm.config import Config, from_config_dict
 from jaxlm.device import backend
 from jaxlm.errors import UsageError
 from jaxlm.planner import memory
+from jaxlm.run import checkpoint
 from jaxlm.run.memory import Memory
 from jaxlm.storage import user_cache
 from tests.eight_devices import run_tests
@@ -55,8 +56,9 @@ def test_a_plan_and_a_run_name_one_number_whichever_comes_first(cache, monkeypat
     assert plan(device) == first == memory.known_memory(Config(), device, None)
 
 
-def test_the_process_counts_its_peak_without_the_state_and_the_buffers_of_a_save(cache):
-    buffers = 200  # two thirds of the copy
+@pytest.mark.parametrize(("options", "buffers"), [({"use_compression": False}, 50), ({}, 200)])
+def test_the_process_counts_its_peak_without_the_state_and_the_buffers_of_a_save(cache, monkeypatch, options, buffers):
+    monkeypatch.setattr(checkpoint, "_UNCOMPRESSED", options)
     assert memory.known_memory(Config(), CPU, None) == dataclasses.replace(LEAST, process=1000 + buffers)
     assert cache == {}  # not yet compiled
     by_step = memory.known_memory(Config(), CPU, None, "compiled")
