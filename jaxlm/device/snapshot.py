@@ -14,8 +14,8 @@ def snapshot(tree: Any) -> Any:
     On a CPU each lies in pages of its own, which return to the system with it. In malloc's heap it would fragment what
     a step needs, and `backend.keep_freed_memory` would keep it.
     """
-    leaves = jax.tree.leaves(tree)
-    if any(len(leaf.devices()) > 1 or leaf.platform() != "cpu" for leaf in leaves):
+    tree = jax.tree.map(jnp.asarray, tree)
+    if any(len(leaf.devices()) > 1 or leaf.platform() != "cpu" for leaf in jax.tree.leaves(tree)):
         return _copy(tree)
     return jax.tree.map(lambda leaf: jax.device_put(_in_own_pages(leaf), leaf.sharding), tree)
 

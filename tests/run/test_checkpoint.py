@@ -685,7 +685,7 @@ def test_a_save_whose_parts_orbax_does_not_merge_is_no_checkpoint(saved, tmp_pat
 
 @pytest.mark.skipif(not checkpoint._UNCOMPRESSED, reason="this orbax always compresses")
 def test_arrays_are_not_compressed(three, trained):
-    three.save(7, committed(trained._replace(params={"norm": jnp.zeros(2**18)})), META)
+    three.save(7, trained._replace(params={"norm": jnp.zeros(2**18)}), META)
     three.wait()
     assert sum(file.stat().st_size for file in three.directory.glob("7/params/**/*") if file.is_file()) > 2**20
 
