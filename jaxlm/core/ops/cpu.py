@@ -37,16 +37,19 @@ class Transposed(NamedTuple):
     w_FD: jax.Array
 
     def product(self, x_ND: jax.Array, dtype: Any) -> jax.Array:
-        """x w in the fastest form: w on the left, which the barrier keeps there.
+        """x w in the fastest form: w on the left, which the barrier keeps there. On the right, XLA would pack it.
 
-        On the right, XLA would pack it. It computes whole groups of rows of x in float32 faster. It multiplies one row
-        in place, but in float32 even if w is bfloat16.
+        In float32 XLA multiplies one row in place, and whole groups of rows faster than others. It would convert a
+        bfloat16 w for one row, but not for two.
         """
         N, x_lowp_ND, w_FD = len(x_ND), x_ND.astype(dtype), self.w_FD.astype(dtype)
-        is_float32 = w_FD.dtype != jnp.bfloat16
-        if N == 1 and is_float32:
+        if w_FD.dtype == jnp.bfloat16:
+            rows = max(N, 2)
+        elif N == 1:
             return jnp.einsum("ND,FD->NF", x_lowp_ND, w_FD)
-        x_lowp_ND = jnp.pad(x_lowp_ND, ((0, -N % ROW_GROUP if is_float32 else N == 1), (0, 0)))
+        else:
+            rows = N + -N % ROW_GROUP
+        x_lowp_ND = jnp.pad(x_lowp_ND, ((0, rows - N), (0, 0)))
         out_FN = jnp.einsum("FD,ND->FN", w_FD, x_lowp_ND, preferred_element_type=x_ND.dtype)
         return jax.lax.optimization_barrier(out_FN)[:, :N].T
 
