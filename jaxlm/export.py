@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 def _write_hf(out: Path, checkpoint: Any, args: Namespace) -> None:
     from jaxlm.core.model import parameter_count
 
-    step, config, meta, _, params = checkpoint
+    step, config, meta, params = checkpoint
     card = model_card(args.workdir, config, step, meta, parameter_count(params))
     write_model(out, config, params, checkpoint.tokenizer, card)
     for name in huggingface.edited_texts(out):
@@ -70,7 +70,7 @@ def _write_gguf(out: Path, checkpoint: Any, args: Namespace) -> None:
 
 
 def _write_html(out: Path, checkpoint: Any, args: Namespace) -> None:
-    step, config, meta, _, params = checkpoint
+    step, config, meta, params = checkpoint
     write_page(out, config, step, meta, params, checkpoint.tokenizer, args.dtype or "f16")
 
 

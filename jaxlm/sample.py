@@ -27,7 +27,7 @@ from jaxlm.core.model import prepare_decode_params
 from jaxlm.core.sampling import sampling_params
 from jaxlm.data.tokenizer import Tokenizer, encode_prompts
 from jaxlm.errors import RunError, UsageError
-from jaxlm.run.load import LoadedModel, load, param_shapes, restore
+from jaxlm.run.load import LoadedModel, load, load_run, param_shapes
 from jaxlm.run.quiet import quiet_libraries
 from jaxlm.terminal import printable
 
@@ -57,10 +57,8 @@ def main(argv: list[str]) -> None:
         loaded = load(args.model, args.platform, args.precision)
         print(f"Model in {args.model}", file=sys.stderr)
     else:
-        checkpoint = restore(args.workdir, args.step, args.platform, args.precision, partial(_compile, args))
-        weights = prepare_decode_params(checkpoint.model, checkpoint.params)
-        loaded = LoadedModel(checkpoint.model, weights, checkpoint.tokenizer)
-        print(f"Checkpoint of step {checkpoint.step:,}", file=sys.stderr)
+        step, loaded = load_run(args.workdir, args.step, args.platform, args.precision, partial(_compile, args))
+        print(f"Checkpoint of step {step:,}", file=sys.stderr)
     if args.stdin:
         _print_all(loaded, _from_stdin(loaded), args)
     elif args.prompt:

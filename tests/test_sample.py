@@ -148,7 +148,7 @@ def test_precision_sets_the_dtype_of_the_weights(sample, monkeypatch):
         dtypes.append(str(weights["head"].dtype))
         return weights
 
-    monkeypatch.setattr("jaxlm.sample.prepare_decode_params", noting)
+    monkeypatch.setattr("jaxlm.run.load.prepare_decode_params", noting)
     for function in ("_compile", "_print_all"):
         monkeypatch.setattr(f"jaxlm.sample.{function}", lambda *arguments: None)
     for precision in ("float32", "bf16", "bf16_matmul"):

@@ -8,7 +8,9 @@ import os
 import platform as machine
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -178,6 +180,16 @@ def keep_freed_memory(device: jax.Device, temporaries: int) -> None:
 def on_apple(device: jax.Device) -> bool:
     """Whether a device is an Apple GPU."""
     return device.platform in (*APPLE, *_ALSO_APPLE)
+
+
+def takes_threads(device: jax.Device) -> bool:
+    """Whether two threads may use a device at once. Apple's plugins may not expect it."""
+    return not on_apple(device)
+
+
+def analysing(device: jax.Device) -> AbstractContextManager[Any]:
+    """The context in which to compile what shall say its memory: Apple's plugins do not, so for the CPU there."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0]) if on_apple(device) else nullcontext()
 
 
 def resolve(model: ModelConfig, device: jax.Device) -> ModelConfig:

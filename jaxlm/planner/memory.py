@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -24,13 +23,12 @@ ShowProgress = Callable[[str, float], None]  # receives the current activity and
 def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
     """The memory that a resolved config takes: from the user's cache, or by compiling its step.
 
-    Apple's plugins do not analyse memory, so the step for an Apple GPU is compiled for the CPU. If there are fewer
-    devices than those of its mesh, the memory is an upper bound.
+    If there are fewer devices than those of its mesh, the memory is an upper bound.
     """
     if cached := _cached(config, device):
         return cached
     show(f"compiling (microbatch_chunks {config.microbatch_chunks}, remat {config.model.remat})", 0.0)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]) if backend.on_apple(device) else nullcontext():
+    with backend.analysing(device):
         if is_here(config, device):
             memory = step_memory(config, compile_step(config, make_mesh(config, device)))
         else:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.workdir import BEST, CHECKPOINTS, saved_steps
 
+Result = TypeVar("Result")
+
 
 class Checkpoint(NamedTuple):
     """The model of a checkpoint, and the run that it belongs to."""
@@ -29,13 +31,12 @@ class Checkpoint(NamedTuple):
     step: int
     config: Config
     meta: dict[str, Any]  # from `resume.describe_run`
-    model: ModelConfig  # resolved for the device
     params: Params  # their average, if the run keeps one
 
     @property
     def tokenizer(self) -> Tokenizer:
         """An own tokenizer is in the checkpoint, so that it needs no token files."""
-        return _tokenizer(self.model, self.meta)
+        return _tokenizer(self.config.model, self.meta)
 
 
 class LoadedModel(NamedTuple):
@@ -46,38 +47,65 @@ class LoadedModel(NamedTuple):
     tokenizer: TokenizerProtocol
 
 
-def restore(
-    workdir: Path,
-    step: int | None,
-    platform: str,
-    precision: str = "auto",
-    meanwhile: Callable[[ModelConfig, Tokenizer], None] | None = None,
-) -> Checkpoint:
+def restore(workdir: Path, step: int | None, platform: str) -> Checkpoint:
     """Restores the model of a run's checkpoint.
 
     Args:
         workdir: of the run.
         step: that of the checkpoint; None: the best step's, if the run keeps it, or else the newest that is whole.
-        platform, precision: those of the computation.
-        meanwhile: called in a thread while the weights are read, with the model as resolved for the device. Not on an
-            Apple GPU, whose plugins may not expect two threads.
+        platform: that of the computation.
 
     Raises UsageError if there is no such checkpoint.
     """
-    if not (workdir / CHECKPOINTS).is_dir():
-        raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
-    device = backend.start(platform)
 
-    def load(checkpoints: Checkpoints, step: int) -> Checkpoint:
+    def read(device: jax.Device, checkpoints: Checkpoints, step: int) -> Checkpoint:
         meta = checkpoints.meta(step)
         config = from_config_dict(meta["config"])
-        model = _resolve(config.model, device, precision)
-        with ThreadPoolExecutor(1) as thread:
-            if meanwhile and not backend.on_apple(device):
-                thread.submit(meanwhile, model, _tokenizer(model, meta))
-            params = checkpoints.weights(step, param_shapes(model), SingleDeviceSharding(device))
-        return Checkpoint(step, config, meta, model, params)
+        params = checkpoints.weights(step, param_shapes(config.model), SingleDeviceSharding(device))
+        return Checkpoint(step, config, meta, params)
 
+    return _newest(workdir, step, platform, read)
+
+
+def load_run(
+    workdir: Path,
+    step: int | None,
+    platform: str,
+    precision: str,
+    meanwhile: Callable[[ModelConfig, Tokenizer], None],
+) -> tuple[int, LoadedModel]:
+    """Loads the model of a run's checkpoint; returns its step too.
+
+    Args:
+        workdir, step: as for `restore`.
+        platform, precision: those of the computation.
+        meanwhile: called in a thread while the weights are read, with the model as resolved for the device, if the
+            device may be used by two threads.
+
+    Raises UsageError as `restore`.
+    """
+
+    def read(device: jax.Device, checkpoints: Checkpoints, step: int) -> tuple[int, LoadedModel]:
+        meta = checkpoints.meta(step)
+        model = _resolve(from_config_dict(meta["config"]).model, device, precision)
+        tokenizer = _tokenizer(model, meta)
+        with ThreadPoolExecutor(1) as thread:
+            if backend.takes_threads(device):
+                thread.submit(meanwhile, model, tokenizer)
+            weights = checkpoints.weights(step, param_shapes(model), SingleDeviceSharding(device))
+            weights = prepare_decode_params(model, weights)  # frees those of the checkpoint
+        return step, LoadedModel(model, weights, tokenizer)
+
+    return _newest(workdir, step, platform, read)
+
+
+def _newest(
+    workdir: Path, step: int | None, platform: str, read: Callable[[jax.Device, Checkpoints, int], Result]
+) -> Result:
+    """What `read` returns for the checkpoint that `restore` describes."""
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
+    load = partial(read, backend.start(platform))
     best = saved_steps(workdir / BEST)
     if best and step in (None, *best):
         try:

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxlm.config import Config
 from jaxlm.core.model import loss_and_gradient
-from jaxlm.core.ops.apple import HostLoopStep
 from jaxlm.core.parameters import Params, parameter_table
 from jaxlm.core.sharding import FSDP, ROWS, state_shardings, state_specs
 from jaxlm.core.train_step import TrainState, init_state, make_train_step
@@ -90,20 +89,11 @@ def step_memory(config: Config, compiled: Any) -> Memory | None:
     """The memory of a compiled step; None if the platform gives no analysis.
 
     The sum of the arguments (weights, moments, accumulated gradients, one micro-batch), the results that do not alias
-    them, and the temporaries. A host-loop step reuses no buffer: its memory is that of the program with the highest
-    peak and of the arrays that exist beside it.
+    them, and the temporaries.
     """
-    state = state_shapes(config)
     try:
-        if isinstance(compiled, HostLoopStep):
-            accumulator = _size(jax.eval_shape(make_train_step(config).start, state.params))
-            beside = {"start": 0, "accumulate_chunk": accumulator, "update": accumulator}
-            programs = {name: getattr(compiled, name).memory_analysis() for name in beside}
-            peak = max(beside[name] + _allocated(program) for name, program in programs.items())
-            step = _size((state, batch_shape(config))) + peak
-        else:
-            analysis = compiled.memory_analysis()
-            step = analysis.argument_size_in_bytes + _allocated(analysis)
+        analysis = compiled.memory_analysis()
+        step = analysis.argument_size_in_bytes + _allocated(analysis)
     except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
         return None
     least = min_memory(config)

@@ -1,7 +1,9 @@
 """The operations for an Apple GPU, whose plugins take no loop and no conditional: all is unrolled or on the host."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -34,6 +36,7 @@ class HostLoopStep:
     accumulate_chunk: Any
     update: Any
     chunks: int
+    argument_bytes: int = 0  # of the state and a micro-batch, once it is lowered
 
     def __call__(self, state: Any, ids_BT: jax.Array) -> tuple[Any, Any]:
         accumulator = self.start(state.params)
@@ -49,11 +52,27 @@ class HostLoopStep:
             self.accumulate_chunk.lower(state.params, accumulator, ids_BT),
             self.update.lower(state, accumulator),
             self.chunks,
+            sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, ids_BT))),
         )
 
     def compile(self) -> "HostLoopStep":
         """Compiles what `lower` gave."""
-        return HostLoopStep(self.start.compile(), self.accumulate_chunk.compile(), self.update.compile(), self.chunks)
+        start, accumulate_chunk, update = (p.compile() for p in (self.start, self.accumulate_chunk, self.update))
+        return HostLoopStep(start, accumulate_chunk, update, self.chunks, self.argument_bytes)
+
+    def memory_analysis(self) -> SimpleNamespace:
+        """The bytes of what `compile` gave, as a compiled `jax.jit` tells them.
+
+        No buffer is reused: they are those of the program with the highest peak and of the arrays that exist beside it.
+        """
+        start, *others = (program.memory_analysis() for program in (self.start, self.accumulate_chunk, self.update))
+        peak = max(_allocated(start), *(start.output_size_in_bytes + _allocated(other) for other in others))
+        sizes = {"temp_size_in_bytes": peak, "output_size_in_bytes": 0, "alias_size_in_bytes": 0}
+        return SimpleNamespace(argument_size_in_bytes=self.argument_bytes, **sizes)
+
+
+def _allocated(analysis: Any) -> int:
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
 
 def train_step(start: Callable, accumulate_chunk: Callable, update: Callable, chunks: int) -> HostLoopStep:
