@@ -200,10 +200,7 @@ def read_flags(argv: list[str]) -> Flags:
     overridden = re.findall(r"(?m)^--?(?:no)?config\.([\w.]+)", "\n".join(argv))
     for setting in overridden:
         check_name(setting)
-    remat = [word for word in others if re.match(r"--?(no)?config\.model\.remat\b", word)]
-    automatic = {"remat": None} if remat and remat[-1].endswith("=None") else {}  # absl takes no None for a boolean
-    replaced = [word for word in remat if automatic or word.endswith("=None")]
-    words = ["jaxlm.main", f"--config={config_file}", *(word for word in others if word not in replaced)]
+    words = ["jaxlm.main", f"--config={config_file}", *others]
     values = define_flags(words)
     try:
         rest = values(words)
@@ -220,13 +217,12 @@ def read_flags(argv: list[str]) -> Flags:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags begin with --{several_paths}")
     settings = _without_old_names_of(overridden, settings)
     several = {name: value for name in ("corpus", "exclude") if (value := getattr(args, name)) is not None}
-    for group, chosen in (("data", several), ("model", automatic)):
-        if chosen and isinstance(settings, dict) and isinstance(settings.setdefault(group, {}), dict):
-            settings[group] |= chosen
+    if several and isinstance(settings, dict) and isinstance(settings.setdefault("data", {}), dict):
+        settings["data"] |= several
     workdir = path(values.workdir) if values.workdir else Path("runs", config_file.stem)
     config = _with_homes(from_config_dict(settings))
-    processes = values.coordinator, values.processes, values.process
-    return Flags(config, workdir, values.force, values.show, values.trackio, *processes, config_file, overridden)
+    group = values.coordinator, values.processes, values.process
+    return Flags(config, workdir, values.force, values.show, values.trackio, *group, config_file, overridden)
 
 
 def _with_homes(config: Config) -> Config:

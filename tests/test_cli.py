@@ -211,22 +211,6 @@ def test_an_unknown_flag_of_any_command_is_named_with_the_nearest():
         importlib.import_module("jaxlm.plan").main(["--stepz", "3"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "remat"),
-    [
-        ([], True),
-        (["--config.model.remat=None"], None),
-        (["-config.model.remat=None"], None),
-        (["--config.model.remat=false", "--config.model.remat=None"], None),
-        (["--config.model.remat=None", "--config.model.remat=false"], False),
-        (["--config.model.remat=None", "--noconfig.model.remat"], False),
-    ],
-)
-def test_a_flag_lets_the_memory_decide_about_remat_where_a_preset_sets_it(flags, remat):
-    config, _ = read_config(["--config=m2_60m", *flags])
-    assert config.model.remat is remat
-
-
 def test_an_abbreviation_and_a_flag_of_jaxlm_main_are_known():
     parser = ArgumentParser(prog="command")
     parser.add_argument("--temperature")
