@@ -155,7 +155,7 @@ class ModelConfig:
     output_init: str = setting("scaled", "output matrices; scaled: 0.02/sqrt(2 layers)", ("scaled", "zero"), fixed=True)
     precision: str = setting("auto", "float32, bf16 (mixed precision) or bf16_matmul; weights are float32", PRECISIONS)
     implementation: str = setting("auto", "xla (plain JAX), cpu, cuda, hopper (H100, H200) or apple", IMPLEMENTATIONS)
-    remat: bool | None = setting(None, "recompute blocks backward: less memory, a fifth more work. None: if needed")
+    remat: bool | None = setting(None, "recompute blocks backward: less memory, a sixth more work. None: if needed")
 
     def __post_init__(self):
         check_values(self, "model.")
