@@ -397,6 +397,7 @@ TABLES: dict[str, list[Trial]] = {
                 "tied head": {"model__tied": True},
                 "without QK-norm": {"model__qk_norm": False},
                 "480 steps of 12 sequences": {"batch_size": 12, "max_steps": 480},
+                "850 steps of 12 sequences": {"batch_size": 12, "max_steps": 850},
                 "1,170 steps of 12 sequences": {"batch_size": 12, "max_steps": 1170},
             }.items()
         ],
