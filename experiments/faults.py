@@ -88,6 +88,7 @@ SHORT = (  # one of each kind
     "SIGKILL with saves by time",
     "SIGKILL while the final model is written",
     "SIGKILL in the middle of a line",
+    "SIGKILL in the first compilation",
     "SIGKILL while preparing the data",
     "SIGKILL with a person's files in our folders",
     "SIGKILL in a folder with an odd name",

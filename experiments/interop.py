@@ -35,6 +35,7 @@ from jaxlm.core.model import loss_and_gradient, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, val_batches
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.device import backend
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import named_tensors, write_model
 from jaxlm.main import open_data
@@ -216,8 +217,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of a finished run")
     args = parser.parse_args()
     checkpoint = restore(args.workdir, None, "cpu")
-    step, run, _, model, params = checkpoint
-    config = replace(run, model=model)
+    step, params = checkpoint.step, checkpoint.params
+    config = backend.resolve_run(checkpoint.config, jax.local_devices(backend="cpu")[0])
     tokens = open_data(config)
     print("| model | program | compared | largest difference |\n|---|---|---|---|")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 from selenium import webdriver
 
@@ -27,6 +28,7 @@ from jaxlm.core.parameters import Parameter, leaves_by_path, tree_of
 from jaxlm.core.train_step import make_eval_step
 from jaxlm.data.token_files import bits_per_byte, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.device import backend
 from jaxlm.interop.html import write_page
 from jaxlm.main import open_data
 from jaxlm.run.load import restore
@@ -91,8 +93,9 @@ def time_page(file: Path) -> list[str]:
 
 
 def print_bits(workdir: Path) -> None:
-    checkpoint = restore(workdir, None, "cpu", "float32")
-    config, leaves = replace(checkpoint.config, model=checkpoint.model), leaves_by_path(checkpoint.params)
+    checkpoint = restore(workdir, None, "cpu")
+    config = replace(checkpoint.config, model=replace(checkpoint.config.model, precision="float32"))
+    config, leaves = backend.resolve_run(config, jax.devices()[0]), leaves_by_path(checkpoint.params)
     tokens, eval_step = open_data(config), make_eval_step(config)
     print("\n| weights | bits per byte |\n|---|---|")
     for dtype in ("f32", *DTYPES):

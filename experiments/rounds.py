@@ -1,4 +1,4 @@
-"""What a table says of the rounds of a measurement: the median, the least and the greatest."""
+"""Formats the rounds of a measurement: the median, the least and the greatest."""
 
 from collections.abc import Iterable
 from statistics import median

@@ -80,6 +80,7 @@ def test_three_commands_train_on_a_folder_write_and_make_a_file_to_send(tmp_path
             run(training, *SMALL)
         console = capsys.readouterr().out
         assert "letters has changed: the run resumes with the tokens that it began with" in console
+        assert config_of("runs/mine").model.width == LADDER[0].width
         command = re.search(r"To train its model on the new text: (.*)", console)[1]
         run(command)
         assert "Done: 6 steps" in capsys.readouterr().out

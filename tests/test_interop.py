@@ -4,13 +4,13 @@ llama.cpp is compared if it is installed, which takes five minutes:
 CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install llama-cpp-python==0.3.36
 """
 
-import dataclasses
 import json
 import os
 import runpy
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +19,7 @@ from jaxlm.config import Config, ModelConfig
 from jaxlm.core.decoder import Decoder
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.device.backend import resolve_run
 from jaxlm.export import main as export
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import ForeignTokenizer, read_params
@@ -46,7 +47,7 @@ def run(tmp_path_factory):
     sizes = [f"--config.model.{name}={size}" for name, size in SIZES.items()]
     tiny_run.train("run", *every, *sizes, "--config.data.corpus=text.txt", config=str(QUICKSTART))
     checkpoint = restore(place / "run", None, "cpu")
-    checkpoint = checkpoint._replace(config=dataclasses.replace(checkpoint.config, model=checkpoint.model))
+    checkpoint = checkpoint._replace(config=resolve_run(checkpoint.config, jax.devices("cpu")[0]))
     yield place / "run", checkpoint, open_data(checkpoint.config)
     os.chdir(before)
 
@@ -74,7 +75,7 @@ def subject(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("subject")
     if request.param == "trained":
         _, checkpoint, tokens = request.getfixturevalue("run")
-        ids = np.array(tokens.val[: checkpoint.model.context], np.int64)
+        ids = np.array(tokens.val[: checkpoint.config.model.context], np.int64)
         return interop.export(place, checkpoint.config, checkpoint.params, checkpoint.tokenizer), ids
     sizes = {"context": 128, "layers": 2, "heads": 4, "width": 64, "mlp_width": 160}
     if request.param == "shared":
@@ -103,11 +104,11 @@ def test_logits_gradients_texts_and_token_ids_are_those_of_jaxlm(monkeypatch, ou
 def test_llama_cpp_reads_the_smaller_files(run, tmp_path, dtype, tolerance):
     llama_cpp = pytest.importorskip("llama_cpp")
     _, checkpoint, tokens = run
-    write_gguf(tmp_path / "model.gguf", checkpoint.model, checkpoint.params, checkpoint.tokenizer, dtype)
+    write_gguf(tmp_path / "model.gguf", checkpoint.config.model, checkpoint.params, checkpoint.tokenizer, dtype)
     model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, logits_all=True, verbose=False)
     ids = np.array(tokens.val[:128], np.int64)
     model.eval(ids.tolist())
-    subject = interop.Subject(checkpoint.model, checkpoint.params, checkpoint.tokenizer, Path(), Path())
+    subject = interop.Subject(checkpoint.config.model, checkpoint.params, checkpoint.tokenizer, Path(), Path())
     ours = interop.logits(subject, ids)
     assert interop.worst(model.scores[:128], ours) < tolerance
 

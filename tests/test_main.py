@@ -314,7 +314,7 @@ def test_unsound_accelerator_is_refused_before_anything_is_written(monkeypatch):
 
 def test_run_that_does_not_fit_in_memory_is_refused_unless_forced(monkeypatch):
     smallest = min_memory(tiny_run.config_of(DONE))
-    least = smallest.total + 10**12 + writer_bytes(smallest.checkpoint_copy)
+    least = smallest.total + 10**12 + writer_bytes(smallest.checkpoint_copy, in_own_pages=True)
     message = "python -m jaxlm.plan"
     monkeypatch.setattr(memory.measure, "peak_bytes", lambda device: 10**12)
     monkeypatch.setattr(user_cache, "get", lambda *key: None)

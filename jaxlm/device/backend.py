@@ -187,8 +187,8 @@ def takes_threads(device: jax.Device) -> bool:
     return not on_apple(device)
 
 
-def analysing(device: jax.Device) -> AbstractContextManager[Any]:
-    """The context in which to compile what shall say its memory: Apple's plugins do not, so for the CPU there."""
+def where_memory_is_analysed(device: jax.Device) -> AbstractContextManager[Any]:
+    """The context in which to compile a step whose memory is asked for: Apple's plugins tell none, so for the CPU."""
     return jax.default_device(jax.local_devices(backend="cpu")[0]) if on_apple(device) else nullcontext()
 
 

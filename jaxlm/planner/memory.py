@@ -28,7 +28,7 @@ def memory_of(config: Config, device: jax.Device, show: ShowProgress) -> Memory:
     if cached := _cached(config, device):
         return cached
     show(f"compiling (microbatch_chunks {config.microbatch_chunks}, remat {config.model.remat})", 0.0)
-    with backend.analysing(device):
+    with backend.where_memory_is_analysed(device):
         if is_here(config, device):
             memory = step_memory(config, compile_step(config, make_mesh(config, device)))
         else:
@@ -71,7 +71,9 @@ def _with_process(config: Config, device: jax.Device, memory: Memory | None, all
     """
     least = memory or min_memory(config)
     if device.platform != "gpu":
-        process = max(measure.peak_bytes(device) - allocated, 0) + writer_bytes(least.checkpoint_copy)
+        in_own_pages = device.platform == "cpu" and config.mesh.devices == 1  # as `snapshot` copies
+        buffers = writer_bytes(least.checkpoint_copy, in_own_pages)
+        process = max(measure.peak_bytes(device) - allocated, 0) + buffers
         least = dataclasses.replace(least, process=process)
     if memory:
         user_cache.put("run_memory", measure.key(config, device), dataclasses.asdict(least))

@@ -64,7 +64,7 @@ def restore(workdir: Path, step: int | None, platform: str) -> Checkpoint:
         params = checkpoints.weights(step, param_shapes(config.model), SingleDeviceSharding(device))
         return Checkpoint(step, config, meta, params)
 
-    return _newest(workdir, step, platform, read)
+    return _read_checkpoint(workdir, step, platform, read)
 
 
 def load_run(
@@ -92,17 +92,16 @@ def load_run(
         with ThreadPoolExecutor(1) as thread:
             if backend.takes_threads(device):
                 thread.submit(meanwhile, model, tokenizer)
-            weights = checkpoints.weights(step, param_shapes(model), SingleDeviceSharding(device))
-            weights = prepare_decode_params(model, weights)  # frees those of the checkpoint
-        return step, LoadedModel(model, weights, tokenizer)
+            params = checkpoints.weights(step, param_shapes(model), SingleDeviceSharding(device))
+        return step, LoadedModel(model, prepare_decode_params(model, params), tokenizer)
 
-    return _newest(workdir, step, platform, read)
+    return _read_checkpoint(workdir, step, platform, read)
 
 
-def _newest(
+def _read_checkpoint(
     workdir: Path, step: int | None, platform: str, read: Callable[[jax.Device, Checkpoints, int], Result]
 ) -> Result:
-    """What `read` returns for the checkpoint that `restore` describes."""
+    """What `read` returns for the checkpoint of `step`; None: for the best, if kept, or the newest whole."""
     if not (workdir / CHECKPOINTS).is_dir():
         raise UsageError(f"{workdir} holds no checkpoints: name the --workdir of a run")
     load = partial(read, backend.start(platform))

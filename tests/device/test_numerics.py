@@ -317,18 +317,26 @@ BLOCKS = {f"gradient of blocks/{name}: scale" for name in ("query", "key", "valu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "named"),
+    ("precision", "fault", "named"),
     [
-        (weight_gradients(0.95), BLOCKS),
-        (attention(lambda q: 1.1 * q), {"gradient of blocks/query: scale"}),
-        (attention(lambda q: q[:, :, ::-1]), {"gradient of blocks/query", "gradient of blocks/query: scale"}),
-        (optimizer(weight_decay=0.0), {"update of blocks/query"}),
-        (optimizer(b2=0.999), {"update of blocks/query"}),
+        ("float32", weight_gradients(0.999), BLOCKS),
+        ("bf16", weight_gradients(0.95), BLOCKS),
+        ("bf16", attention(lambda q: 1.1 * q), {"gradient of blocks/query: scale"}),
+        ("bf16", attention(lambda q: q[:, :, ::-1]), {"gradient of blocks/query", "gradient of blocks/query: scale"}),
+        ("bf16", optimizer(weight_decay=0.0), {"update of blocks/query"}),
+        ("bf16", optimizer(b2=0.999), {"update of blocks/query"}),
     ],
-    ids=["gradients x 0.95", "logits x 1.1", "heads swapped", "no weight decay", "second moment"],
+    ids=[
+        "gradients x 0.999, float32",
+        "gradients x 0.95",
+        "logits x 1.1",
+        "heads swapped",
+        "no weight decay",
+        "second moment",
+    ],
 )
-def test_a_fault_of_scale_is_found_beside_rounding(monkeypatch, expected, fault, named):
-    config = with_model(precision="bf16")
+def test_a_fault_of_scale_is_found_beside_rounding(monkeypatch, expected, precision, fault, named):
+    config = with_model(precision=precision)
     assert_trains_right(monkeypatch, expected, config)
     assert failing_parts(monkeypatch, expected, config, "training", fault) >= named
 

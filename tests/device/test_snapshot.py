@@ -1,5 +1,8 @@
 """The copy that a save writes: it stays while training goes on, and its memory returns."""
 
+import errno
+import mmap
+import os
 import subprocess
 import sys
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.device.snapshot import snapshot
+from jaxlm.errors import RunError
 
 RETURNED = """
 import jax, jax.numpy as jnp
@@ -40,6 +44,15 @@ def test_a_snapshot_has_the_same_numbers_and_outlives_the_original():
     for leaf, numbers in zip(jax.tree.leaves(copy), jax.tree.leaves(expected), strict=True):
         assert (leaf.shape, leaf.dtype) == (numbers.shape, numbers.dtype)
         np.testing.assert_array_equal(leaf, numbers)
+
+
+def test_a_system_without_memory_for_it_is_told_apart_from_a_disk(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(RunError, match="out of memory"):
+        snapshot([jnp.ones(3)])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -43,12 +43,10 @@ class Transposed(NamedTuple):
         bfloat16 w for one row, but not for two.
         """
         N, x_lowp_ND, w_FD = len(x_ND), x_ND.astype(dtype), self.w_FD.astype(dtype)
-        if w_FD.dtype == jnp.bfloat16:
-            rows = max(N, 2)
-        elif N == 1:
+        is_bfloat16 = w_FD.dtype == jnp.bfloat16
+        if N == 1 and not is_bfloat16:
             return jnp.einsum("ND,FD->NF", x_lowp_ND, w_FD)
-        else:
-            rows = N + -N % ROW_GROUP
+        rows = max(N, 2) if is_bfloat16 else N + -N % ROW_GROUP
         x_lowp_ND = jnp.pad(x_lowp_ND, ((0, rows - N), (0, 0)))
         out_FN = jnp.einsum("FD,ND->FN", w_FD, x_lowp_ND, preferred_element_type=x_ND.dtype)
         return jax.lax.optimization_barrier(out_FN)[:, :N].T
