@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from jaxlm.cli import PRESETS
 from jaxlm.planner import sizes
 from jaxlm.planner.measure import BenchmarkResult
-from tests.tiny_run import config_of, is_one_line, rows, workplace, write_text
+from tests.tiny_run import assert_same_bits, config_of, is_one_line, rows, saved_state, workplace, write_text
 
 README = Path(__file__).parents[1] / "README.md"
 LADDER = sizes.LADDER
@@ -75,10 +76,14 @@ def test_three_commands_train_on_a_folder_write_and_make_a_file_to_send(tmp_path
 
         write_text(Path("letters/another day.txt"), seed=9)
         capsys.readouterr()
+        whole = saved_state("runs/mine", 6)
+        shutil.rmtree("runs/mine/checkpoints/6")
         with monkeypatch.context() as patch:
             patch.setattr(sizes, "LADDER", LADDER[1:])  # what would be chosen now
             run(training, *SMALL)
         console = capsys.readouterr().out
+        assert "Resuming from step 3" in console
+        assert_same_bits(saved_state("runs/mine", 6), whole)
         assert "letters has changed: the run resumes with the tokens that it began with" in console
         assert config_of("runs/mine").model.width == LADDER[0].width
         command = re.search(r"To train its model on the new text: (.*)", console)[1]
