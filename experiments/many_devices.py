@@ -28,6 +28,7 @@ import numpy as np
 
 from configs import m2_60m
 from experiments.cleanup import no_child_left
+from experiments.rounds import ratios
 from experiments.throughput import run
 from jaxlm.config import Config, MeshConfig, from_config_dict
 from jaxlm.core.train_step import init_state
@@ -170,13 +171,13 @@ def main() -> None:
     )
     print("|---" * 11 + "|")
     for program in programs:
-        ratios = sorted(rate / one for rate, one in zip(program.rates, programs[0].rates, strict=True))
+        to_one = sorted(ratios(program.rates, programs[0].rates))
         state, temporaries = program.megabytes()
         sent, hidden = sends(program) if program.mesh else (0.0, 0.0)
         loss = "" if program.loss is None else f"{program.loss:.4f}"
         print(
             f"| jaxlm | {program.layout.name} | {program.layout.devices} | {median(program.rates):,.0f} |"
-            f" **{median(ratios):.2f}** | {ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f} |"
+            f" **{median(to_one):.2f}** | {to_one[len(to_one) // 4]:.2f} to {to_one[-1 - len(to_one) // 4]:.2f} |"
             f" {state:,.0f} | {temporaries:,.0f} | {sent:.2f} | {hidden:.0%} | {loss} |",
             flush=True,
         )

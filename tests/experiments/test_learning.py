@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,18 +148,14 @@ def test_another_loss_and_its_gradient_are_those_of_float64(name, monkeypatch):
 def test_windows_of_documents_end_with_them_and_those_of_the_text_follow_each_other():
     documents = [list(range(1, 8)), list(range(20, 29)), list(range(40, 42))]
     ids = np.array([token for document in documents for token in (*document, 0)], np.uint16)
-    for row in (row for batch in take(orders.batches("documents", ids, 0, 3, 2, seed=1), 6) for row in batch):
+    for row in (row for batch in islice(orders.batches("documents", ids, 0, 3, 2, seed=1), 6) for row in batch):
         document = next(document for document in documents if row[0] in document)
         begin = document.index(row[0])
         assert begin % 3 == 0
         assert row.tolist() == [*document, 0][begin : begin + 4]
-    text = [row for batch in take(orders.batches("text", ids, 0, 3, 2, seed=1), 3) for row in batch]
+    text = [row for batch in islice(orders.batches("text", ids, 0, 3, 2, seed=1), 3) for row in batch]
     assert len({tuple(row) for row in text}) == 6  # all windows
     assert sum(row[-1] == after[0] for row, after in pairwise(text)) >= 4  # the last one is followed by the first
-
-
-def take(stream, number):
-    return [next(stream) for _ in range(number)]
 
 
 def test_the_page_has_the_tables_that_its_commands_print():
