@@ -35,11 +35,10 @@ from jaxlm.core.model import loss_and_gradient, prepare_decode_params
 from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import TokenFiles, bits_per_byte, val_batches
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
-from jaxlm.device import backend
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import named_tensors, write_model
 from jaxlm.main import open_data
-from jaxlm.run.load import restore
+from jaxlm.run.load import Checkpoint, resolved, restore
 from jaxlm.storage.jsonl import rows_up_to
 
 GREEDY_TOKENS = 200
@@ -212,13 +211,19 @@ def compare(subject: Subject, ids: np.ndarray) -> Iterator[tuple[str, str, float
             yield program, compared, difference
 
 
+def restore_on_cpu(workdir: Path, precision: str = "auto") -> Checkpoint:
+    """The checkpoint of a run, with its model resolved for the CPU."""
+    checkpoint = restore(workdir, None, "cpu")
+    model = resolved(checkpoint.config.model, jax.local_devices(backend="cpu")[0], precision)
+    return checkpoint._replace(config=replace(checkpoint.config, model=model))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="of a finished run")
     args = parser.parse_args()
-    checkpoint = restore(args.workdir, None, "cpu")
-    step, params = checkpoint.step, checkpoint.params
-    config = backend.resolve_run(checkpoint.config, jax.local_devices(backend="cpu")[0])
+    checkpoint = restore_on_cpu(args.workdir)
+    step, config, params = checkpoint.step, checkpoint.config, checkpoint.params
     tokens = open_data(config)
     print("| model | program | compared | largest difference |\n|---|---|---|---|")
 

@@ -12,26 +12,22 @@ import argparse
 import re
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
-import jax
 import numpy as np
 from selenium import webdriver
 
 from experiments.cleanup import temporary_folder
-from experiments.interop import random_params
+from experiments.interop import random_params, restore_on_cpu
 from jaxlm.cli import PRESETS, path, read_config
 from jaxlm.core.parameters import Parameter, leaves_by_path, tree_of
 from jaxlm.core.train_step import make_eval_step
 from jaxlm.data.token_files import bits_per_byte, val_batches
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.device import backend
 from jaxlm.interop.html import write_page
 from jaxlm.main import open_data
-from jaxlm.run.load import restore
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 DTYPES = ("f16", "q8_0")
@@ -93,9 +89,8 @@ def time_page(file: Path) -> list[str]:
 
 
 def print_bits(workdir: Path) -> None:
-    checkpoint = restore(workdir, None, "cpu")
-    config = replace(checkpoint.config, model=replace(checkpoint.config.model, precision="float32"))
-    config, leaves = backend.resolve_run(config, jax.devices()[0]), leaves_by_path(checkpoint.params)
+    checkpoint = restore_on_cpu(workdir, "float32")
+    config, leaves = checkpoint.config, leaves_by_path(checkpoint.params)
     tokens, eval_step = open_data(config), make_eval_step(config)
     print("\n| weights | bits per byte |\n|---|---|")
     for dtype in ("f32", *DTYPES):

@@ -10,7 +10,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -19,12 +18,11 @@ from jaxlm.config import Config, ModelConfig
 from jaxlm.core.decoder import Decoder
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.device.backend import resolve_run
 from jaxlm.export import main as export
 from jaxlm.interop.gguf import write_gguf
 from jaxlm.interop.huggingface import ForeignTokenizer, read_params
 from jaxlm.main import open_data
-from jaxlm.run.load import load, restore
+from jaxlm.run.load import load
 from jaxlm.sample import main as sample
 from jaxlm.storage.jsonl import rows_up_to
 from tests import tiny_run
@@ -46,8 +44,7 @@ def run(tmp_path_factory):
     every = [f"--config.{name}={STEPS}" for name in ("max_steps", "save_interval", "generation_interval")]
     sizes = [f"--config.model.{name}={size}" for name, size in SIZES.items()]
     tiny_run.train("run", *every, *sizes, "--config.data.corpus=text.txt", config=str(QUICKSTART))
-    checkpoint = restore(place / "run", None, "cpu")
-    checkpoint = checkpoint._replace(config=resolve_run(checkpoint.config, jax.devices("cpu")[0]))
+    checkpoint = interop.restore_on_cpu(place / "run")
     yield place / "run", checkpoint, open_data(checkpoint.config)
     os.chdir(before)
 

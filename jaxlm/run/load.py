@@ -87,7 +87,7 @@ def load_run(
 
     def read(device: jax.Device, checkpoints: Checkpoints, step: int) -> tuple[int, LoadedModel]:
         meta = checkpoints.meta(step)
-        model = _resolve(from_config_dict(meta["config"]).model, device, precision)
+        model = resolved(from_config_dict(meta["config"]).model, device, precision)
         tokenizer = _tokenizer(model, meta)
         with ThreadPoolExecutor(1) as thread:
             if backend.takes_threads(device):
@@ -132,7 +132,7 @@ def load(folder: Path, platform: str, precision: str = "auto") -> LoadedModel:
     config = read_sizes(folder)
     tokenizer, params = read_tokenizer(folder, config.vocab_size), read_params(folder, config)
     device = backend.start(platform)
-    model = _resolve(config, device, precision)
+    model = resolved(config, device, precision)
     return LoadedModel(model, prepare_decode_params(model, jax.device_put(params, device)), tokenizer)
 
 
@@ -146,6 +146,7 @@ def _tokenizer(model: ModelConfig, meta: Mapping[str, Any]) -> Tokenizer:
     return from_bytes(vocabulary.encode()) if vocabulary else load_tokenizer(model.vocab_size)
 
 
-def _resolve(model: ModelConfig, device: jax.Device, precision: str) -> ModelConfig:
+def resolved(model: ModelConfig, device: jax.Device, precision: str = "auto") -> ModelConfig:
+    """The sizes of `model`, to be computed on `device`, whatever computed them before."""
     unresolved = dataclasses.replace(model, precision=precision, implementation="auto")
     return backend.resolve(unresolved, device)
