@@ -141,19 +141,19 @@ def violations(operation: Any, platform: str) -> Iterator[Violation]:
         if target not in CONVERTED[platform]["custom_calls"]:
             reasons.append(f"calls {target}, which is not there")
     elif name == "gather":
-        numbers = stablehlo.GatherDimensionNumbers(operation.attributes["dimension_numbers"])
-        reasons += ["batched, which jax-metal's StableHLO does not know"] * bool(numbers.operand_batching_dims)
+        gather = stablehlo.GatherDimensionNumbers(operation.attributes["dimension_numbers"])
+        reasons += ["batched, which jax-metal's StableHLO does not know"] * bool(gather.operand_batching_dims)
     elif name == "scatter":
-        numbers = stablehlo.ScatterDimensionNumbers(operation.attributes["scatter_dimension_numbers"])
-        reasons += ["batched, which jax-metal's StableHLO does not know"] * bool(numbers.input_batching_dims)
+        scatter = stablehlo.ScatterDimensionNumbers(operation.attributes["scatter_dimension_numbers"])
+        reasons += ["batched, which jax-metal's StableHLO does not know"] * bool(scatter.input_batching_dims)
     elif name == "dot_general":
-        numbers = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
-        sizes = [operation.operands[0].type.shape[axis] for axis in numbers.lhs_contracting_dimensions]
+        dot = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
+        sizes = [operation.operands[0].type.shape[axis] for axis in dot.lhs_contracting_dimensions]
         if math.prod(sizes) >= CONTRACTION_LIMIT:
             reasons.append(
                 f"contracts {math.prod(sizes):,} numbers, {CONTRACTION_LIMIT:,} or more (pytorch/pytorch#195163)"
             )
-        if len(sizes) > 1 and numbers.lhs_batching_dimensions:
+        if len(sizes) > 1 and dot.lhs_batching_dimensions:
             reasons.append("a batched matmul with two contracted axes (jax-ml/jax#20114)")
     for reason in reasons:
         yield Violation(name, reason, line_of(operation))

@@ -113,8 +113,9 @@ class Session:
         elif event in DESCRIPTORS:
             descriptors = [arguments[i] for i in DESCRIPTORS[event]] or [-1]
             places = [self.place(*pair) for pair in zip(arguments, descriptors, strict=False)]
-            if all(places):
-                self.happens(" ".join([event.removeprefix("os."), *places]))
+            ours = [place for place in places if place]
+            if ours == places:
+                self.happens(" ".join([event.removeprefix("os."), *ours]))
 
     def refuse(self, what: str) -> None:
         if number := self.refused.get(what):

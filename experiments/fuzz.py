@@ -36,6 +36,7 @@ PRODUCTS = re.compile(  # the names of files that a command writes
     r"|(vocab|(generation_)?config|tokenizer(_config)?)\.json|.+\.(gguf|Modelfile|html)"
 )
 MAX_SECONDS, MAX_CHARACTERS = 10.0, 5_000  # of a case; of a message, as a path may have 4,096
+EXAMPLES = 5  # of each failure
 
 
 def try_case(seed: int, kind: str, number: int | str) -> tuple[str, str, str]:
@@ -124,8 +125,9 @@ def main(argv: list[str]) -> int:
         counts = [sum(map(len, cases[kind, verdict].values())) for verdict in ("accepted", "refused", "failed")]
         columns = (sum(counts), *counts, len(cases[kind, "refused"]))
         print(f"{kind:<14} | {' | '.join(f'{count:8,}' for count in columns)}")
-    for reason, names in (failures := [item for kind in KINDS for item in cases[kind, "failed"].items()]):
-        print(f"\n{reason}\n  python -m experiments.fuzz --seed {args.seed} --only {' --only '.join(names)}")
+    for reason, cases_of_it in (failures := [item for kind in KINDS for item in cases[kind, "failed"].items()]):
+        print(f"\n{reason}, {len(cases_of_it)} times")
+        print(f"  python -m experiments.fuzz --seed {args.seed} --only {' --only '.join(cases_of_it[:EXAMPLES])}")
     return int(bool(failures))
 
 

@@ -12,9 +12,10 @@ from unittest import mock
 
 import numpy as np
 
-from experiments.fuzz_cases import SIZES, TEXT, VALIDATION, Call, damaged, some_text, zeros
-from jaxlm import export, prepare, sample
+from experiments.fuzz_cases import SIZES, TEXT, VALIDATION, Call, damaged, some_text, take_sample, zeros
+from jaxlm import export, prepare
 from jaxlm.config import Config, ModelConfig, from_config_dict
+from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import TRAIN, VAL, open_tokens
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
 from jaxlm.main import open_data
@@ -170,7 +171,7 @@ def _take_stdin(path: Path) -> None:
     expected = [line.removesuffix(b"\r").decode(errors="replace") for line in lines] if path.stat().st_size else []
     try:
         with path.open(encoding="utf-8") as file, mock.patch.object(sys, "stdin", file):
-            take_sample(["--workdir=run", "--stdin", "--json"])
+            take_sample(["--workdir=run", "--stdin", "--json"], _repeat)
     finally:
         sys.stdout.flush()
         sys.stdout.buffer.seek(0)
@@ -180,20 +181,12 @@ def _take_stdin(path: Path) -> None:
     assert answered == expected, answered
 
 
-def take_sample(words: list[str]) -> None:
-    """Runs `jaxlm.sample` with a model that repeats its prompts."""
-    stand_ins = {
-        "restore": lambda *_: Checkpoint(1, Config(), {}, ModelConfig(), None),
-        "prepare_decode_params": lambda *_: None,
-        "generate": _repeat,
-    }
-    with mock.patch.multiple(sample, **stand_ins):
-        sample.main(words)
-
-
-def _repeat(config, weights, ids, sampling, *_):  # type: ignore[no-untyped-def]
+def _repeat(
+    _: object, __: object, ids: list[list[int]], sampling: SamplingParams, *___: object
+) -> list[list[list[int]]]:
+    """A model that repeats its prompts."""
     assert np.isfinite(sampling.temperature) and sampling.temperature >= 0
-    yield ids
+    return [ids]
 
 
 def sampling(rng: Random) -> Call:
@@ -202,14 +195,14 @@ def sampling(rng: Random) -> Call:
     for name in rng.sample(names, rng.randint(1, 3)):
         usual = {"temperature": "0.8", "top_p": "0.9"}.get(name, "7")
         words.append(f"--{name}={rng.choice((usual, usual, str(rng.randint(-2, 2**33)), *rng.sample(NUMBERS, 2)))}")
-    return partial(take_sample, ["--workdir=run", "--prompt=a", *words])
+    return partial(take_sample, ["--workdir=run", "--prompt=a", *words], _repeat)
 
 
 @cache
 def _restored() -> Checkpoint:
     config = Config(model=ModelConfig(**SIZES, layers=1, heads=2, width=8, mlp_width=8))
     fingerprint = {"tokenizer": "gpt2", "train_sha256": "", "val_sha256": ""}
-    return Checkpoint(7, config, fingerprint, config.model, zeros(config.model))
+    return Checkpoint(7, config, fingerprint, zeros(config.model))
 
 
 def exports(rng: Random) -> Call:

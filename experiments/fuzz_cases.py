@@ -39,7 +39,7 @@ from jaxlm.errors import RunError
 from jaxlm.interop.huggingface import read_params, read_sizes, read_tokenizer, write_model
 from jaxlm.main import open_data
 from jaxlm.prepare import prepare
-from jaxlm.run.load import Checkpoint
+from jaxlm.run.load import LoadedModel
 from jaxlm.run.workdir import check_workdir
 from jaxlm.storage.jsonl import keep_up_to
 
@@ -246,14 +246,14 @@ def arguments(rng: Random) -> Call:
 
 
 def _take_arguments(words: list[str]) -> None:
-    """Runs the command without a model."""
-    checkpoint = Checkpoint(1, Config(), {}, ModelConfig(), None)
-    stand_ins = {
-        "restore": lambda *_: checkpoint,
-        "prepare_decode_params": lambda *_: None,
-        "generate": lambda _, __, ids, *___: [ids],
-    }
-    with mock.patch.multiple(sample, **stand_ins):
+    take_sample(words, lambda _, __, ids, *___: [ids])
+
+
+def take_sample(words: list[str], generate: Callable[..., list[list[list[int]]]]) -> None:
+    """Runs `jaxlm.sample` with `generate` in the place of a model."""
+    model = ModelConfig()
+    loaded = LoadedModel(model, {}, load_tokenizer(model.vocab_size))
+    with mock.patch.object(sample, "load_run", lambda *_: (1, loaded)), mock.patch.object(sample, "generate", generate):
         sample.main(words)
 
 
