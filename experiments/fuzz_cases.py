@@ -17,8 +17,6 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-os.environ.update(JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1")
-
 import jax
 import numpy as np
 from pyarrow import parquet, table
@@ -43,6 +41,7 @@ from jaxlm.run.load import LoadedModel
 from jaxlm.run.workdir import check_workdir
 from jaxlm.storage.jsonl import keep_up_to
 
+jax.config.update("jax_platforms", "cpu")
 SIZES = {"vocab_size": 300, "context": 8}
 TEXT, VALIDATION = "text.txt", 0.1
 WORDS = ("the", " king", "Once upon a time", "a.txt", "novels", "tiny.py", "7", "é", " 漢字", "👩‍👧", "\n")

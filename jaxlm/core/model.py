@@ -7,7 +7,7 @@ of all blocks are stacked along a leading axis L, so that one scan runs them.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -147,13 +147,14 @@ def loss(
     return device_ops.cross_entropy(device_ops, x_ND, head_VD, targets_BT.reshape(-1), c.matmul_dtype)
 
 
+@cache
 def _rope_cos_sin_on_host(length: int, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """`rope_cos_sin` of positions 0 to length - 1, as constants of the traced program.
 
     Otherwise XLA computes a sine and a cosine for each number that they rotate. The CPU computes them, because the
     numerics check has yet to trust the device.
     """
-    with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.core.eval_context(), jax.default_device(jax.local_devices(backend="cpu")[0]):
         return _rope_cos_sin(np.arange(length, dtype=np.int32)[None], c.width // c.heads, c.rope_theta)
 
 

@@ -1,6 +1,6 @@
 """The training state, the jitted micro-step that updates it, and the jitted evaluation."""
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -56,18 +56,22 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
 
     On a mesh each device draws its part only.
     """
-    if not mesh:
-        return _init_state(config)
-    init = partial(_init_state, config, sharding.replica_count(mesh))
-    return jax.jit(init, out_shardings=sharding.state_shardings(config.model, mesh, jax.eval_shape(init)))()
+    program = _init_program(config, mesh)
+    shardings = sharding.state_shardings(config.model, mesh, jax.eval_shape(program)) if mesh else None
+    return jax.jit(program, out_shardings=shardings)()
 
 
-def _init_state(config: Config, replicas: int = 1) -> TrainState:
-    params = init_params(config.model, jax.random.key(config.seed))
-    init = make_optimizer(config, replicas).init
-    # each leaf its own array: a donated state may not hold one buffer twice
-    opt_state = jax.jit(lambda params: jax.tree.map(jnp.copy, init(params)))(params)
-    return TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0), average_start(config, params))
+@lru_cache(1)
+def _init_program(config: Config, mesh: Mesh | None) -> Any:
+    """Traced once: for the shapes of the state, and for the state."""
+
+    def init() -> TrainState:
+        params = init_params(config.model, jax.random.key(config.seed))
+        opt_state = make_optimizer(config, sharding.replica_count(mesh)).init(params)
+        state = TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0), average_start(config, params))
+        return jax.tree.map(jnp.copy, state)  # each leaf its own array: a donated state may not hold one buffer twice
+
+    return jax.jit(init)
 
 
 class GradAccumulator(NamedTuple):
