@@ -17,7 +17,6 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.cli import ArgumentParser, path, run
@@ -211,7 +210,7 @@ def _compile(args: Namespace, model: ModelConfig, tokenizer: Tokenizer) -> None:
     if args.stdin or (not args.prompt and _stdin_has_lines()):
         return
     device = jax.local_devices()[0]
-    nan = cache(lambda shape, dtype: jnp.full(shape, jnp.nan, dtype, device=device))  # shared, to save memory
+    nan = cache(lambda shape, dtype: jax.device_put(np.full(shape, np.nan, dtype), device))  # shared, to save memory
     shapes = jax.eval_shape(partial(prepare_decode_params, model), param_shapes(model))
     weights = jax.tree.map(lambda leaf: nan(leaf.shape, leaf.dtype), shapes)
     loaded = LoadedModel(model, weights, tokenizer)

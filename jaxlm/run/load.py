@@ -93,7 +93,8 @@ def load_run(
             if backend.takes_threads(device):
                 thread.submit(meanwhile, model, tokenizer)
             params = checkpoints.weights(step, param_shapes(model), SingleDeviceSharding(device))
-        return step, LoadedModel(model, prepare_decode_params(model, params), tokenizer)
+            weights = prepare_decode_params(model, params)
+        return step, LoadedModel(model, weights, tokenizer)
 
     return _read_checkpoint(workdir, step, platform, read)
 
