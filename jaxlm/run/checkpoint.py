@@ -445,10 +445,10 @@ def _unreadable(path: Path, error: OSError) -> CorruptCheckpointError | RunError
 
 
 def _sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(HASHED_BYTES)
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:size])
+        while part := file.read(HASHED_BYTES):
+            digest.update(part)
     return digest.hexdigest()
 
 
