@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxlm.config import Config, DataConfig, SampleConfig, from_config_dict
-from jaxlm.core.train_step import TrainState, make_eval_step, make_train_step
+from jaxlm.core.train_step import TrainState, init_state, make_eval_step, make_train_step
 from jaxlm.device import backend
 from jaxlm.main import main
 from jaxlm.prepare import prepare
-from jaxlm.run import trainer
+from jaxlm.run import memory, resume, trainer
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.memory import state_shapes
 
@@ -115,6 +116,8 @@ def shared_compilation(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "make_train_step", lambda config, *_: _SharedStep(_key(config), name))
         patch.setattr(trainer, "make_eval_step", lambda config, *_: _eval_step(_key(config), name))
+        for module in (memory, resume):
+            patch.setattr(module, "init_state", _init_state)
         patch.setattr(backend, "keep_freed_memory", lambda device, temporaries: None)
         yield
 
@@ -141,6 +144,10 @@ def _key(config: Config) -> Config:
     plain = {"save_minutes": 0.0, "keep_every": 0, "keep_best": False, "hours": 0.0, "seed": 0, "init_from": ""}
     plain |= {"data": DataConfig(), "sample": SampleConfig()}
     return dataclasses.replace(config, **dict.fromkeys(names, 1), **plain)
+
+
+def _init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    return init_state(dataclasses.replace(_key(config), seed=config.seed), mesh)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ of all blocks are stacked along a leading axis L, so that one scan runs them.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -147,7 +147,6 @@ def loss(
     return device_ops.cross_entropy(device_ops, x_ND, head_VD, targets_BT.reshape(-1), c.matmul_dtype)
 
 
-@cache
 def _rope_cos_sin_on_host(length: int, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """`rope_cos_sin` of positions 0 to length - 1, as constants of the traced program.
 

@@ -57,11 +57,12 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     On a mesh each device draws its part only.
     """
     program = _init_program(config, mesh)
-    shardings = sharding.state_shardings(config.model, mesh, jax.eval_shape(program)) if mesh else None
-    return jax.jit(program, out_shardings=shardings)()
+    if mesh:
+        program = jax.jit(program, out_shardings=sharding.state_shardings(config.model, mesh, jax.eval_shape(program)))
+    return program()
 
 
-@lru_cache(1)
+@lru_cache(8)
 def _init_program(config: Config, mesh: Mesh | None) -> Any:
     """Traced once: for the shapes of the state, and for the state."""
 
