@@ -101,7 +101,7 @@ def test_steps_are_those_of_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "layout"),
-    [(MUON, (2, 4)), (NO_REMAT, (1, 8)), (AT_ONCE, (8, 1)), (replace(AT_ONCE, model=CONFIG.model), (4, 2))],
+    [(MUON, (2, 4)), (NO_REMAT, (1, 8)), (replace(AT_ONCE, model=CONFIG.model), (4, 2))],
 )
 def test_steps_are_those_of_one_device_for_every_kind_of_step_and_layout(config, layout):
     assert_same_training(config, layout)
