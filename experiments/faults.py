@@ -164,7 +164,7 @@ def try_all(place: Place, args: argparse.Namespace) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--short", action="store_true", help="one fault of each kind, once")
+    parser.add_argument("--short", action="store_true", help="some of the faults, once each")
     parser.add_argument("--kills", type=int, default=200, help="over all rows that kill")
     parser.add_argument("--damage", type=int, default=10, help="times for each other fault")
     parser.add_argument("--seed", type=int, default=0)

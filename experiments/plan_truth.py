@@ -92,9 +92,11 @@ def has_nvidia(platform: str) -> bool:
 
 def compare_all(place: Path, args: argparse.Namespace) -> None:
     """Makes each comparison, and prints its table."""
-    name, vocab_size = ("m2_60m", 50257) if has_nvidia(args.platform) else ("quickstart", 4096)
+    name, vocab_size = ("m2_60m", 50257) if has_nvidia(args.platform) else ("quickstart", 8192)
     tokens = args.tokens or random_tokens(place / "tokens", vocab_size)
     settings = INTERVALS | {"max_steps": STEPS, "platform": args.platform, "data.dir": tokens, "data.corpus": ""}
+    if not args.tokens:
+        settings |= {"data.tokenizer": "gpt2"}  # no own vocabulary made them
     words = ["--config", name, *(f"--config.{key}={value}" for key, value in settings.items())]
     for repetition in range(args.repeat):
         results, plan = compare(words, place / f"run-{repetition}", place / f"cache-{repetition}")

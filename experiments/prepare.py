@@ -13,6 +13,7 @@ import argparse
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from experiments.cleanup import no_child_left
+from experiments.cleanup import no_child_left, temporary_folder
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.readers import read_chunks
 from jaxlm.data.tokenizer import load_tokenizer
@@ -77,17 +78,33 @@ def encode_in_process(paths: list[Path], threads: int) -> Cost:
         return pool.submit(encode, paths, threads).result()
 
 
+def copies(paths: list[Path], count: int, folder: Path) -> list[Path]:
+    """Writes so many copies of each file: one that is named twice is read once."""
+    folder.mkdir()
+    named = [
+        (path, folder / f"{number}-{copy}{path.suffix}") for number, path in enumerate(paths) for copy in range(count)
+    ]
+    return [Path(shutil.copyfile(path, target)) for path, target in named]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, nargs="+", help="files to prepare")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    paths = args.text or [*open_corpus("novels").files] * 8
+    with temporary_folder("prepare") as folder:
+        compare(folder, args)
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    """Measures all rounds and prints the table."""
+    paths = args.text or copies(list(open_corpus("novels").files), 8, folder / "once")
+    four_times = copies(paths, 4, folder / "four-times")
     size = sum(len(chunk.text.encode()) for chunk in read_chunks(paths)) / 1e6
     names = ("jaxlm.prepare", "jaxlm.prepare", "encode_ordinary", f"encode_ordinary_batch, {CORES} threads")
     sizes = (size, 4 * size, size, size)
     rounds = [
-        (prepare(paths), prepare(paths * 4), encode_in_process(paths, 1), encode_in_process(paths, CORES))
+        (prepare(paths), prepare(four_times), encode_in_process(paths, 1), encode_in_process(paths, CORES))
         for _ in range(args.rounds)
     ]
     costs = list(zip(*rounds, strict=True))

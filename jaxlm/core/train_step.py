@@ -1,10 +1,12 @@
 """The training state, the jitted micro-step that updates it, and the jitted evaluation."""
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -56,18 +58,19 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
 
     On a mesh each device draws its part only.
     """
-    program = _init_program(config, mesh)
+    program, seed = _init_program(replace(config, seed=0), mesh), np.int32(config.seed)
     if mesh:
-        program = jax.jit(program, out_shardings=sharding.state_shardings(config.model, mesh, jax.eval_shape(program)))
-    return program()
+        shapes = jax.eval_shape(program, seed)
+        program = jax.jit(program, out_shardings=sharding.state_shardings(config.model, mesh, shapes))
+    return program(seed)
 
 
 @lru_cache(8)
 def _init_program(config: Config, mesh: Mesh | None) -> Any:
-    """Traced once: for the shapes of the state, and for the state."""
+    """Traced once: for the shapes of the state, and for the state of any seed."""
 
-    def init() -> TrainState:
-        params = init_params(config.model, jax.random.key(config.seed))
+    def init(seed: jax.Array) -> TrainState:
+        params = init_params(config.model, jax.random.key(seed))
         opt_state = make_optimizer(config, sharding.replica_count(mesh)).init(params)
         state = TrainState(params, opt_state, jnp.int32(0), jnp.int32(0), jnp.float32(0), average_start(config, params))
         return jax.tree.map(jnp.copy, state)  # each leaf its own array: a donated state may not hold one buffer twice

@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # it imports optax, which sampling does not need
 
 FILES = "files.json"
 META_BYTES = 2**21  # at most, of the files beside the arrays; the largest own vocabulary takes two thirds
-HASHED_BYTES = 2**24  # at once: between them another thread may hold Python's lock for 5 ms
+HASHED_BYTES = 2**22  # at once: between them another thread may hold Python's lock for 5 ms
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 # parts of the state, as regular expressions
 SAVED = r"params|average|batches|opt_state\.(inner_opt_state|gradient_step)"
@@ -445,10 +445,10 @@ def _unreadable(path: Path, error: OSError) -> CorruptCheckpointError | RunError
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(path.stat().st_size, HASHED_BYTES)))
     with path.open("rb", buffering=0) as file:
-        while part := file.read(HASHED_BYTES):
-            digest.update(part)
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 

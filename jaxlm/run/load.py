@@ -79,8 +79,8 @@ def load_run(
     Args:
         workdir, step: as for `restore`.
         platform, precision: those of the computation.
-        meanwhile: called in a thread while the weights are read, with the model as resolved for the device, if the
-            device may be used by two threads.
+        meanwhile: called in a thread while the weights are read and prepared, with the model as resolved for the
+            device, if two threads may use it.
 
     Raises UsageError as `restore`.
     """
