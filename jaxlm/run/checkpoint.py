@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # it imports optax, which sampling does not need
 
 FILES = "files.json"
 META_BYTES = 2**21  # at most, of the files beside the arrays; the largest own vocabulary takes two thirds
-HASHED_BYTES = 2**22  # at once: between them another thread may hold Python's lock for 5 ms
+HASHED_BYTES = 2**20  # at once: between them another thread may hold Python's lock for 5 ms
 META_KEYS = {"config", "tokens", "seconds", "checksums"}
 # parts of the state, as regular expressions
 SAVED = r"params|average|batches|opt_state\.(inner_opt_state|gradient_step)"
