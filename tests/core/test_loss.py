@@ -190,6 +190,7 @@ def test_tiles_are_evenly_wide_in_multiples_of_16_up_to_their_limit(limit, width
     assert {shape for shape in shapes if len(shape) == 2 and shape[0] == 96 and shape[1] > 4} == {(96, width)}
 
 
+@pytest.mark.slow
 def test_whole_logits_never_exist_in_training_the_preset():
     config = ModelConfig(precision="float32")
     ids = jax.ShapeDtypeStruct((4, config.context), jnp.int32)

@@ -43,6 +43,7 @@ def test_a_run_of_jaxlm_ends_with_the_loss_of_the_training_command(place):
     assert min(merged["compile_seconds"], merged["eval_seconds"], *merged["part_seconds"]) > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_steps_has_no_loss(place):
     config = tiny_run.config_of("run")
     run = JaxlmRun(config, open_data(config))

@@ -379,6 +379,7 @@ def test_damaged_files_of_an_item_are_refused(checkpoints, tmp_path, trained, it
     assert not whole_or_damaged(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_refused_or_harmless(checkpoints, tmp_path, trained):
     """In any file."""
     draw, refused = np.random.default_rng(0), 0

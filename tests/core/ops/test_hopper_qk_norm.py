@@ -69,6 +69,7 @@ def test_the_kernels_are_the_plain_form(calls, heads, kv_heads, head_width, leng
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_in_bfloat16(calls):
     x, *others = arguments(4, 2, 64, 64)
     found = with_gradients(hopper_qk_norm.query_key_value, x.astype(jnp.bfloat16), *others)
