@@ -81,7 +81,7 @@ OTHERS = {
     **{f"newest checkpoint: {name}": partial(trials.damaged, damage) for name, damage in fault_damage.DAMAGES.items()},
     "all checkpoints damaged": trials.all_damaged,
 }
-SHORT = (  # those that no test without a process of its own can have, and one of each other kind
+SHORT = (  # those for which .ci/run has the time
     "SIGKILL in a step",
     "SIGKILL while saving",
     "SIGKILL while an old checkpoint is deleted",

@@ -15,7 +15,6 @@ import numpy as np
 from experiments.fuzz_cases import SIZES, TEXT, VALIDATION, Call, damaged, some_text, take_sample, zeros
 from jaxlm import export, prepare
 from jaxlm.config import Config, ModelConfig, from_config_dict
-from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import TRAIN, VAL, open_tokens
 from jaxlm.data.tokenizer import GPT2_VOCAB_SIZE
 from jaxlm.main import open_data
@@ -171,7 +170,7 @@ def _take_stdin(path: Path) -> None:
     expected = [line.removesuffix(b"\r").decode(errors="replace") for line in lines] if path.stat().st_size else []
     try:
         with path.open(encoding="utf-8") as file, mock.patch.object(sys, "stdin", file):
-            take_sample(["--workdir=run", "--stdin", "--json"], _repeat)
+            take_sample(["--workdir=run", "--stdin", "--json"])
     finally:
         sys.stdout.flush()
         sys.stdout.buffer.seek(0)
@@ -181,21 +180,13 @@ def _take_stdin(path: Path) -> None:
     assert answered == expected, answered
 
 
-def _repeat(
-    _: object, __: object, ids: list[list[int]], sampling: SamplingParams, *___: object
-) -> list[list[list[int]]]:
-    """A model that repeats its prompts."""
-    assert np.isfinite(sampling.temperature) and sampling.temperature >= 0
-    return [ids]
-
-
 def sampling(rng: Random) -> Call:
     """Sampling flags with huge, tiny and odd numbers."""
     names, words = ("temperature", "top_p", "top_k", "tokens", "seed"), []
     for name in rng.sample(names, rng.randint(1, 3)):
         usual = {"temperature": "0.8", "top_p": "0.9"}.get(name, "7")
         words.append(f"--{name}={rng.choice((usual, usual, str(rng.randint(-2, 2**33)), *rng.sample(NUMBERS, 2)))}")
-    return partial(take_sample, ["--workdir=run", "--prompt=a", *words], _repeat)
+    return partial(take_sample, ["--workdir=run", "--prompt=a", *words])
 
 
 @cache

@@ -31,6 +31,7 @@ from jaxlm.cli import read_config
 from jaxlm.config import Config, ModelConfig, differences, from_config_dict, to_dict
 from jaxlm.core.decoder import init_params
 from jaxlm.core.parameters import Params
+from jaxlm.core.sampling import SamplingParams
 from jaxlm.data.token_files import META, TRAIN, VAL, TokenFiles, open_tokens
 from jaxlm.data.tokenizer import END_OF_TEXT, encode_prompts, load_tokenizer
 from jaxlm.errors import RunError
@@ -241,19 +242,22 @@ def arguments(rng: Random) -> Call:
         name = rng.choice((*good, "step", "tokens", "top_k", "seed", "prompts", "-"))
         value = good.get(name, "7") if rng.random() < 0.8 else some_text(rng, 0.8, 2)
         words += rng.choice(([f"--{name}={value}"], [f"--{name}={value}"], [f"--{name}", value]))
-    return partial(_take_arguments, words)
+    return partial(take_sample, words)
 
 
-def _take_arguments(words: list[str]) -> None:
-    take_sample(words, lambda _, __, ids, *___: [ids])
-
-
-def take_sample(words: list[str], generate: Callable[..., list[list[list[int]]]]) -> None:
-    """Runs `jaxlm.sample` with `generate` in the place of a model."""
+def take_sample(words: list[str]) -> None:
+    """Runs `jaxlm.sample` with a model that repeats its prompts."""
     model = ModelConfig()
     loaded = LoadedModel(model, {}, load_tokenizer(model.vocab_size))
-    with mock.patch.object(sample, "load_run", lambda *_: (1, loaded)), mock.patch.object(sample, "generate", generate):
+    with mock.patch.object(sample, "load_run", lambda *_: (1, loaded)), mock.patch.object(sample, "generate", _repeat):
         sample.main(words)
+
+
+def _repeat(
+    _: object, __: object, ids: list[list[int]], sampling: SamplingParams, *___: object
+) -> list[list[list[int]]]:
+    assert np.isfinite(sampling.temperature) and sampling.temperature >= 0
+    return [ids]
 
 
 def zeros(model: ModelConfig) -> Params:

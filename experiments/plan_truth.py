@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cleanup import temporary_folder
+from jaxlm.cli import read_config
 
 STEPS = 200
 INTERVALS = {"eval_interval": 40, "generation_interval": 50, "save_interval": 40, "max_checkpoints": 3}
@@ -92,7 +93,8 @@ def has_nvidia(platform: str) -> bool:
 
 def compare_all(place: Path, args: argparse.Namespace) -> None:
     """Makes each comparison, and prints its table."""
-    name, vocab_size = ("m2_60m", 50257) if has_nvidia(args.platform) else ("quickstart", 8192)
+    name = "m2_60m" if has_nvidia(args.platform) else "quickstart"
+    vocab_size = read_config([f"--config={name}"])[0].model.vocab_size
     tokens = args.tokens or random_tokens(place / "tokens", vocab_size)
     settings = INTERVALS | {"max_steps": STEPS, "platform": args.platform, "data.dir": tokens, "data.corpus": ""}
     if not args.tokens:

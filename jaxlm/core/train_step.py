@@ -67,7 +67,7 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
 
 @lru_cache(8)
 def _init_program(config: Config, mesh: Mesh | None) -> Any:
-    """Traced once: for the shapes of the state, and for the state of any seed."""
+    """seed -> state, jitted, so that one trace gives the shapes of the state and the state of any seed."""
 
     def init(seed: jax.Array) -> TrainState:
         params = init_params(config.model, jax.random.key(seed))

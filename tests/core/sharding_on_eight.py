@@ -28,9 +28,7 @@ CONFIG = Config(
 )
 MUON = replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon", muon_b2=0.9))
 NO_REMAT = replace(CONFIG, microbatch_chunks=1, model=replace(CONFIG.model, remat=False, tied=False, qk_norm=True))
-TIED_AT_ONCE = replace(  # gradients are summed as soon as they are computed
-    CONFIG, grad_accum_steps=1, microbatch_chunks=1
-)
+AT_ONCE = replace(NO_REMAT, grad_accum_steps=1)  # gradients are summed as soon as they are computed
 DEVICE = jax.devices()[0]
 
 
@@ -103,7 +101,7 @@ def test_steps_are_those_of_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "layout"),
-    [(MUON, (2, 4)), (NO_REMAT, (1, 8)), (TIED_AT_ONCE, (8, 1)), (TIED_AT_ONCE, (4, 2))],
+    [(MUON, (2, 4)), (NO_REMAT, (1, 8)), (AT_ONCE, (8, 1)), (replace(AT_ONCE, model=CONFIG.model), (4, 2))],
 )
 def test_steps_are_those_of_one_device_for_every_kind_of_step_and_layout(config, layout):
     assert_same_training(config, layout)
